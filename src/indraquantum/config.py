@@ -1,0 +1,204 @@
+"""Every option of every command, once: the field's docstring is the `--help` text, its bounds are the check.
+
+Settings are frozen and strict: an unknown name or a value out of range is refused with the field, the value and what
+is allowed. This module imports nothing heavy, so that `indra --help` is quick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+WIKITEXT = "Salesforce/wikitext"
+ALPACA = (
+    "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/"
+    "761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json"
+)
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown names, the docstring under a field is its help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class DeviceSettings(Settings):
+    """Where a command computes."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes CUDA, then MPS, then the CPU."""
+    threads: int = Field(default=0, ge=0, le=1024)
+    """CPU threads; 0 leaves the choice to torch. The same number gives the same bits."""
+
+
+class PrepareSettings(Settings):
+    """Text to training rows."""
+
+    wikitext: str = WIKITEXT
+    """WikiText: a .tokens, .raw, .txt or .parquet file, or a dataset's id on the Hugging Face hub."""
+    alpaca: str = ALPACA
+    """Stanford Alpaca: a .json, .jsonl or .parquet file, or a URL."""
+    tokenizer: str = TINYLLAMA
+    """Tokenizer: a folder with tokenizer.json, that file itself, or a model's id on the hub."""
+    wikitext_samples: int = Field(default=22_000, ge=0)
+    """WikiText paragraphs to draw; fewer than asked for takes all."""
+    alpaca_samples: int = Field(default=52_000, ge=0)
+    """Alpaca samples to draw; fewer than asked for takes all."""
+    max_length: int = Field(default=128, ge=8, le=32_768)
+    """Tokens in a row."""
+    output: Path = Path("data/mixed_train.pkl")
+    """The pickle to write; the packed dataset stands beside it, named without .pkl."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides which samples are drawn and their order."""
+
+
+class CaptureSettings(DeviceSettings):
+    """Asks the teacher once and stores its signals."""
+
+    data: Path = Path("data/mixed_train")
+    """The prepared dataset: the packed folder, or a pickle."""
+    teacher: str = TINYLLAMA
+    """Teacher: the folder or hub id of any Hugging Face causal LM with the dataset's tokenizer."""
+    output: Path = Path("data/teacher_signals")
+    """Folder for the signals; a capture that was stopped goes on there."""
+    draws: int = Field(default=50, ge=1, le=65_535)
+    """Tokens drawn from the teacher at each position."""
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    """Temperature of the teacher's distribution when drawing."""
+    batch_tokens: int = Field(default=2048, ge=1)
+    """Tokens in one forward pass of the teacher; at least one row is taken."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides the draws."""
+
+
+class ModelSettings(Settings):
+    """The shape of IndraQuantumPhase2 and which variant of it is built."""
+
+    d_model: int = Field(default=128, ge=2, le=65_536)
+    """Complex width d; the transformer is 2d wide."""
+    layers: int = Field(default=4, ge=1, le=1024)
+    """Transformer layers."""
+    heads: int = Field(default=4, ge=1, le=1024)
+    """Attention heads; must divide 2 * d_model into even parts."""
+    mlp_width: int = Field(default=688, ge=1)
+    """Inner width of each layer's gated MLP."""
+    projector: Literal["quantum", "phase-only", "frozen", "linear", "mlp", "none"] = "quantum"
+    """How token embeddings become states; all but quantum are controls."""
+    head: Literal["interference", "born"] = "interference"
+    """How a state becomes logits; born is for study only."""
+    readout: Literal["reference", "mean"] = "reference"
+    """How magnitude and phase are read: against learned reference states, or the prototype's mean."""
+    phase_spread: float = Field(default=3.0, ge=0, le=100)
+    """Standard deviation of the phases at the start, in radians."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the attention weights while training."""
+
+
+class OptimizerSettings(Settings):
+    """How any model here is optimised: AdamW with warm-up and cosine decay."""
+
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Token positions in one optimiser step; at least one row is taken."""
+    learning_rate: float = Field(default=2e-3, gt=0, le=10)
+    """Peak learning rate."""
+    table_rate: float = Field(default=10.0, gt=0, le=1000)
+    """The embedding table's learning rate, as a multiple of the rest's."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Part of the run over which the learning rate rises from 0."""
+    weight_decay: float = Field(default=0.05, ge=0, le=10)
+    """Decoupled weight decay of the matrices; the table, biases and norms have none."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+
+
+class TrainSettings(ModelSettings, OptimizerSettings, DeviceSettings):
+    """One unified run of semantic distillation (v4)."""
+
+    data: Path = Path("data/mixed_train")
+    """The prepared dataset: the packed folder, or a pickle."""
+    tokenizer: str | None = None
+    """The tokenizer of a pickle (folder, file or hub id); a packed folder carries its own."""
+    signals: Path | None = None
+    """The teacher's signals; by default the folder teacher_signals beside the data."""
+    teacher: str = TINYLLAMA
+    """Teacher to capture from where there are no signals yet: folder or hub id."""
+    no_teacher: bool = False
+    """Train on cross-entropy alone."""
+    output: Path = Path("checkpoints/phase2_v4_unified")
+    """Folder for checkpoint_v4_epoch_N.pt; the same command again goes on from the newest."""
+    logs: Path = Path("logs")
+    """Folder of the logs; metrics go to <logs>/<name of output>/metrics.jsonl."""
+    epochs: int = Field(default=3, ge=1, le=100_000)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimiser steps; the schedules then end there."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides the initial weights and the order of the rows."""
+    kd_weight_start: float = Field(default=0.01, ge=0, le=100)
+    """Weight of the distillation term at the start of the run."""
+    kd_weight_end: float = Field(default=0.05, ge=0, le=100)
+    """Weight of the distillation term at its end; linear in between."""
+    phase_weight: float = Field(default=0.1, ge=0, le=100)
+    """Weight of the phase term (teacher's entropy)."""
+    magnitude_weight: float = Field(default=0.1, ge=0, le=100)
+    """Weight of the magnitude term (teacher's confidence)."""
+    evaluate_every: int = Field(default=200, ge=1)
+    """Optimiser steps between two evaluations on held-out text."""
+
+
+class TeacherSettings(OptimizerSettings, DeviceSettings):
+    """Trains a small Llama teacher from scratch on a prepared dataset."""
+
+    data: Path = Path("data/mixed_train")
+    """The packed dataset to train on."""
+    output: Path = Path("checkpoints/teacher")
+    """Folder for the teacher, in Hugging Face's format."""
+    width: int = Field(default=256, ge=2)
+    """Width of the Llama."""
+    layers: int = Field(default=6, ge=1)
+    """Transformer layers."""
+    heads: int = Field(default=4, ge=1)
+    """Attention heads; must divide the width into even parts."""
+    steps: int = Field(default=1000, ge=1)
+    """Optimiser steps."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides the initial weights and the order of the rows."""
+
+
+class TestSettings(DeviceSettings):
+    """Writes text with a trained checkpoint."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of the name
+
+    prompt: str | None = None
+    """Text to continue."""
+    instruction: str | None = None
+    """An instruction to answer, put into the Alpaca prompt."""
+    input: str | None = None
+    """The instruction's input."""
+    max_new_tokens: int = Field(default=64, ge=1, le=100_000)
+    """Tokens to write at most."""
+    temperature: float = Field(default=0.8, ge=0, le=100)
+    """Sampling temperature; 0 always takes the likeliest token."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Keep the likeliest tokens up to this probability mass."""
+    top_k: int = Field(default=50, ge=0)
+    """Keep this many of the likeliest tokens; 0 keeps all."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides what is sampled."""
+    show_state: bool = False
+    """Print each token's confidence and uncertainty, read from the model's own state."""
+
+
+class DemoSettings(DeviceSettings):
+    """The whole pipeline on Python's own manual, offline."""
+
+    output: Path = Path("demo")
+    """Folder for everything the demo writes."""
+    tiny: bool = False
+    """The same path at toy size, in seconds."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides everything that is random."""

@@ -1,0 +1,103 @@
+"""Writing so that nothing is ever half-written: a temporary name beside the target, fsync, then a rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from indraquantum.errors import UserError
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of the file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(path: Path) -> None:
+    """Make a rename inside `path` survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(field: str, path: Path) -> Path:
+    """Create `path` with its parents and check that a file can be written there.
+
+    Raises:
+        UserError: the folder can't be created or written; `field` is the option to name.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(field, path, f"must be a folder that can be written ({error.strerror})") from None
+    return path
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it takes `path`'s place as a whole, on failure it goes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(field: str, path: Path) -> Any:
+    """Parse the JSON file at `path`.
+
+    Raises:
+        UserError: the file is missing, not UTF-8 or not JSON; `field` is the option to name.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(field, path, f"must be UTF-8 text (byte {error.start} is not)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(field, path, f"must be JSON ({error.msg} at line {error.lineno})") from None
