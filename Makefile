@@ -1,0 +1,48 @@
+# make demo | test | test-slow | lint | lock | clean.   Set-up is part of each: .venv is made when it is missing.
+PYTHON ?= python3
+# An index for torch alone: without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-tiny test test-slow test-demo lint lock clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+# The lock holds hashes for everything but torch, whose build differs from index to index; torch finds its own
+# requirements installed, so that nothing unlocked comes with it on a machine without CUDA.
+.venv/installed: requirements.lock pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/indra demo
+
+demo-tiny: .venv/installed
+	$(BIN)/indra demo --tiny --output demo/tiny
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow --timeout=3600
+
+lint: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# uv only resolves here; it is not needed to install.
+lock: .venv/installed
+	$(BIN)/python -m pip install --quiet uv
+	echo 'torch ; sys_platform == "never"' > .venv/without-torch
+	$(BIN)/uv pip compile pyproject.toml requirements.in --extra dev --universal --python-version 3.11 \
+	  --override .venv/without-torch --no-emit-package torch --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements.lock
+
+clean:
+	rm -rf .venv demo build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
