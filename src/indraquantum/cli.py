@@ -1,0 +1,127 @@
+"""The command `indra`: each subcommand is one function over one settings class of config.py.
+
+    indra prepare | capture | teacher | train | test | demo
+
+Whatever a user can mend comes out as one line on stderr with exit status 2; work is imported where it is used, so that
+`indra --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+from pydantic import ValidationError
+
+from indraquantum import __version__
+from indraquantum.config import (
+    CaptureSettings,
+    DemoSettings,
+    PrepareSettings,
+    TeacherSettings,
+    TestSettings,
+    TrainSettings,
+)
+from indraquantum.errors import TrainingStopped, UserError
+
+# `*` lifts the fields of a settings class to options of the command; switches have no --no- twin.
+OPTIONS = Parameter(name="*", negative="")
+
+app = App(name="indra", help="IndraQuantum phase 2: prepare, capture, train, test.", version=__version__)
+
+
+@app.command
+def demo(*, settings: Annotated[DemoSettings, OPTIONS] = DemoSettings()) -> None:
+    """Run everything on Python's own manual: corpus, tokenizer, teacher, signals, student, answers."""
+    from indraquantum.demo import run_demo
+
+    run_demo(settings)
+
+
+@app.command
+def prepare(*, settings: Annotated[PrepareSettings, OPTIONS] = PrepareSettings()) -> None:
+    """Turn WikiText and Alpaca into training rows: the pickle and the packed dataset beside it."""
+    from indraquantum.data.prepare import prepare as run
+
+    print(run(settings).summary())
+
+
+@app.command
+def capture(*, settings: Annotated[CaptureSettings, OPTIONS] = CaptureSettings()) -> None:
+    """Ask the teacher once about every position and store its signals."""
+    from indraquantum.teacher.capture import capture as run
+
+    print(run(settings).summary())
+
+
+@app.command
+def teacher(*, settings: Annotated[TeacherSettings, OPTIONS] = TeacherSettings()) -> None:
+    """Train a small Llama teacher from scratch on a prepared dataset."""
+    from indraquantum.training.pretrain_teacher import pretrain_teacher
+
+    pretrain_teacher(settings)
+
+
+@app.command
+def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings()) -> None:
+    """Train IndraQuantumPhase2 by semantic distillation: v4, the unified run."""
+    from indraquantum.training.loop import train as run
+
+    run(settings)
+
+
+@app.command
+def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = TestSettings()) -> None:
+    """Write text with a trained checkpoint.
+
+    Parameters
+    ----------
+    checkpoint:
+        A checkpoint_v4_epoch_N.pt that training wrote.
+    """
+    from indraquantum.evaluation.write import write_text
+
+    write_text(checkpoint, settings)
+
+
+def one_line(error: CycloptsError) -> str:
+    """What is wrong with the command line, in one line: the option, the value, what is allowed."""
+    cause = error.__cause__
+    while cause is not None and not isinstance(cause, ValidationError):
+        cause = cause.__cause__
+    if isinstance(cause, ValidationError):
+        first = cause.errors()[0]
+        option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        return f"{option}: got {first['input']!s}; {first['msg'].replace('Input should', 'must')}"
+    return " ".join(str(error).split())
+
+
+def run_guarded(action: Callable[[], object]) -> int:
+    """Run `action` and return the exit status; errors that a user can mend become one line on stderr."""
+    try:
+        action()
+    except CycloptsError as error:
+        print(f"indra: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except (UserError, TrainingStopped) as error:
+        print(f"indra: error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("indra: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `indra` with `arguments` (default: those of the process) and exit with its status."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run_guarded(lambda: app(tokens, exit_on_error=False, print_error=False)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Where to compute: the device and the number of threads."""
+
+from __future__ import annotations
+
+import torch
+
+from indraquantum.config import DeviceSettings
+from indraquantum.errors import UserError
+
+
+def choose_device(settings: DeviceSettings) -> torch.device:
+    """The device that `settings` ask for, after setting torch's threads.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if settings.device == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+    if not available[settings.device]:
+        there = ", ".join(name for name in available if available[name])
+        raise UserError("--device", settings.device, f"must be a device of this machine: auto, {there}")
+    return torch.device(settings.device)

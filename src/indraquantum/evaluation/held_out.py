@@ -1,0 +1,74 @@
+"""Held-out cross-entropy per source: of a model, of the training unigram, and of the teacher where it is known.
+
+Legend: N labelled positions, D real width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from indraquantum.data.dataset import Batch, PreparedDataset, Split
+from indraquantum.learner import Learner, to_tensors
+
+ROWS_PER_BATCH = 16
+LOGIT_ROWS = 256  # positions whose logits exist at a time
+
+
+def held_out_cross_entropy(learner: Learner, dataset: PreparedDataset, device: torch.device) -> dict[str, float]:
+    """Mean cross-entropy of `learner` on the validation split, nats per token, for each source and for `all`."""
+    training = getattr(learner, "training", False)
+    learner.eval()
+    with torch.inference_mode():
+        table_VD = learner.lift_table()
+        losses, sources = [], []
+        for batch in _batches(dataset.validation):
+            losses.append(_losses(learner, table_VD, batch, device))
+            sources.append(batch.sources[batch.labels >= 0])
+    learner.train(training)
+    return per_source(np.concatenate(losses), np.concatenate(sources), dataset.source_names)
+
+
+def unigram_cross_entropy(dataset: PreparedDataset) -> dict[str, float]:
+    """Cross-entropy of the training tokens' frequencies (one added to each) on the validation split, nats per token."""
+    counts_V = np.bincount(dataset.train.tokens, minlength=dataset.tokenizer.vocabulary_size) + 1
+    losses_V = np.log(counts_V.sum()) - np.log(counts_V)
+    batches = list(_batches(dataset.validation))
+    labels = np.concatenate([batch.labels[batch.labels >= 0] for batch in batches])
+    sources = np.concatenate([batch.sources[batch.labels >= 0] for batch in batches])
+    return per_source(losses_V[labels], sources, dataset.source_names)
+
+
+def per_source(losses_N: np.ndarray, sources_N: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
+    """Means of `losses_N` over each source that has any, and over `all`; NaN losses (no figure) are left out."""
+    known = ~np.isnan(losses_N)
+    parts = {name: losses_N[known & (sources_N == number)] for number, name in enumerate(names)}
+    parts["all"] = losses_N[known]
+    return {name: float(part.mean(dtype=np.float64)) for name, part in parts.items() if len(part)}
+
+
+def perplexity(cross_entropy: float) -> float:
+    """Perplexity of a cross-entropy in nats per token."""
+    return math.exp(cross_entropy)
+
+
+def _batches(split: Split):
+    for start in range(0, split.num_rows, ROWS_PER_BATCH):
+        yield split.batch(np.arange(start, min(start + ROWS_PER_BATCH, split.num_rows)))
+
+
+def _losses(learner: Learner, table_VD: torch.Tensor, batch: Batch, device: torch.device) -> np.ndarray:
+    """Cross-entropy of each labelled position of `batch`, (N,)."""
+    states_BTD = learner.hidden_states(**to_tensors(batch, device), table_VD=table_VD)
+    labelled = torch.from_numpy(batch.labels.reshape(-1) >= 0)
+    states_ND = states_BTD.flatten(0, 1)[labelled.to(device)]
+    labels_N = torch.from_numpy(batch.labels.reshape(-1))[labelled].to(device)
+    scale = 1.0 if learner.scale is None else learner.scale
+    losses = []
+    for states_nD, labels_n in zip(states_ND.split(LOGIT_ROWS), labels_N.split(LOGIT_ROWS), strict=True):
+        logits_nV = F.linear(states_nD * scale, table_VD, learner.bias_V).float()
+        losses.append(F.cross_entropy(logits_nV, labels_n, reduction="none"))
+    return torch.cat(losses).cpu().numpy()

@@ -1,0 +1,77 @@
+"""The metrics of a run: one JSON object a line, append-only, the one contract between training and every reader.
+
+Every line has the same keys (FIELDS); a figure that does not exist at that step is null. The notebook, the plots and
+`indra runs` read these files and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from indraquantum.files import atomic_file
+
+FIELDS = {
+    "step": "optimiser steps done; 0 is before training",
+    "tokens": "real tokens seen so far",
+    "epoch": "epochs done, a fraction",
+    "loss": "the whole objective, nats per labelled token",
+    "ce": "cross-entropy of the batch, nats per token",
+    "kd": "KL to the teacher's signals as given, times temperature squared; with draws it never reaches 0",
+    "kd_estimate": "unbiased estimate of the true KL to the teacher; may dip below 0",
+    "phase": "phase term: mean circular distance, 0 to 2",
+    "magnitude": "magnitude term: mean squared error",
+    "kd_weight": "weight of kd at this step",
+    "phase_weight": "weight of the phase term",
+    "magnitude_weight": "weight of the magnitude term",
+    "magnitude_mean": "mean readout magnitude |c| over the batch",
+    "magnitude_std": "its standard deviation",
+    "phase_mean": "mean readout phase over the batch, radians in (-pi/2, 3pi/2]",
+    "phase_std": "its standard deviation",
+    "learning_rate": "learning rate of the backbone at this step",
+    "grad_norm": "global norm of the gradients before clipping",
+    "tokens_per_second": "real tokens per second of this step",
+    "held_out": "cross-entropy per source on held-out text, nats per token, or null",
+}
+
+
+class MetricsLog:
+    """Appends lines to a metrics file; a resumed run keeps the lines up to its step and drops the rest."""
+
+    def __init__(self, path: Path, resumed_step: int | None = None) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if resumed_step is None else [m for m in read_metrics(path) if m["step"] <= resumed_step]
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(_line(metrics) for metrics in kept), encoding="utf-8")
+        self._file = open(path, "ab", buffering=0)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append one line with all of FIELDS, in one write so that a reader never sees half of it as a whole.
+
+        Raises:
+            KeyError: a name that FIELDS lacks.
+        """
+        unknown = metrics.keys() - FIELDS.keys()
+        if unknown:
+            raise KeyError(f"not in the metrics schema: {sorted(unknown)}")
+        self._file.write(_line({name: metrics.get(name) for name in FIELDS}).encode())
+
+    def close(self) -> None:
+        """Put everything on disk and close the file."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    return json.dumps(metrics, allow_nan=False) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file; a last line that is still being written is left out, no file is no lines."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]

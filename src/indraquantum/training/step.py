@@ -1,0 +1,112 @@
+"""One optimiser step: lift the table once, go through the micro-batches, one update.
+
+Legend: B rows, T positions, N labelled tokens of a micro-batch, D real width, V vocabulary, K kept teacher tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from indraquantum.data.dataset import Split
+from indraquantum.errors import TrainingStopped
+from indraquantum.learner import Learner, to_tensors
+from indraquantum.loss_v2 import SemanticDistillationLoss
+from indraquantum.teacher.signals import SignalStore
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step brought: the objective's terms averaged over its labelled tokens, and how the update went."""
+
+    tokens: int  # real tokens, labelled or not
+    grad_norm: float  # before clipping
+    terms: dict[str, float | None]  # loss, ce, kd, kd_estimate, phase, magnitude; None where absent
+    readout: dict[str, float | None]  # mean and standard deviation of magnitude and phase
+
+
+def optimizer_step(
+    learner: Learner,
+    objective: SemanticDistillationLoss,
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    rows: np.ndarray,
+    signals: SignalStore | None,
+    *,
+    micro_batch_rows: int,
+    max_grad_norm: float,
+) -> StepResult:
+    """Accumulate the gradients of `rows` and update the weights once.
+
+    The table is lifted once: a detached leaf collects its gradient over the micro-batches, which then goes back
+    through the projector once. Every term is divided by the labelled tokens of the whole step.
+
+    Raises:
+        TrainingStopped: the loss or the gradient is not finite; the weights are left as they were.
+    """
+    device = next(iter(optimizer.param_groups[0]["params"])).device
+    batches = [split.batch(rows[i : i + micro_batch_rows]) for i in range(0, len(rows), micro_batch_rows)]
+    token_count = max(1, sum(int((batch.labels >= 0).sum()) for batch in batches))
+    optimizer.zero_grad(set_to_none=True)
+    table_VD = learner.lift_table()
+    leaf_VD = table_VD.detach().requires_grad_()
+    sums: dict[str, float] = {}
+    amplitudes = []
+    for batch in batches:
+        states_BTD = learner.hidden_states(**to_tensors(batch, device), table_VD=leaf_VD)
+        labelled = batch.labels.reshape(-1) >= 0
+        states_ND = states_BTD.flatten(0, 1)[torch.from_numpy(np.flatnonzero(labelled)).to(device)]
+        labels_N = torch.from_numpy(batch.labels.reshape(-1)[labelled]).to(device)
+        teacher = signals.batch("train", batch.index.reshape(-1)[labelled]).to(device) if signals else None
+        amplitude_N = learner.amplitude(states_ND)
+        terms = objective(
+            states_ND, leaf_VD, labels_N, learner.bias_V, learner.scale, teacher, amplitude_N, token_count=token_count
+        )
+        terms.total.backward()
+        for name, value in _values(terms).items():
+            sums[name] = sums.get(name, 0.0) + value
+        if amplitude_N is not None:
+            amplitudes.append(amplitude_N.detach())
+    table_VD.backward(leaf_VD.grad)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm, foreach=True).item()
+    if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
+        raise TrainingStopped(
+            f"loss {sums['loss']}, gradient norm {grad_norm}: not finite, so the weights were not updated; "
+            f"rows {rows.tolist()[:8]}..."
+        )
+    optimizer.step()
+    return StepResult(
+        tokens=sum(int((batch.index >= 0).sum()) for batch in batches),
+        grad_norm=grad_norm,
+        terms={name: sums.get(name) for name in ("loss", "ce", "kd", "kd_estimate", "phase", "magnitude")},
+        readout=_readout_statistics(amplitudes),
+    )
+
+
+def _values(terms) -> dict[str, float]:
+    present = {name: getattr(terms, name) for name in ("ce", "kd", "kd_estimate", "phase", "magnitude")}
+    return {"loss": terms.total.item(), **{name: value.item() for name, value in present.items() if value is not None}}
+
+
+def wrapped_phase(amplitude_N: Tensor) -> Tensor:
+    """Phase of complex amplitudes (N,) in (-pi/2, 3pi/2]: the targets lie in [0, pi], far from where it wraps."""
+    phase_N = amplitude_N.angle()
+    return torch.where(phase_N <= -math.pi / 2, phase_N + 2 * math.pi, phase_N)
+
+
+def _readout_statistics(amplitudes: list[Tensor]) -> dict[str, float | None]:
+    if not amplitudes:
+        return dict.fromkeys(("magnitude_mean", "magnitude_std", "phase_mean", "phase_std"))
+    amplitude_N = torch.cat(amplitudes)
+    magnitude_N, phase_N = amplitude_N.abs(), wrapped_phase(amplitude_N)
+    return {
+        "magnitude_mean": magnitude_N.mean().item(),
+        "magnitude_std": magnitude_N.std(correction=0).item(),
+        "phase_mean": phase_N.mean().item(),
+        "phase_std": phase_N.std(correction=0).item(),
+    }
