@@ -1,0 +1,167 @@
+"""From a teacher's logits to what is kept of them: random draws, exact entropy, confidence, label.
+
+The draws are independent and from the whole distribution (Sparse Logit Sampling, arXiv 2503.16870), so that
+counts / draws is an unbiased estimate of it; a top-k cache is not. The uniforms behind them depend on (seed,
+split, row) alone: neither the batch's size nor the order of the rows changes them.
+
+Legend: N positions, C positions of one chunk, V vocabulary, n draws a position, M distinct (position, id)
+pairs, G blocks of b neighbouring tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+SPLITS = ("train", "validation")  # a split's number here is part of the random key: only append
+_CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32 stay in the cache; eight times as many take 1.5 times as long
+_BLOCK = 32
+_UNDERFLOW = -104.0  # exp of anything lower is 0 in float32
+
+
+class PositionSignals(NamedTuple):
+    """What is kept of N positions' distributions."""
+
+    ids_M: np.ndarray  # int64: distinct ids, position after position, ascending within one
+    counts_M: np.ndarray  # int64: how often each was drawn
+    ids_per_position_N: np.ndarray  # int64
+    entropy_N: np.ndarray  # float32, nats, at temperature 1
+    confidence_N: np.ndarray  # float32: the largest probability at temperature 1
+    next_logprob_N: np.ndarray  # float32: the label's log-probability; nan where there is no label
+    temperature_entropy_N: np.ndarray  # float32, nats, at the drawing temperature
+
+
+def row_uniforms(seed: int, split: str, row: int, row_length: int, draws: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) for one row's draws, ascending at each position.
+
+    Args:
+        seed: the capture's seed, below 2**63.
+        split: "train" or "validation".
+        row: the row's number in its split.
+        row_length: positions in a row.
+        draws: numbers for each position.
+
+    Returns:
+        (row_length, draws) float64. Sorted, because draws have no order, and tokens drawn in order
+        need no sorting to be counted.
+    """
+    key = np.array([seed, (SPLITS.index(split) << 56) + row], np.uint64)
+    uniforms = np.random.Generator(np.random.Philox(key=key)).random((row_length, draws))
+    uniforms.sort(axis=1)
+    return uniforms
+
+
+def draw_tokens(weights_CV: torch.Tensor, uniforms_Cn: torch.Tensor) -> torch.Tensor:
+    """Invert the cumulative distribution: the token at which it passes each uniform number.
+
+    Found in two steps, the block of 32 tokens and then the token within it, with running sums in float64: in
+    float32 a sum over 32,000 tokens would never reach its rarest ones, and one long float64 sum takes six
+    times as long.
+
+    Args:
+        weights_CV: (C, V) float32 >= 0, each row with a positive sum; need not be normalised.
+        uniforms_Cn: (C, n) float64 in [0, 1).
+
+    Returns:
+        (C, n) int64 tokens, each of positive weight; ascending in a row where the uniforms are.
+    """
+    import torch
+
+    if missing := -weights_CV.shape[1] % _BLOCK:
+        weights_CV = torch.nn.functional.pad(weights_CV, (0, missing))
+    blocks_CGb = weights_CV.unflatten(1, (-1, _BLOCK))
+    ends_CG = blocks_CGb.sum(-1).double().cumsum(-1)
+    zero = ends_CG.new_zeros(())
+    # nextafter: uniform * total may round up to the total itself, behind which there is no token.
+    target_Cn = torch.minimum(uniforms_Cn * ends_CG[:, -1:], torch.nextafter(ends_CG[:, -1:], zero))
+    block_Cn = torch.searchsorted(ends_CG, target_Cn, right=True)
+    start_Cn = torch.nn.functional.pad(ends_CG, (1, 0)).gather(1, block_Cn)
+    chunk_row_C1 = torch.arange(len(weights_CV), device=weights_CV.device)[:, None]
+    inner_Cnb = blocks_CGb[chunk_row_C1, block_Cn].double().cumsum(-1)
+    rest_Cn = torch.minimum(target_Cn - start_Cn, torch.nextafter(inner_Cnb[:, :, -1], zero))
+    return block_Cn * _BLOCK + torch.searchsorted(inner_Cnb, rest_Cn[:, :, None], right=True)[:, :, 0]
+
+
+def count_distinct(tokens_Nn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct tokens of each row and how often each occurs.
+
+    Args:
+        tokens_Nn: (N, n) int64, ascending in each row.
+
+    Returns:
+        ids_M and counts_M, row after row, and ids_per_position_N.
+    """
+    begins_Nn = np.ones(tokens_Nn.shape, bool)
+    np.not_equal(tokens_Nn[:, 1:], tokens_Nn[:, :-1], out=begins_Nn[:, 1:])
+    begin_M = np.flatnonzero(begins_Nn)
+    counts_M = np.diff(begin_M, append=tokens_Nn.size)
+    return tokens_Nn.reshape(-1)[begin_M], counts_M, begins_Nn.sum(1)
+
+
+def position_signals(
+    logits: torch.Tensor,
+    places_N: np.ndarray,
+    labels_N: np.ndarray,
+    uniforms_Nn: np.ndarray,
+    vocabulary_size: int,
+    temperature: float = 1.0,
+) -> PositionSignals:
+    """Reduce a teacher's logits to its signals, chunk by chunk: no second tensor of their size exists.
+
+    Args:
+        logits: (..., V' >= vocabulary_size), any float type and device; ids past the vocabulary are left out.
+        places_N: (N,) int64, the positions wanted in the flattened leading axes.
+        labels_N: (N,) int64, the actual next token or -100.
+        uniforms_Nn: (N, n) float64, from `row_uniforms`.
+        vocabulary_size: V.
+        temperature: of the distribution that is drawn from.
+
+    Raises:
+        FloatingPointError: a position's logits hold nan or +inf, or nothing but -inf.
+    """
+    import torch
+
+    flat = logits.flatten(0, -2)
+    device = "cpu" if logits.device.type == "mps" else logits.device  # MPS has no float64
+    rows = max(1, _CHUNK_ELEMENTS // max(vocabulary_size, uniforms_Nn.shape[1] * _BLOCK))
+    chunks = []
+    for begin in range(0, len(places_N), rows):
+        part = slice(begin, begin + rows)
+        places_C = torch.from_numpy(places_N[part]).to(flat.device)
+        shifted_CV = flat.index_select(0, places_C)[:, :vocabulary_size].to(device, torch.float32)
+        labels_C = torch.from_numpy(labels_N[part]).to(device)
+        uniforms_Cn = torch.from_numpy(uniforms_Nn[part]).to(device)
+        chunks.append(_chunk_signals(shifted_CV, labels_C, uniforms_Cn, temperature))
+    tokens_Nn, *reduced = (torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True))
+    return PositionSignals(*count_distinct(tokens_Nn), *reduced)
+
+
+def _chunk_signals(
+    logits_CV: torch.Tensor, labels_C: torch.Tensor, uniforms_Cn: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, ...]:
+    """Draws and the four exact figures of one chunk; overwrites the logits."""
+    import torch
+
+    top_C1 = logits_CV.amax(-1, keepdim=True)
+    if not torch.isfinite(top_C1).all():
+        raise FloatingPointError("the teacher's logits are not finite")
+    shifted_CV = logits_CV.sub_(top_C1)
+    label_logit_C = shifted_CV.gather(1, labels_C.clamp(min=0)[:, None])[:, 0]
+    shifted_CV.clamp_(min=_UNDERFLOW)  # 0 * -inf would be nan
+    weights_CV = shifted_CV.exp()
+    total_C = weights_CV.sum(-1)
+    log_total_C = total_C.log()
+    entropy_C = log_total_C - (weights_CV * shifted_CV).sum(-1) / total_C
+    next_logprob_C = (label_logit_C - log_total_C).masked_fill(labels_C < 0, float("nan"))
+    tempered_entropy_C = entropy_C
+    if temperature != 1.0:
+        weights_CV = torch.exp(shifted_CV.div_(temperature), out=weights_CV)
+        tempered_total_C = weights_CV.sum(-1)
+        dot_C = (weights_CV * shifted_CV).sum(-1)
+        tempered_entropy_C = tempered_total_C.log() - dot_C / tempered_total_C
+    tokens_Cn = draw_tokens(weights_CV, uniforms_Cn)
+    return tokens_Cn, entropy_C, 1 / total_C, next_logprob_C, tempered_entropy_C
