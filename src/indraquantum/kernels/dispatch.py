@@ -1,0 +1,61 @@
+"""The one door to the fused linear objective: checks the arguments and picks the implementation.
+
+Legend: N rows (token positions), D real width, V vocabulary, K kept teacher tokens of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from indraquantum.kernels.arguments import ObjectiveOptions, ObjectiveResult, check_inputs, require
+from indraquantum.kernels.reference import reference_objective
+
+Implementation = Literal["auto", "reference"]
+_IMPLEMENTATIONS = {"reference": reference_objective}
+
+
+def fused_linear_objective(
+    states_ND: Tensor,
+    table_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    scale: Tensor | float | None = None,
+    signal_ids_NK: Tensor | None = None,
+    signal_probs_NK: Tensor | None = None,
+    row_weights_N: Tensor | None = None,
+    token_count: float | None = None,
+    options: ObjectiveOptions | None = None,
+    implementation: Implementation = "auto",
+) -> ObjectiveResult:
+    """Cross-entropy, distillation and z-loss of `scale * states @ table.T + bias`.
+
+    Args:
+        states_ND: the head's input, one row a position.
+        table_VD: the lifted vocabulary.
+        labels_N: the next token of each row, -100 where the row counts in no term.
+        bias_V: added to the logits.
+        scale: one number that multiplies the inner products.
+        signal_ids_NK: the teacher's tokens, -1 where unused; a row without any counts in cross-entropy only.
+        signal_probs_NK: their probabilities (counts / draws, or top-k); at most 1 a row.
+        row_weights_N: multiplies every term of a row; 1 where None.
+        token_count: divides every sum; the labelled rows of this call where None.
+        options: weights, temperature, tail, label smoothing, z-loss.
+        implementation: "auto" picks by device; a name forces that one.
+
+    Returns:
+        The total, differentiable in states, table, bias and scale, and its detached parts.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it, its value and what is allowed.
+    """
+    known = ("auto", *_IMPLEMENTATIONS)
+    require(implementation in known, "implementation", implementation, f"one of {', '.join(known)}")
+    inputs = check_inputs(
+        states_ND, table_VD, labels_N, bias_V=bias_V, scale=scale, signal_ids_NK=signal_ids_NK,
+        signal_probs_NK=signal_probs_NK, row_weights_N=row_weights_N, token_count=token_count,
+    )  # fmt: skip
+    chosen = "reference" if implementation == "auto" else implementation
+    return _IMPLEMENTATIONS[chosen](inputs, options or ObjectiveOptions())

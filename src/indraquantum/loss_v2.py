@@ -1,0 +1,224 @@
+"""The unified objective of semantic distillation: `CE + w_kd * KD + w_phase * L_phase + w_mag * L_mag`.
+
+Cross-entropy and distillation come from the fused linear objective, which never builds the logits; the two
+alignment terms tie the student's own quantum state to the teacher: its phase to how uncertain the teacher is,
+its magnitude to how confident.
+
+Legend: N rows (token positions), R those with a label and signals, D real width, V vocabulary, K kept teacher
+tokens of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from indraquantum.kernels import Implementation, ObjectiveOptions, ObjectiveResult, fused_linear_objective
+from indraquantum.kernels.arguments import IGNORE_INDEX, Tail, require, require_floating, require_shape
+
+_PHASE_EPSILON = 1e-6  # keeps the direction's gradient finite where the amplitude is 0
+
+
+class TeacherSignals(NamedTuple):
+    """What the teacher said at each row; a row whose ids are all -1 has no signals."""
+
+    ids_NK: Tensor  # integer; -1 is padding, duplicates add up
+    probs_NK: Tensor  # counts / draws, or probabilities; a row sums to at most 1
+    entropy_N: Tensor | None = None  # nats, exact, at temperature 1
+    confidence_N: Tensor | None = None  # max p, exact, at temperature 1
+    # nats, at the distillation temperature; where absent, kd_estimate takes entropy_N, exact only at 1
+    temperature_entropy_N: Tensor | None = None
+
+
+class LossTerms(NamedTuple):
+    """The objective and its parts: sums over rows by the token count, unweighted; None where absent."""
+
+    total: Tensor  # differentiable; all others are detached
+    ce: Tensor  # nats
+    kd: Tensor | None  # tau^2 * sum q (ln q - ln p): the divergence from the signals as given
+    kd_estimate: Tensor | None  # tau^2 * (sum -q ln p - H): unbiased for the true divergence, may dip below 0
+    phase: Tensor | None  # 1 - cos of the angle to the target, in [0, 2]
+    magnitude: Tensor | None  # squared error of |c|
+    z: Tensor | None = None  # squared log-sum-exp; None unless z_loss is positive
+
+
+class SemanticDistillationLoss:
+    """Cross-entropy, distillation and the alignment of phase and magnitude in one call.
+
+    The weights are plain attributes: a curriculum sets `kd_weight`, `phase_weight`, `magnitude_weight`.
+    """
+
+    def __init__(
+        self,
+        kd_weight: float = 0.05,
+        phase_weight: float = 0.0,
+        magnitude_weight: float = 0.0,
+        temperature: float = 1.0,
+        *,
+        tail: Tail = "none",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        implementation: Implementation = "auto",
+    ) -> None:
+        """Set weights and options; each is checked when the objective is called.
+
+        Args:
+            kd_weight: weight of the distillation term.
+            phase_weight: weight of the phase term.
+            magnitude_weight: weight of the magnitude term.
+            temperature: tau of the distillation term, which is multiplied by tau^2.
+            tail: what becomes of mass that the signals don't hold (for top-k): none, bucket or uniform.
+            label_smoothing: as in F.cross_entropy.
+            z_loss: weight of the mean squared log-sum-exp.
+            implementation: "auto", or the kernel to force.
+        """
+        self.kd_weight = kd_weight
+        self.phase_weight = phase_weight
+        self.magnitude_weight = magnitude_weight
+        self.temperature = temperature
+        self.tail: Tail = tail
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.implementation: Implementation = implementation
+        self._options()
+
+    def __call__(
+        self,
+        states_ND: Tensor,
+        table_VD: Tensor,
+        labels_N: Tensor,
+        bias_V: Tensor | None = None,
+        scale: Tensor | float | None = None,
+        signals: TeacherSignals | None = None,
+        amplitude_N: Tensor | None = None,
+        token_count: float | None = None,
+    ) -> LossTerms:
+        """Compute all terms whose inputs are given; one of weight 0 is reported but not in the total.
+
+        Args:
+            states_ND: the head's input.
+            table_VD: the lifted vocabulary; logits are `scale * states @ table.T + bias`.
+            labels_N: the next token, -100 where a row counts in no term.
+            bias_V: added to the logits.
+            scale: multiplies the inner products.
+            signals: the teacher's; a row without any id counts in cross-entropy only.
+            amplitude_N: complex readout c: |c| is the magnitude, its angle the phase.
+            token_count: labelled tokens of the whole optimiser step, which divides every term, so that
+                accumulated and distributed steps add up; by default the labelled rows of this call.
+
+        Returns:
+            The terms; `total` carries the gradient.
+
+        Raises:
+            ValueError: an argument is wrong, or a positive weight lacks its inputs.
+        """
+        options = self._options()
+        self._require_inputs(signals, amplitude_N)
+        if token_count is None:
+            token_count = max(1, int((labels_N != IGNORE_INDEX).sum()))
+        objective = fused_linear_objective(
+            states_ND, table_VD, labels_N,
+            bias_V=bias_V, scale=scale, token_count=token_count, options=options,
+            signal_ids_NK=None if signals is None else signals.ids_NK,
+            signal_probs_NK=None if signals is None else signals.probs_NK,
+            implementation=self.implementation,
+        )  # fmt: skip
+        terms = LossTerms(objective.total, objective.ce, objective.kd, None, None, None, objective.z)
+        if signals is None:
+            return terms
+        _check_alignment(signals, amplitude_N, labels_N)
+        # Only these rows are looked at, so that what stands in the others, NaN too, has no effect at all.
+        rows_R = ((labels_N != IGNORE_INDEX) & (signals.ids_NK >= 0).any(dim=1)).nonzero().squeeze(1)
+        terms = terms._replace(kd_estimate=self._kd_estimate(objective, signals, rows_R, token_count))
+        if amplitude_N is None:
+            return terms
+        total, amplitude_R = terms.total, amplitude_N[rows_R]
+        if signals.entropy_N is not None:
+            phase = phase_loss(amplitude_R, signals.entropy_N[rows_R], table_VD.shape[0]) / token_count
+            total = total + self.phase_weight * phase
+            terms = terms._replace(phase=phase.detach())
+        if signals.confidence_N is not None:
+            magnitude = magnitude_loss(amplitude_R, signals.confidence_N[rows_R]) / token_count
+            total = total + self.magnitude_weight * magnitude
+            terms = terms._replace(magnitude=magnitude.detach())
+        return terms._replace(total=total)
+
+    def _options(self) -> ObjectiveOptions:
+        """The kernel's options; raises where an attribute is out of range."""
+        require(self.phase_weight >= 0, "phase_weight", self.phase_weight, "0 or more")
+        require(self.magnitude_weight >= 0, "magnitude_weight", self.magnitude_weight, "0 or more")
+        return ObjectiveOptions(
+            kd_weight=self.kd_weight, temperature=self.temperature, tail=self.tail,
+            label_smoothing=self.label_smoothing, z_loss=self.z_loss,
+        )  # fmt: skip
+
+    def _require_inputs(self, signals: TeacherSignals | None, amplitude_N: Tensor | None) -> None:
+        """Refuse a positive weight whose inputs are absent: a dead term must not go unseen."""
+        entropy_N = None if signals is None else signals.entropy_N
+        confidence_N = None if signals is None else signals.confidence_N
+        for name, weight, needed in (
+            ("kd_weight", self.kd_weight, {"signals": signals}),
+            ("phase_weight", self.phase_weight, {"signals.entropy_N": entropy_N, "amplitude_N": amplitude_N}),
+            ("magnitude_weight", self.magnitude_weight,
+             {"signals.confidence_N": confidence_N, "amplitude_N": amplitude_N}),
+        ):  # fmt: skip
+            absent = [argument for argument, value in needed.items() if value is None]
+            require(not (weight and absent), name, weight, f"0 where there is no {' and no '.join(absent)}")
+
+    def _kd_estimate(
+        self, objective: ObjectiveResult, signals: TeacherSignals, rows_R: Tensor, token_count: float
+    ) -> Tensor | None:
+        """`kd` with the teacher's exact entropy in place of the signals' own."""
+        entropy_N = signals.entropy_N
+        if self.temperature != 1 and signals.temperature_entropy_N is not None:
+            entropy_N = signals.temperature_entropy_N
+        if entropy_N is None or objective.kd_cross_entropy is None:
+            return None
+        entropy = entropy_N[rows_R].sum(dtype=torch.float64) / token_count
+        return objective.kd_cross_entropy - self.temperature**2 * entropy.to(objective.kd_cross_entropy)
+
+
+def phase_loss(amplitude_R: Tensor, entropy_R: Tensor, vocabulary_size: int) -> Tensor:
+    """Circular distance of the angle to `pi * H / ln V`: 0 for a sure teacher, pi for a blank one.
+
+    Args:
+        amplitude_R: complex readout c of the rows that count.
+        entropy_R: the teacher's exact entropy at temperature 1, nats.
+        vocabulary_size: V.
+
+    Returns:
+        Scalar: the sum of `1 - cos(angle - target)`, each in [0, 2].
+    """
+    target_R = math.pi * entropy_R.to(amplitude_R.real.dtype) / math.log(max(vocabulary_size, 2))
+    aligned_R = amplitude_R.real * target_R.cos() + amplitude_R.imag * target_R.sin()
+    squared_R = amplitude_R.real.square() + amplitude_R.imag.square()
+    return (1 - aligned_R / (squared_R + _PHASE_EPSILON).sqrt()).sum()
+
+
+def magnitude_loss(amplitude_R: Tensor, confidence_R: Tensor) -> Tensor:
+    """Squared error of the amplitude's magnitude against the teacher's confidence.
+
+    Args:
+        amplitude_R: complex readout c of the rows that count; complex `abs` has a finite gradient at 0.
+        confidence_R: the teacher's exact largest probability at temperature 1.
+
+    Returns:
+        Scalar: the sum of `(|c| - confidence)^2`.
+    """
+    magnitude_R = amplitude_R.abs()
+    return (magnitude_R - confidence_R.to(magnitude_R.dtype)).square().sum()
+
+
+def _check_alignment(signals: TeacherSignals, amplitude_N: Tensor | None, labels_N: Tensor) -> None:
+    """Check the signals' row values and the amplitude; those that are absent are skipped."""
+    for argument in ("entropy_N", "confidence_N", "temperature_entropy_N"):
+        values_N = getattr(signals, argument)
+        if values_N is not None:
+            require_shape(argument, values_N, tuple(labels_N.shape), "(N,)")
+            require_floating(argument, values_N)
+    if amplitude_N is not None:
+        require_shape("amplitude_N", amplitude_N, tuple(labels_N.shape), "(N,)")
+        require(amplitude_N.is_complex(), "amplitude_N", f"dtype {amplitude_N.dtype}", "a complex dtype")
