@@ -30,7 +30,12 @@ from indraquantum.errors import TrainingStopped, UserError
 # `*` lifts the fields of a settings class to options of the command; switches have no --no- twin.
 OPTIONS = Parameter(name="*", negative="")
 
-app = App(name="indra", help="IndraQuantum phase 2: prepare, capture, train, test.", version=__version__)
+app = App(
+    name="indra",
+    help="IndraQuantum phase 2: prepare, capture, train, test.",
+    version=__version__,
+    help_format="plaintext",
+)
 
 
 @app.command

@@ -1,4 +1,4 @@
-"""What the trainer and the evaluation need of a model: states against a table. The student and the teacher both give it.
+"""What training and evaluation need of a model: states against a table. Student and teacher both give it.
 
 Legend: B rows, T positions, N positions of interest, D real width, V vocabulary.
 """

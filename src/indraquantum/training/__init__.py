@@ -1,0 +1,1 @@
+"""The run: schedule, step, checkpoint, loop."""

@@ -76,7 +76,7 @@ def load_checkpoint(field: str, path: Path) -> Checkpoint:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The checkpoint of the last epoch in `folder` that is whole, or None; a damaged one is reported and passed over."""
+    """The checkpoint of the last epoch in `folder` that is whole, or None; damaged ones are passed over, and said."""
     found = sorted(((int(m[1]), p) for p in folder.glob("*.pt") if (m := NAME.fullmatch(p.name))), reverse=True)
     for _, path in found:
         try:

@@ -24,12 +24,12 @@ from indraquantum.errors import UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import make_folder
 from indraquantum.loss_v2 import SemanticDistillationLoss
+from indraquantum.metrics import MetricsLog
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.signals import SignalStore, open_signals
 from indraquantum.training.checkpoint import Checkpoint, checkpoint_path, newest_checkpoint, save_checkpoint
-from indraquantum.training.metrics import MetricsLog
 from indraquantum.training.schedule import learning_rate_factor, linear_weight, rows_of_step, steps_per_epoch
 from indraquantum.training.step import StepResult, optimizer_step
 
@@ -93,7 +93,7 @@ def train(settings: TrainSettings) -> TrainReport:
     if checkpoint is not None:
         resume(run, checkpoint)
     if run.finished:
-        print(f"This run is finished: {run.step} steps, {run.tokens:,} tokens; {settings.output} holds its checkpoints.")
+        print(f"This run is finished: {run.step} steps, {run.tokens:,} tokens; see {settings.output}.")
     log = MetricsLog(metrics_path, run.step if checkpoint else None)
     try:
         path = continue_run(run, log)

@@ -46,7 +46,7 @@ class MetricsLog:
         kept = [] if resumed_step is None else [m for m in read_metrics(path) if m["step"] <= resumed_step]
         with atomic_file(path) as temporary:
             temporary.write_text("".join(_line(metrics) for metrics in kept), encoding="utf-8")
-        self._file = open(path, "ab", buffering=0)
+        self._file = path.open("ab", buffering=0)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one line with all of FIELDS, in one write so that a reader never sees half of it as a whole.

@@ -1,0 +1,162 @@
+"""Trains a small Llama from scratch on a prepared dataset, to teach where no ready teacher shares the tokenizer.
+
+    indra teacher --data data/mixed_train --output checkpoints/teacher
+
+It goes through the same optimiser step as the student, with cross-entropy alone, and is saved in Hugging Face's format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from indraquantum.config import TeacherSettings
+from indraquantum.data.dataset import PreparedDataset, open_dataset
+from indraquantum.device import choose_device
+from indraquantum.errors import UserError
+from indraquantum.evaluation.held_out import held_out_cross_entropy
+from indraquantum.files import atomic_folder, make_folder
+from indraquantum.loss_v2 import SemanticDistillationLoss
+from indraquantum.model.masks import segment_mask
+from indraquantum.training.loop import BETAS, MICRO_BATCH_TOKENS, rows_per_step
+from indraquantum.training.schedule import learning_rate_factor, rows_of_step
+from indraquantum.training.step import optimizer_step
+
+
+@dataclass(frozen=True)
+class TeacherReport:
+    """What training a teacher ended with."""
+
+    folder: Path
+    parameters: int
+    tokens: int  # real tokens seen
+    held_out: dict[str, float]  # cross-entropy per source, nats per token
+
+
+class LlamaLearner(nn.Module):
+    """A tied Llama as a learner: its table is its output matrix, it has no bias, no scale and no readouts."""
+
+    bias_V = None
+    scale = None
+
+    def __init__(self, llama: nn.Module) -> None:
+        super().__init__()
+        self.llama = llama
+
+    def lift_table(self) -> Tensor:
+        """The embedding table (V, D)."""
+        return self.llama.get_input_embeddings().weight
+
+    def hidden_states(
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor, segment_ids_BT: Tensor, table_VD: Tensor
+    ) -> Tensor:
+        """States (B, T, D) after the last norm; documents of a packed row don't see each other."""
+        return self.llama.model(
+            inputs_embeds=nn.functional.embedding(input_ids_BT, table_VD),
+            position_ids=position_ids_BT,
+            attention_mask=segment_mask(segment_ids_BT),
+            use_cache=False,
+        ).last_hidden_state
+
+    def amplitude(self, states_ND: Tensor) -> None:
+        """A Llama has no readouts."""
+
+
+def new_llama(settings: TeacherSettings, dataset: PreparedDataset) -> nn.Module:
+    """A freshly initialised tied LlamaForCausalLM for the dataset's vocabulary.
+
+    Raises:
+        UserError: the heads don't divide the width into even parts.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if settings.width % (2 * settings.heads):
+        raise UserError("--heads", settings.heads, f"must divide --width {settings.width} into even parts")
+    tokenizer = dataset.tokenizer
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokenizer.vocabulary_size,
+            hidden_size=settings.width,
+            intermediate_size=-(-8 * settings.width // 3 // 16) * 16,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            max_position_embeddings=max(2048, dataset.row_length),
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+            tie_word_embeddings=True,
+            initializer_range=settings.width**-0.5 / 2,
+        )
+    )
+
+
+def parameter_groups(learner: LlamaLearner, settings: TeacherSettings) -> list[dict]:
+    """AdamW groups: the table at its own rate, matrices with decay, norms without."""
+    table = learner.lift_table()
+    rest = [p for p in learner.parameters() if p is not table]
+    rate = settings.learning_rate
+    return [
+        {"params": [table], "lr": rate, "rate": settings.table_rate, "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1], "lr": rate, "rate": 1.0, "weight_decay": settings.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "lr": rate, "rate": 1.0, "weight_decay": 0.0},
+    ]
+
+
+def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
+    """Train a teacher by `settings` and save it with its tokenizer.
+
+    Raises:
+        UserError: settings or data that don't fit.
+        TrainingStopped: the loss or a gradient is not finite.
+    """
+    device = choose_device(settings)
+    dataset = open_dataset("--data", settings.data)
+    make_folder("--output", settings.output.parent)
+    torch.manual_seed(settings.seed)
+    learner = LlamaLearner(new_llama(settings, dataset)).to(device).train()
+    optimizer = torch.optim.AdamW(parameter_groups(learner, settings), betas=BETAS)
+    objective = SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0)
+    tokens = 0
+    with tqdm(total=settings.steps, unit="step", desc="teacher", disable=None) as bar:
+        for step in range(settings.steps):
+            factor = learning_rate_factor(step, settings.steps, settings.warmup_fraction)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * group["rate"] * factor
+            rows = rows_of_step(
+                dataset.train.num_rows, rows_per_step(settings.batch_tokens, dataset.row_length), settings.seed, step
+            )
+            result = optimizer_step(
+                learner,
+                objective,
+                optimizer,
+                dataset.train,
+                rows,
+                None,
+                micro_batch_rows=max(1, MICRO_BATCH_TOKENS // dataset.row_length),
+                max_grad_norm=settings.max_grad_norm,
+            )
+            tokens += result.tokens
+            bar.update()
+            bar.set_postfix_str(f"ce {result.terms['ce']:.3f}")
+    held_out = held_out_cross_entropy(learner, dataset, device)
+    save_teacher(learner, dataset, settings.output)
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in held_out.items())
+    print(f"teacher after {tokens:,} tokens: held-out cross-entropy (nats/token) {figures}; wrote {settings.output}")
+    return TeacherReport(settings.output, sum(p.numel() for p in learner.parameters()), tokens, held_out)
+
+
+def save_teacher(learner: LlamaLearner, dataset: PreparedDataset, folder: Path) -> None:
+    """Save the Llama and its tokenizer so that AutoModelForCausalLM and AutoTokenizer read them."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = dataset.tokenizer
+    with atomic_folder(folder) as temporary:
+        learner.llama.save_pretrained(temporary)
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend,
+            bos_token=tokenizer.backend.id_to_token(tokenizer.bos_id),
+            eos_token=tokenizer.backend.id_to_token(tokenizer.eos_id),
+        ).save_pretrained(temporary)

@@ -1,0 +1,93 @@
+"""The command line: every setting in the help with its sentence, every wrong one refused in one line with status 2."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from indraquantum import cli, config
+
+COMMANDS = {
+    "demo": config.DemoSettings,
+    "prepare": config.PrepareSettings,
+    "capture": config.CaptureSettings,
+    "teacher": config.TeacherSettings,
+    "train": config.TrainSettings,
+    "test": config.TestSettings,
+}
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+    return exit_.value.code, out, err
+
+
+def words(text: str) -> str:
+    """Text without blanks, line breaks and the help's frame, wherever a narrow terminal put them."""
+    return re.sub(r"[\s│╭╮╰╯─]+", "", text)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_field_with_its_sentence(capsys, command):
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    for name, field in COMMANDS[command].model_fields.items():
+        assert "--" + name.replace("_", "-") in out
+        assert words(field.description) in words(out)
+        if field.default is not None:
+            assert words(f"[default: {field.default}]") in words(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value", "allowed"),
+    [
+        (("train", "--epochs", "0"), "--epochs", "0", "greater than or equal to 1"),
+        (("train", "--epochs", "two"), "--epochs", "two", "valid integer"),
+        (("train", "--learning-rate", "nan"), "--learning-rate", "nan", "finite"),
+        (("train", "--device", "tpu"), "--device", "tpu", "'auto', 'cpu', 'cuda' or 'mps'"),
+        (("train", "--dropout", "1"), "--dropout", "1", "less than 1"),
+        (("prepare", "--max-length", "1"), "--max-length", "1", "greater than or equal to 8"),
+        (("capture", "--draws", "0"), "--draws", "0", "greater than or equal to 1"),
+        (("test", "x.pt", "--top-p", "1.5"), "--top-p", "1.5", "less than or equal to 1"),
+        (("train", "--epoch", "1"), "--epoch", "", "Did you mean"),
+        (("trian",), "trian", "", "Did you mean"),
+        (("test",), "CHECKPOINT", "", "requires an argument"),
+    ],
+)
+def test_a_wrong_option_is_one_line(capsys, arguments, field, value, allowed):
+    status, out, err = run(capsys, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert field in err
+    assert value in err
+    assert allowed in err
+
+
+def test_settings_are_frozen_and_strict():
+    with pytest.raises(ValueError, match="frozen"):
+        config.TrainSettings().epochs = 5
+    with pytest.raises(ValueError, match="epoch_count"):
+        config.TrainSettings(epoch_count=5)
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from indraquantum import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'matplotlib'} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [("prepare_mixed_data", "prepare"), ("train_phase2_v4_unified", "train"), ("test_phase2", "test")],
+)
+def test_a_script_is_its_command(root, capsys, script, command):
+    result = subprocess.run(
+        [sys.executable, root / "scripts" / f"{script}.py", "--help"], capture_output=True, text=True, check=True
+    )
+    _, out, _ = run(capsys, command, "--help")
+    assert words(result.stdout) == words(out)

@@ -1,0 +1,62 @@
+"""Nothing is ever half-written."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from indraquantum.errors import UserError
+from indraquantum.files import atomic_file, atomic_folder, make_folder, read_json, sha256_of, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_takes_its_place_as_a_whole(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "stale").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
+        (temporary / "new").write_text("half")
+        raise RuntimeError
+    assert [p.name for p in folder.iterdir()] == ["stale"]
+    with atomic_folder(folder) as temporary:
+        (temporary / "new").write_text("whole")
+    assert [p.name for p in folder.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_sha256_of_known_bytes(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output: got .*file/below"):
+        make_folder("--output", tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"{", "must be JSON"), (b'"\xff"', "must be UTF-8"), (None, "No such file")]
+)
+def test_bad_json_is_one_line(tmp_path, content, reason):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=reason) as error:
+        read_json("--data", path)
+    assert "\n" not in str(error.value)
+
+
+def test_json_round_trip(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [1, "é"]})
+    assert read_json("--data", tmp_path / "x.json") == {"a": [1, "é"]}
