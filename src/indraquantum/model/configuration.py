@@ -1,0 +1,137 @@
+"""The shape of an IndraQuantumPhase2 model: what `config.json` beside its weights holds.
+
+A transformers config class, so that save_pretrained, from_pretrained and the Auto classes work as everywhere
+else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+from indraquantum.config import ModelSettings
+from indraquantum.errors import UserError
+
+
+@strict
+class IndraQuantumConfig(PreTrainedConfig):
+    """Sizes and variant of IndraQuantumPhase2; the fields mean what ModelSettings says."""
+
+    model_type = "indraquantum"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32_000
+    d_model: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    intermediate_size: int = 688
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    projector: Literal["quantum", "phase-only", "frozen", "linear", "mlp", "none"] = "quantum"
+    head: Literal["interference", "born"] = "interference"
+    readout: Literal["reference", "mean"] = "reference"
+    readout_references: int = 1
+    phase_spread: float = 3.0
+    magnitude_activation: Literal["softplus", "exp"] = "softplus"
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    pad_token_id: int | None = None
+    # The head reuses the lifted table by construction; transformers has no second weight to tie.
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: object) -> None:
+        """Fill what follows from other fields."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Refuse sizes that no attention layer can have; transformers calls this on construction."""
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"num_attention_heads: got {self.num_attention_heads}; must divide the width {self.hidden_size} "
+                "into even parts"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: got {self.num_key_value_heads}; must divide num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.readout_references < 1:
+            raise ValueError(f"readout_references: got {self.readout_references}; must be at least 1")
+
+    @property
+    def hidden_size(self) -> int:
+        """Real width D of a state: twice the complex width, except in the plain control, which has one width."""
+        return self.d_model if self.projector == "none" else 2 * self.d_model
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def backbone(self) -> LlamaConfig:
+        """Return the configuration of the Llama layers between projector and head."""
+        return LlamaConfig(
+            vocab_size=1,  # its own table is never used; see modeling.Backbone
+            bos_token_id=None,
+            eos_token_id=None,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            rms_norm_eps=self.rms_norm_eps,
+            attention_dropout=self.attention_dropout,
+            attn_implementation=self._attn_implementation,
+        )
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: ModelSettings,
+        vocab_size: int,
+        bos_token_id: int,
+        eos_token_id: int,
+        max_position_embeddings: int = 2048,
+    ) -> IndraQuantumConfig:
+        """Translate the user's options into a model's configuration.
+
+        Args:
+            settings: the options.
+            vocab_size: number of tokens V, control tokens included.
+            bos_token_id: id of the token that begins a document.
+            eos_token_id: id of the token that ends one.
+            max_position_embeddings: longest text in tokens that the model is built for.
+
+        Raises:
+            UserError: the heads don't divide the width into even parts.
+        """
+        width = settings.d_model if settings.projector == "none" else 2 * settings.d_model
+        if width % (2 * settings.heads):
+            raise UserError("--heads", settings.heads, f"must divide the width {width} into even parts")
+        return cls(
+            vocab_size=vocab_size,
+            d_model=settings.d_model,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            intermediate_size=settings.mlp_width,
+            max_position_embeddings=max_position_embeddings,
+            attention_dropout=settings.dropout,
+            projector=settings.projector,
+            head=settings.head,
+            readout=settings.readout,
+            phase_spread=settings.phase_spread,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+        )
+
+
+AutoConfig.register(IndraQuantumConfig.model_type, IndraQuantumConfig)

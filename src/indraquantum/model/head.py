@@ -1,0 +1,63 @@
+"""The output head, a measurement: how strongly does the state psi interfere with each token's state Z_v?
+
+`interference`: logits_v = scale * Re<Z_v, psi> + bias_v. On real pairs that is a plain matrix product, so the
+fused objective (loss_v2) can do it without ever building logits. In polar form it is sum_j M_vj |psi_j|
+cos(P_vj - arg psi_j).
+`born`: logits_v = ln(|scale * <Z_v, psi>|^2 + 1e-6) + bias_v, Born's rule. Dense and for study only.
+
+Legend: V vocabulary, D real width (first half real parts, second half imaginary parts); `_..D` any leading
+    axes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+if TYPE_CHECKING:
+    from indraquantum.model.configuration import IndraQuantumConfig
+
+BORN_EPSILON = 1e-6
+
+
+def conjugate_turn(states: Tensor) -> Tensor:
+    """Return -i * psi as real pairs (..., D), so that z . conjugate_turn(psi) = Im<z, psi>."""
+    real, imaginary = states.chunk(2, dim=-1)
+    return torch.cat([imaginary, -real], dim=-1)
+
+
+class InterferenceHead(nn.Module):
+    """Scale and bias of the tied head; the table comes with each call, for it is lifted once a step."""
+
+    def __init__(self, config: IndraQuantumConfig) -> None:
+        super().__init__()
+        self.width = config.hidden_size
+        self.scale_1 = nn.Parameter(torch.empty(1))  # of one element: FSDP2 takes no parameter without an axis
+        self.bias_V = nn.Parameter(torch.empty(config.vocab_size))
+
+    def initialise(self) -> None:
+        """Scale 1/sqrt(D), bias 0."""
+        init.constant_(self.scale_1, 1 / math.sqrt(self.width))
+        init.zeros_(self.bias_V)
+
+    def forward(self, states: Tensor, table_VD: Tensor) -> Tensor:
+        """Return the logits (..., V) of `states` (..., D) against the lifted table (V, D)."""
+        return torch.matmul(states * self.scale_1, table_VD.T) + self.bias_V
+
+
+class BornHead(InterferenceHead):
+    """Born's rule: the probability of a token is proportional to exp(bias_v) |<Z_v, psi>|^2."""
+
+    def forward(self, states: Tensor, table_VD: Tensor) -> Tensor:
+        """Return the log-probabilities up to a constant (..., V) of `states` (..., D)."""
+        scaled = states * self.scale_1
+        real = torch.matmul(scaled, table_VD.T)
+        imaginary = torch.matmul(conjugate_turn(scaled), table_VD.T)
+        return torch.log(real.square() + imaginary.square() + BORN_EPSILON) + self.bias_V
+
+
+HEADS: dict[str, type[InterferenceHead]] = {"interference": InterferenceHead, "born": BornHead}

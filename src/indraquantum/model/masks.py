@@ -1,0 +1,33 @@
+"""Which position may attend to which, when several documents share a row.
+
+Legend: B batch, T positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def document_mask(segments_BT: Tensor) -> Tensor:
+    """Keep packed documents apart: a causal mask within each segment.
+
+    Args:
+        segments_BT: (B, T) integers; equal numbers >= 0 are the same document, negative ones are padding.
+
+    Returns:
+        (B, 1, T, T) bool, True at (b, 0, i, j): position i may attend to j. That is so where j <= i and both
+        are of the same document; padding attends to itself only, because a row without any True gives NaN.
+    """
+    length = segments_BT.shape[1]
+    index_T = torch.arange(length, device=segments_BT.device)
+    causal_TT = index_T[:, None] >= index_T
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    real_BT1 = (segments_BT >= 0)[:, :, None]
+    self_TT = index_T[:, None] == index_T
+    return (same_BTT & causal_TT & real_BT1 | self_TT)[:, None]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a bool mask into what is added to attention scores: 0 where True, the least finite number elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

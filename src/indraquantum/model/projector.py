@@ -1,0 +1,136 @@
+"""The quantum projector: token embeddings to states with magnitude and phase, and the lifts it is compared with.
+
+A state Z = M exp(iP) in C^d is carried as real pairs [M cos P, M sin P] in R^D: the first half is the real
+part, the second the imaginary one. So a plain dot product of two states is Re<Z, psi>, and every kernel works
+on real numbers.
+
+Legend: d complex width, D = 2d real width, V vocabulary; `_..d` stands for any leading axes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+if TYPE_CHECKING:
+    from indraquantum.model.configuration import IndraQuantumConfig
+
+
+def uniform_by_fan_in(linear: nn.Linear) -> None:
+    """Fill `linear` as torch does by default, U(-1/sqrt(in), 1/sqrt(in)), with a bias of 0.
+
+    transformers' own default, std 0.02 whatever the width, would put all phases near 0.
+    """
+    bound = 1 / math.sqrt(linear.in_features)
+    init.uniform_(linear.weight, -bound, bound)
+    if linear.bias is not None:
+        init.zeros_(linear.bias)
+
+
+# transformers skips modules without parameters of their own when it draws weights, such as a projector made
+# of two layers: so each layer knows by itself how it starts.
+class LiftLinear(nn.Linear):
+    """A linear layer that starts with weights drawn by its width."""
+
+    def initialise(self) -> None:
+        """Draw the weights."""
+        uniform_by_fan_in(self)
+
+
+class PhaseLinear(nn.Linear):
+    """A linear layer whose outputs, for inputs of unit variance, start with standard deviation `spread` (radians)."""
+
+    def __init__(self, width: int, spread: float) -> None:
+        super().__init__(width, width)
+        self.spread = spread
+
+    def initialise(self) -> None:
+        """Draw the weights."""
+        init.normal_(self.weight, std=self.spread / math.sqrt(self.in_features))
+        init.zeros_(self.bias)
+
+
+class QuantumProjector(nn.Module):
+    """Z = M exp(iP) with M = softplus(E W_m + b_m) >= 0 and P = E W_p + b_p, an angle without bounds.
+
+    Args:
+        config: gives d_model, phase_spread, magnitude_activation; `projector` "phase-only" fixes M = 1,
+            "frozen" keeps the projector's weights as they were drawn.
+    """
+
+    # Embeddings of unit variance make the phases' spread equal to config.phase_spread.
+    table_std = 1.0
+
+    def __init__(self, config: IndraQuantumConfig) -> None:
+        super().__init__()
+        self.magnitude_of = {"softplus": F.softplus, "exp": torch.exp}[config.magnitude_activation]
+        self.magnitude = None if config.projector == "phase-only" else LiftLinear(config.d_model, config.d_model)
+        self.phase = PhaseLinear(config.d_model, config.phase_spread)
+        self.requires_grad_(config.projector != "frozen")
+
+    def polar(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return magnitudes >= 0 and phases in radians, both (..., d), of `embeddings` (..., d)."""
+        phase = self.phase(embeddings)
+        if self.magnitude is None:
+            return torch.ones_like(phase), phase
+        return self.magnitude_of(self.magnitude(embeddings)), phase
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Return the states (..., D) of `embeddings` (..., d)."""
+        if self.magnitude is None:
+            phase = self.phase(embeddings)
+            return torch.cat([phase.cos(), phase.sin()], dim=-1)
+        magnitude, phase = self.polar(embeddings)
+        return torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], dim=-1)
+
+
+class LinearLift(nn.Module):
+    """Control: E U, a linear lift to the same width D; its logits have rank d."""
+
+    table_std = 0.5
+
+    def __init__(self, config: IndraQuantumConfig) -> None:
+        super().__init__()
+        self.up = LiftLinear(config.d_model, config.hidden_size, bias=False)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Return the lifted rows (..., D) of `embeddings` (..., d)."""
+        return self.up(embeddings)
+
+
+class MLPLift(LinearLift):
+    """Control: gelu(E U + b), a nonlinear lift with exactly as many parameters as the quantum one."""
+
+    table_std = 1.0
+
+    def __init__(self, config: IndraQuantumConfig) -> None:
+        super().__init__(config)
+        self.up = LiftLinear(config.d_model, config.hidden_size)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Return the lifted rows (..., D) of `embeddings` (..., d)."""
+        return F.gelu(self.up(embeddings))
+
+
+class NoLift(nn.Identity):
+    """Control: no projector; the table's rows are the states, and the model is a plain tied transformer."""
+
+    table_std = 0.5
+
+    def __init__(self, config: IndraQuantumConfig) -> None:
+        super().__init__()
+
+
+PROJECTORS: dict[str, type[QuantumProjector | LinearLift | NoLift]] = {
+    "quantum": QuantumProjector,
+    "phase-only": QuantumProjector,
+    "frozen": QuantumProjector,
+    "linear": LinearLift,
+    "mlp": MLPLift,
+    "none": NoLift,
+}

@@ -1,0 +1,74 @@
+"""The readouts: one complex amplitude per position, whose magnitude and phase are aligned to the teacher.
+
+`reference`: c_t = <r, psi_t> against a learned reference state r; it leaves all other directions of psi to
+the tokens.
+`mean`: the prototype's: mean |psi_j| and mean |arg psi_j| over all j, kept as a control. It has no
+parameters.
+
+Legend: D real width (first half real parts, second half imaginary parts), d = D/2, R reference states; `_..D`
+any leading axes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from indraquantum.model.head import conjugate_turn
+
+if TYPE_CHECKING:
+    from indraquantum.model.configuration import IndraQuantumConfig
+
+INITIAL_MAGNITUDE = 0.5  # the middle of the teacher's confidence, which lies between 0 and 1
+
+
+class ReferenceReadout(nn.Module):
+    """c = <r, psi>; with several references sum_k w_k <r_k, psi> with w = softmax_k |<r_k, psi>|^2.
+
+    A plain average over k would be a single reference again, since <r, psi> is linear in r.
+    """
+
+    def __init__(self, config: IndraQuantumConfig) -> None:
+        super().__init__()
+        self.references_RD = nn.Parameter(torch.empty(config.readout_references, config.hidden_size))
+
+    def initialise(self) -> None:
+        """Draw references for which |c| has mean 0.5 when psi has unit variance, as it leaves the last norm.
+
+        Re c and Im c then have standard deviation s sqrt(D), so |c| follows Rayleigh's law with mean s sqrt(D
+        pi/2).
+        """
+        width = self.references_RD.shape[1]
+        init.normal_(self.references_RD, std=INITIAL_MAGNITUDE / math.sqrt(width * math.pi / 2))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the complex64 amplitudes (...) of `states` (..., D)."""
+        references_RD = self.references_RD.float()
+        # Re<r, psi> = r . psi and Im<r, psi> = r . (-i psi) = (i r) . psi; conjugate_turn gives -i r.
+        pairs_2RD = torch.cat([references_RD, -conjugate_turn(references_RD)])
+        real, imaginary = F.linear(states.float(), pairs_2RD).chunk(2, dim=-1)
+        if len(references_RD) == 1:
+            return torch.complex(real[..., 0], imaginary[..., 0])
+        weights = (real.square() + imaginary.square()).softmax(dim=-1)
+        return torch.complex((weights * real).sum(-1), (weights * imaginary).sum(-1))
+
+
+class MeanReadout(nn.Module):
+    """c = mean_j |psi_j| * exp(i mean_j |arg psi_j|), with arg in (-pi, pi]."""
+
+    def __init__(self, config: IndraQuantumConfig) -> None:
+        super().__init__()
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the complex64 amplitudes (...) of `states` (..., D)."""
+        psi = torch.complex(*states.float().chunk(2, dim=-1))
+        # torch defines the gradients of a complex abs and angle at 0 as 0; hypot and atan2 give NaN there.
+        return torch.polar(psi.abs().mean(-1), psi.angle().abs().mean(-1))
+
+
+READOUTS: dict[str, type[ReferenceReadout | MeanReadout]] = {"reference": ReferenceReadout, "mean": MeanReadout}

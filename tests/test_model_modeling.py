@@ -1,0 +1,336 @@
+"""The whole model: packing, weights, saving, generation, and transformers' Llama as an independent reference."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from indraquantum.config import ModelSettings
+from indraquantum.errors import UserError
+from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
+from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
+
+V, D_MODEL, HEADS, LAYERS, MLP = 53, 20, 2, 3, 31
+VARIANTS = ("quantum", "phase-only", "frozen", "linear", "mlp", "none")
+
+
+def make(seed=0, attention="sdpa", **options):
+    sizes = {"d_model": D_MODEL, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "intermediate_size": MLP}
+    config = IndraQuantumConfig(vocab_size=V, attn_implementation=attention, **{**sizes, **options})
+    torch.manual_seed(seed)
+    return IndraQuantumPhase2(config).eval()
+
+
+def tokens(*shape, seed=3):
+    return torch.randint(3, V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def phase_spread(model):
+    return model.projector.polar(model.embedding.weight)[1].std().item()
+
+
+@pytest.mark.parametrize("projector", VARIANTS)
+def test_parameter_count_by_formula(projector):
+    width = D_MODEL if projector == "none" else 2 * D_MODEL
+    lift = {
+        "quantum": 2 * (D_MODEL**2 + D_MODEL),
+        "frozen": 2 * (D_MODEL**2 + D_MODEL),
+        "phase-only": D_MODEL**2 + D_MODEL,
+        "linear": D_MODEL * width,
+        "mlp": D_MODEL * width + width,
+        "none": 0,
+    }[projector]
+    layer = 4 * width**2 + 3 * width * MLP + 2 * width
+    # table, lift, layers, last norm, bias and scale, one reference state; no second table of any kind
+    expected = V * D_MODEL + lift + LAYERS * layer + width + V + 1 + width
+    model = make(projector=projector)
+    assert sum(p.numel() for p in model.parameters()) == expected
+    assert model.get_input_embeddings().weight.shape == (V, D_MODEL)
+
+
+def test_phases_are_spread_after_construction_and_after_a_round_trip(tmp_path):
+    model = make(phase_spread=3.0, d_model=62)
+    assert phase_spread(model) == pytest.approx(3.0, rel=0.1)
+    model.save_pretrained(tmp_path)
+    assert phase_spread(IndraQuantumPhase2.from_pretrained(tmp_path)) == phase_spread(model)
+
+
+def test_layers_are_drawn_by_width_and_scale_and_bias_start_as_stated():
+    model = make(d_model=62)
+    query = model.backbone.layers[1].self_attn.q_proj.weight
+    assert query.std().item() == pytest.approx((3 * 124) ** -0.5, rel=0.05)
+    assert model.scale.item() == pytest.approx(124**-0.5)
+    assert model.scale.ndim == 0
+    assert not model.bias_V.any()
+
+
+@pytest.mark.parametrize("options", [{"projector": name} for name in VARIANTS] + [{"readout": "mean", "head": "born"}])
+def test_save_and_load_give_the_same_bits(tmp_path, options):
+    model = make(**options)
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == model.config.to_diff_dict()
+    loaded, report = IndraQuantumPhase2.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert isinstance(twin, IndraQuantumPhase2)
+    ids = tokens(2, 7)
+    for other in (loaded.eval(), twin):
+        assert torch.equal(other(ids).logits, model(ids).logits)
+        assert torch.equal(other(ids).phase, model(ids).phase)
+
+
+def test_a_seed_gives_the_same_weights():
+    first, again, other = (make(seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+
+
+def test_plain_variant_equals_transformers_llama():
+    model = make(projector="none")
+    reference = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=V,
+            hidden_size=D_MODEL,
+            num_attention_heads=HEADS,
+            num_hidden_layers=LAYERS,
+            intermediate_size=MLP,
+            rms_norm_eps=model.config.rms_norm_eps,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    weights = {f"model.{name}": value for name, value in model.backbone.state_dict().items()}
+    weights["model.embed_tokens.weight"] = weights["lm_head.weight"] = model.embedding.weight
+    reference.load_state_dict(weights)
+    with torch.no_grad():
+        model.head.scale_1.fill_(1.0)
+    ids = tokens(2, 11)
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits)
+
+
+PIECES = (5, 1, 7)  # three documents of one row of 17 positions, 4 of padding behind them
+
+
+def packed(rows=2):
+    ids = tokens(rows, 17)
+    segments = torch.tensor([0] * 5 + [1] + [2] * 7 + [-1] * 4).expand(rows, -1)
+    positions = torch.cat([torch.arange(n) for n in (*PIECES, 4)]).expand(rows, -1)
+    return ids, positions, segments
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("projector", ["quantum", "none"])
+def test_packed_documents_equal_the_documents_alone(attention, projector):
+    model = make(projector=projector, attention=attention)
+    ids, positions, segments = packed()
+    together = model(ids, position_ids=positions, segment_ids=segments)
+    states = model.hidden_states(ids, positions, segments, table_VD=model.lift_table())
+    assert together.logits.isfinite().all()
+    start = 0
+    for length in PIECES:
+        piece = slice(start, start + length)
+        alone = model(ids[:, piece])
+        torch.testing.assert_close(together.logits[:, piece], alone.logits)
+        torch.testing.assert_close(together.magnitude[:, piece], alone.magnitude)
+        torch.testing.assert_close(states[:, piece], model.hidden_states(ids[:, piece]))
+        start += length
+
+
+def test_a_mask_of_ones_would_leak():
+    # What transformers makes of a plain 2-D mask: the trap that segment_ids avoid.
+    model = make()
+    ids, positions, _ = packed()
+    leaking = model(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits[:, 6:13]
+    assert (leaking - model(ids[:, 6:13]).logits).abs().max() > 0.01
+
+
+def test_states_do_not_depend_on_later_tokens():
+    model, ids = make(), tokens(1, 13)
+    changed = ids.clone()
+    changed[:, 8:] = tokens(1, 5, seed=9)
+    assert torch.equal(model.hidden_states(ids)[:, :8], model.hidden_states(changed)[:, :8])
+    assert not torch.equal(model.hidden_states(ids)[:, 8:], model.hidden_states(changed)[:, 8:])
+
+
+def test_segments_refuse_a_second_mask_or_a_cache():
+    model = make()
+    ids, _, segments = packed()
+    for wrong in ({"attention_mask": torch.ones_like(ids)}, {"use_cache": True}):
+        with pytest.raises(ValueError, match="segment_ids: must not be given together"):
+            model(ids, segment_ids=segments, **wrong)
+
+
+def test_lifted_rows_equal_projected_rows_and_share_their_gradient():
+    model, ids = make(), tokens(2, 7)
+    table = model.lift_table()
+    assert table.shape == (V, 2 * D_MODEL)
+    gathered, projected = model.hidden_states(ids, table_VD=table), model.hidden_states(ids)
+    torch.testing.assert_close(gathered, projected)
+    weights = torch.randn(2, 7, 2 * D_MODEL)
+    (from_table,) = torch.autograd.grad((gathered * weights).sum(), model.embedding.weight)
+    (from_rows,) = torch.autograd.grad((projected * weights).sum(), model.embedding.weight)
+    torch.testing.assert_close(from_table, from_rows)
+
+
+def test_amplitude_magnitude_and_phase_agree():
+    model, ids = make(), tokens(2, 7)
+    amplitude = model.amplitude(model.hidden_states(ids))
+    output = model(ids)
+    torch.testing.assert_close(torch.polar(output.magnitude, output.phase), amplitude)
+
+
+def test_cached_logits_equal_uncached():
+    model, ids = make(), tokens(2, 11)
+    whole = model(ids).logits
+    start = model(ids[:, :4], use_cache=True)
+    middle = model(ids[:, 4:5], past_key_values=start.past_key_values, use_cache=True)
+    end = model(ids[:, 5:], past_key_values=middle.past_key_values, use_cache=True, logits_to_keep=2)
+    torch.testing.assert_close(start.logits, whole[:, :4])
+    torch.testing.assert_close(middle.logits, whole[:, 4:5])
+    torch.testing.assert_close(end.logits, whole[:, -2:])
+
+
+def generate(model, ids, **options):
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    return model.generate(ids, **{"attention_mask": torch.ones_like(ids), **options})
+
+
+def sharpened(**options):
+    # An untrained tied model repeats its last token; stronger layers and a larger scale make it write varied
+    # text whose likeliest tokens are clear of rounding.
+    model = make(**options)
+    with torch.no_grad():
+        model.head.scale_1.mul_(30)
+        for layer in model.backbone.layers:
+            layer.self_attn.o_proj.weight.mul_(15)
+            layer.mlp.down_proj.weight.mul_(15)
+    return model
+
+
+@pytest.mark.parametrize("projector", ["quantum", "none"])
+def test_greedy_generation_equals_argmax_step_by_step(projector):
+    model, ids = sharpened(projector=projector), tokens(2, 5)
+    expected = ids
+    for _ in range(9):
+        expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
+    assert len(set(expected[:, 5:].flatten().tolist())) > 2
+    assert torch.equal(generate(model, ids), expected)
+    assert torch.equal(generate(model, ids, use_cache=False), expected)
+
+
+def test_sampling_is_the_same_with_and_without_cache():
+    model, ids = make(), tokens(3, 5)
+    written = []
+    for use_cache in (True, False):
+        torch.manual_seed(7)
+        written.append(generate(model, ids, do_sample=True, top_k=0, use_cache=use_cache))
+    assert torch.equal(*written)
+    assert len(set(written[0][:, 5:].flatten().tolist())) > 9
+
+
+def test_left_padding_changes_nothing():
+    model, ids = sharpened(), tokens(1, 5)
+    padded = F.pad(ids, (4, 0), value=0)
+    both = torch.cat([padded, tokens(1, 9, seed=8)])
+    mask = torch.ones_like(both)
+    mask[0, :4] = 0
+    assert torch.equal(generate(model, both, attention_mask=mask)[0, 4:], generate(model, ids)[0])
+
+
+def test_generation_follows_a_change_of_weights(monkeypatch):
+    model, ids = sharpened(), tokens(1, 5)
+    before = generate(model, ids)
+    lifts = []
+    lift = model.lift_table
+    monkeypatch.setattr(model, "lift_table", lambda: (lifts.append(1), lift())[1])
+    with torch.no_grad():
+        model.embedding.weight.copy_(model.embedding.weight.flip(0))
+    after = generate(model, ids)
+    assert len(lifts) == 1  # once a call, not once a token
+    assert not torch.equal(after, before)
+    assert torch.equal(after[:, 5:6], model(ids).logits[:, -1:].argmax(-1))
+
+
+def test_a_lifted_table_is_not_used_where_gradients_are_wanted():
+    model, ids = make(), tokens(1, 5)
+    with model.lifted():
+        model(ids).logits.sum().backward()
+    # Through the head alone every row of the table gets a gradient.
+    assert model.embedding.weight.grad.abs().sum(-1).gt(0).all()
+
+
+def test_parameter_groups_cover_every_trainable_parameter_once():
+    model = make(projector="quantum")
+    groups = {group["name"]: group for group in model.parameter_groups(2e-3, 10.0, 0.05)}
+    listed = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in model.parameters())
+    assert [id(p) for p in groups["table"]["params"]] == [id(model.embedding.weight)]
+    assert groups["table"]["lr"] == pytest.approx(2e-2)
+    assert {name: (g["rate"], g["weight_decay"]) for name, g in groups.items()} == {
+        "table": (10.0, 0.0),
+        "matrices": (1.0, 0.05),
+        "others": (1.0, 0.0),
+    }
+    assert groups["matrices"]["lr"] == groups["others"]["lr"] == pytest.approx(2e-3)
+    # seven matrices a layer and the projector's two; two norms a layer, the last one, two biases, head,
+    # reference
+    assert (len(groups["matrices"]["params"]), len(groups["others"]["params"])) == (7 * LAYERS + 2, 2 * LAYERS + 6)
+    torch.optim.AdamW(groups.values(), lr=2e-3)
+
+
+def test_a_frozen_projector_is_not_optimised():
+    model = make(projector="frozen")
+    listed = {id(p) for group in model.parameter_groups(1e-3, 10.0, 0.1) for p in group["params"]}
+    assert not listed & {id(p) for p in model.projector.parameters()}
+    assert len(listed) == len(list(model.parameters())) - 4
+
+
+def test_labels_give_the_full_vocabulary_cross_entropy_and_its_gradients():
+    model = make()
+    ids, positions, segments = packed()
+    labels = tokens(2, 17, seed=6).masked_fill(segments < 0, -100)
+    output = model(ids, position_ids=positions, segment_ids=segments, labels=labels)
+    logits = model(ids, position_ids=positions, segment_ids=segments).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert output.logits is None
+    assert output.terms.kd is None
+    torch.testing.assert_close(output.loss, expected)
+    parameters = [p for name, p in model.named_parameters() if "references" not in name]
+    for ours, reference in zip(
+        torch.autograd.grad(output.loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("readout", ["reference", "mean"])
+def test_every_term_and_its_gradient_is_alive_with_signals(readout):
+    model, ids = make(readout=readout), tokens(2, 7)
+    labels = tokens(2, 7, seed=6)
+    signals = TeacherSignals(tokens(14, 5, seed=1), torch.full((14, 5), 0.2), torch.rand(14), torch.rand(14))
+    output = model(ids, labels=labels, signals=signals)
+    terms = output.terms
+    weighted = terms.ce + 0.05 * terms.kd + 0.1 * terms.phase + 0.1 * terms.magnitude
+    torch.testing.assert_close(output.loss.detach(), weighted)
+    assert min(terms.kd, terms.phase, terms.magnitude) > 0
+    half = model(ids, labels=labels, signals=signals, token_count=28)
+    torch.testing.assert_close(half.loss, output.loss / 2)
+    for weights in ((0.05, 0, 0), (0, 0.1, 0), (0, 0, 0.1)):
+        model.zero_grad()
+        objective = SemanticDistillationLoss(*weights)
+        (model(ids, labels=labels, signals=signals, objective=objective).loss - output.terms.ce).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is None or parameter.grad.isfinite().all(), name
+            assert "references" not in name or parameter.grad.any() == (weights[0] == 0)
+
+
+def test_born_cannot_be_trained_by_the_fused_objective():
+    ids = tokens(1, 5)
+    with pytest.raises(UserError, match="--head: got born"):
+        make(head="born")(ids, labels=ids)
+
+
+def test_default_settings_build_the_documented_model():
+    config = IndraQuantumConfig.from_settings(ModelSettings(), 97, 1, 2)
+    model = IndraQuantumPhase2(config)
+    layer = 4 * 256**2 + 3 * 256 * 688 + 2 * 256
+    assert sum(p.numel() for p in model.parameters()) == 97 * 128 + 2 * (128**2 + 128) + 4 * layer + 256 + 98 + 256

@@ -1,0 +1,179 @@
+"""Projector, head, readouts, mask and configuration against complex arithmetic and hand-solved values."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from indraquantum.config import ModelSettings
+from indraquantum.errors import UserError
+from indraquantum.model.configuration import IndraQuantumConfig
+from indraquantum.model.head import BORN_EPSILON, BornHead, InterferenceHead
+from indraquantum.model.masks import additive, document_mask
+from indraquantum.model.projector import PROJECTORS, QuantumProjector
+from indraquantum.model.readout import MeanReadout, ReferenceReadout
+
+# d = 20, D = 40, V = 53, all different from the numbers of rows used below.
+SIZES = {"vocab_size": 53, "d_model": 20, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 19}
+
+
+def to_complex(states):
+    return torch.complex(*states.chunk(2, dim=-1))
+
+
+def initialised(module, seed=5):
+    torch.manual_seed(seed)
+    for part in module.modules():
+        if hasattr(part, "initialise"):
+            part.initialise()
+    return module
+
+
+def built(module_class, **options):
+    module = initialised(module_class(IndraQuantumConfig(**SIZES, **options)))
+    for parameter in module.parameters():  # biases must not hide behind their zero start
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("options", "activation"),
+    [
+        ({}, lambda x: torch.log1p(torch.exp(x))),
+        ({"magnitude_activation": "exp"}, torch.exp),
+        ({"projector": "phase-only"}, None),
+    ],
+)
+def test_states_equal_torch_polar(options, activation):
+    projector = built(QuantumProjector, **options)
+    embeddings = torch.randn(3, 7, 20)
+    phase = embeddings @ projector.phase.weight.T + projector.phase.bias
+    magnitude = torch.ones_like(phase)
+    if activation is not None:
+        magnitude = activation(embeddings @ projector.magnitude.weight.T + projector.magnitude.bias)
+    torch.testing.assert_close(to_complex(projector(embeddings)), torch.polar(magnitude, phase))
+    torch.testing.assert_close(projector.polar(embeddings)[0], magnitude)
+    torch.testing.assert_close(projector.polar(embeddings)[1], phase)
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0])
+def test_phases_start_with_the_given_spread(spread):
+    projector = initialised(QuantumProjector(IndraQuantumConfig(**SIZES, phase_spread=spread)))
+    phase = projector.polar(torch.randn(2003, 20))[1]
+    assert phase.std().item() == pytest.approx(spread, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("quantum", 2 * (20 * 20 + 20)),
+        ("frozen", 2 * (20 * 20 + 20)),
+        ("phase-only", 20 * 20 + 20),
+        ("linear", 20 * 40),
+        ("mlp", 20 * 40 + 40),
+        ("none", 0),
+    ],
+)
+def test_lifts_have_the_stated_sizes(name, parameters):
+    config = IndraQuantumConfig(**SIZES, projector=name)
+    projector = PROJECTORS[name](config)
+    assert sum(p.numel() for p in projector.parameters()) == parameters
+    assert projector(torch.randn(5, 20)).shape == (5, config.hidden_size)
+    assert all(p.requires_grad == (name != "frozen") for p in projector.parameters())
+
+
+def test_interference_logits_equal_the_complex_inner_product():
+    head = built(InterferenceHead)
+    states, table = torch.randn(3, 7, 40), torch.randn(53, 40)
+    inner = torch.einsum("vj,btj->btv", to_complex(table).conj(), to_complex(states))
+    torch.testing.assert_close(head(states, table), head.scale_1 * inner.real + head.bias_V)
+
+
+def test_born_logits_equal_the_squared_modulus():
+    head = built(BornHead)
+    states, table = torch.randn(7, 40), torch.randn(53, 40)
+    inner = head.scale_1 * torch.einsum("vj,nj->nv", to_complex(table).conj(), to_complex(states))
+    expected = torch.log(inner.abs() ** 2 + BORN_EPSILON) + head.bias_V
+    torch.testing.assert_close(head(states, table), expected)
+
+
+def test_reference_readout_equals_the_complex_inner_product():
+    readout = built(ReferenceReadout)
+    states = torch.randn(3, 7, 40)
+    reference = to_complex(readout.references_RD.detach())[0]
+    torch.testing.assert_close(readout(states).detach(), (reference.conj() * to_complex(states)).sum(-1))
+
+
+def test_several_references_are_mixed_by_their_own_strength():
+    readout = built(ReferenceReadout, readout_references=3)
+    states = torch.randn(7, 40)
+    amplitudes = torch.einsum("rj,nj->nr", to_complex(readout.references_RD.detach()).conj(), to_complex(states))
+    weights = torch.softmax(amplitudes.abs() ** 2, dim=-1)
+    torch.testing.assert_close(readout(states).detach(), (weights * amplitudes).sum(-1))
+
+
+def test_reference_magnitude_starts_near_one_half():
+    readout = initialised(ReferenceReadout(IndraQuantumConfig(**{**SIZES, "d_model": 106})))
+    assert readout(torch.randn(4001, 212)).abs().mean().item() == pytest.approx(0.5, rel=0.1)
+
+
+def test_mean_readout_of_a_state_solved_by_hand():
+    readout = MeanReadout(IndraQuantumConfig(**SIZES))
+    # psi = (3i, -1): magnitudes 3 and 1, phases pi/2 and pi.
+    amplitude = readout(torch.tensor([[0.0, -1.0, 3.0, 0.0]]))
+    assert amplitude.abs().item() == pytest.approx(2.0)
+    assert amplitude.angle().item() == pytest.approx(0.75 * math.pi)
+
+
+@pytest.mark.parametrize("readout_class", [ReferenceReadout, MeanReadout])
+def test_readout_gradient_is_finite_at_zero(readout_class):
+    states = torch.zeros(5, 40, requires_grad=True)
+    amplitude = built(readout_class)(states)
+    (amplitude.abs().sum() + amplitude.real.sum() + amplitude.imag.sum()).backward()
+    assert states.grad.isfinite().all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(-1, 3), min_size=11, max_size=11), min_size=1, max_size=3))
+def test_document_mask_by_definition(rows):
+    mask = document_mask(torch.tensor(rows))
+    assert mask.shape == (len(rows), 1, 11, 11)
+    for b, row in enumerate(rows):
+        for i in range(11):
+            allowed = [j for j in range(i + 1) if row[j] == row[i] >= 0] or [i]
+            assert mask[b, 0, i].nonzero().flatten().tolist() == allowed
+
+
+def test_additive_mask_gives_the_same_softmax():
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    scores = torch.randn(2, 3)
+    expected = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    torch.testing.assert_close((scores + additive(mask, torch.float32)).softmax(-1), expected)
+
+
+def test_settings_become_a_configuration():
+    config = IndraQuantumConfig.from_settings(
+        ModelSettings(d_model=20, heads=5, mlp_width=31, layers=3, dropout=0.25, phase_spread=2.0), 53, 7, 11, 61
+    )
+    assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (40, 8, 5)
+    assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (53, 7, 11)
+    assert (config.max_position_embeddings, config.intermediate_size, config.num_hidden_layers) == (61, 31, 3)
+    assert (config.attention_dropout, config.phase_spread, config.projector) == (0.25, 2.0, "quantum")
+
+
+@pytest.mark.parametrize(("projector", "heads"), [("quantum", 3), ("none", 4), ("mlp", 7)])
+def test_heads_that_do_not_fit_name_the_option(projector, heads):
+    with pytest.raises(UserError, match=f"--heads: got {heads}; must divide the width"):
+        IndraQuantumConfig.from_settings(ModelSettings(d_model=20, heads=heads, projector=projector), 53, 1, 2, 61)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_attention_heads", 3), ("num_key_value_heads", 3), ("readout_references", 0)]
+)
+def test_wrong_configurations_name_the_field(field, value):
+    from huggingface_hub.errors import StrictDataclassClassValidationError
+
+    with pytest.raises((ValueError, StrictDataclassClassValidationError), match=f"{field}: got {value}"):
+        IndraQuantumConfig(**{**SIZES, field: value})
