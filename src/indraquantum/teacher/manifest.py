@@ -1,0 +1,145 @@
+"""The page that pins stored signals to what they belong to: teacher, tokenizer, dataset, temperature, draws, seed.
+
+`manifest.json` is rewritten after each shard, so that a capture that was stopped goes on where it was, and training
+can distil from what there is. Two captures with the same identity give the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from indraquantum.errors import UserError
+from indraquantum.files import read_json, write_json
+
+FORMAT = "indraquantum-signals"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_SHA256 = r"^[0-9a-f]{64}$"
+
+
+class _Page(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Identity(_Page):
+    """What decides every bit of the signals; all must agree for a capture to go on."""
+
+    kind: Literal["sampled"] = "sampled"
+    teacher_sha256: str = Field(pattern=_SHA256)
+    tokenizer_sha256: str = Field(pattern=_SHA256)
+    dataset_sha256: str = Field(pattern=_SHA256)
+    vocabulary_size: int = Field(ge=2)
+    temperature: float = Field(gt=0)
+    draws: int = Field(ge=1, le=65_535)
+    seed: int = Field(ge=0, lt=2**63)
+    rows_per_shard: int = Field(ge=1)
+
+
+class Sums(_Page):
+    """Totals over a shard's positions, so that statistics need no second pass and don't depend on stops."""
+
+    ids: int = Field(ge=0)
+    entropy_nats: float
+    confidence: float
+    labels: int = Field(ge=0)
+    label_logprob_nats: float
+
+
+class ShardEntry(_Page):
+    """One shard: the positions of the rows `rows[0]` to `rows[1] - 1` of a split."""
+
+    file: str = Field(pattern=r"^[a-z0-9-]+\.safetensors$")
+    split: Literal["train", "validation"]
+    rows: tuple[int, int] = Field(strict=False)
+    positions: int = Field(ge=0)
+    sha256: str = Field(pattern=_SHA256)
+    bytes: int = Field(ge=0)
+    precision: str
+    """Number format that the teacher computed in; another device may continue a capture."""
+    sums: Sums
+
+
+class Statistics(_Page):
+    """What the signals are like, over all shards; None where there is nothing to average."""
+
+    positions: int
+    mean_ids: float | None
+    mean_entropy_nats: float | None
+    mean_confidence: float | None
+    bytes_per_token: float | None
+    teacher_cross_entropy: dict[str, float]
+    """Of the actual next tokens, nats, per split: the first figure to look at."""
+
+
+class Manifest(Identity):
+    """The whole page."""
+
+    format: Literal["indraquantum-signals"] = FORMAT
+    format_version: int = FORMAT_VERSION
+    teacher: str
+    teacher_revision: str | None
+    shards: tuple[ShardEntry, ...] = Field(strict=False)
+    complete: bool
+    statistics: Statistics
+
+    @property
+    def identity(self) -> Identity:
+        """The part that must agree."""
+        return Identity(**{name: getattr(self, name) for name in Identity.model_fields})
+
+
+def statistics_of(shards: tuple[ShardEntry, ...]) -> Statistics:
+    """Average the shards' totals."""
+    positions = sum(shard.positions for shard in shards)
+
+    def mean(total: float) -> float | None:
+        return total / positions if positions else None
+
+    cross_entropy = {}
+    for split in ("train", "validation"):
+        sums = [shard.sums for shard in shards if shard.split == split]
+        if labels := sum(part.labels for part in sums):
+            cross_entropy[split] = -sum(part.label_logprob_nats for part in sums) / labels
+    return Statistics(
+        positions=positions,
+        mean_ids=mean(sum(shard.sums.ids for shard in shards)),
+        mean_entropy_nats=mean(sum(shard.sums.entropy_nats for shard in shards)),
+        mean_confidence=mean(sum(shard.sums.confidence for shard in shards)),
+        bytes_per_token=mean(sum(shard.bytes for shard in shards)),
+        teacher_cross_entropy=cross_entropy,
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Put the page in place, atomically."""
+    fields = manifest.model_dump(mode="json")
+    first = {name: fields.pop(name) for name in ("format", "format_version", "teacher", "teacher_revision")}
+    write_json(folder / MANIFEST_NAME, first | fields)
+
+
+def read_manifest(field: str, folder: Path) -> Manifest:
+    """Read and check the page.
+
+    Args:
+        field: the option to name in an error.
+        folder: the folder of the signals.
+
+    Raises:
+        UserError: missing, not a manifest of signals, of a later version, or malformed.
+    """
+    path = folder / MANIFEST_NAME
+    value = read_json(field, path)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise UserError(field, path, f"must be the manifest of teacher signals (format {FORMAT})")
+    if value.get("format_version") != FORMAT_VERSION:
+        version = value.get("format_version")
+        raise UserError(field, path, f"must have format_version {FORMAT_VERSION}, not {version!r}")
+    try:
+        return Manifest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(field, path, f"is damaged: {where}: {first['msg']}") from None
