@@ -21,7 +21,7 @@ from indraquantum.errors import UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import atomic_folder, make_folder
 from indraquantum.loss_v2 import SemanticDistillationLoss
-from indraquantum.model.masks import segment_mask
+from indraquantum.model.masks import document_mask
 from indraquantum.training.loop import BETAS, MICRO_BATCH_TOKENS, rows_per_step
 from indraquantum.training.schedule import learning_rate_factor, rows_of_step
 from indraquantum.training.step import optimizer_step
@@ -58,7 +58,7 @@ class LlamaLearner(nn.Module):
         return self.llama.model(
             inputs_embeds=nn.functional.embedding(input_ids_BT, table_VD),
             position_ids=position_ids_BT,
-            attention_mask=segment_mask(segment_ids_BT),
+            attention_mask=document_mask(segment_ids_BT),
             use_cache=False,
         ).last_hidden_state
 

@@ -1,0 +1,105 @@
+"""Checkpoints: whole or refused, and never running code."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+from indraquantum.errors import UserError
+from indraquantum.training.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+
+
+def example(step: int = 3) -> Checkpoint:
+    return Checkpoint(
+        model_config={"d_model": 2}, model={"w": torch.arange(35.0).reshape(5, 7)}, optimizer={"state": {}},
+        step=step, tokens=11, finished=False, settings={"seed": 0}, tokenizer={"json": "{}", "bos_id": 0, "eos_id": 1},
+    )  # fmt: skip
+
+
+def test_round_trip(tmp_path):
+    path = checkpoint_path(tmp_path, 13)
+    save_checkpoint(path, example())
+    loaded = load_checkpoint("CHECKPOINT", path)
+    assert path.name == "checkpoint_v4_epoch_13.pt"
+    assert torch.equal(loaded.model["w"], example().model["w"])
+    assert (loaded.step, loaded.settings, loaded.finished) == (3, {"seed": 0}, False)
+
+
+def test_the_newest_is_by_number_not_by_name(tmp_path):
+    for epoch in (2, 10, 9):
+        save_checkpoint(checkpoint_path(tmp_path, epoch), example(step=epoch))
+    (tmp_path / "checkpoint_v4_epoch_99.pt.tmp").write_text("")
+    assert newest_checkpoint(tmp_path).step == 10
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_flipped_bits_in_the_weights_are_caught(tmp_path):
+    path = checkpoint_path(tmp_path, 1)
+    save_checkpoint(path, example())
+    content = path.read_bytes()
+    weights = content.index(example().model["w"].numpy().tobytes())
+    for offset in range(0, 140, 9):
+        damaged = bytearray(content)
+        damaged[weights + offset] ^= 1 << (offset % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            load_checkpoint("CHECKPOINT", path)
+
+
+def test_truncated_files_are_refused_in_one_line(tmp_path):
+    path = checkpoint_path(tmp_path, 1)
+    save_checkpoint(path, example())
+    content = path.read_bytes()
+    for length in range(0, len(content), 97):
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match="CHECKPOINT: got .*checkpoint_v4_epoch_1.pt; must be") as error:
+            load_checkpoint("CHECKPOINT", path)
+        assert "\n" not in str(error.value)
+
+
+class Hostile:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (open, (str(self.canary), "w"))
+
+
+def test_a_hostile_file_runs_nothing(tmp_path):
+    canary, path = tmp_path / "canary", tmp_path / "hostile.pt"
+    torch.save({"format": "indraquantum-checkpoint", "x": Hostile(canary)}, path)
+    with pytest.raises(UserError, match="more than tensors"):
+        load_checkpoint("CHECKPOINT", path)
+    path.write_bytes(pickle.dumps(Hostile(canary)))  # a bare pickle, as torch.load would take from old versions
+    with pytest.raises(UserError, match="not a whole one"):
+        load_checkpoint("CHECKPOINT", path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [1], {"format": "indraquantum-checkpoint", "format_version": 99}])
+def test_files_of_others_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="must be a checkpoint"):
+        load_checkpoint("CHECKPOINT", tmp_path / "x.pt")
+
+
+def test_a_zip_that_is_no_checkpoint_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("hello", "world")
+    (tmp_path / "x.pt").write_bytes(buffer.getvalue())
+    with pytest.raises(UserError, match="must be a checkpoint"):
+        load_checkpoint("CHECKPOINT", tmp_path / "x.pt")

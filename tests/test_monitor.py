@@ -1,0 +1,80 @@
+"""The monitor reads the metrics file and nothing else; its pictures show what the file says."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from matplotlib.figure import Figure
+
+from indraquantum.errors import UserError
+from indraquantum.metrics import FIELDS
+from indraquantum.monitor import plots
+from indraquantum.monitor.runs import find_run
+
+
+def line(step: int, **values) -> dict:
+    return {name: values.get(name) for name in FIELDS} | {"step": step}
+
+
+METRICS = [
+    line(0, held_out={"wikitext": 7.0, "all": 7.5}),
+    line(1, loss=5.0, ce=4.0, kd=3.0, phase=1.0, magnitude=0.5, phase_mean=1.0, phase_std=0.25, magnitude_mean=0.5,
+         magnitude_std=0.125),
+    line(2, loss=4.0, ce=3.0, kd=2.0, phase=0.5, magnitude=0.25, phase_mean=2.0, phase_std=0.5, magnitude_mean=0.75,
+         magnitude_std=0.25, held_out={"wikitext": 6.0, "all": 6.5}),
+]  # fmt: skip
+
+
+def drawn(draw, metrics=METRICS) -> dict[str, list[tuple[float, float]]]:
+    """Points of each labelled line that `draw` drew."""
+    axes = Figure().subplots()
+    draw(axes, metrics)
+    return {item.get_label(): item.get_xydata().tolist() for item in axes.lines if not item.get_label().startswith("_")}
+
+
+def test_total_loss_shows_smoothed_loss_and_held_out_points():
+    lines = drawn(plots.draw_total_loss)
+    assert lines["total loss"] == [[1, 5.0], [2, pytest.approx(4.9)]]
+    assert lines["held-out CE, all"] == [[0, 7.5], [2, 6.5]]
+
+
+def test_stability_shows_mean_and_band():
+    axes = Figure().subplots()
+    plots.draw_stability(axes, METRICS)
+    assert [item.get_label() for item in axes.lines] == ["magnitude", "phase (radians)"]
+    assert axes.lines[1].get_ydata().tolist() == [1.0, 2.0]
+    band = axes.collections[1].get_paths()[0].vertices
+    assert {0.75, 1.25, 1.5, 2.5} <= set(band[:, 1])
+
+
+def test_a_run_without_distillation_draws_no_empty_curves():
+    without = [line(1, loss=3.0, ce=3.0), line(2, loss=2.0, ce=2.0)]
+    assert set(drawn(plots.draw_ce_and_kd, without)) == {"CE (text)"}
+    assert drawn(plots.draw_alignment, without) == {}
+
+
+def test_the_overview_is_a_picture(tmp_path):
+    plots.save_overview(tmp_path / "run.png", METRICS, "title")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_newest_run_is_found(tmp_path, monkeypatch):
+    monkeypatch.delenv("INDRA_METRICS", raising=False)
+    for age, name in enumerate(("new", "old")):
+        folder = tmp_path / "logs" / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("")
+        os.utime(folder / "metrics.jsonl", (1_000_000 - age, 1_000_000 - age))
+    assert find_run(tmp_path / "nowhere", tmp_path / "logs").parent.name == "new"
+    monkeypatch.setenv("INDRA_METRICS", str(tmp_path / "logs" / "old" / "metrics.jsonl"))
+    assert find_run(tmp_path / "logs").parent.name == "old"
+    monkeypatch.setenv("INDRA_METRICS", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="must be a run's metrics"):
+        find_run(tmp_path)
+
+
+def test_no_run_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.delenv("INDRA_METRICS", raising=False)
+    with pytest.raises(UserError, match="train first"):
+        find_run(tmp_path)
