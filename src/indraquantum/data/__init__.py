@@ -1,0 +1,1 @@
+"""Text to immutable token rows: sources, tokenizer, packing and the prepared dataset (DESIGN 5)."""

@@ -1,0 +1,332 @@
+"""The prepared dataset: immutable token rows, memory-mapped, with everything that a training step needs to know.
+
+Letters: S tokens of a stream, P pieces, R rows, B rows of a batch, T positions of a row.
+
+A split is one stream of tokens, all documents back to back, and a table of pieces of that stream; a row is some pieces
+side by side. A row never mixes documents: segments, positions and labels keep them apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
+from indraquantum.errors import UserError
+from indraquantum.files import atomic_folder, read_json, sha256_of, write_json
+
+FORMAT = "indraquantum-dataset"
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+ARRAYS = ("tokens", "document_offsets", "document_sources", "pieces", "row_pieces")
+IGNORED = -100  # PyTorch's ignore_index: a position without a label
+
+
+class Batch(NamedTuple):
+    """Rows ready for a model: int64 arrays of shape (B, T)."""
+
+    input_ids: np.ndarray  # padding holds EOS's id; segments, not the id, say what is real
+    labels: np.ndarray  # next token of the same document; -100 at a document's end and on padding
+    positions: np.ndarray  # place within the piece, from 0; 0 on padding
+    segments: np.ndarray  # number of the piece within its row; -1 on padding
+    sources: np.ndarray  # number of the document's source; -1 on padding
+    index: np.ndarray  # place among the split's real tokens in row order, where signals are kept; -1 on padding
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One side of the dataset, training or validation."""
+
+    tokens: np.ndarray  # (S,) uint16 or uint32
+    document_offsets: np.ndarray  # (documents + 1,) int64: document i is tokens[offsets[i]:offsets[i + 1]]
+    document_sources: np.ndarray  # (documents,) uint8
+    pieces: np.ndarray  # (P, 2) int64: start in the stream, length
+    row_pieces: np.ndarray  # (R + 1,) int64: row r is pieces[row_pieces[r]:row_pieces[r + 1]]
+    row_length: int  # T
+    padding_id: int  # EOS's id
+
+    @property
+    def num_rows(self) -> int:
+        """Rows."""
+        return len(self.row_pieces) - 1
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return len(self.document_offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, BOS and EOS among them."""
+        return len(self.tokens)
+
+    @cached_property
+    def row_token_offsets(self) -> np.ndarray:
+        """Real tokens before each row, (R + 1,) int64."""
+        lengths = np.concatenate([[0], np.cumsum(self.pieces[:, 1])])
+        return lengths[self.row_pieces]
+
+    @cached_property
+    def piece_documents(self) -> np.ndarray:
+        """Document of each piece, (P,) int64."""
+        return np.searchsorted(self.document_offsets, self.pieces[:, 0], side="right") - 1
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """Gather rows.
+
+        Args:
+            rows: Numbers of the rows, (B,) integers in [0, num_rows).
+
+        Returns:
+            The batch, in the order asked for.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        first = self.row_pieces[rows]
+        counts = self.row_pieces[rows + 1] - first
+        segments = _ranges(counts)  # number of each piece within its row
+        piece = np.repeat(first, counts) + segments
+        starts, lengths = self.pieces[piece, 0], self.pieces[piece, 1]
+        documents = self.piece_documents[piece]
+
+        # From here on one entry for each real token.
+        per_row = self.row_token_offsets[rows + 1] - self.row_token_offsets[rows]
+        columns = _ranges(per_row)
+        place = np.repeat(np.arange(len(rows)), per_row) * self.row_length + columns
+        positions = _ranges(lengths)
+        stream = np.repeat(starts, lengths) + positions
+        following = stream + 1
+        ended = following == np.repeat(self.document_offsets[documents + 1], lengths)
+        labels = self.tokens[np.where(ended, stream, following)].astype(np.int64)
+        labels[ended] = IGNORED
+
+        def scatter(values: np.ndarray, padding: int) -> np.ndarray:
+            out = np.full(len(rows) * self.row_length, padding, dtype=np.int64)
+            out[place] = values
+            return out.reshape(len(rows), self.row_length)
+
+        return Batch(
+            input_ids=scatter(self.tokens[stream], self.padding_id),
+            labels=scatter(labels, IGNORED),
+            positions=scatter(positions, 0),
+            segments=scatter(np.repeat(segments, lengths), -1),
+            sources=scatter(np.repeat(self.document_sources[documents], lengths), -1),
+            index=scatter(np.repeat(self.row_token_offsets[rows], per_row) + columns, -1),
+        )
+
+
+def _ranges(counts: np.ndarray) -> np.ndarray:
+    """0..counts[0]-1, 0..counts[1]-1, and so on, end to end."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedDataset:
+    """A dataset that is open for reading."""
+
+    train: Split
+    validation: Split
+    row_length: int
+    source_names: tuple[str, ...]
+    tokenizer: TextTokenizer
+    content_sha256: str  # over all arrays and the tokenizer: signals belong to exactly one dataset
+    manifest: dict[str, Any]
+
+
+def content_hash(splits: dict[str, Split], source_names: Sequence[str], tokenizer: TextTokenizer) -> str:
+    """Hex SHA-256 over every array, the names of the sources and the tokenizer."""
+    digest = hashlib.sha256(json.dumps([tokenizer.sha256, list(source_names)]).encode())
+    for name in SPLITS:
+        split = splits[name]
+        digest.update(json.dumps([name, split.row_length, split.padding_id]).encode())
+        for array in ARRAYS:
+            values = np.ascontiguousarray(getattr(split, array))
+            digest.update(json.dumps([array, values.dtype.str, values.shape]).encode())
+            digest.update(values.data)
+    return digest.hexdigest()
+
+
+def write_dataset(
+    folder: Path,
+    splits: dict[str, Split],
+    sources: list[dict[str, Any]],
+    tokenizer: TextTokenizer,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Write a dataset as a whole: `folder` appears complete, or stays what it was.
+
+    Args:
+        folder: Where it goes; a dataset that is there is replaced.
+        splits: "train" and "validation".
+        sources: A dict for each source, in the order of their numbers, with at least its `name`.
+        tokenizer: What the ids mean.
+        options: The settings that made it, for the manifest.
+
+    Returns:
+        The manifest.
+    """
+    with atomic_folder(folder) as temporary:
+        (temporary / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        for name, split in splits.items():
+            (temporary / name).mkdir()
+            for array in ARRAYS:
+                np.save(temporary / name / f"{array}.npy", getattr(split, array), allow_pickle=False)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "row_length": splits["train"].row_length,
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+            "tokenizer_sha256": tokenizer.sha256,
+            "content_sha256": content_hash(splits, [source["name"] for source in sources], tokenizer),
+            "options": options,
+            "sources": sources,
+            "files": {
+                path.relative_to(temporary).as_posix(): {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+                for path in files
+            },
+        }
+        write_json(temporary / "manifest.json", manifest)
+    return manifest
+
+
+def open_dataset(field: str, path: str | Path, tokenizer: str | None = None) -> PreparedDataset:
+    """Open a prepared folder (memory-mapped) or a pickle of padded rows.
+
+    Args:
+        field: The option to name in an error.
+        path: The folder, or the pickle.
+        tokenizer: Needed for a pickle, which carries none; for a folder it must be the folder's own.
+
+    Raises:
+        UserError: missing, of another format or version, damaged, ids beyond the vocabulary, another tokenizer.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(field, path, tokenizer)
+    if not path.exists():
+        raise UserError(field, path, "does not exist; make it with `indra prepare`")
+    from indraquantum.data.padded import open_pickle
+
+    return open_pickle(field, path, tokenizer)
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether `folder` holds a prepared dataset of any version."""
+    try:
+        manifest = read_json("", folder / "manifest.json")
+    except UserError:
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def _open_folder(field: str, folder: Path, tokenizer_name: str | None) -> PreparedDataset:
+    if not is_dataset(folder):
+        raise UserError(field, folder, f"must be a folder with a manifest.json of format {FORMAT!r}")
+    manifest = read_json(field, folder / "manifest.json")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        found = manifest.get("format_version")
+        raise UserError(field, folder, f"is of format version {found}; this program reads {FORMAT_VERSION}")
+    try:
+        return _open_parts(field, folder, manifest, tokenizer_name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(field, folder / "manifest.json", f"is damaged ({type(error).__name__}: {error})") from None
+
+
+def _open_parts(field: str, folder: Path, manifest: dict[str, Any], tokenizer_name: str | None) -> PreparedDataset:
+    for name, facts in manifest["files"].items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else "nothing"
+        if size != facts["bytes"]:
+            raise UserError(field, file, f"is damaged: {facts['bytes']} bytes expected, {size} found")
+    tokenizer = TextTokenizer.from_json(
+        (folder / "tokenizer.json").read_text(encoding="utf-8"), manifest["bos_id"], manifest["eos_id"]
+    )
+    if tokenizer_name is not None:
+        given = load_tokenizer("--tokenizer", tokenizer_name)
+        if given.sha256 != tokenizer.sha256:
+            allowed = f"must be the dataset's own ({tokenizer.sha256[:12]}, not {given.sha256[:12]})"
+            raise UserError("--tokenizer", tokenizer_name, allowed)
+    names = tuple(source["name"] for source in manifest["sources"])
+    splits = {}
+    for name in SPLITS:
+        arrays = {array: _load(field, folder / name / f"{array}.npy") for array in ARRAYS}
+        splits[name] = Split(**arrays, row_length=manifest["row_length"], padding_id=tokenizer.eos_id)
+        check_split(field, folder / name, splits[name], tokenizer.vocabulary_size, len(names))
+    return PreparedDataset(
+        splits["train"],
+        splits["validation"],
+        manifest["row_length"],
+        names,
+        tokenizer,
+        manifest["content_sha256"],
+        manifest,
+    )
+
+
+def _load(field: str, file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(field, file, f"is damaged ({error})") from None
+
+
+def check_split(field: str, where: object, split: Split, vocabulary_size: int, num_sources: int) -> None:
+    """Check that the arrays fit together and that every id is one of the vocabulary.
+
+    Raises:
+        UserError: naming what is wrong; `field` is the option and `where` the place to name.
+    """
+
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise UserError(field, where, f"is damaged: {what}")
+
+    offsets, pieces, rows = split.document_offsets, split.pieces, split.row_pieces
+    dtypes = [np.dtype(kind) for kind in ("int64", "uint8", "int64", "int64")]
+    need(split.tokens.dtype in (np.uint16, np.uint32), "tokens must be uint16 or uint32")
+    need([getattr(split, name).dtype for name in ARRAYS[1:]] == dtypes, "an array has the wrong type")
+    dimensions = [getattr(split, name).ndim for name in ARRAYS]
+    need(dimensions == [1, 1, 1, 2, 1] and pieces.shape[1] == 2, "an array has the wrong shape")
+    need(len(offsets) > 1 and len(rows) > 1, "it holds no documents")
+    need(offsets[0] == 0 and offsets[-1] == len(split.tokens), "documents do not cover the tokens")
+    need(bool((np.diff(offsets) > 0).all()), "a document is empty")
+    need(len(split.document_sources) == len(offsets) - 1, "documents and their sources differ in number")
+    need(int(split.document_sources.max()) < num_sources, "a document's source is unknown")
+    need(rows[0] == 0 and rows[-1] == len(pieces) and bool((np.diff(rows) > 0).all()), "rows do not cover the pieces")
+    need(bool((pieces[:, 0] >= 0).all() and (pieces[:, 1] > 0).all()), "a piece is empty or out of range")
+    ends = pieces.sum(axis=1)
+    need(bool((ends <= len(split.tokens)).all()), "a piece is out of range")
+    need(bool((ends <= offsets[split.piece_documents + 1]).all()), "a piece crosses a document's end")
+    need(int(pieces[:, 1].sum()) == len(split.tokens), "pieces do not cover the tokens")
+    need(int(np.diff(split.row_token_offsets).max()) <= split.row_length, "a row is longer than row_length")
+    largest = int(split.tokens.max())
+    if largest >= vocabulary_size:
+        raise UserError(field, where, f"holds token id {largest}; ids must be below the vocabulary's {vocabulary_size}")
+
+
+def verify_dataset(field: str, folder: str | Path) -> PreparedDataset:
+    """Open a prepared folder and check the SHA-256 of every file, and of the content.
+
+    Raises:
+        UserError: naming the first file that is not what was written.
+    """
+    folder = Path(folder)
+    dataset = open_dataset(field, folder)
+    for name, facts in dataset.manifest.get("files", {}).items():
+        if sha256_of(folder / name) != facts["sha256"]:
+            raise UserError(field, folder / name, "is damaged: its SHA-256 is not the manifest's")
+    if dataset.tokenizer.sha256 != dataset.manifest["tokenizer_sha256"]:
+        raise UserError(field, folder / "manifest.json", "is damaged: tokenizer_sha256 is not the tokenizer's")
+    splits = {"train": dataset.train, "validation": dataset.validation}
+    if content_hash(splits, dataset.source_names, dataset.tokenizer) != dataset.content_sha256:
+        raise UserError(field, folder / "manifest.json", "is damaged: content_sha256 is not the arrays'")
+    return dataset

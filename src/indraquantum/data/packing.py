@@ -1,0 +1,107 @@
+"""Packing documents into rows of one length, so that every token is used once and hardly a position is padding.
+
+Best-fit decreasing: each document goes where it leaves the least room. A document that fits a row is never split;
+longer ones can't stay whole, and are what fills the gaps up. Rows are found by their free room, which is at most the
+row's length, so the work grows with the number of documents only.
+
+Letters: P pieces, R rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+# Tokens at the start of a piece see little of their document, so a long one is not cut into crumbs to save padding:
+# pieces cut to fill a room are at least this long (shorter for rows below 128).
+SHORTEST_CUT = 8
+
+
+class Packing(NamedTuple):
+    """Which piece of which document lies in which row."""
+
+    documents: np.ndarray  # (P,) int64: number of the piece's document
+    pieces: np.ndarray  # (P, 2) int64: start within the document, length
+    row_pieces: np.ndarray  # (R + 1,) int64: row r is pieces[row_pieces[r]:row_pieces[r + 1]]
+
+
+class _Rows:
+    """Rows being filled, found by their free room."""
+
+    def __init__(self, row_length: int) -> None:
+        self.row_length = row_length
+        self.contents: list[list[int]] = []  # pieces of each row
+        self._by_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows with that much room
+        self._rooms = 0  # bit n is set where some row has room n: the next larger room is one integer operation away
+
+    def place(self, piece: int, length: int) -> None:
+        """Put a piece where it leaves the least room, in a new row if it must."""
+        larger = self._rooms >> length
+        if larger:
+            room = length + (larger & -larger).bit_length() - 1
+            self._put(piece, length, room)
+        else:
+            self.contents.append([piece])
+            self._add(len(self.contents) - 1, self.row_length - length)
+
+    def largest_room(self, limit: int) -> int:
+        """The largest room that is at most `limit`; 0 where there is none."""
+        # Bit 0 is never set, so no room at all gives bit_length 0.
+        return max((self._rooms & ((2 << limit) - 1)).bit_length() - 1, 0)
+
+    def _put(self, piece: int, length: int, room: int) -> None:
+        row = self._by_room[room].pop()
+        if not self._by_room[room]:
+            self._rooms &= ~(1 << room)
+        self.contents[row].append(piece)
+        self._add(row, room - length)
+
+    def _add(self, row: int, room: int) -> None:
+        if room:
+            self._by_room[room].append(row)
+            self._rooms |= 1 << room
+
+
+def pack(lengths: np.ndarray, row_length: int) -> Packing:
+    """Pack documents into rows.
+
+    Args:
+        lengths: Tokens of each document, (documents,) integers above 0.
+        row_length: Positions of a row.
+
+    Returns:
+        Pieces that hold every token of every document exactly once. The result depends on the arguments only.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    rows = _Rows(row_length)
+    pieces: list[tuple[int, int, int]] = []  # document, start, length
+
+    def place(document: int, start: int, length: int) -> None:
+        rows.place(len(pieces), length)
+        pieces.append((document, start, length))
+
+    whole = np.flatnonzero(lengths <= row_length)
+    for document in whole[np.argsort(-lengths[whole], kind="stable")].tolist():
+        place(document, 0, int(lengths[document]))
+
+    # A longer document gives its beginning to rows of its own; its rest is cut where that fills a row's room exactly.
+    longer = np.flatnonzero(lengths > row_length)
+    rests = lengths[longer] % row_length
+    shortest = max(1, min(SHORTEST_CUT, row_length // 16))
+    for at in np.argsort(-rests, kind="stable").tolist():
+        document, rest = int(longer[at]), int(rests[at])
+        start = int(lengths[document]) - rest
+        for own in range(0, start, row_length):
+            place(document, own, row_length)
+        while rest:
+            room = rows.largest_room(rest)
+            length = room if shortest <= room <= rest - shortest else rest
+            place(document, start, length)
+            start, rest = start + length, rest - length
+
+    table = np.array(pieces, dtype=np.int64).reshape(-1, 3)
+    order = np.fromiter((piece for row in rows.contents for piece in row), dtype=np.int64, count=len(table))
+    sizes = np.fromiter(map(len, rows.contents), dtype=np.int64, count=len(rows.contents))
+    row_pieces = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return Packing(table[order, 0], table[order, 1:], row_pieces)

@@ -1,0 +1,136 @@
+"""The padded layout, the user's own format: a pickle of `{"input_ids", "attention_mask"}`, one sample a row.
+
+Each row is cut at the row's length, or padded with EOS's id and mask 0. The mask, not the id, says what is real.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from indraquantum.data.dataset import PreparedDataset, Split, check_split, content_hash
+from indraquantum.data.held_out import choose_held_out
+from indraquantum.data.safe_pickle import load_plain_pickle
+from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
+from indraquantum.errors import UserError
+
+PROTOCOL = 4  # read by every Python since 3.4; a fixed number keeps the bytes the same
+SOURCE = "pickle"  # the format has no room for sources
+
+
+def write_padded(path: Path, documents: Sequence[np.ndarray], row_length: int, padding_id: int) -> None:
+    """Write documents as padded rows; the same documents give the same bytes.
+
+    Args:
+        path: The pickle.
+        documents: Token ids of each document, in the order of the rows.
+        row_length: Length of every row.
+        padding_id: What fills a row up, at mask 0.
+    """
+    rows = []
+    # One int object for each id instead of one for each token: a quarter of the memory.
+    ints = list(range(1 + max((int(document.max()) for document in documents), default=0)))
+    for document in documents:
+        ids = [ints[token] for token in document[:row_length].tolist()]
+        missing = row_length - len(ids)
+        mask = [1] * len(ids) + [0] * missing
+        rows.append({"input_ids": ids + [padding_id] * missing, "attention_mask": mask})
+    with open(path, "wb") as file:
+        pickle.dump(rows, file, protocol=PROTOCOL)
+
+
+def open_pickle(field: str, path: Path, tokenizer_name: str | None) -> PreparedDataset:
+    """Open a pickle of padded rows as a dataset: one document a row, 1 % of the rows held out by their hash.
+
+    Args:
+        field: The option to name in an error.
+        path: The pickle; more keys than the two in a row are ignored.
+        tokenizer_name: Folder, file or hub id; a pickle carries no tokenizer.
+
+    Raises:
+        UserError: no tokenizer given, not a plain pickle, a row of another shape, ids beyond the vocabulary.
+    """
+    if tokenizer_name is None:
+        raise UserError("--tokenizer", None, f"must be given, because the pickle {path} carries no tokenizer")
+    tokenizer = load_tokenizer("--tokenizer", tokenizer_name)
+    rows = _check_rows(field, path, load_plain_pickle(field, path), tokenizer.vocabulary_size)
+    row_length = rows.row_length
+    held = choose_held_out([[document.tobytes() for document in rows.documents]])[0]
+    if not held.any():
+        raise UserError(field, path, "must hold at least 2 different rows, one of them to be held out")
+    splits = {}
+    for name, keep in (("train", ~held), ("validation", held)):
+        documents = [document for document, kept in zip(rows.documents, keep, strict=True) if kept]
+        splits[name] = _one_document_a_row(documents, row_length, tokenizer)
+        check_split(field, path, splits[name], tokenizer.vocabulary_size, 1)
+    digest = content_hash(splits, [SOURCE], tokenizer)
+    manifest = {
+        "format": "padded pickle",
+        "row_length": row_length,
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer_sha256": tokenizer.sha256,
+        "content_sha256": digest,
+        "sources": [{"name": SOURCE, "documents": len(held), "validation_documents": int(held.sum())}],
+    }
+    return PreparedDataset(splits["train"], splits["validation"], row_length, (SOURCE,), tokenizer, digest, manifest)
+
+
+def _one_document_a_row(documents: list[np.ndarray], row_length: int, tokenizer: TextTokenizer) -> Split:
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Split(
+        tokens=np.concatenate(documents).astype(tokenizer.dtype),
+        document_offsets=offsets,
+        document_sources=np.zeros(len(documents), dtype=np.uint8),
+        pieces=np.stack([offsets[:-1], lengths], axis=1),
+        row_pieces=np.arange(len(documents) + 1, dtype=np.int64),
+        row_length=row_length,
+        padding_id=tokenizer.eos_id,
+    )
+
+
+class _Rows(NamedTuple):
+    """The checked content of a pickle."""
+
+    documents: list[np.ndarray]  # the real tokens of each row
+    row_length: int
+
+
+def _check_rows(field: str, path: Path, rows: Any, vocabulary_size: int) -> _Rows:
+    """Take the real tokens out of each row, or name the first row that is wrong (counted from 0)."""
+    if not isinstance(rows, list) or not rows:
+        raise UserError(field, path, "must hold a list of at least one row")
+    documents: list[np.ndarray] = []
+    row_length = None
+    for number, row in enumerate(rows):
+        ids, mask = (_integers(field, path, number, row, key) for key in ("input_ids", "attention_mask"))
+        row_length = len(ids) if row_length is None else row_length
+        if len(ids) != row_length or len(mask) != row_length:
+            found = f"{len(ids)} ids and {len(mask)} mask entries"
+            raise UserError(field, path, f"row {number} has {found}; all rows must be {row_length} long")
+        real = int((mask == 1).sum())
+        if real == 0 or not ((mask[:real] == 1).all() and (mask[real:] == 0).all()):
+            raise UserError(field, path, f"row {number}: attention_mask must be ones (at least one), then zeros")
+        if ids.min() < 0 or ids.max() >= vocabulary_size:
+            wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
+            allowed = f"row {number} holds token id {wrong}; ids must be from 0 to {vocabulary_size - 1}"
+            raise UserError(field, path, allowed)
+        documents.append(ids[:real].astype(np.int64))
+    return _Rows(documents, int(row_length or 0))
+
+
+def _integers(field: str, path: Path, number: int, row: Any, key: str) -> np.ndarray:
+    values = row.get(key) if isinstance(row, dict) else None
+    # type and not isinstance: True would pass as 1 and say nothing.
+    if not isinstance(values, list) or not values or set(map(type, values)) != {int}:
+        raise UserError(field, path, f"row {number} must be a dict whose {key} is a list of integers")
+    try:
+        return np.array(values, dtype=np.int64)
+    except OverflowError:
+        raise UserError(field, path, f"row {number}: {key} holds a number beyond 64 bits") from None
