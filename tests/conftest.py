@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,3 +30,61 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared is not here")
     return SHARED
+
+
+@dataclass(frozen=True)
+class World:
+    """A tiny world of text, tokenizer, dataset, teacher and signals, made on the spot; read-only."""
+
+    wikitext: Path
+    alpaca: Path
+    tokenizer: Path
+    pickle: Path
+    data: Path
+    teacher: Path
+    signals: Path
+
+
+SUBJECTS = ("the cat", "a dog", "my bird", "the fish", "one horse", "the old mouse")
+VERBS = ("sees", "likes", "follows", "finds", "hears")
+PLACES = ("in the garden", "by the river", "under a tree", "on the hill", "at night")
+
+
+def sentence(draw: random.Random) -> str:
+    """A sentence whose next word is partly sure and partly open, so that there is something to learn."""
+    return f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(SUBJECTS)} {draw.choice(PLACES)} ."
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> World:
+    """Text of a few hundred sentences, and everything the pipeline makes of it."""
+    from indraquantum.config import CaptureSettings, PrepareSettings, TeacherSettings
+    from indraquantum.data.prepare import prepare
+    from indraquantum.data.tokenizer_training import train_tokenizer
+    from indraquantum.teacher.capture import capture
+    from indraquantum.training.pretrain_teacher import pretrain_teacher
+
+    folder = tmp_path_factory.mktemp("world")
+    draw = random.Random(0)
+    paragraphs = [" ".join(sentence(draw) for _ in range(draw.randint(1, 6))) for _ in range(120)]
+    samples = [
+        {"instruction": f"Who {draw.choice(VERBS)} {draw.choice(SUBJECTS)}?", "input": "", "output": sentence(draw)}
+        for _ in range(60)
+    ]
+    text, questions = folder / "wiki.txt", folder / "alpaca.json"
+    text.write_text("\n".join(paragraphs), encoding="utf-8")
+    questions.write_text(json.dumps(samples), encoding="utf-8")
+    train_tokenizer(text, questions, 320, folder / "tokenizer")
+    data, teacher, signals = folder / "mixed", folder / "teacher", folder / "teacher_signals"
+    prepare(
+        PrepareSettings(
+            wikitext=str(text), alpaca=str(questions), tokenizer=str(folder / "tokenizer"), max_length=48,
+            output=data.with_suffix(".pkl"),
+        )
+    )  # fmt: skip
+    pretrain_teacher(
+        TeacherSettings(data=data, output=teacher, width=24, layers=1, heads=2, steps=40, batch_tokens=480,
+                        learning_rate=1e-2)
+    )  # fmt: skip
+    capture(CaptureSettings(data=data, teacher=str(teacher), output=signals))
+    return World(text, questions, folder / "tokenizer", data.with_suffix(".pkl"), data, teacher, signals)

@@ -27,6 +27,7 @@ from indraquantum.config import (
 from indraquantum.data.dataset import open_dataset
 from indraquantum.data.prepare import prepare
 from indraquantum.data.python_manual import write_manual_corpus
+from indraquantum.data.tokenizer_training import train_tokenizer
 from indraquantum.evaluation.held_out import perplexity, unigram_cross_entropy
 from indraquantum.evaluation.write import write_text
 from indraquantum.files import make_folder
@@ -94,7 +95,7 @@ def run_demo(settings: DemoSettings) -> DemoReport:
 
     console.rule("1/6  corpus and tokenizer: Python's own manual and docstrings")
     corpus = write_manual_corpus(folder / "corpus", limit=size.documents)
-    train_tokenizer(corpus, size.vocabulary, folder / "tokenizer")
+    train_tokenizer(*corpus, size.vocabulary, folder / "tokenizer")
 
     console.rule("2/6  prepare: text to training rows")
     pickle = folder / "data" / "mixed_train.pkl"
@@ -169,23 +170,6 @@ def run_demo(settings: DemoSettings) -> DemoReport:
     )
     print_summary(console, report, time.perf_counter() - started)
     return report
-
-
-def train_tokenizer(corpus: tuple[Path, Path], vocabulary: int, folder: Path) -> None:
-    """Train a byte-level BPE on the corpus and save it to `folder` in Hugging Face's format."""
-    import json
-
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    texts = corpus[0].read_text(encoding="utf-8").splitlines()
-    texts += [" ".join(sample.values()) for sample in json.loads(corpus[1].read_text(encoding="utf-8"))]
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(
-        texts, vocab_size=vocabulary, min_frequency=2, special_tokens=["<s>", "</s>"], show_progress=False
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(folder)
 
 
 def print_summary(console: Console, report: DemoReport, seconds: float) -> None:

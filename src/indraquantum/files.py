@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of the file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def combined_sha256(digests: Iterable[str]) -> str:
+    """One hex SHA-256 that stands for several, in their order."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def fsync_folder(path: Path) -> None:

@@ -22,7 +22,7 @@ from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
-from indraquantum.files import make_folder
+from indraquantum.files import combined_sha256, make_folder
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.metrics import MetricsLog
 from indraquantum.model.configuration import IndraQuantumConfig
@@ -160,7 +160,7 @@ def start_run(
             kd_weight=0.0,  # set at each step by the curriculum
             phase_weight=settings.phase_weight if distil else 0.0,
             magnitude_weight=settings.magnitude_weight if distil else 0.0,
-            temperature=signals.temperature if distil else 1.0,
+            temperature=signals.manifest.temperature if distil else 1.0,
         ),
         identity=run_identity(settings, dataset, signals),
         total_steps=min(total_steps, settings.max_steps or total_steps),
@@ -181,7 +181,7 @@ def run_identity(
     return {
         **chosen,
         "data": dataset.content_sha256,
-        "signals": signals.content_sha256 if signals else None,
+        "signals": combined_sha256(entry.sha256 for entry in signals.manifest.shards) if signals else None,
     }
 
 

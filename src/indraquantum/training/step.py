@@ -15,7 +15,7 @@ from torch import Tensor
 from indraquantum.data.dataset import Split
 from indraquantum.errors import TrainingStopped
 from indraquantum.learner import Learner, to_tensors
-from indraquantum.loss_v2 import SemanticDistillationLoss
+from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
 from indraquantum.teacher.signals import SignalStore
 
 
@@ -61,7 +61,7 @@ def optimizer_step(
         labelled = batch.labels.reshape(-1) >= 0
         states_ND = states_BTD.flatten(0, 1)[torch.from_numpy(np.flatnonzero(labelled)).to(device)]
         labels_N = torch.from_numpy(batch.labels.reshape(-1)[labelled]).to(device)
-        teacher = signals.batch("train", batch.index.reshape(-1)[labelled]).to(device) if signals else None
+        teacher = teacher_signals(signals, batch.index.reshape(-1)[labelled], device)
         amplitude_N = learner.amplitude(states_ND)
         terms = objective(
             states_ND, leaf_VD, labels_N, learner.bias_V, learner.scale, teacher, amplitude_N, token_count=token_count
@@ -88,7 +88,15 @@ def optimizer_step(
     )
 
 
-def _values(terms) -> dict[str, float]:
+def teacher_signals(signals: SignalStore | None, index_N: np.ndarray, device: torch.device) -> TeacherSignals | None:
+    """The teacher's signals at training positions `index_N` on `device`; None without signals."""
+    if signals is None:
+        return None
+    found = signals.batch("train", index_N)
+    return TeacherSignals(*(None if part is None else part.to(device) for part in found))
+
+
+def _values(terms: LossTerms) -> dict[str, float]:
     present = {name: getattr(terms, name) for name in ("ce", "kd", "kd_estimate", "phase", "magnitude")}
     return {"loss": terms.total.item(), **{name: value.item() for name, value in present.items() if value is not None}}
 

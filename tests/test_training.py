@@ -1,0 +1,216 @@
+"""The run: alive in every term, the same bits from the same seed, exact after a stop, and careful with what is there."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from indraquantum import cli
+from indraquantum.config import TrainSettings
+from indraquantum.data.dataset import open_dataset
+from indraquantum.errors import TrainingStopped, UserError
+from indraquantum.evaluation.held_out import unigram_cross_entropy
+from indraquantum.loss_v2 import SemanticDistillationLoss
+from indraquantum.metrics import FIELDS, read_metrics
+from indraquantum.model.configuration import IndraQuantumConfig
+from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.teacher.signals import open_signals
+from indraquantum.training import loop
+from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training.step import optimizer_step, wrapped_phase
+
+SMALL = {
+    "d_model": 14, "layers": 1, "heads": 2, "mlp_width": 22, "batch_tokens": 480, "learning_rate": 5e-3,
+    "evaluate_every": 3, "epochs": 2,
+}  # fmt: skip
+
+
+def settings(world, tmp_path, **changes) -> TrainSettings:
+    return TrainSettings(
+        **{"data": world.data, "output": tmp_path / "run", "logs": tmp_path / "logs", "threads": 1, **SMALL, **changes}
+    )
+
+
+def same_checkpoints(first, second) -> bool:
+    a, b = (load_checkpoint("", path) for path in (first, second))
+    states_a, states_b = ([c.model, *c.optimizer["state"].values()] for c in (a, b))
+    return a.step == b.step and all(
+        torch.equal(x[key], y[key]) for x, y in zip(states_a, states_b, strict=True) for key in x
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """A whole run of two epochs with dropout."""
+    folder = tmp_path_factory.mktemp("finished")
+    return settings(world, folder, dropout=0.1), loop.train(settings(world, folder, dropout=0.1))
+
+
+def test_a_run_learns_and_every_term_is_alive(world, finished):
+    _, report = finished
+    metrics = read_metrics(report.metrics)
+    assert all(list(line) == list(FIELDS) for line in metrics)
+    assert [line["step"] for line in metrics] == list(range(report.steps + 1))
+    unigram = unigram_cross_entropy(open_dataset("--data", world.data))
+    assert report.held_out["all"] < metrics[0]["held_out"]["all"] - 1
+    assert report.held_out["all"] < unigram["all"] - 0.5
+    for line in metrics[1:]:
+        for term in ("ce", "kd", "kd_estimate", "phase", "magnitude"):
+            assert line[term] != 0
+        assert line["loss"] == pytest.approx(
+            line["ce"] + line["kd_weight"] * line["kd"] + 0.1 * line["phase"] + 0.1 * line["magnitude"], rel=1e-4
+        )
+        assert line["phase_std"] > 0
+        assert line["magnitude_std"] > 0
+    assert metrics[1]["kd_weight"] == pytest.approx(0.01)
+    assert metrics[-1]["kd_weight"] == pytest.approx(0.05)
+    assert metrics[-1]["epoch"] == 2
+
+
+def test_each_epoch_leaves_its_checkpoint(finished):
+    run, report = finished
+    assert sorted(p.name for p in run.output.iterdir()) == ["checkpoint_v4_epoch_1.pt", "checkpoint_v4_epoch_2.pt"]
+    assert report.checkpoint.name == "checkpoint_v4_epoch_2.pt"
+    assert load_checkpoint("", report.checkpoint).finished
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(world, finished, tmp_path):
+    run, report = finished
+    again = settings(world, tmp_path, dropout=0.1)
+    shutil.copytree(run.output, again.output)
+    shutil.copytree(run.logs, again.logs)
+    (again.output / "checkpoint_v4_epoch_2.pt").unlink()  # as if stopped after the first epoch, its log further on
+    resumed = loop.train(again)
+    assert same_checkpoints(report.checkpoint, resumed.checkpoint)
+
+    def without_speed(path):
+        return [{**line, "tokens_per_second": None} for line in read_metrics(path)]
+
+    assert without_speed(resumed.metrics) == without_speed(report.metrics)
+
+
+def test_a_damaged_checkpoint_is_passed_over(world, finished, tmp_path, capsys):
+    run, report = finished
+    again = settings(world, tmp_path, dropout=0.1)
+    shutil.copytree(run.output, again.output)
+    damaged = bytearray((again.output / "checkpoint_v4_epoch_2.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (again.output / "checkpoint_v4_epoch_2.pt").write_bytes(damaged)
+    resumed = loop.train(again)
+    assert "warning: passed over" in capsys.readouterr().out
+    assert same_checkpoints(report.checkpoint, resumed.checkpoint)
+
+
+def test_a_finished_run_says_so_and_other_settings_are_refused(world, finished, capsys):
+    run, report = finished
+    fields = run.model_dump(exclude_none=True, exclude={"phase_spread", "no_teacher"})
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
+    before = report.checkpoint.read_bytes()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", *arguments])
+    assert exit_.value.code == 0
+    assert "This run is finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", *arguments, "--phase-spread=2"])
+    error = capsys.readouterr().err
+    assert (exit_.value.code, error.count("\n")) == (2, 1)
+    assert "--phase-spread: got 2.0; must be 3.0" in error
+    assert report.checkpoint.read_bytes() == before
+
+
+def test_max_steps_ends_inside_an_epoch_and_keeps_its_checkpoint(world, tmp_path):
+    report = loop.train(settings(world, tmp_path, max_steps=2))
+    assert report.steps == 2
+    assert report.checkpoint.name == "checkpoint_v4_epoch_1.pt"
+    assert read_metrics(report.metrics)[-1]["kd_weight"] == pytest.approx(0.05)  # schedules end where the run does
+
+
+def test_a_pickle_trains_too(world, tmp_path):
+    report = loop.train(
+        settings(world, tmp_path, data=world.pickle, tokenizer=str(world.tokenizer), no_teacher=True, max_steps=1)
+    )
+    assert read_metrics(report.metrics)[-1]["kd"] is None
+
+
+def test_signals_are_captured_where_there_are_none(world, tmp_path):
+    data = tmp_path / "mixed"
+    shutil.copytree(world.data, data)
+    loop.train(settings(world, tmp_path, data=data, teacher=str(world.teacher), max_steps=1))
+    manifest = (tmp_path / "teacher_signals" / "manifest.json").read_text()
+    assert manifest == (world.signals / "manifest.json").read_text().replace(str(world.signals), str(tmp_path))
+
+
+def test_without_signals_and_teacher_the_way_out_is_named(world, tmp_path):
+    data = tmp_path / "mixed"
+    shutil.copytree(world.data, data)
+    with pytest.raises(UserError, match="--teacher.*--no-teacher"):
+        loop.train(settings(world, tmp_path, data=data, teacher=str(tmp_path / "nothing")))
+    assert not list((tmp_path / "run").iterdir())
+
+
+def step_parts(world):
+    dataset = open_dataset("--data", world.data)
+    config = IndraQuantumConfig.from_settings(
+        TrainSettings(**SMALL), vocab_size=dataset.tokenizer.vocabulary_size, bos_token_id=dataset.tokenizer.bos_id,
+        eos_token_id=dataset.tokenizer.eos_id, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = IndraQuantumPhase2(config).train()
+    optimizer = torch.optim.AdamW(model.parameter_groups(1e-3, 10.0, 0.0))
+    return dataset, model, optimizer, open_signals("--signals", world.signals, dataset)
+
+
+@pytest.mark.parametrize("alive", ["kd_weight", "phase_weight", "magnitude_weight"])
+def test_each_weight_changes_the_gradient(world, alive):
+    gradients = []
+    for weight in (0.0, 0.3):
+        dataset, model, optimizer, signals = step_parts(world)
+        objective = SemanticDistillationLoss(**{"kd_weight": 0.0, alive: weight})
+        optimizer_step(
+            model, objective, optimizer, dataset.train, np.arange(7), signals, micro_batch_rows=7, max_grad_norm=1e9
+        )
+        gradients.append(model.embedding.weight.grad.clone())
+    assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
+
+
+def test_micro_batches_add_up_to_the_whole_step(world):
+    results = []
+    for micro_batch_rows in (11, 2):
+        dataset, model, optimizer, signals = step_parts(world)
+        objective = SemanticDistillationLoss(kd_weight=0.3, phase_weight=0.2, magnitude_weight=0.1)
+        result = optimizer_step(
+            model, objective, optimizer, dataset.train, np.arange(11), signals,
+            micro_batch_rows=micro_batch_rows, max_grad_norm=1e9,
+        )  # fmt: skip
+        results.append((result, {name: p.grad for name, p in model.named_parameters()}))
+    (whole, gradients), (pieces, summed) = results
+    assert pieces.terms == pytest.approx(whole.terms, rel=1e-5)
+    assert pieces.tokens == whole.tokens
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(summed[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(world):
+    dataset, model, optimizer, signals = step_parts(world)
+    with torch.no_grad():
+        model.embedding.weight[:] = float("nan")
+    before = {name: p.clone() for name, p in model.named_parameters() if "embedding" not in name}
+    with pytest.raises(TrainingStopped, match="not finite.*rows"):
+        optimizer_step(
+            model, SemanticDistillationLoss(kd_weight=0.05), optimizer, dataset.train, np.arange(3), signals,
+            micro_batch_rows=3, max_grad_norm=1.0,
+        )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert torch.equal(parameter, before[name])
+    assert TrainingStopped.exit_status == 3
+
+
+def test_phases_wrap_far_from_their_targets():
+    angles = torch.tensor([0.0, 1.0, 3.1, -3.1, -1.5, -1.6])
+    wrapped = wrapped_phase(torch.polar(torch.ones(6), angles))
+    expected = torch.tensor([0.0, 1.0, 3.1, 2 * torch.pi - 3.1, -1.5, 2 * torch.pi - 1.6])
+    torch.testing.assert_close(wrapped, expected)
