@@ -1,0 +1,200 @@
+"""The embedded default corpus: Python's own manual, which every Python carries.
+
+`pydoc_data.topics` gives paragraphs of English prose, the standard library's docstrings give questions with answers.
+The sources are read with `ast`, never imported. Nothing of it is redistributed: it is made anew on each machine, from
+that machine's Python (licence of the text: PSF).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+import itertools
+import json
+import os
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from indraquantum.data.sources import AlpacaSample
+from indraquantum.errors import UserError
+from indraquantum.files import atomic_file, make_folder
+
+# Tests and demonstrations hold no documentation; ntpath says what posixpath says.
+SKIPPED = frozenset(
+    {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip", "turtledemo"}
+)
+SKIPPED_MODULES = frozenset({"ntpath", "macpath", "antigravity", "this"})
+ALIASES = {"posixpath": "os.path"}  # the name under which everybody knows it
+SHORTEST_DOCSTRING = 20
+SHORTEST_PARAGRAPH = 40
+LONGEST_ANSWER = 800  # characters; whole paragraphs are kept, and the first one always
+
+QUESTIONS = {
+    "module": ("What is the Python module {name} for?", "Describe the Python module {name}."),
+    "class": ("What is the Python class {name}?", "Describe the Python class {name}.", "What is {name} used for?"),
+    "function": ("What does {name} do?", "Explain what the Python function {name} does.", "What is {name} for?"),
+}
+WITH_INPUT = "What does this Python function do?"  # its signature is the input: both forms of the prompt are learned
+
+
+class ManualCorpus(NamedTuple):
+    """The two files of the corpus."""
+
+    text: Path  # a paragraph a line
+    instructions: Path  # a JSON list in Alpaca's form
+
+
+class _Module(NamedTuple):
+    name: str  # dotted
+    path: Path
+
+
+class _Entry(NamedTuple):
+    name: str  # qualified, such as os.path.join
+    kind: str  # module, class or function
+    signature: str  # of a function
+    docstring: str
+
+
+def write_manual_corpus(folder: Path, limit: int | None = None) -> ManualCorpus:
+    """Write the corpus into `folder`; the same Python gives the same bytes.
+
+    Args:
+        folder: Where manual.txt and questions.json go; it is made where it is missing.
+        limit: Keep only the first paragraphs and questions, this many of each.
+
+    Raises:
+        UserError: the folder can't be written, or this Python was installed without its manual or its sources.
+    """
+    paragraphs = list(itertools.islice(manual_paragraphs(), limit))
+    questions = list(itertools.islice(docstring_questions(Path(sysconfig.get_path("stdlib"))), limit))
+    if not questions:
+        where = sysconfig.get_path("stdlib")
+        raise UserError("standard library", where, "must hold Python's sources; install Python with them")
+    make_folder("--output", folder)
+    corpus = ManualCorpus(folder / "manual.txt", folder / "questions.json")
+    content = json.dumps([question._asdict() for question in questions], ensure_ascii=False, indent=1)
+    for path, text in ((corpus.text, "\n".join(paragraphs)), (corpus.instructions, content)):
+        with atomic_file(path) as temporary:
+            temporary.write_bytes((text + "\n").encode())
+    return corpus
+
+
+def manual_paragraphs() -> list[str]:
+    """Return the different paragraphs of prose of Python's manual, in the order of its topics.
+
+    Raises:
+        UserError: this Python has no `pydoc_data`.
+    """
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        allowed = "is missing from this Python; install its standard library in full, or give texts of your own"
+        raise UserError("pydoc_data", "no module", allowed) from None
+    blocks = (block for name in sorted(topics) for block in re.split(r"\n\s*\n", topics[name]))
+    # Topics overlap (the page on compound statements holds that on `if`); a dict keeps the first of each, in order.
+    return list(dict.fromkeys(text for block in blocks if (text := _prose(block))))
+
+
+def _prose(block: str) -> str | None:
+    """Return a block of lines as one line, or None where it is no prose: headings, code, grammar, tables."""
+    lines = block.strip("\n").split("\n")
+    # `**` below a heading, `+--` and `|` in tables, `::=` in grammars, `>>>` in examples.
+    if any(re.fullmatch(r"\s*([^\w\s])\1{2,}\s*|\s*[+|].*|.*::=.*|\s*>>>.*", line) for line in lines):
+        return None
+    text = re.sub(r"(?<=\w)-\n\s*", "-", block)  # a word broken at its own hyphen
+    text = re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"^(\* |\d+\. |\[\d+\] )", "", text)
+    # A sentence ends in a full stop and the like, even where a footnote's number follows; code rarely does.
+    sentence = re.search(r"[.?!:][\"”)’]*( \[\d+\])?$", text)
+    return text if sentence and text[:1].isalpha() | (text[:1] in '"“(*') and len(text) >= SHORTEST_PARAGRAPH else None
+
+
+def docstring_questions(library: Path) -> Iterator[AlpacaSample]:
+    """Yield a question and its answer for each documented public name of a library.
+
+    Args:
+        library: Folder of Python sources, such as the standard library's.
+
+    Yields:
+        Samples in the order of the modules' names and, within a module, of the qualified names; each answer once.
+    """
+    seen: set[str] = set()
+    for name, path in sorted(_modules(library)):
+        for entry in _entries(name, path):
+            answer = _answer(entry.docstring)
+            if len(answer) >= SHORTEST_DOCSTRING and answer not in seen:
+                seen.add(answer)
+                yield _question(entry, answer)
+
+
+def _modules(library: Path) -> Iterator[_Module]:
+    """Yield the public modules below a folder, without looking into what is skipped (site-packages may be vast)."""
+    for folder, folders, files in os.walk(library):
+        folders[:] = [name for name in folders if _is_public(name)]
+        parts = Path(folder).relative_to(library).parts
+        for file in files:
+            stem, suffix = os.path.splitext(file)
+            if suffix == ".py" and (stem == "__init__" or _is_public(stem)):
+                name = ".".join(parts if stem == "__init__" else (*parts, stem))
+                if name and name not in SKIPPED_MODULES:
+                    yield _Module(ALIASES.get(name, name), Path(folder, file))
+
+
+def _is_public(name: str) -> bool:
+    return name.isidentifier() and not name.startswith("_") and name not in SKIPPED
+
+
+def _entries(module: str, path: Path) -> list[_Entry]:
+    """The documented public names of one module, sorted; none where it can't be parsed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in somebody else's strings are not ours to report
+            tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return []
+    found = {entry.name: entry for entry in reversed(list(_walk(module, tree)))}  # the first of each name
+    return [found[name] for name in sorted(found)]
+
+
+def _walk(name: str, node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[_Entry]:
+    """Yield a node and, below modules and classes, its public members."""
+    docstring = ast.get_docstring(node, clean=False)
+    if docstring:
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        kind = "function" if is_function else "class" if isinstance(node, ast.ClassDef) else "module"
+        yield _Entry(name, kind, f"{name}({ast.unparse(node.args)})" if is_function else "", docstring)
+    if isinstance(node, ast.Module | ast.ClassDef):
+        yield from _members(name, node.body)
+
+
+def _members(name: str, body: Iterable[ast.stmt]) -> Iterator[_Entry]:
+    for child in body:
+        named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if named and not child.name.startswith("_"):
+            yield from _walk(f"{name}.{child.name}", child)
+
+
+def _answer(docstring: str) -> str:
+    """The docstring's prose: whole paragraphs up to its first example or LONGEST_ANSWER."""
+    kept: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring).strip()):
+        if ">>>" in paragraph or (kept and sum(map(len, kept)) + len(paragraph) > LONGEST_ANSWER):
+            break
+        kept.append(paragraph.rstrip())
+    return "\n\n".join(kept)
+
+
+def _question(entry: _Entry, answer: str) -> AlpacaSample:
+    """Ask about a name in one of several ways, which one by a hash of the name."""
+    ways = QUESTIONS[entry.kind]
+    way = int.from_bytes(hashlib.sha256(entry.name.encode()).digest()[8:16])
+    if entry.kind == "function" and way % (len(ways) + 1) == len(ways):
+        return AlpacaSample(WITH_INPUT, entry.signature, answer)
+    return AlpacaSample(ways[way % len(ways)].format(name=entry.name), "", answer)
