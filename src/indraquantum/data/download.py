@@ -55,7 +55,6 @@ def hub_files(field: str, repository: str, patterns: list[str], repo_type: str, 
     Raises:
         UserError: no network and nothing in the cache, or the hub does not know the repository.
     """
-    import httpx
     import huggingface_hub
 
     options = {"repo_type": repo_type, "revision": REVISIONS.get(repository), "allow_patterns": patterns}
@@ -65,19 +64,18 @@ def hub_files(field: str, repository: str, patterns: list[str], repo_type: str, 
         reason = "is no local file, and the Hugging Face hub can't be reached"
     except huggingface_hub.errors.HfHubHTTPError as error:
         reason = f"is no local file, and the Hugging Face hub refuses it ({type(error).__name__})"
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
         reason = f"is no local file, and could not be downloaded ({type(error).__name__})"
     raise UserError(field, repository, f"{reason}; {remedy}")
 
 
 def _hub_answers() -> bool:
     """Whether the hub answers at all, by one quick request through the library's own client and its proxies."""
-    import httpx
     import huggingface_hub
 
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT_SECONDS / 2)
-    except (OSError, httpx.HTTPError):
+    except (OSError, huggingface_hub.errors.HTTPError):
         return False
     return True
 
