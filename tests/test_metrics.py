@@ -49,3 +49,9 @@ def test_a_fresh_run_starts_an_empty_file(tmp_path):
     MetricsLog(path).close()
     assert read_metrics(path) == []
     assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_the_documentation_lists_every_field(root):
+    page = (root / "docs" / "FORMATS.md").read_text(encoding="utf-8")
+    for name, meaning in FIELDS.items():
+        assert f"| `{name}` | {meaning} |" in page

@@ -50,16 +50,18 @@ def demo(*, settings: Annotated[DemoSettings, OPTIONS] = DemoSettings()) -> None
 def prepare(*, settings: Annotated[PrepareSettings, OPTIONS] = PrepareSettings()) -> None:
     """Turn WikiText and Alpaca into training rows: the pickle and the packed dataset beside it."""
     from indraquantum.data.prepare import prepare as run
+    from indraquantum.monitor.summaries import prepare_summary
 
-    print(run(settings).summary())
+    print(prepare_summary(run(settings)))
 
 
 @app.command
 def capture(*, settings: Annotated[CaptureSettings, OPTIONS] = CaptureSettings()) -> None:
     """Ask the teacher once about every position and store its signals."""
+    from indraquantum.monitor.summaries import capture_summary
     from indraquantum.teacher.capture import capture as run
 
-    print(run(settings).summary())
+    print(capture_summary(run(settings)))
 
 
 @app.command

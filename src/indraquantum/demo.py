@@ -33,6 +33,7 @@ from indraquantum.evaluation.write import write_text
 from indraquantum.files import make_folder
 from indraquantum.metrics import read_metrics
 from indraquantum.monitor.plots import save_overview
+from indraquantum.monitor.summaries import capture_summary, prepare_summary
 from indraquantum.teacher.capture import capture
 from indraquantum.training.loop import train
 from indraquantum.training.pretrain_teacher import pretrain_teacher
@@ -99,17 +100,16 @@ def run_demo(settings: DemoSettings) -> DemoReport:
 
     console.rule("2/6  prepare: text to training rows")
     pickle = folder / "data" / "mixed_train.pkl"
-    print(
-        prepare(
-            PrepareSettings(
-                wikitext=str(corpus[0]),
-                alpaca=str(corpus[1]),
-                tokenizer=str(folder / "tokenizer"),
-                output=pickle,
-                seed=settings.seed,
-            )
-        ).summary()
+    prepared = prepare(
+        PrepareSettings(
+            wikitext=str(corpus[0]),
+            alpaca=str(corpus[1]),
+            tokenizer=str(folder / "tokenizer"),
+            output=pickle,
+            seed=settings.seed,
+        )
     )
+    print(prepare_summary(prepared))
     data = pickle.with_suffix("")
 
     console.rule("3/6  teacher: a small Llama, from scratch")
@@ -119,13 +119,10 @@ def run_demo(settings: DemoSettings) -> DemoReport:
 
     console.rule("4/6  capture: the teacher's signals, asked once")
     signals = folder / "data" / "teacher_signals"
-    print(
-        capture(
-            CaptureSettings(
-                data=data, teacher=str(folder / "teacher"), output=signals, seed=settings.seed, **compute
-            )
-        ).summary()
+    captured = capture(
+        CaptureSettings(data=data, teacher=str(folder / "teacher"), output=signals, seed=settings.seed, **compute)
     )
+    print(capture_summary(captured))
 
     console.rule("5/6  train IndraQuantumPhase2: v4, unified semantic distillation")
     student = train(

@@ -153,7 +153,9 @@ def start_run(
         signals=signals,
         model=model,
         optimizer=torch.optim.AdamW(
-            model.parameter_groups(settings.learning_rate, settings.table_rate, settings.weight_decay), betas=BETAS
+            model.parameter_groups(settings.learning_rate, settings.table_rate, settings.weight_decay),
+            betas=BETAS,
+            fused=True,
         ),
         device=device,
         objective=SemanticDistillationLoss(

@@ -117,7 +117,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
     make_folder("--output", settings.output.parent)
     torch.manual_seed(settings.seed)
     learner = LlamaLearner(new_llama(settings, dataset)).to(device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(learner, settings), betas=BETAS)
+    optimizer = torch.optim.AdamW(parameter_groups(learner, settings), betas=BETAS, fused=True)
     objective = SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0)
     tokens = 0
     with tqdm(total=settings.steps, unit="step", desc="teacher", disable=None) as bar:

@@ -1,0 +1,39 @@
+"""What the stages print when they are done: a few plain lines from their reports."""
+
+from __future__ import annotations
+
+from indraquantum.data.prepare import PrepareReport
+from indraquantum.teacher.capture import CaptureReport
+
+
+def prepare_summary(report: PrepareReport) -> str:
+    """Samples, tokens, rows and waste of a preparation, one line each."""
+    lines = [f"note: {note}" for note in report.notes]
+    for source in report.sources:
+        lines.append(
+            f"{source.name}: {source.documents:,} of {source.available:,} samples, {source.tokens:,} tokens; "
+            f"{source.validation_documents} samples held out; padded to {report.row_length}, "
+            f"{source.padding_share:.0%} of the positions are padding and {source.cut_share:.0%} of the tokens cut off"
+        )
+    lines += [
+        f"packed: {report.rows:,} rows of {report.row_length}, {report.tokens:,} tokens, {report.fill:.1%} filled; "
+        f"{report.validation_rows} rows, {report.validation_tokens:,} tokens held out: {report.folder}",
+        f"padded: {report.padded_rows:,} rows, {report.padding_share:.0%} padding: {report.pickle}",
+    ]
+    return "\n".join(lines)
+
+
+def capture_summary(report: CaptureReport) -> str:
+    """What the signals are like and what they cost, in three lines."""
+    figures = report.statistics
+    cross_entropy = ", ".join(f"{split} {value:.3f}" for split, value in figures.teacher_cross_entropy.items())
+    return "\n".join(
+        [
+            f"signals: {figures.positions:,} positions ({report.positions_kept:,} were there), "
+            f"{report.bytes:,} bytes, {figures.bytes_per_token:.1f} a token; {report.tokens_per_second:,.0f} tokens/s",
+            f"teacher: mean entropy {figures.mean_entropy_nats:.3f} nats, mean confidence "
+            f"{figures.mean_confidence:.3f}, {figures.mean_ids:.1f} distinct ids a position; "
+            f"cross-entropy (nats/token) {cross_entropy}",
+            f"coverage: {report.coverage['train']:.1%} of the training rows: {report.output}",
+        ]
+    )

@@ -1,0 +1,141 @@
+"""The whole pipeline on Python's own manual at toy size, the notebook on its run, and the commands on its files."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+
+from indraquantum import cli
+from indraquantum.config import DemoSettings
+from indraquantum.demo import PROMPTS, run_demo
+from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "notebooks" / "training_monitor.ipynb"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The tiny demo, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        printed = []
+        patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
+        report = run_demo(DemoSettings(output=folder / "demo", tiny=True, threads=1))
+    return report, "\n".join(printed)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return exit_.value.code, out, err
+
+
+def test_the_student_ends_clearly_below_the_unigram(demo):
+    report, printed = demo
+    assert report.after < report.unigram - 0.1
+    assert report.after < report.before - 1
+    assert report.teacher < report.unigram - 0.1
+    assert len(report.answers) == len(PROMPTS)
+    assert "held-out cross-entropy" in printed
+
+
+def test_every_file_it_names_is_there(demo):
+    for path in demo[0].files.values():
+        assert path.exists()
+        assert path.is_dir() or path.stat().st_size
+
+
+def test_the_notebook_runs_top_to_bottom_on_its_run(demo, monkeypatch):
+    monkeypatch.setenv("INDRA_METRICS", str(demo[0].files["metrics"]))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "stored without outputs"
+    kernel = {"kernel_name": "python3", "resources": {"metadata": {"path": str(NOTEBOOK.parent)}}}
+    NotebookClient(notebook, timeout=120, **kernel).execute()
+    pictures = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+    assert len(pictures) == 4
+
+
+def test_text_is_the_same_for_the_same_seed(demo, capsys):
+    arguments = ("test", demo[0].files["checkpoint"], "--prompt", "The for statement", "--max-new-tokens", "12")
+    first, second = run(capsys, *arguments, "--seed", "1"), run(capsys, *arguments, "--seed", "1")
+    assert first == second
+    assert first[0] == 0
+    assert first[1].startswith("The for statement")
+    assert run(capsys, *arguments, "--seed", "2")[1] != first[1]
+
+
+def test_show_state_prints_a_line_for_each_token(demo, capsys):
+    status, out, _ = run(
+        capsys, "test", demo[0].files["checkpoint"], "--instruction", "What does os.path.join do?",
+        "--max-new-tokens", "5", "--temperature", "0", "--show-state",
+    )  # fmt: skip
+    assert status == 0
+    assert "### Instruction:\nWhat does os.path.join do?\n\n### Response:\n" in out
+    rows = re.findall(r"│ .* │ +([\d.]+) │ +([\d.]+) │ +(-?[\d.]+) │", out)
+    assert 1 <= len(rows) <= 5
+    assert all(0 < float(probability) <= 1 for probability, _, _ in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--prompt: got None; give either"),
+        (("--prompt", "a", "--instruction", "b"), "give either"),
+        (("--prompt", "a", "--input", "b"), "--input: got b; belongs to --instruction"),
+    ],
+)
+def test_what_to_write_about_must_be_clear(demo, capsys, arguments, message):
+    status, out, err = run(capsys, "test", demo[0].files["checkpoint"], *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_a_checkpoint_of_another_shape_is_refused(demo, capsys, tmp_path):
+    checkpoint = load_checkpoint("", demo[0].files["checkpoint"])
+    checkpoint.model["head.bias_V"] = torch.zeros(7)
+    save_checkpoint(tmp_path / "checkpoint_v4_epoch_1.pt", checkpoint)
+    status, out, err = run(capsys, "test", tmp_path / "checkpoint_v4_epoch_1.pt", "--prompt", "a")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "must hold weights of its own shape" in err
+
+
+def test_a_missing_checkpoint_is_one_line(capsys, tmp_path):
+    status, out, err = run(capsys, "test", tmp_path / "gone.pt", "--prompt", "a")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "gone.pt; must be a checkpoint" in err
+
+
+def test_the_three_scripts_on_local_files(demo, tmp_path):
+    """The user's own three commands, in a fresh process each, on the demo's corpus, tokenizer and teacher."""
+    files = demo[0].files
+
+    def script(name: str, *arguments: object) -> str:
+        command = [sys.executable, ROOT / "scripts" / name, *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    prepared = script(
+        "prepare_mixed_data.py", "--wikitext", files["corpus"] / "manual.txt",
+        "--alpaca", files["corpus"] / "questions.json", "--tokenizer", files["tokenizer"],
+    )  # fmt: skip
+    assert "data/mixed_train.pkl" in prepared
+    script(
+        "train_phase2_v4_unified.py", "--teacher", files["teacher"], "--max-steps", 2, "--batch-tokens", 512,
+        "--d-model", 16, "--layers", 1, "--mlp-width", 32,
+    )  # fmt: skip
+    checkpoint = "checkpoints/phase2_v4_unified/checkpoint_v4_epoch_1.pt"
+    assert (tmp_path / "logs" / "phase2_v4_unified" / "metrics.jsonl").read_text().count("\n") == 3
+    prompt = "The future of AI is"
+    assert script("test_phase2.py", checkpoint, "--prompt", prompt, "--max-new-tokens", 4).startswith(prompt)
+    kept = json.loads((tmp_path / "data" / "teacher_signals" / "manifest.json").read_text())
+    assert kept["complete"]
