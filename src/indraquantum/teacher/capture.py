@@ -248,19 +248,14 @@ class _Run:
         if not self.teacher.packed:
             print("capture: this teacher mixes packed documents; asking one at a time", file=sys.stderr)
         total = sum(self._positions(job) for job in jobs)
-        self._announce(jobs[0], total, manifest)
         with tqdm(total=total, desc="capture", unit="tok", unit_scale=True, disable=None) as bar:
             for done, job in enumerate(jobs, 1):
-                signals = self._ask(job, manifest, bar)
+                signals = self._ask(job, manifest, bar, announce=done == 1)
                 rows = (job.first_row, job.last_row)
                 entry = write_shard(self.folder, job.file, job.split, rows, signals, manifest, self.teacher.precision)
                 manifest = _with_shards(manifest, [*manifest.shards, entry], complete=done == len(jobs))
                 write_manifest(self.folder, manifest)
         return manifest
-
-    @property
-    def _rows_at_once(self) -> int:
-        return max(1, self.settings.batch_tokens // self.dataset.row_length)
 
     def _split(self, job: Job) -> Split:
         return self.dataset.train if job.split == "train" else self.dataset.validation
@@ -269,13 +264,17 @@ class _Run:
         offsets = self._split(job).row_token_offsets
         return int(offsets[job.last_row] - offsets[job.first_row])
 
-    def _ask(self, job: Job, manifest: Manifest, bar: tqdm) -> PositionSignals:
+    def _ask(self, job: Job, manifest: Manifest, bar: tqdm, announce: bool) -> PositionSignals:
         """All signals of one shard. Batches never cross its ends, so that a restart repeats the same ones."""
-        step = self._rows_at_once
+        step = max(1, self.settings.batch_tokens // self.dataset.row_length)
         parts = []
         for first in range(job.first_row, job.last_row, step):
-            parts.append(self._ask_rows(job.split, np.arange(first, min(first + step, job.last_row)), manifest))
-            bar.update(len(parts[-1].entropy_N))
+            began = time.perf_counter()
+            part = self._ask_rows(job.split, np.arange(first, min(first + step, job.last_row)), manifest)
+            if announce and not parts:
+                self._announce(part, time.perf_counter() - began, int(bar.total), manifest)
+            bar.update(len(part.entropy_N))
+            parts.append(part)
         return PositionSignals(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _ask_rows(self, split: str, rows: np.ndarray, manifest: Manifest) -> PositionSignals:
@@ -306,13 +305,10 @@ class _Run:
         except torch.OutOfMemoryError:
             raise UserError("--batch-tokens", self.settings.batch_tokens, "must be smaller: out of memory") from None
 
-    def _announce(self, job: Job, total: int, manifest: Manifest) -> None:
-        """Say what lies ahead, from a first batch that is timed for it."""
-        rows = np.arange(job.first_row, job.last_row)[: self._rows_at_once]
-        began = time.perf_counter()
-        part = self._ask_rows(job.split, rows, manifest)
+    def _announce(self, part: PositionSignals, seconds: float, total: int, manifest: Manifest) -> None:
+        """Say what lies ahead, from the first batch."""
         positions = len(part.entropy_N)
-        hours = (time.perf_counter() - began) / positions * total / 3600
+        hours = seconds / positions * total / 3600
         width = entry_bits(manifest.vocabulary_size, manifest.draws).width
         size = (7 + len(part.ids_M) / positions * width / 8) * total
         print(f"capture: {total:,} positions, about {hours:.3g} hours and {size / 1e6:,.1f} MB", file=sys.stderr)
