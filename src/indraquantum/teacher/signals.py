@@ -11,6 +11,7 @@ Legend: N positions asked for, C of them covered, K most ids at one of them, M d
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -234,13 +235,13 @@ class SignalStore:
         covered_C = np.flatnonzero(shard_N >= 0)
         covered_C = covered_C[index_N[covered_C] < shards.ends[shard_N[covered_C]]]
         covered_C = covered_C[np.argsort(shard_N[covered_C], kind="stable")]
-        group_begins = np.flatnonzero(np.diff(shard_N[covered_C], prepend=-1))
+        edges = np.flatnonzero(np.diff(shard_N[covered_C], prepend=-1, append=-1))  # where the shard changes
 
         counts_C = np.zeros(len(covered_C), np.int64)
         tempered = self.manifest.temperature != 1.0
         scalars_3N = np.zeros((3 if tempered else 2, len(index_N)), np.float32)
         numbers = [np.zeros(0, np.int64)]
-        for begin, end in zip(group_begins, np.append(group_begins[1:], len(covered_C)), strict=True):
+        for begin, end in pairwise(edges.tolist()):
             here = covered_C[begin:end]
             number = shard_N[here[0]]
             shard = self._open(shards.entries[number])
