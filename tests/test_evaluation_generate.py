@@ -1,0 +1,148 @@
+"""Writing text: the model's own argmax as reference, the seed, the limits, and the states read beside it."""
+
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from indraquantum.config import TestSettings
+from indraquantum.data.tokenizer import TextTokenizer
+from indraquantum.errors import UserError
+from indraquantum.evaluation.generate import generate_text, uncertainty_nats
+from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
+
+BOS, EOS = 256, 257
+LIMIT = 47
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, so that what a character outside ASCII does is seen."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocabulary | {"<s>": BOS, "</s>": EOS}, merges=[]))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return TextTokenizer(backend, BOS, EOS)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = IndraQuantumConfig(
+        vocab_size=258,
+        d_model=20,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        intermediate_size=31,
+        max_position_embeddings=LIMIT,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    torch.manual_seed(0)
+    model = IndraQuantumPhase2(config).eval()
+    with torch.no_grad():
+        model.head.scale_1.mul_(5)
+        for layer in model.backbone.layers:  # an untrained tied model would only repeat its last token
+            layer.mlp.down_proj.weight.mul_(15)
+        model.head.bias_V[[BOS, EOS]] = -100.0
+    return model
+
+
+def options(**values):
+    return TestSettings(**{"max_new_tokens": 13, "temperature": 0.0, **values})
+
+
+def test_greedy_text_equals_argmax_step_by_step(model, tokenizer):
+    ids = tokenizer.encode_prompt("Tell me")
+    for _ in range(13):
+        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    generated = generate_text(model, tokenizer, options(), "Tell me")
+    assert generated.text == tokenizer.decode(ids)[len("Tell me") :]
+    assert generated.tokens == []
+
+
+def test_a_seed_decides_the_text_and_the_global_state_stays(model, tokenizer):
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    texts = [generate_text(model, tokenizer, options(temperature=1.0, seed=seed), "a").text for seed in (3, 3, 4)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+def test_narrow_sampling_is_greedy(model, tokenizer, narrow):
+    greedy = generate_text(model, tokenizer, options(), "abc").text
+    assert generate_text(model, tokenizer, options(**{"temperature": 3.0, "top_k": 0, **narrow}), "abc").text == greedy
+
+
+def test_states_are_those_each_token_was_drawn_from(model, tokenizer):
+    prompt_ids = tokenizer.encode_prompt("xyz")
+    generated = generate_text(model, tokenizer, options(temperature=1.0, show_state=True, top_k=0), "xyz")
+    assert len(generated.tokens) == 13
+    assert "".join(token.text for token in generated.tokens) == generated.text
+    plain = generate_text(model, tokenizer, options(temperature=1.0, top_k=0), "xyz")
+    assert plain.text == generated.text
+    first = generated.tokens[0]
+    output = model(torch.tensor([prompt_ids]))
+    assert first.confidence == pytest.approx(output.magnitude[0, -1].item(), rel=1e-5)
+    phase = output.phase[0, -1].item()
+    wrapped = phase + 2 * math.pi if phase <= -math.pi / 2 else phase
+    assert first.uncertainty_nats == pytest.approx(wrapped / math.pi * math.log(258), rel=1e-4)
+    probabilities = output.logits[0, -1].softmax(-1)
+    assert (probabilities - first.probability).abs().min() < 1e-6
+
+
+def test_phase_reads_as_entropy():
+    phase = torch.tensor([0.0, math.pi / 2, math.pi, -math.pi / 4, -3 * math.pi / 4, -math.pi / 2 + 0.001])
+    expected = torch.tensor([0.0, 0.5, 1.0, -0.25, 1.25, -0.5 + 0.001 / math.pi]) * math.log(31)
+    torch.testing.assert_close(uncertainty_nats(phase, 31), expected, rtol=1e-5, atol=1e-5)
+    # the inverse of the target pi * H / ln V, on the circle that a complex angle lies on
+    entropy = torch.linspace(0, math.log(31), 17)
+    turned = torch.polar(torch.ones(17), math.pi * entropy / math.log(31)).angle()
+    torch.testing.assert_close(uncertainty_nats(turned, 31), entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_text_ends_at_the_control_token_and_characters_stay_whole(model, tokenizer, monkeypatch):
+    wanted = " zwölf €"
+    written = tokenizer.encode_prompt(wanted)[1:]
+    prompt_ids = tokenizer.encode_prompt("Nein:")
+    script = {tuple(prompt_ids + written[:n]): token for n, token in enumerate([*written, EOS])}
+
+    def generate(ids, **_):
+        row = ids[0].tolist()
+        while row[-1] != EOS:
+            row.append(script[tuple(row)])
+        return torch.tensor([row])
+
+    monkeypatch.setattr(model, "generate", generate)
+    generated = generate_text(model, tokenizer, options(show_state=True), "Nein:")
+    assert generated.text == wanted
+    assert [token.text for token in generated.tokens] == [*" zw", "", "ö", *"lf ", "", "", "€", ""]
+
+
+def test_a_model_that_is_sure_to_stop_writes_nothing(model, tokenizer):
+    twin = IndraQuantumPhase2(model.config).eval()
+    with torch.no_grad():
+        twin.head.bias_V[EOS] = 1000.0
+    generated = generate_text(twin, tokenizer, options(show_state=True), "The end.")
+    assert generated.text == ""
+    assert [round(token.probability, 6) for token in generated.tokens] == [1.0]
+
+
+def test_the_longest_text_that_fits_is_written(model, tokenizer):
+    assert len(generate_text(model, tokenizer, options(max_new_tokens=LIMIT - 4, show_state=True), "abc").tokens) == 43
+
+
+@pytest.mark.parametrize(
+    ("values", "prompt", "message"),
+    [
+        ({"max_new_tokens": LIMIT - 3}, "abc", "--max-new-tokens: got 44; must be at most 43: the prompt has 4 of"),
+        ({}, "a" * LIMIT, f"--prompt: got {LIMIT + 1} tokens; must be at most {LIMIT - 1} tokens"),
+        ({"instruction": "b"}, "a" * LIMIT, f"--instruction: got {LIMIT + 1} tokens; must be at most {LIMIT - 1}"),
+    ],
+)
+def test_text_beyond_the_models_length_names_the_option(model, tokenizer, values, prompt, message):
+    with pytest.raises(UserError, match=message):
+        generate_text(model, tokenizer, options(**values), prompt)
