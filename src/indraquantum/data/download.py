@@ -7,6 +7,7 @@ Being offline must show within seconds, so one quick request decides before the 
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.parse
@@ -102,23 +103,25 @@ def download_url(field: str, url: str, remedy: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
-            _fetch(field, url, temporary, remedy)
+            _fetch(field, url, temporary, path.name, remedy)
             if pinned and git_blob_id(temporary.read_bytes()) != pinned:
                 raise UserError(field, url, f"its content is not the pinned one (git blob {pinned}); {remedy}")
-    except (OSError, ValueError) as error:  # urllib's errors are OSErrors; a malformed address is a ValueError
+    except (OSError, ValueError, http.client.HTTPException) as error:  # a malformed address is a ValueError
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise UserError(field, url, f"could not be downloaded ({reason}); {remedy}") from None
     return path
 
 
-def _fetch(field: str, url: str, target: Path, remedy: str) -> None:
+def _fetch(field: str, url: str, target: Path, name: str, remedy: str) -> None:
     """Copy the answer of `url` to `target`, and check that it is as long as the server said."""
     from tqdm import tqdm
 
     with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, open(target, "wb") as file:
         declared = answer.headers.get("Content-Length")
         total = int(declared) if declared and declared.isdigit() else None
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"download {target.parent.name}", disable=None) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"download {name}", disable=None) as bar:
             while chunk := answer.read(CHUNK_BYTES):
                 file.write(chunk)
                 bar.update(len(chunk))

@@ -1,0 +1,129 @@
+"""Sources: what a sample is, every file type, and each bad input as one line."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from indraquantum.config import WIKITEXT
+from indraquantum.data.prompt import format_alpaca
+from indraquantum.data.sources import AlpacaSample, read_alpaca, read_wikitext
+from indraquantum.errors import UserError
+
+WIKI_LINES = [" \n", " = Title = \n", " \n", " One <unk> @-@ line . \n", " = = Part = = \n", "\tTwo\u2028lines \n", " = 3 \n"]
+PARAGRAPHS = ["One <unk> @-@ line .", "Two\u2028lines", "= 3"]
+ITEMS = [
+    {"instruction": "Say ä", "input": "", "output": "ä"},
+    {"instruction": "Add", "input": "2 3", "output": "5"},
+    {"instruction": "Stay silent", "output": ""},
+]
+SAMPLES = [AlpacaSample("Say ä", "", "ä"), AlpacaSample("Add", "2 3", "5"), AlpacaSample("Stay silent", "", "")]
+
+
+@pytest.mark.parametrize("suffix", [".tokens", ".raw", ".txt"])
+def test_wikitext_of_text_files(tmp_path, suffix):
+    path = tmp_path / f"wiki{suffix}"
+    path.write_text("".join(WIKI_LINES), encoding="utf-8")
+    assert read_wikitext("--wikitext", str(path)) == PARAGRAPHS
+
+
+def test_windows_text_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "wiki.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(WIKI_LINES).replace("\n", "\r\n").encode())
+    assert read_wikitext("--wikitext", str(path)) == PARAGRAPHS
+
+
+def test_wikitext_of_parquet(tmp_path):
+    path = tmp_path / "wiki.parquet"
+    pq.write_table(pa.table({"other": range(8), "text": [*WIKI_LINES, None]}), path)
+    assert read_wikitext("--wikitext", str(path)) == PARAGRAPHS
+
+
+def test_alpaca_of_every_kind(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(ITEMS, ensure_ascii=False), encoding="utf-8")
+    lines = [json.dumps(item) for item in ITEMS]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    columns = {key: [item.get(key) for item in ITEMS] for key in ("instruction", "input", "output")}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    for name in ("a.json", "a.jsonl", "a.parquet"):
+        assert read_alpaca("--alpaca", str(tmp_path / name)) == SAMPLES, name
+
+
+def test_the_prompt_to_the_letter():
+    assert format_alpaca("Add", "2 3", "5") == "### Instruction:\nAdd\n\n### Input:\n2 3\n\n### Response:\n5"
+    assert format_alpaca("Add 2 and 3", "", "5") == "### Instruction:\nAdd 2 and 3\n\n### Response:\n5"
+    assert format_alpaca("Add", "2 3") == "### Instruction:\nAdd\n\n### Input:\n2 3\n\n### Response:\n"
+
+
+def refused(read, field, path, *words):
+    with pytest.raises(UserError) as caught:
+        read(field, str(path))
+    message = str(caught.value)
+    assert caught.value.field == field
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+BAD_ALPACA = [
+    (".json", b"", "must not be empty"),
+    (".json", b"[]", "at least one instruction"),
+    (".json", b'{"instruction": "a", "output": "b"}', "must be a JSON list", "it is an object"),
+    (".json", b'[{"instruction": "a", "output": "b"}, "text"]', "item 2", "it is a text"),
+    (".json", b'[{"instruction": "a", "input": ""}]', "item 1", "'output'", "missing"),
+    (".json", b'[{"instruction": ["a"], "output": "b"}]', "item 1", "'instruction'", "a list"),
+    (".json", b'[{"instruction": "a", "input": 3, "output": "b"}]', "item 1", "'input'", "a number"),
+    (".json", b'[{"instruction": "a", "output": "\\ud800"}]', "item 1", "surrogate"),
+    (".json", b'[{"instruction": "a"', "must be JSON", "line 1"),
+    (".json", b"[" * 100_000, "must be JSON"),
+    (".json", b"[" + b"9" * 5000 + b"]", "must be JSON"),
+    (".json", b'[{"instruction": "\xff"}]', "must be UTF-8", "byte 18"),
+    (".jsonl", b'{"instruction": "a", "output": "b"}\n{"instruction"\n', "must be JSON", "line 2"),
+    (".jsonl", b'{"instruction": "a", "output": "b"}\n[]\n', "item 2", "a list"),
+    (".parquet", b"PAR1 and nothing else", "must be a parquet file"),
+    (".csv", b"instruction,output\na,b\n", "unknown ending '.csv'"),
+]
+
+
+@pytest.mark.parametrize(("suffix", "content", "words"), [(case[0], case[1], case[2:]) for case in BAD_ALPACA])
+def test_bad_alpaca(tmp_path, suffix, content, words):
+    path = tmp_path / f"alpaca{suffix}"
+    path.write_bytes(content)
+    refused(read_alpaca, "--alpaca", path, "alpaca", *words)
+
+
+def test_parquet_of_another_shape(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"instruction": ["a"]}), path)
+    refused(read_alpaca, "--alpaca", path, "must have a column 'output'")
+    pq.write_table(pa.table({"instruction": ["a"], "output": [3]}), path)
+    refused(read_alpaca, "--alpaca", path, "column 'output' must be text")
+    pq.write_table(pa.table({"instruction": ["a", None], "output": ["b", "c"]}), path)
+    refused(read_alpaca, "--alpaca", path, "item 2", "'instruction'", "null")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refused(read_alpaca, "--alpaca", path, "must be a parquet file")
+    refused(read_wikitext, "--wikitext", path, "must be a parquet file")
+
+
+def test_bad_wikitext(tmp_path):
+    path = tmp_path / "wiki.tokens"
+    refused(read_wikitext, "--wikitext", path, "does not exist", "--wikitext PATH")
+    path.write_bytes(b"")
+    refused(read_wikitext, "--wikitext", path, "must not be empty")
+    path.write_text(" = Only = \n = = Headings = = \n")
+    refused(read_wikitext, "--wikitext", path, "at least one paragraph")
+    path.write_bytes(b"good\nb\xe4d\n")
+    refused(read_wikitext, "--wikitext", path, "must be UTF-8 text (byte 6 is not)")
+    refused(read_wikitext, "--wikitext", tmp_path, "is a folder")
+    path.rename(tmp_path / "wiki.doc")
+    refused(read_wikitext, "--wikitext", tmp_path / "wiki.doc", "unknown ending '.doc'")
+
+
+def test_missing_files_and_no_network(tmp_path):
+    refused(read_alpaca, "--alpaca", tmp_path / "alpaca.json", "does not exist", "--alpaca PATH")
+    refused(read_wikitext, "--wikitext", WIKITEXT, "hub can't be reached", "--wikitext PATH")
+    refused(read_wikitext, "--wikitext", "nothing", "does not exist")

@@ -1,0 +1,136 @@
+"""The tokenizer: ids by hand and by SentencePiece, control tokens kept out of text, identity by content."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from tiny_tokenizer import BOS, EOS, IDS, ids, save_tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from indraquantum.config import TINYLLAMA
+from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
+from indraquantum.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_tiny_tokenizer(tmp_path / "tokenizer")
+
+
+def test_documents_and_prompts(folder):
+    tokenizer = load_tokenizer("--tokenizer", str(folder))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocabulary_size) == (BOS, EOS, len(IDS))
+    documents = tokenizer.encode_documents(["the cat sat", ""])
+    assert [document.tolist() for document in documents] == [[BOS, *ids("the cat sat"), EOS], [BOS, EOS]]
+    assert documents[0].dtype == np.uint16
+    assert tokenizer.encode_prompt("on the mat .") == [BOS, *ids("on the mat .")]
+
+
+def test_text_never_becomes_a_control_token(folder):
+    tokenizer = load_tokenizer("--tokenizer", str(folder))
+    (document,) = tokenizer.encode_documents(["the </s> cat <s> <unk>"])
+    assert document.tolist() == [BOS, *ids("the </ s > cat < s > < unk >"), EOS]
+    assert tokenizer.encode_prompt("</s>") == [BOS, *ids("</ s >")]
+
+
+def test_decode_drops_control_tokens(folder):
+    tokenizer = load_tokenizer("--tokenizer", str(folder))
+    assert tokenizer.decode([BOS, *ids("the cat"), EOS, EOS]) == "the cat"
+
+
+def test_a_file_serves_as_well_as_its_folder(folder):
+    assert load_tokenizer("-", str(folder / "tokenizer.json")).sha256 == load_tokenizer("-", str(folder)).sha256
+
+
+def test_sha256_is_of_the_content_not_of_the_file(folder, tmp_path):
+    first = load_tokenizer("-", str(folder))
+    description = json.loads((folder / "tokenizer.json").read_text())
+    description["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(description, indent=7, sort_keys=True))
+    again = load_tokenizer("-", str(folder))
+    assert again.sha256 == first.sha256
+    assert len(again.encode_documents(["the cat sat on the mat"])[0]) == 8, "a file's truncation must not cut text"
+
+    description["model"]["vocab"]["cat"], description["model"]["vocab"]["mat"] = IDS["mat"], IDS["cat"]
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    assert load_tokenizer("-", str(folder)).sha256 != first.sha256
+
+
+def test_json_round_trip(folder):
+    first = load_tokenizer("-", str(folder))
+    again = TextTokenizer.from_json(first.to_json(), first.bos_id, first.eos_id)
+    assert again.sha256 == first.sha256
+    assert again.encode_prompt("the </s>") == first.encode_prompt("the </s>")
+
+
+def test_large_vocabularies_take_32_bits(tmp_path):
+    words = {"<s>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, 65_537)}
+    tokenizer = TextTokenizer(Tokenizer(models.WordLevel(words, unk_token="<s>")), 0, 1)
+    tokenizer.backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (document,) = tokenizer.encode_documents(["w65536 w2"])
+    assert document.tolist() == [0, 65_536, 2, 1]
+    assert document.dtype == np.uint32
+
+
+def refused(name, field="--tokenizer"):
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(field, str(name))
+    assert caught.value.field == field
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_unknown_tokenizers_are_refused_in_one_line(tmp_path):
+    assert "--tokenizer FOLDER" in refused(TINYLLAMA)  # the tests are offline
+    assert "has no tokenizer.json" in refused(tmp_path)
+    assert "does not exist" in refused(tmp_path / "missing.json")
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordLevel"')
+    assert "must be JSON" in refused(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    assert "must be a tokenizer.json" in refused(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Other", "vocab": {"<s>": 0, "</s>": 1}}}')
+    assert "that tokenizers can read" in refused(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
+    assert "UTF-8" in refused(tmp_path)
+
+
+def test_control_tokens_are_not_guessed(folder):
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<|begin|>"}')
+    assert "bos_token" in refused(folder)
+    (folder / "tokenizer_config.json").unlink()
+    assert load_tokenizer("-", str(folder)).eos_id == EOS  # <s> and </s> are there
+
+
+def test_a_tokenizer_that_reads_control_tokens_from_text_is_refused(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert "into a control token" in refused(tmp_path)
+
+
+# From SentencePiece itself (tokenizer.model, `encode`), not from this package; BOS 1 and EOS 2 set around them.
+SENTENCEPIECE = {
+    "The <unk> cat </s> @-@ sat . <s>":
+        [1, 450, 529, 2960, 29958, 6635, 1533, 29879, 29958, 732, 29899, 29992, 3290, 869, 529, 29879, 29958, 2],
+    "Zwölf 漢字": [1, 12017, 5873, 29888, 29871, 31652, 30578, 2],
+    "": [1, 2],
+}  # fmt: skip
+
+
+@pytest.mark.shared
+def test_ids_equal_sentencepieces(shared):
+    tokenizer = load_tokenizer("--tokenizer", str(shared / "tokenizer"))
+    documents = tokenizer.encode_documents(list(SENTENCEPIECE))
+    assert [document.tolist() for document in documents] == list(SENTENCEPIECE.values())
+
+
+@pytest.mark.shared
+def test_the_same_tokenizer_saved_by_transformers_is_equal(shared, tmp_path):
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(shared / "tokenizer").save_pretrained(tmp_path)
+    again, first = load_tokenizer("-", str(tmp_path)), load_tokenizer("-", str(shared / "tokenizer"))
+    assert (again.sha256, again.bos_id, again.eos_id) == (first.sha256, 1, 2)
+    assert load_tokenizer("-", str(shared / "teacher")).sha256 != first.sha256
