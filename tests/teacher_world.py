@@ -9,6 +9,8 @@ import torch
 from indraquantum.data.dataset import PreparedDataset, Split, content_hash
 from indraquantum.data.tokenizer import load_tokenizer
 
+torch.set_num_threads(1)  # such small tensors only lose by threads
+
 VOCABULARY = 263  # 2 control tokens, 256 bytes, 5 merges
 ROW = 13
 
@@ -33,13 +35,16 @@ def write_tokenizer(folder, text="the cat and the hat and the rat " * 3):
     return folder
 
 
-def make_split(lengths, seed):
-    """Documents of the given lengths, cut and laid into rows of 13 in order; longer ones go over several rows."""
+def random_documents(lengths, seed):
+    """Documents of the given lengths: BOS, random ids, EOS."""
     draw = np.random.default_rng(seed)
-    tokens = draw.integers(2, VOCABULARY, sum(lengths)).astype(np.uint16)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens[offsets[:-1]], tokens[offsets[1:] - 1] = 0, 1
-    pieces, row_pieces, room = [], [0], ROW
+    return [np.array([0, *draw.integers(2, VOCABULARY, length - 2), 1], np.uint16) for length in lengths]
+
+
+def make_split(documents, row_length=ROW):
+    """Documents laid into rows one after the other, cut where a row ends."""
+    offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
+    pieces, row_pieces, room = [], [0], row_length
     for begin, end in pairwise(offsets.tolist()):
         while begin < end:
             size = min(room, end - begin)
@@ -47,22 +52,24 @@ def make_split(lengths, seed):
             begin, room = begin + size, room - size
             if room == 0:
                 row_pieces.append(len(pieces))
-                room = ROW
+                room = row_length
     if row_pieces[-1] != len(pieces):
         row_pieces.append(len(pieces))
-    sources = np.zeros(len(lengths), np.uint8)
-    return Split(tokens, offsets, sources, np.array(pieces), np.array(row_pieces), ROW, padding_id=1)
+    tokens, sources = np.concatenate(documents), np.zeros(len(documents), np.uint8)
+    return Split(tokens, offsets, sources, np.array(pieces), np.array(row_pieces), row_length, padding_id=1)
 
 
 def make_dataset(folder, seed=0):
     """19 training rows and 3 held-out ones; the last row of each is not full."""
-    splits = {
-        "train": make_split([5, 3, 8, 29, 4, 11, 2, 7] * 3 + [31], seed),
-        "validation": make_split([6, 9, 17], seed + 1),
-    }
-    tokenizer = load_tokenizer("--tokenizer", str(folder))
-    sha256 = content_hash(splits, ["random"], tokenizer)
-    return PreparedDataset(splits["train"], splits["validation"], ROW, ("random",), tokenizer, sha256, {})
+    train = make_split(random_documents([5, 3, 8, 29, 4, 11, 2, 7] * 3 + [31], seed))
+    validation = make_split(random_documents([6, 9, 17], seed + 1))
+    return as_dataset(train, validation, load_tokenizer("--tokenizer", str(folder)))
+
+
+def as_dataset(train, validation, tokenizer):
+    """Two splits as a prepared dataset that was never on disk."""
+    sha256 = content_hash({"train": train, "validation": validation}, ["random"], tokenizer)
+    return PreparedDataset(train, validation, train.row_length, ("random",), tokenizer, sha256, {})
 
 
 def write_teacher(folder, seed=0, vocabulary=VOCABULARY, **changes):
