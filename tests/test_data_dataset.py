@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tokenizer import BOS, EOS, IDS, save_tiny_tokenizer
 
 from indraquantum.data.dataset import Split, open_dataset, verify_dataset, write_dataset
 from indraquantum.data.held_out import choose_held_out
@@ -19,6 +18,7 @@ from indraquantum.data.packing import pack
 from indraquantum.data.padded import write_padded
 from indraquantum.data.tokenizer import load_tokenizer
 from indraquantum.errors import UserError
+from tiny_tokenizer import BOS, EOS, IDS, save_tiny_tokenizer
 
 
 def make_split(documents, sources, row_length):
@@ -40,7 +40,9 @@ def make_split(documents, sources, row_length):
 
 
 @given(
-    st.lists(st.tuples(st.lists(st.integers(0, 30), min_size=1, max_size=23), st.integers(0, 2)), min_size=1, max_size=20),
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 30), min_size=1, max_size=23), st.integers(0, 2)), min_size=1, max_size=20
+    ),
     st.integers(2, 11),
     st.randoms(use_true_random=False),
 )
@@ -78,7 +80,9 @@ def test_batch_by_hand():
     # One document of 8 tokens over rows of 5, one of 2: rows [10..14], [15 16 17 | 20 21].
     split = make_split([[10, 11, 12, 13, 14, 15, 16, 17], [20, 21]], [1, 0], 5)
     by_row = {int(batch.input_ids[0, 0]): batch for batch in (split.batch(np.array([row])) for row in range(2))}
-    assert by_row[10].labels.tolist() == [[11, 12, 13, 14, 15]], "a piece's end is followed by its document's next token"
+    assert by_row[10].labels.tolist() == [[11, 12, 13, 14, 15]], (
+        "a piece's end is followed by its document's next token"
+    )
     mixed = by_row[20]
     assert mixed.input_ids.tolist() == [[20, 21, 15, 16, 17]]
     assert mixed.labels.tolist() == [[21, -100, 16, 17, -100]]

@@ -91,7 +91,7 @@ def test_no_server_is_one_line(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(UserError, match="could not be downloaded .*--alpaca PATH"):
+    with pytest.raises(UserError, match=r"could not be downloaded .*--alpaca PATH"):
         read_alpaca("--alpaca", f"http://127.0.0.1:{port}/alpaca.json")
     with pytest.raises(UserError, match="could not be downloaded"):
         read_alpaca("--alpaca", "http://127.0.0.1:port/alpaca.json")

@@ -13,7 +13,15 @@ from indraquantum.data.prompt import format_alpaca
 from indraquantum.data.sources import AlpacaSample, read_alpaca, read_wikitext
 from indraquantum.errors import UserError
 
-WIKI_LINES = [" \n", " = Title = \n", " \n", " One <unk> @-@ line . \n", " = = Part = = \n", "\tTwo\u2028lines \n", " = 3 \n"]
+WIKI_LINES = [
+    " \n",
+    " = Title = \n",
+    " \n",
+    " One <unk> @-@ line . \n",
+    " = = Part = = \n",
+    "\tTwo\u2028lines \n",
+    " = 3 \n",
+]
 PARAGRAPHS = ["One <unk> @-@ line .", "Two\u2028lines", "= 3"]
 ITEMS = [
     {"instruction": "Say ä", "input": "", "output": "ä"},

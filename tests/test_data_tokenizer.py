@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from tiny_tokenizer import BOS, EOS, IDS, ids, save_tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from indraquantum.config import TINYLLAMA
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
+from tiny_tokenizer import BOS, EOS, IDS, ids, save_tiny_tokenizer
 
 
 @pytest.fixture

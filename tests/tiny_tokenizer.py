@@ -7,11 +7,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-# Not in alphabetical order, BOS and EOS not first: a place mistaken for another shows up.
-WORDS = (
-    "<unk> the </s> cat <s> sat on mat . ### Instruction : Input Response Add 2 3 5 and < > unk s </ a b c d e f "
-    "dog ran Name it red @-@ = Title"
-).split()
+# Not in alphabetical order, BOS and EOS not first: one id mistaken for another shows up.
+TEXT = """<unk> the </s> cat <s> sat on mat . ### Instruction : Input Response Add 2 3 5 and < > unk s </ a b c d e f
+dog ran Name it red @-@ = Title"""
+WORDS = TEXT.split()
 IDS = {word: number for number, word in enumerate(WORDS)}
 UNK, EOS, BOS = IDS["<unk>"], IDS["</s>"], IDS["<s>"]
 

@@ -1,0 +1,295 @@
+"""`indra prepare`: the user's pickle to the last id, both layouts of the same documents, and nothing half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from indraquantum.config import PrepareSettings
+from indraquantum.data.dataset import open_dataset, verify_dataset
+from indraquantum.data.prepare import prepare, random_order
+from indraquantum.data.tokenizer import load_tokenizer
+from indraquantum.errors import UserError
+from tiny_tokenizer import BOS, EOS, ids, save_tiny_tokenizer
+
+PROMPT = "### Instruction : "
+ANSWER = " ### Response : "
+# Twelve documents whose ids are worked out by hand: the words of the text as the tiny tokenizer splits it.
+WIKI = {
+    "the cat sat .": "the cat sat .",
+    "the <unk> dog": "the < unk > dog",
+    "a @-@ b </s> c": "a @-@ b </ s > c",
+    "the dog ran on the mat and the cat sat on the dog .": "the dog ran on the mat and the cat sat on the dog .",
+    "= a": "= a",
+    "red": "red",
+}
+ALPACA = {
+    ("Add", "2 and 3", "5"): PROMPT + "Add ### Input : 2 and 3" + ANSWER + "5",
+    ("Add 2 and 3.", "", "5"): PROMPT + "Add 2 and 3 ." + ANSWER + "5",
+    ("Name it", "", "a cat\n\nand\ta dog"): PROMPT + "Name it" + ANSWER + "a cat and a dog",
+    ("Name it", "red", ""): PROMPT + "Name it ### Input : red" + ANSWER.rstrip(),
+    ("Add <s>", "", "b"): PROMPT + "Add < s >" + ANSWER + "b",
+    ("Input:", "### Response:", "c"): PROMPT + "Input : ### Input : ### Response :" + ANSWER + "c",
+}
+LENGTH = 13
+
+
+def settings(folder, **changes):
+    """Settings over the twelve documents, written into `folder` where they are not there yet."""
+    wiki, alpaca = folder / "wiki.tokens", folder / "alpaca.json"
+    if not wiki.exists():
+        wiki.write_text(" = Title = \n \n" + "".join(f" {text} \n" for text in WIKI), encoding="utf-8")
+        items = [dict(zip(("instruction", "input", "output"), sample, strict=True)) for sample in ALPACA]
+        alpaca.write_text(json.dumps(items), encoding="utf-8")
+        save_tiny_tokenizer(folder / "tokenizer")
+    given = {"wikitext": str(wiki), "alpaca": str(alpaca), "tokenizer": str(folder / "tokenizer")}
+    return PrepareSettings(**({"max_length": LENGTH, "output": folder / "out" / "mixed.pkl"} | given | changes))
+
+
+def full_text(sample):
+    """The prompt once more, written another way than in the package."""
+    instruction, given, output = sample
+    parts = ["### Instruction:", instruction, "", "### Response:", output]
+    if given:
+        parts[2:2] = ["", "### Input:", given]
+    return "\n".join(parts)
+
+
+def documents():
+    """Every document as ids, BOS and EOS around it, by its text."""
+    texts = WIKI | {full_text(sample): words for sample, words in ALPACA.items()}
+    return {text: [BOS, *ids(words), EOS] for text, words in texts.items()}
+
+
+def held_out(texts):
+    """The texts of a small source that are held out: the half, at most 4, with the smallest hashes."""
+    by_hash = sorted(texts, key=lambda text: hashlib.sha256(b"held out\0" + text.encode()).digest())
+    return set(by_hash[: min(4, len(texts) // 2)])
+
+
+def padded(document):
+    kept = document[:LENGTH]
+    missing = LENGTH - len(kept)
+    return {"input_ids": kept + [EOS] * missing, "attention_mask": [1] * len(kept) + [0] * missing}
+
+
+def stream_documents(split):
+    return [
+        split.tokens[a:b].tolist() for a, b in zip(split.document_offsets, split.document_offsets[1:], strict=False)
+    ]
+
+
+def sort_rows(rows):
+    return sorted(rows, key=json.dumps)
+
+
+def test_the_pickle_and_the_folder_to_the_last_id(tmp_path):
+    report = prepare(settings(tmp_path))
+    held = held_out(list(WIKI)) | held_out([full_text(sample) for sample in ALPACA])
+    training = [document for text, document in documents().items() if text not in held]
+    rows = pickle.loads(report.pickle.read_bytes())
+    assert sort_rows(rows) == sort_rows(map(padded, training))
+    assert {type(row) for row in rows} == {dict}
+    assert {type(number) for row in rows for numbers in row.values() for number in numbers} == {int}
+
+    dataset = verify_dataset("--data", report.folder)
+    assert sorted(stream_documents(dataset.train)) == sorted(training)
+    assert sorted(stream_documents(dataset.validation)) == sorted(documents()[text] for text in held)
+    assert dataset.source_names == ("wikitext", "alpaca")
+    assert np.bincount(dataset.train.document_sources).tolist() == [3, 3]
+
+    lengths = np.array([len(document) for document in training])
+    assert report.tokens == lengths.sum()
+    assert report.rows == dataset.train.num_rows
+    assert report.fill == pytest.approx(lengths.sum() / (report.rows * LENGTH))
+    assert report.padding_share == pytest.approx(np.maximum(LENGTH - lengths, 0).sum() / (LENGTH * len(lengths)))
+    assert report.cut_share == pytest.approx(np.maximum(lengths - LENGTH, 0).sum() / lengths.sum())
+    assert [(s.name, s.available, s.documents, s.validation_documents) for s in report.sources] == [
+        ("wikitext", 6, 6, 3), ("alpaca", 6, 6, 3),
+    ]  # fmt: skip
+    assert len(report.notes) == 2
+    assert "wikitext holds 6 samples, fewer than the 22,000 asked for" in report.notes[0]
+
+
+# Three of them as plain numbers, by counting in the tiny tokenizer's list of words; cut or padded to 13.
+NUMBERS = [
+    ([4, 1, 3, 5, 8, 2, 2, 2, 2, 2, 2, 2, 2], 6),  # the cat sat .
+    ([4, 9, 10, 11, 14, 15, 18, 16, 8, 9, 13, 11, 17], 13),  # Add 2 and 3. -> 5; its EOS is cut off
+    ([4, 1, 19, 21, 20, 30, 2, 2, 2, 2, 2, 2, 2], 7),  # the <unk> dog
+]
+
+
+def all_padded_rows(report, length):
+    """The rows of the pickle, and those that the held-out documents would give, as (ids, real tokens)."""
+    validation = stream_documents(open_dataset("--data", report.folder).validation)
+    rows = [((document + [2] * length)[:length], min(len(document), length)) for document in validation]
+    for row in pickle.loads(report.pickle.read_bytes()):
+        real = sum(row["attention_mask"])
+        assert row["attention_mask"] == [1] * real + [0] * (length - real)
+        rows.append((row["input_ids"], real))
+    return rows
+
+
+def test_three_samples_number_by_number(tmp_path):
+    rows = all_padded_rows(prepare(settings(tmp_path)), LENGTH)
+    for expected in NUMBERS:
+        assert rows.count(expected) == 1, expected
+
+
+def test_the_same_bytes_by_seed(tmp_path):
+    chosen = settings(tmp_path, wikitext_samples=5, alpaca_samples=4)
+
+    def run(name, **changes):
+        report = prepare(chosen.model_copy(update={"output": tmp_path / name / "m.pkl"} | changes))
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        return report, {path.relative_to(tmp_path / name).as_posix(): path.read_bytes() for path in files}
+
+    (first, first_files), (_, again) = run("first"), run("again")
+    assert again == first_files
+    assert [(s.available, s.documents) for s in first.sources] == [(6, 5), (6, 4)]
+    assert first.notes == ()
+    orders = {run(f"seed {seed}", seed=seed)[1]["m.pkl"] for seed in range(1, 5)}
+    assert len(orders) > 1
+
+
+def test_a_seed_draws_the_same_on_every_numpy():
+    # PCG64's raw stream is promised for good; these are the ranks of its first five numbers for seed [7, 0].
+    raw = [int(number) for number in np.random.PCG64([7, 0]).random_raw(5)]
+    assert random_order(5, 7, 0).tolist() == sorted(range(5), key=raw.__getitem__)
+    assert sorted(random_order(101, 3, 1).tolist()) == list(range(101))
+    assert random_order(101, 3, 1).tolist() != random_order(101, 4, 1).tolist()
+    random_order(3, 2**63 - 1, 2)
+
+
+def test_one_source_alone_needs_no_other(tmp_path):
+    report = prepare(settings(tmp_path, alpaca="missing.json", alpaca_samples=0))
+    assert [source.name for source in report.sources] == ["wikitext"]
+    assert open_dataset("--data", report.folder).source_names == ("wikitext",)
+
+
+def test_the_pickle_opens_as_a_dataset(tmp_path):
+    report = prepare(settings(tmp_path))
+    dataset = open_dataset("--data", report.pickle, str(tmp_path / "tokenizer"))
+    assert dataset.train.num_rows + dataset.validation.num_rows == report.padded_rows == 6
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_replaces_the_first_but_nobody_elses_folder(tmp_path):
+    chosen = settings(tmp_path)
+    prepare(chosen)
+    report = prepare(chosen.model_copy(update={"max_length": 9}))
+    assert open_dataset("--data", report.folder).row_length == 9
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mixed", "mixed.pkl"]
+    (report.folder / "manifest.json").write_text("{}")
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match="no prepared dataset"):
+        prepare(chosen)
+    assert snapshot(tmp_path) == before
+
+
+BAD = [
+    ({"wikitext": "missing.tokens"}, "--wikitext", "missing.tokens"),
+    ({"alpaca": "missing.json"}, "--alpaca", "missing.json"),
+    ({"tokenizer": "missing/tokenizer.json"}, "--tokenizer", "missing"),
+    ({"wikitext_samples": 0, "alpaca_samples": 0}, "--wikitext-samples", "0"),
+    ({"wikitext_samples": 1, "alpaca_samples": 0}, "--wikitext", "2 different documents"),
+    ({"output": "mixed"}, "--output", "must end in .pkl"),
+    ({"output": "wiki.tokens/mixed.pkl"}, "--output", "can be written"),
+    ({"output": "/proc/mixed.pkl"}, "--output", "/proc"),
+]
+
+
+@pytest.mark.parametrize(("changes", "field", "word"), BAD)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, changes, field, word):
+    chosen = settings(tmp_path, **changes)
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError) as caught:
+        prepare(chosen)
+    assert caught.value.field == field
+    assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert snapshot(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_while_writing_leaves_the_old_files(tmp_path, monkeypatch):
+    chosen = settings(tmp_path)
+    prepare(chosen)
+    before = snapshot(tmp_path)
+
+    def full(*arguments, **options):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        prepare(chosen.model_copy(update={"max_length": 9}))
+    assert snapshot(tmp_path) == before
+
+
+# Ids from SentencePiece itself on the texts written out, BOS 1 before and EOS 2 behind; cut or padded with 2 to 24.
+SHARED_ROWS = {
+    ("Add 2 and 3.", "", "5"): (
+        [1, 835, 2799, 4080, 29901, 13, 2528, 29871, 29906, 322, 29871, 29941, 29889, 13, 13, 2277, 29937, 13291, 29901,
+         13, 29945, 2, 2, 2],
+        22,
+    ),
+    ("Translate to French.", "cheese", "fromage"): (
+        [1, 835, 2799, 4080, 29901, 13, 4300, 9632, 304, 5176, 29889, 13, 13, 2277, 29937, 10567, 29901, 13, 1173, 968,
+         13, 13, 2277, 29937],
+        24,
+    ),
+    "The <unk> cat </s> @-@ sat . <s>": (
+        [1, 450, 529, 2960, 29958, 6635, 1533, 29879, 29958, 732, 29899, 29992, 3290, 869, 529, 29879, 29958, 2, 2, 2,
+         2, 2, 2, 2],
+        18,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.shared
+def test_three_padded_samples_under_the_real_tokenizer(tmp_path, shared):
+    tokenizer = str(shared / "tokenizer")
+    chosen = settings(tmp_path, tokenizer=tokenizer, max_length=24)
+    items = [dict(zip(("instruction", "input", "output"), key, strict=True)) for key in SHARED_ROWS if len(key) == 3]
+    # Which of them are held out is up to their hashes, so the padded rows are taken from both sides.
+    (tmp_path / "alpaca.json").write_text(json.dumps(items))
+    (tmp_path / "wiki.tokens").write_text(list(SHARED_ROWS)[2] + "\n")
+    report = prepare(chosen)
+    assert sorted(all_padded_rows(report, 24)) == sorted(SHARED_ROWS.values())
+
+
+@pytest.mark.shared
+def test_real_text_round_trips(tmp_path, shared):
+    report = prepare(
+        PrepareSettings(
+            wikitext=str(shared / "data/wikitext/wiki.valid.tokens"),
+            alpaca=str(shared / "data/alpaca/alpaca_data.json"),
+            tokenizer=str(shared / "tokenizer"),
+            wikitext_samples=400,
+            alpaca_samples=600,
+            output=tmp_path / "mixed.pkl",
+        )
+    )
+    dataset = open_dataset("--data", report.folder)
+    items = json.loads((shared / "data/alpaca/alpaca_data.json").read_text(encoding="utf-8"))
+    known = {full_text((item["instruction"], item["input"], item["output"])) for item in items}
+    lines = (shared / "data/wikitext/wiki.valid.tokens").read_text(encoding="utf-8").split("\n")
+    known |= {line.strip() for line in lines}
+    for split in (dataset.train, dataset.validation):
+        for document in stream_documents(split):
+            assert document[0] == 1
+            assert document[-1] == 2
+            assert not {0, 1, 2} & set(document[1:-1]), "a control token inside a document"
+            assert dataset.tokenizer.decode(document) in known
+    assert report.fill >= 0.985
+    assert [source.validation_documents for source in report.sources] == [4, 6]
+    assert load_tokenizer("-", str(shared / "tokenizer")).sha256 == dataset.tokenizer.sha256
