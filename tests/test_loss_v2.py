@@ -76,9 +76,7 @@ def test_phase_and_magnitude_by_hand():
     )  # fmt: skip
     objective = SemanticDistillationLoss(0.05, 1.0, 1.0)
     labels = torch.tensor([1, 2])
-    reached = objective(
-        states, table, labels, signals=signals, amplitude_N=torch.tensor([1 + 0j, -0.25 + 0j])
-    )
+    reached = objective(states, table, labels, signals=signals, amplitude_N=torch.tensor([1, -0.25 + 0j]))
     assert reached.phase.item() == pytest.approx(0, abs=1e-5)
     assert reached.magnitude.item() == pytest.approx(0, abs=1e-6)
     assert reached.ce.item() == pytest.approx(math.log(V), rel=1e-6)

@@ -10,10 +10,12 @@ from typing import Literal
 from torch import Tensor
 
 from indraquantum.kernels.arguments import ObjectiveOptions, ObjectiveResult, check_inputs, require
+from indraquantum.kernels.cpu import cpu_objective
+from indraquantum.kernels.cuda import cuda_objective
 from indraquantum.kernels.reference import reference_objective
 
-Implementation = Literal["auto", "reference"]
-_IMPLEMENTATIONS = {"reference": reference_objective}
+Implementation = Literal["auto", "reference", "cpu", "cuda"]
+_IMPLEMENTATIONS = {"reference": reference_objective, "cpu": cpu_objective, "cuda": cuda_objective}
 
 
 def fused_linear_objective(
@@ -57,5 +59,6 @@ def fused_linear_objective(
         states_ND, table_VD, labels_N, bias_V=bias_V, scale=scale, signal_ids_NK=signal_ids_NK,
         signal_probs_NK=signal_probs_NK, row_weights_N=row_weights_N, token_count=token_count,
     )  # fmt: skip
-    chosen = "reference" if implementation == "auto" else implementation
-    return _IMPLEMENTATIONS[chosen](inputs, options or ObjectiveOptions())
+    if implementation == "auto":
+        implementation = "cpu" if states_ND.device.type == "cpu" else "cuda"
+    return _IMPLEMENTATIONS[implementation](inputs, options or ObjectiveOptions())

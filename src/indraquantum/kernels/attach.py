@@ -1,0 +1,62 @@
+"""Ties a total to the gradients that were computed along with it: backward only scales them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from indraquantum.kernels.arguments import LinearInputs, ObjectiveOptions, ObjectiveResult
+from indraquantum.kernels.chunked import ChunkedObjective, Gradients, Plan, Wanted
+
+_GRADIENTS_OF = ("states_ND", "table_VD", "bias_V", "scale")
+
+
+def differentiable_objective(inputs: LinearInputs, options: ObjectiveOptions, plan: Plan) -> ObjectiveResult:
+    """Run the chunked objective; gradients are computed only where autograd will ask for them."""
+    tensors = [getattr(inputs, name) for name in _GRADIENTS_OF]
+    wanted = Wanted(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors))
+
+    def run(*inputs_again: Tensor | None) -> tuple[ObjectiveResult, Gradients]:
+        again = inputs._replace(**dict(zip(_GRADIENTS_OF, inputs_again, strict=True)))
+        with torch.no_grad():
+            return ChunkedObjective(again, options, plan, wanted).run()
+
+    outcome = run(*tensors)
+    if not any(wanted):
+        return outcome.result
+    total = _Attached.apply(outcome.result.total, list(outcome.gradients), run, *tensors)
+    return outcome.result._replace(total=total)
+
+
+class _Attached(torch.autograd.Function):
+    """The total as a function of its inputs, with the gradients at hand.
+
+    The gradients are handed over at the first backward, not kept: at V x D they are too large to hold twice. A second
+    backward through a retained graph computes them again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, total: Tensor, gradients: list[Tensor | None], run: Callable[..., Any], *tensors: Tensor | None
+    ) -> Tensor:
+        ctx.gradients, ctx.run = gradients, run
+        ctx.save_for_backward(*tensors)
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.gradients
+        if gradients is None:
+            gradients = list(ctx.run(*ctx.saved_tensors).gradients)
+        ctx.gradients = None
+        is_one = grad_total.device.type == "cpu" and grad_total.item() == 1  # elsewhere asking would wait
+        for index, (gradient, tensor) in enumerate(zip(gradients, ctx.saved_tensors, strict=True)):
+            if gradient is not None:
+                scaled = gradient if is_one else gradient.mul_(grad_total)
+                gradients[index] = scaled.to(tensor.dtype)
+        return None, None, None, *gradients

@@ -1,0 +1,252 @@
+"""The objective and its gradients in one pass over chunks of rows; no tensor of N x V ever exists.
+
+A chunk's logits live in one buffer of V x n: first as logits, then as exp(logit), then, corrected at the few tokens
+that a row names, as the gradient. Cross-entropy and distillation at temperature 1 share the softmax:
+`a * CE + b * KD = (a + b) * logsumexp(z) - sum_v w_v z_v + const`. Everything else (temperature, bucket tail,
+z-loss) takes more passes over the buffer. Backward only scales what forward left.
+
+Legend: N rows (token positions), n rows of a chunk, D real width, V vocabulary, v tokens of a tile, J = K + 1 tokens
+that a row names (the label, then the teacher's K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from indraquantum.kernels import softmax
+from indraquantum.kernels.arguments import LinearInputs, ObjectiveOptions, ObjectiveResult
+from indraquantum.kernels.targets import RowTargets, counted_rows, row_targets
+
+_SAFE_LOGIT = 40.0  # exp(+-40), summed over any vocabulary and divided by it, stays far inside float32's range
+
+
+class Products:
+    """Matrix products in the operands' own precision; a device's kernel may bring another kind."""
+
+    def operand(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The table as the products take it; `dtype` is the plan's."""
+        return tensor.to(dtype)
+
+    def into(self, out: Tensor, left: Tensor, right: Tensor) -> None:
+        """`out = left @ right`."""
+        torch.mm(left, right, out=out)
+
+    def added(self, out: Tensor, left: Tensor, right: Tensor) -> None:
+        """`out += left @ right`."""
+        out.addmm_(left, right)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is cut and in which precision it is done."""
+
+    rows: int  # n: rows of a chunk; the buffer is V x n
+    tile: int  # v: tokens a step takes, so that what one step writes is still in the cache for the next
+    dtype: torch.dtype  # of the buffer, of every sum and of the collected gradients
+    products: Products
+
+
+class Wanted(NamedTuple):
+    """Which inputs need a gradient."""
+
+    states: bool
+    table: bool
+    bias: bool
+    scale: bool
+
+
+class Gradients(NamedTuple):
+    """Of the total; None where not wanted."""
+
+    states_ND: Tensor | None
+    table_VD: Tensor | None
+    bias_V: Tensor | None
+    scale: Tensor | None
+
+
+class Outcome(NamedTuple):
+    """What one pass leaves; nothing in it is attached to a graph."""
+
+    result: ObjectiveResult
+    gradients: Gradients
+
+
+class ChunkedObjective:
+    """One call's work: the inputs in the plan's precision and the gradients being collected."""
+
+    def __init__(self, inputs: LinearInputs, options: ObjectiveOptions, plan: Plan, wanted: Wanted) -> None:
+        """Prepare; `run` does the work, once."""
+        self.inputs, self.options, self.plan, self.wanted = inputs, options, plan, wanted
+        self.states_ND = inputs.states_ND.detach()
+        self.table_VD = plan.products.operand(inputs.table_VD.detach(), plan.dtype)
+        self.bias_V = None if inputs.bias_V is None else inputs.bias_V.detach().to(plan.dtype)
+        self.scale = None if inputs.scale is None else inputs.scale.detach().to(plan.dtype)
+        self.vocabulary_size, width = self.table_VD.shape
+        has_signals = inputs.signal_ids_NK is not None
+        self.is_plain = options.z_loss == 0 and not (
+            has_signals and (options.temperature != 1 or options.tail == "bucket")
+        )
+        self.is_even = options.label_smoothing > 0 or (has_signals and options.tail == "uniform")
+        self.table_sum_D = self.table_VD.sum(dim=0, dtype=plan.dtype) if self.is_even else None
+        make = self.table_VD.new_zeros
+        self.gradients = Gradients(
+            torch.zeros_like(self.states_ND, memory_format=torch.contiguous_format) if wanted.states else None,
+            make(self.table_VD.shape, dtype=plan.dtype) if wanted.table else None,
+            make(self.vocabulary_size, dtype=plan.dtype) if wanted.bias else None,
+            make((), dtype=plan.dtype) if wanted.scale else None,
+        )
+        self.even_states_D = make(width, dtype=plan.dtype)
+        self.even_sum = make((), dtype=plan.dtype)
+
+    def run(self) -> Outcome:
+        """Go over all rows that count and return values and gradients."""
+        rows_R = counted_rows(self.inputs)
+        num_rows = self.states_ND.shape[0] if rows_R is None else len(rows_R)
+        is_bounded = self._is_bounded()
+        buffer_size = self.vocabulary_size * min(self.plan.rows, num_rows)
+        buffer = self.table_VD.new_empty(buffer_size, dtype=self.plan.dtype)
+        sums = buffer.new_zeros(4)
+        for start in range(0, num_rows, self.plan.rows):
+            stop = min(start + self.plan.rows, num_rows)
+            rows = slice(start, stop) if rows_R is None else rows_R[start:stop]
+            buffer_Vn = buffer[: self.vocabulary_size * (stop - start)].view(self.vocabulary_size, -1)
+            sums += self._chunk(rows, buffer_Vn, is_bounded).stacked()
+        if self.is_even and self.gradients.table_VD is not None:
+            self.gradients.table_VD.sub_(self.even_states_D)
+        if self.is_even and self.gradients.bias_V is not None:
+            self.gradients.bias_V.sub_(self.even_sum)
+        return Outcome(self._result(sums), self.gradients)
+
+    def _is_bounded(self) -> bool:
+        """Whether no logit can leave +-_SAFE_LOGIT (Cauchy-Schwarz), so that exp needs no maximum first."""
+        if self.states_ND.numel() == 0:
+            return True
+        dtype = self.plan.dtype
+        bound = torch.linalg.vector_norm(self.states_ND, dim=1, dtype=dtype).max()
+        bound = bound * torch.linalg.vector_norm(self.table_VD, dim=1, dtype=dtype).max()
+        if self.scale is not None:
+            bound = bound * self.scale.abs()
+        if self.bias_V is not None:
+            bound = bound + self.bias_V.abs().max()
+        return bool(bound <= _SAFE_LOGIT)
+
+    def _result(self, sums: Tensor) -> ObjectiveResult:
+        ce, kd, kd_cross_entropy, z = sums.unbind()
+        has_signals, has_z = self.inputs.signal_ids_NK is not None, self.options.z_loss > 0
+        total = ce + self.options.kd_weight * kd + self.options.z_loss * z
+        return ObjectiveResult(
+            total, ce, kd if has_signals else None, kd_cross_entropy if has_signals else None,
+            z if has_z else None,
+        )  # fmt: skip
+
+    def _tiles(self) -> Iterator[slice]:
+        for start in range(0, self.vocabulary_size, self.plan.tile):
+            yield slice(start, min(start + self.plan.tile, self.vocabulary_size))
+
+    def _fill(self, buffer_Vn: Tensor, tile: slice, scaled_nD: Tensor) -> Tensor:
+        """Write one tile's logits and return its part of the buffer."""
+        self.plan.products.into(buffer_Vn[tile], self.table_VD[tile], scaled_nD.T)
+        return buffer_Vn[tile] if self.bias_V is None else buffer_Vn[tile].add_(self.bias_V[tile, None])
+
+    def _chunk(self, rows: slice | Tensor, buffer_Vn: Tensor, is_bounded: bool) -> softmax.ChunkTerms:
+        """Values of some rows; their gradients are added to the collected ones."""
+        states_nD = self.states_ND[rows].to(self.plan.dtype)
+        scaled_nD = states_nD if self.scale is None else states_nD * self.scale
+        targets = row_targets(self.inputs, self.options, rows, self.plan.dtype)
+        means_n = scaled_nD.new_zeros(scaled_nD.shape[0])
+        if self.is_even:
+            means_n = scaled_nD @ self.table_sum_D / self.vocabulary_size
+            means_n += 0.0 if self.bias_V is None else self.bias_V.mean()
+        step = self._plain if self.is_plain else self._general
+        terms, factor_n = step(targets, scaled_nD, buffer_Vn, means_n, is_bounded)
+        if any(self.wanted):
+            even_n = None
+            if self.is_even:
+                even_n = softmax.even_weights(targets, self.options, self.vocabulary_size)
+            self._collect(rows, states_nD, scaled_nD, buffer_Vn, factor_n, even_n)
+        return terms
+
+    def _plain(
+        self, targets: RowTargets, scaled_nD: Tensor, buffer_Vn: Tensor, means_n: Tensor, is_bounded: bool
+    ) -> tuple[softmax.ChunkTerms, Tensor | None]:
+        """One softmax for everything; the buffer becomes the gradient divided by the factor returned with it.
+
+        The factor goes to the n x D side of the gradient's products, which spares a pass over the buffer.
+        """
+        positions_nJ, line = softmax.named_positions(targets), buffer_Vn.view(-1)
+        total_n = torch.zeros_like(targets.share_n)
+        if is_bounded:
+            shift_n = total_n
+            for tile in self._tiles():
+                total_n = total_n + self._fill(buffer_Vn, tile, scaled_nD).exp_().sum(dim=0)
+            named_nJ = line.take(positions_nJ).log_()
+        else:
+            tops = [self._fill(buffer_Vn, tile, scaled_nD).amax(dim=0) for tile in self._tiles()]
+            shift_n = torch.stack(tops).amax(dim=0)
+            named_nJ = line.take(positions_nJ).sub_(shift_n[:, None])
+            for tile in self._tiles():
+                total_n += buffer_Vn[tile].sub_(shift_n).exp_().sum(dim=0)
+        log_total_n = total_n.log()
+        terms = softmax.chunk_terms(
+            targets, self.options, named_nJ, softmax.Normalisers(log_total_n, log_total_n, None),
+            means_n - shift_n, shift_n, self.vocabulary_size,
+        )  # fmt: skip
+        factor_n = softmax.softmax_weights(targets, self.options) / total_n
+        if any(self.wanted):
+            weights_nJ = softmax.named_weights(targets, self.options) / factor_n[:, None]
+            line.put_(positions_nJ, weights_nJ.neg_(), accumulate=True)
+        return terms, factor_n
+
+    def _general(
+        self, targets: RowTargets, scaled_nD: Tensor, buffer_Vn: Tensor, means_n: Tensor, _is_bounded: bool
+    ) -> tuple[softmax.ChunkTerms, Tensor | None]:
+        """Any option; the buffer becomes the gradient itself."""
+        for tile in self._tiles():
+            self._fill(buffer_Vn, tile, scaled_nD)
+        positions_nJ, temperature = softmax.named_positions(targets), self.options.temperature
+        named_nJ = buffer_Vn.view(-1).take(positions_nJ)
+        log_total_n = log_warm_n = softmax.log_sum_exp(buffer_Vn, self._tiles(), 1.0)
+        log_tail_n = None
+        if (signals := targets.signals) is not None:
+            if temperature != 1:
+                log_warm_n = softmax.log_sum_exp(buffer_Vn, self._tiles(), temperature)
+            if self.options.tail == "bucket":
+                log_tail_n = softmax.log_tail_sum(buffer_Vn, self._tiles(), temperature, signals, positions_nJ)
+        normalisers = softmax.Normalisers(log_total_n, log_warm_n, log_tail_n)
+        terms = softmax.chunk_terms(targets, self.options, named_nJ, normalisers, means_n, 0.0, self.vocabulary_size)
+        if any(self.wanted):
+            softmax.logits_to_gradient(buffer_Vn, self._tiles(), targets, self.options, normalisers, positions_nJ)
+        return terms, None
+
+    def _collect(
+        self, rows: slice | Tensor, states_nD: Tensor, scaled_nD: Tensor,
+        buffer_Vn: Tensor, factor_n: Tensor | None, even_n: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Carry a chunk's logit gradient, `buffer * factor - even`, to the inputs."""
+        products, gradients = self.plan.products, self.gradients
+        factor_nD = scaled_nD if factor_n is None else scaled_nD * factor_n[:, None]
+        factor_n1 = states_nD.new_ones(len(states_nD), 1) if factor_n is None else factor_n[:, None]
+        back_nD = torch.zeros_like(states_nD)
+        for tile in self._tiles():
+            buffer_vn = buffer_Vn[tile]
+            if self.wanted.states or self.wanted.scale:
+                products.added(back_nD, buffer_vn.T, self.table_VD[tile])
+            if gradients.table_VD is not None:
+                products.added(gradients.table_VD[tile], buffer_vn, factor_nD)
+            if gradients.bias_V is not None:
+                gradients.bias_V[tile].addmv_(buffer_vn, factor_n1[:, 0])
+        back_nD *= factor_n1
+        if even_n is not None:
+            back_nD -= even_n[:, None] * self.table_sum_D
+            self.even_states_D += even_n @ scaled_nD
+            self.even_sum += even_n.sum()
+        if gradients.scale is not None:
+            gradients.scale.add_((back_nD * states_nD).sum())
+        if gradients.states_ND is not None:
+            back_nD = back_nD if self.scale is None else back_nD.mul_(self.scale)
+            gradients.states_ND[rows] = back_nD.to(gradients.states_ND.dtype)

@@ -1,0 +1,28 @@
+"""The objective on CPUs: chunks whose buffer stays small, tiles that stay in the cache, plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+from indraquantum.kernels.arguments import LinearInputs, ObjectiveOptions, ObjectiveResult
+from indraquantum.kernels.attach import differentiable_objective
+from indraquantum.kernels.chunked import Plan, Products
+
+_BUFFER_BYTES = 32 * 2**20  # more rows a chunk means fewer passes over the table's gradient, and more memory
+_MAX_ROWS = 512
+_TILE = 1000
+
+
+def cpu_plan(vocabulary_size: int, dtype: torch.dtype, rows: int | None = None, tile: int = _TILE) -> Plan:
+    """Cut the work so that the buffer takes about 32 MiB; `rows` and `tile` override, for tests and benchmarks."""
+    if rows is None:
+        rows = max(1, min(_MAX_ROWS, _BUFFER_BYTES // (vocabulary_size * dtype.itemsize)))
+        rows = rows // 16 * 16 or rows
+    return Plan(rows, tile, dtype, Products())
+
+
+def cpu_objective(inputs: LinearInputs, options: ObjectiveOptions) -> ObjectiveResult:
+    """Compute in float64 where an input is float64, else in float32."""
+    dtype = torch.promote_types(inputs.states_ND.dtype, inputs.table_VD.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    return differentiable_objective(inputs, options, cpu_plan(inputs.table_VD.shape[0], dtype))
