@@ -143,9 +143,10 @@ def test_the_files_serve_the_readers_and_are_the_same_each_time(tmp_path):
     assert read_wikitext("--wikitext", str(corpus.text)) == manual_paragraphs()[:29]
     assert len(read_alpaca("--alpaca", str(corpus.instructions))) == 29
     assert len(json.loads(corpus.instructions.read_text(encoding="utf-8"))) == 29
+    tokenizer = save_tiny_tokenizer(tmp_path / "tokenizer")
     report = prepare(
         PrepareSettings(
-            wikitext=str(corpus.text), alpaca=str(corpus.instructions), tokenizer=str(save_tiny_tokenizer(tmp_path / "t")),
+            wikitext=str(corpus.text), alpaca=str(corpus.instructions), tokenizer=str(tokenizer),
             output=tmp_path / "m.pkl",
         )
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from indraquantum.errors import UserError
 
 ALLOWED = "must be a pickle of plain containers and numbers"
-# What CPython's unpickler raises on broken or hostile bytes, found by fuzzing; OSError is left to the caller below.
+# What unpickling broken or hostile bytes may raise: pickle's documentation names some of these, fuzzing found others.
 BROKEN = (
     pickle.UnpicklingError,
     EOFError,
