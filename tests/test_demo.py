@@ -82,7 +82,7 @@ def test_show_state_prints_a_line_for_each_token(demo, capsys):
     )  # fmt: skip
     assert status == 0
     assert "### Instruction:\nWhat does os.path.join do?\n\n### Response:\n" in out
-    rows = re.findall(r"│ .* │ +([\d.]+) │ +([\d.]+) │ +(-?[\d.]+) │", out)
+    rows = re.findall(r"│ .* │ +([\d.]+) +│ +([\d.]+) +│ +(-?[\d.]+) +│", out)
     assert 1 <= len(rows) <= 5
     assert all(0 < float(probability) <= 1 for probability, _, _ in rows)
 

@@ -102,8 +102,10 @@ def run_demo(settings: DemoSettings) -> DemoReport:
     pickle = folder / "data" / "mixed_train.pkl"
     prepared = prepare(
         PrepareSettings(
-            wikitext=str(corpus[0]),
-            alpaca=str(corpus[1]),
+            wikitext=str(corpus.prose),
+            alpaca=str(corpus.instructions),
+            wikitext_samples=corpus.paragraphs,
+            alpaca_samples=corpus.answers,
             tokenizer=str(folder / "tokenizer"),
             output=pickle,
             seed=settings.seed,
@@ -180,10 +182,9 @@ def print_summary(console: Console, report: DemoReport, seconds: float) -> None:
     ):
         figures.add_row(name, f"{value:.3f}", f"{perplexity(value):.0f}")
     console.print(figures)
-    files = Table("what", "where", title="written")
+    console.print("Written:")
     for name, path in report.files.items():
-        files.add_row(name, str(path))
-    console.print(files)
+        console.print(f"  {name:21} {path}", soft_wrap=True, highlight=False)
     console.print(f"Done in {seconds:.0f} s. Next, ask the model something yourself:\n")
     command = f'indra test {report.files["checkpoint"]} --instruction "What does str.split do?" --show-state'
     console.print("  .venv/bin/" + command, style="bold", soft_wrap=True, highlight=False)

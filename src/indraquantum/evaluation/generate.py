@@ -20,6 +20,7 @@ from indraquantum.config import TestSettings
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.model.readout import wrapped_phase
 
 UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are not yet a whole character
 
@@ -45,10 +46,9 @@ class GeneratedText:
 def uncertainty_nats(phase: Tensor, vocabulary_size: int) -> Tensor:
     """Read a phase (...) in radians as an entropy (...) in nats, the inverse of the target pi * H / ln V.
 
-    Targets lie in [0, pi], so the circle is cut opposite their middle: the result is in (-0.5, 1.5] * ln V.
+    The result is in (-0.5, 1.5] * ln V.
     """
-    turned = math.pi * 1.5 - torch.remainder(math.pi * 1.5 - phase, 2 * math.pi)
-    return turned / math.pi * math.log(vocabulary_size)
+    return wrapped_phase(phase) / math.pi * math.log(vocabulary_size)
 
 
 def generate_text(

@@ -24,6 +24,11 @@ from indraquantum.model.head import conjugate_turn
 if TYPE_CHECKING:
     from indraquantum.model.configuration import IndraQuantumConfig
 
+def wrapped_phase(phase: Tensor) -> Tensor:
+    """Bring phases (...) in radians into (-pi/2, 3pi/2]: targets lie in [0, pi], far from where this cuts the circle."""
+    return math.pi * 1.5 - torch.remainder(math.pi * 1.5 - phase, 2 * math.pi)
+
+
 INITIAL_MAGNITUDE = 0.5  # the middle of the teacher's confidence, which lies between 0 and 1
 
 

@@ -16,6 +16,7 @@ from indraquantum.data.dataset import Split
 from indraquantum.errors import TrainingStopped
 from indraquantum.learner import Learner, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
+from indraquantum.model.readout import wrapped_phase
 from indraquantum.teacher.signals import SignalStore
 
 
@@ -101,17 +102,11 @@ def _values(terms: LossTerms) -> dict[str, float]:
     return {"loss": terms.total.item(), **{name: value.item() for name, value in present.items() if value is not None}}
 
 
-def wrapped_phase(amplitude_N: Tensor) -> Tensor:
-    """Phase of complex amplitudes (N,) in (-pi/2, 3pi/2]: the targets lie in [0, pi], far from where it wraps."""
-    phase_N = amplitude_N.angle()
-    return torch.where(phase_N <= -math.pi / 2, phase_N + 2 * math.pi, phase_N)
-
-
 def _readout_statistics(amplitudes: list[Tensor]) -> dict[str, float | None]:
     if not amplitudes:
         return dict.fromkeys(("magnitude_mean", "magnitude_std", "phase_mean", "phase_std"))
     amplitude_N = torch.cat(amplitudes)
-    magnitude_N, phase_N = amplitude_N.abs(), wrapped_phase(amplitude_N)
+    magnitude_N, phase_N = amplitude_N.abs(), wrapped_phase(amplitude_N.angle())
     return {
         "magnitude_mean": magnitude_N.mean().item(),
         "magnitude_std": magnitude_N.std(correction=0).item(),
