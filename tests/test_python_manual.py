@@ -138,8 +138,10 @@ def test_long_docstrings_end_at_a_paragraph(tmp_path):
 def test_the_files_serve_the_readers_and_are_the_same_each_time(tmp_path):
     corpus = write_manual_corpus(tmp_path / "a", limit=29)
     again = write_manual_corpus(tmp_path / "b", limit=29)
-    assert [path.name for path in corpus] == ["manual.txt", "questions.json"]
-    assert [path.read_bytes() for path in corpus] == [path.read_bytes() for path in again]
+    assert [corpus.text.name, corpus.instructions.name] == ["manual.txt", "questions.json"]
+    assert corpus.text.read_bytes() == again.text.read_bytes()
+    assert corpus.instructions.read_bytes() == again.instructions.read_bytes()
+    assert (corpus.paragraphs, corpus.answers) == (29, 29)
     assert read_wikitext("--wikitext", str(corpus.text)) == manual_paragraphs()[:29]
     assert len(read_alpaca("--alpaca", str(corpus.instructions))) == 29
     assert len(json.loads(corpus.instructions.read_text(encoding="utf-8"))) == 29

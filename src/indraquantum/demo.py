@@ -96,13 +96,15 @@ def run_demo(settings: DemoSettings) -> DemoReport:
 
     console.rule("1/6  corpus and tokenizer: Python's own manual and docstrings")
     corpus = write_manual_corpus(folder / "corpus", limit=size.documents)
-    train_tokenizer(*corpus, size.vocabulary, folder / "tokenizer")
+    train_tokenizer(corpus.text, corpus.instructions, size.vocabulary, folder / "tokenizer")
+
+    print(f"{corpus.paragraphs:,} paragraphs of prose (in WikiText's place), {corpus.answers:,} questions (in Alpaca's)")
 
     console.rule("2/6  prepare: text to training rows")
     pickle = folder / "data" / "mixed_train.pkl"
     prepared = prepare(
         PrepareSettings(
-            wikitext=str(corpus.prose),
+            wikitext=str(corpus.text),
             alpaca=str(corpus.instructions),
             wikitext_samples=corpus.paragraphs,
             alpaca_samples=corpus.answers,
@@ -155,7 +157,7 @@ def run_demo(settings: DemoSettings) -> DemoReport:
         after=student.held_out["all"],
         teacher=teacher.held_out["all"],
         files={
-            "corpus": corpus[0].parent,
+            "corpus": corpus.text.parent,
             "tokenizer": folder / "tokenizer",
             "padded rows (pickle)": pickle,
             "packed dataset": data,

@@ -48,6 +48,8 @@ class ManualCorpus(NamedTuple):
 
     text: Path  # a paragraph a line
     instructions: Path  # a JSON list in Alpaca's form
+    paragraphs: int  # how many there are
+    answers: int
 
 
 class _Module(NamedTuple):
@@ -78,7 +80,7 @@ def write_manual_corpus(folder: Path, limit: int | None = None) -> ManualCorpus:
         where = sysconfig.get_path("stdlib")
         raise UserError("standard library", where, "must hold Python's sources; install Python with them")
     make_folder("--output", folder)
-    corpus = ManualCorpus(folder / "manual.txt", folder / "questions.json")
+    corpus = ManualCorpus(folder / "manual.txt", folder / "questions.json", len(paragraphs), len(questions))
     content = json.dumps([question._asdict() for question in questions], ensure_ascii=False, indent=1)
     for path, text in ((corpus.text, "\n".join(paragraphs)), (corpus.instructions, content)):
         with atomic_file(path) as temporary:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from indraquantum.data.prompt import format_alpaca
+
 
 def train_tokenizer(prose: Path, instructions: Path, vocabulary: int, folder: Path) -> None:
     """Train a tokenizer and save it in Hugging Face's format.
@@ -18,8 +20,8 @@ def train_tokenizer(prose: Path, instructions: Path, vocabulary: int, folder: Pa
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    texts = prose.read_text(encoding="utf-8").splitlines()
-    texts += [" ".join(sample.values()) for sample in json.loads(instructions.read_text(encoding="utf-8"))]
+    texts = prose.read_text(encoding="utf-8").split("\n")
+    texts += [format_alpaca(**sample) for sample in json.loads(instructions.read_text(encoding="utf-8"))]
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
         texts, vocab_size=vocabulary, min_frequency=2, special_tokens=["<s>", "</s>"], show_progress=False

@@ -27,6 +27,9 @@ from indraquantum.training.schedule import learning_rate_factor, rows_of_step
 from indraquantum.training.step import optimizer_step
 
 
+LINE_EVERY = 100  # steps between two lines of progress, which a log file keeps where a bar is not shown
+
+
 @dataclass(frozen=True)
 class TeacherReport:
     """What training a teacher ended with."""
@@ -141,6 +144,8 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
             tokens += result.tokens
             bar.update()
             bar.set_postfix_str(f"ce {result.terms['ce']:.3f}")
+            if (step + 1) % LINE_EVERY == 0:
+                tqdm.write(f"teacher: step {step + 1}/{settings.steps}, cross-entropy {result.terms['ce']:.4f}")
     held_out = held_out_cross_entropy(learner, dataset, device)
     save_teacher(learner, dataset, settings.output)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in held_out.items())
@@ -151,9 +156,11 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
 def save_teacher(learner: LlamaLearner, dataset: PreparedDataset, folder: Path) -> None:
     """Save the Llama and its tokenizer so that AutoModelForCausalLM and AutoTokenizer read them."""
     from transformers import PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
     tokenizer = dataset.tokenizer
     with atomic_folder(folder) as temporary:
+        disable_progress_bar()  # transformers' bar for a single small file
         learner.llama.save_pretrained(temporary)
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer.backend,
