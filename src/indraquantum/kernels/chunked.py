@@ -23,6 +23,7 @@ from indraquantum.kernels.arguments import LinearInputs, ObjectiveOptions, Objec
 from indraquantum.kernels.targets import RowTargets, counted_rows, row_targets
 
 _SAFE_LOGIT = 40.0  # exp(+-40), summed over any vocabulary and divided by it, stays far inside float32's range
+_VECTOR = 16  # float32 numbers in the widest registers
 
 
 class Products:
@@ -108,11 +109,11 @@ class ChunkedObjective:
         rows_R = counted_rows(self.inputs)
         num_rows = self.states_ND.shape[0] if rows_R is None else len(rows_R)
         is_bounded = self._is_bounded()
-        buffer_size = self.vocabulary_size * min(self.plan.rows, num_rows)
-        buffer = self.table_VD.new_empty(buffer_size, dtype=self.plan.dtype)
+        step = self._even_step(num_rows)
+        buffer = self.table_VD.new_empty(self.vocabulary_size * min(step, num_rows), dtype=self.plan.dtype)
         sums = buffer.new_zeros(4)
-        for start in range(0, num_rows, self.plan.rows):
-            stop = min(start + self.plan.rows, num_rows)
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
             rows = slice(start, stop) if rows_R is None else rows_R[start:stop]
             buffer_Vn = buffer[: self.vocabulary_size * (stop - start)].view(self.vocabulary_size, -1)
             sums += self._chunk(rows, buffer_Vn, is_bounded).stacked()
@@ -121,6 +122,12 @@ class ChunkedObjective:
         if self.is_even and self.gradients.bias_V is not None:
             self.gradients.bias_V.sub_(self.even_sum)
         return Outcome(self._result(sums), self.gradients)
+
+    def _even_step(self, num_rows: int) -> int:
+        """Rows of a chunk, so that the last one is not a small remainder, which products are slow on."""
+        num_chunks = max(1, -(-num_rows // self.plan.rows))
+        step = -(-num_rows // num_chunks)
+        return max(1, min(self.plan.rows, -(-step // _VECTOR) * _VECTOR))
 
     def _is_bounded(self) -> bool:
         """Whether no logit can leave +-_SAFE_LOGIT (Cauchy-Schwarz), so that exp needs no maximum first."""

@@ -1,0 +1,219 @@
+"""How fast and how lean the objective is, measured beside the machine's own limit; `indra bench` prints this.
+
+Every figure is a ratio of medians from one run in which the candidates take turns, so that a busy machine slows all
+of them alike. Run it on an idle machine: `python benchmarks/bench_objective.py --json figures.json`.
+
+Legend: N rows (token positions), D real width, V vocabulary, K kept teacher tokens of a row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+CUBE = 2048  # the square matrix product whose rate stands for the machine's limit
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number and what it should be."""
+
+    name: str
+    value: float
+    unit: str
+    goal: float | None  # None where the number is context
+    is_upper_limit: bool  # whether the goal is the most, not the least
+    detail: str
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether the goal is met; a figure without one always is."""
+        if self.goal is None:
+            return True
+        return self.value <= self.goal if self.is_upper_limit else self.value >= self.goal
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one measurement."""
+
+    num_rows: int = 2048
+    width: int = 256
+    vocabulary: int = 32_000
+    kept: int = 16
+
+    def __str__(self) -> str:
+        return f"N {self.num_rows}, D {self.width}, V {self.vocabulary}, K {self.kept}"
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward: three matrix products of N x D x V."""
+        return 6 * self.num_rows * self.width * self.vocabulary
+
+
+def interleaved_seconds(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each candidate, all taking turns, after one unmeasured round.
+
+    Args:
+        candidates: what to time, by name.
+        repeats: measured rounds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_number in range(repeats + 1):
+        for name, candidate in candidates.items():
+            start = time.perf_counter()
+            candidate()
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(measured) for name, measured in seconds.items()}
+
+
+def objective_speed(shape: Shape = Shape(), repeats: int = 7) -> list[Figure]:
+    """Time the objective, forward and backward, beside plain PyTorch and beside a large matrix product."""
+    import torch
+
+    case = _Case(shape)
+    square = torch.randn(CUBE, CUBE)
+    product = torch.empty_like(square)
+    seconds = interleaved_seconds(
+        {
+            "matmul": lambda: torch.mm(square, square, out=product),
+            "plain": case.plain,
+            "ce": case.cross_entropy,
+            "kd": case.distillation,
+            "no_grad": case.without_gradients,
+        },
+        repeats,
+    )
+    limit = 2 * CUBE**3 / seconds["matmul"]
+    rate = shape.flops / seconds["ce"]
+    medians = f"medians of {repeats} rounds, {torch.get_num_threads()} threads, {shape}"
+    tokens_per_second = {name: shape.num_rows / seconds[name] for name in seconds}
+    return [
+        Figure("matmul_rate", limit / 1e9, "GFLOP/s", None, False, f"{CUBE}-cube float32 product"),
+        Figure("objective_rate", rate / 1e9, "GFLOP/s", None, False, f"CE alone, {medians}"),
+        Figure("objective_share_of_matmul_rate", rate / limit, "", 0.75, False, "CE alone"),
+        Figure(
+            "speedup_over_plain", seconds["plain"] / seconds["ce"], "x", 2.6, False,
+            f"{tokens_per_second['ce']:.0f} against {tokens_per_second['plain']:.0f} tokens/s",
+        ),
+        Figure(
+            "distillation_cost", seconds["kd"] / seconds["ce"], "x", 1.05, True,
+            f"CE + KD of {shape.kept} ids a row against CE alone",
+        ),
+        Figure("evaluation_cost", seconds["no_grad"] / seconds["ce"], "x", 0.45, True, "no_grad, CE + KD"),
+    ]  # fmt: skip
+
+
+def objective_memory(rows: Sequence[int] = (512, 4096, 65_536), shape: Shape = Shape()) -> list[Figure]:
+    """Memory beyond inputs and gradients for each number of rows; each in a process of its own (Linux only)."""
+    figures = []
+    for num_rows in rows:
+        command = [sys.executable, "-m", "indraquantum.bench", str(num_rows), str(shape.width)]
+        command += [str(shape.vocabulary), str(shape.kept)]
+        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        extra = int(done.stdout) / MEBIBYTE
+        detail = f"CE + KD forward and backward, N {num_rows}"
+        figures.append(Figure(f"extra_memory_{num_rows}", extra, "MiB", 64.0, True, detail))
+    return figures
+
+
+def figures_table(figures: Sequence[Figure]) -> str:
+    """One line a figure: name, value, goal, whether it is met."""
+    lines = []
+    for figure in figures:
+        goal = "" if figure.goal is None else f"{'at most' if figure.is_upper_limit else 'at least'} {figure.goal}"
+        verdict = "" if figure.goal is None else ("yes" if figure.is_reached else "NO")
+        value = f"{figure.value:.3g} {figure.unit}".strip()
+        lines.append(f"{figure.name:<32} {value:>14}  {goal:<14} {verdict:<4} {figure.detail}")
+    return "\n".join(lines)
+
+
+def figures_json(figures: Sequence[Figure]) -> str:
+    """The same figures for a program, with the versions they were measured with."""
+    import torch
+
+    rows: list[dict[str, Any]] = [asdict(figure) | {"is_reached": figure.is_reached} for figure in figures]
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    return json.dumps({"machine": machine, "figures": rows}, indent=2)
+
+
+class _Case:
+    """Random inputs and the calls that are timed on them."""
+
+    def __init__(self, shape: Shape) -> None:
+        import torch
+
+        from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
+
+        generator = torch.Generator().manual_seed(0)
+        rows, kept, vocabulary = shape.num_rows, shape.kept, shape.vocabulary
+        self.states_ND = torch.randn(rows, shape.width, generator=generator).mul_(0.3).requires_grad_()
+        self.table_VD = torch.randn(vocabulary, shape.width, generator=generator).mul_(0.3).requires_grad_()
+        self.labels_N = torch.randint(0, vocabulary, (rows,), generator=generator)
+        self.signals = TeacherSignals(
+            torch.randint(0, vocabulary, (rows, kept), generator=generator), torch.full((rows, kept), 1 / kept),
+            torch.rand(rows, generator=generator), torch.rand(rows, generator=generator),
+        )  # fmt: skip
+        self.alone, self.distilled = SemanticDistillationLoss(0.0), SemanticDistillationLoss(0.05)
+
+    def plain(self) -> None:
+        """Plain PyTorch: full logits."""
+        import torch.nn.functional as F
+
+        self._forget()
+        F.cross_entropy(self.states_ND @ self.table_VD.T, self.labels_N).backward()
+
+    def cross_entropy(self) -> None:
+        """The objective without a teacher."""
+        self._forget()
+        self.alone(self.states_ND, self.table_VD, self.labels_N).total.backward()
+
+    def distillation(self) -> None:
+        """The objective with a teacher."""
+        self._forget()
+        self.distilled(self.states_ND, self.table_VD, self.labels_N, signals=self.signals).total.backward()
+
+    def without_gradients(self) -> None:
+        """Values only."""
+        import torch
+
+        with torch.no_grad():
+            self.distilled(self.states_ND, self.table_VD, self.labels_N, signals=self.signals)
+
+    def _forget(self) -> None:
+        self.states_ND.grad = self.table_VD.grad = None
+
+
+def _extra_bytes(shape: Shape) -> int:
+    """Peak of this process over one step, minus what it held before and minus the gradients."""
+    case = _Case(shape)
+    _Case(Shape(64, shape.width, 2048, shape.kept)).distillation()  # libraries set themselves up at first use
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # restarts the peak, see proc(5)
+    case.distillation()
+    gradients = 4 * (case.states_ND.numel() + case.table_VD.numel())
+    return _memory("VmHWM") - before - gradients
+
+
+def _memory(field: str) -> int:
+    """A field of this process's status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    print(_extra_bytes(Shape(*map(int, sys.argv[1:]))))
