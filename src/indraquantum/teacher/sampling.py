@@ -75,14 +75,13 @@ def draw_tokens(weights_CV: torch.Tensor, uniforms_Cn: torch.Tensor) -> torch.Te
         weights_CV = torch.nn.functional.pad(weights_CV, (0, missing))
     blocks_CGb = weights_CV.unflatten(1, (-1, _BLOCK))
     ends_CG = blocks_CGb.sum(-1).double().cumsum(-1)
-    zero = ends_CG.new_zeros(())
-    # nextafter: uniform * total may round up to the total itself, behind which there is no token.
-    target_Cn = torch.minimum(uniforms_Cn * ends_CG[:, -1:], torch.nextafter(ends_CG[:, -1:], zero))
+    target_Cn = uniforms_Cn * ends_CG[:, -1:]  # below the total: (1 - 2^-53) t never rounds up to t
     block_Cn = torch.searchsorted(ends_CG, target_Cn, right=True)
     start_Cn = torch.nn.functional.pad(ends_CG, (1, 0)).gather(1, block_Cn)
     chunk_row_C1 = torch.arange(len(weights_CV), device=weights_CV.device)[:, None]
     inner_Cnb = blocks_CGb[chunk_row_C1, block_Cn].double().cumsum(-1)
-    rest_Cn = torch.minimum(target_Cn - start_Cn, torch.nextafter(inner_Cnb[:, :, -1], zero))
+    # The block's sum, taken in float32, may be above its running sum, behind which there is no token.
+    rest_Cn = torch.minimum(target_Cn - start_Cn, torch.nextafter(inner_Cnb[:, :, -1], ends_CG.new_zeros(())))
     return block_Cn * _BLOCK + torch.searchsorted(inner_Cnb, rest_Cn[:, :, None], right=True)[:, :, 0]
 
 
