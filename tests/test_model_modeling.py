@@ -125,6 +125,8 @@ def test_packed_documents_equal_the_documents_alone(attention, projector):
     ids, positions, segments = packed()
     together = model(ids, position_ids=positions, segment_ids=segments)
     states = model.hidden_states(ids, positions, segments, table_VD=model.lift_table())
+    # Rotary positions are relative, so segments alone keep documents apart as well.
+    torch.testing.assert_close(model(ids, segment_ids=segments).logits, together.logits)
     assert together.logits.isfinite().all()
     start = 0
     for length in PIECES:
@@ -248,7 +250,11 @@ def test_generation_follows_a_change_of_weights(monkeypatch):
     after = generate(model, ids)
     assert len(lifts) == 1  # once a call, not once a token
     assert not torch.equal(after, before)
-    assert torch.equal(after[:, 5:6], model(ids).logits[:, -1:].argmax(-1))
+    with torch.no_grad():
+        assert torch.equal(after[:, 5:6], model(ids).logits[:, -1:].argmax(-1))
+        model.embedding.weight.neg_()
+        logits = model(ids).logits  # no table of the last call stays behind
+    torch.testing.assert_close(logits, model(ids).logits)
 
 
 def test_a_lifted_table_is_not_used_where_gradients_are_wanted():
