@@ -13,6 +13,8 @@ import pytest
 # Before any test imports them: libraries that would ask a hub must fail at once instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Toy sizes are quickest on one thread, and one thread gives one order of summation.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -65,7 +65,7 @@ def test_truncated_files_are_refused_in_one_line(tmp_path):
     content = path.read_bytes()
     for length in range(0, len(content), 97):
         path.write_bytes(content[:length])
-        with pytest.raises(UserError, match="CHECKPOINT: got .*checkpoint_v4_epoch_1.pt; must be") as error:
+        with pytest.raises(UserError, match=r"CHECKPOINT: got .*checkpoint_v4_epoch_1\.pt; must be") as error:
             load_checkpoint("CHECKPOINT", path)
         assert "\n" not in str(error.value)
 

@@ -76,7 +76,7 @@ def test_settings_are_frozen_and_strict():
 
 def test_help_imports_nothing_heavy():
     code = "import sys; from indraquantum import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
-    code += "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'matplotlib'} & sys.modules.keys()))"
+    code += "print(sorted({'torch', 'transformers', 'pyarrow', 'numpy', 'matplotlib'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
 

@@ -13,7 +13,7 @@ from indraquantum.files import atomic_file, atomic_folder, make_folder, read_jso
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:  # noqa: PT012 - the block is what fails
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -24,7 +24,7 @@ def test_a_folder_takes_its_place_as_a_whole(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "stale").write_text("old")
-    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
+    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:  # noqa: PT012 - the block is what fails
         (temporary / "new").write_text("half")
         raise RuntimeError
     assert [p.name for p in folder.iterdir()] == ["stale"]
@@ -41,7 +41,7 @@ def test_sha256_of_known_bytes(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--output: got .*file/below"):
+    with pytest.raises(UserError, match=r"--output: got .*file/below"):
         make_folder("--output", tmp_path / "file" / "below")
 
 

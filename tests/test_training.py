@@ -1,4 +1,4 @@
-"""The run: alive in every term, the same bits from the same seed, exact after a stop, and careful with what is there."""
+"""The run: alive in every term, the same bits from the same seed, exact after a stop, careful with what is there."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_signals_are_captured_where_there_are_none(world, tmp_path):
 def test_without_signals_and_teacher_the_way_out_is_named(world, tmp_path):
     data = tmp_path / "mixed"
     shutil.copytree(world.data, data)
-    with pytest.raises(UserError, match="--teacher.*--no-teacher"):
+    with pytest.raises(UserError, match=r"--teacher.*--no-teacher"):
         loop.train(settings(world, tmp_path, data=data, teacher=str(tmp_path / "nothing")))
     assert not list((tmp_path / "run").iterdir())
 
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(world):
     with torch.no_grad():
         model.embedding.weight[:] = float("nan")
     before = {name: p.clone() for name, p in model.named_parameters() if "embedding" not in name}
-    with pytest.raises(TrainingStopped, match="not finite.*rows"):
+    with pytest.raises(TrainingStopped, match=r"not finite.*rows"):
         optimizer_step(
             model, SemanticDistillationLoss(kd_weight=0.05), optimizer, dataset.train, np.arange(3), signals,
             micro_batch_rows=3, max_grad_norm=1.0,

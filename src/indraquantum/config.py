@@ -82,13 +82,13 @@ class ModelSettings(Settings):
     layers: int = Field(default=4, ge=1, le=1024)
     """Transformer layers."""
     heads: int = Field(default=4, ge=1, le=1024)
-    """Attention heads; must divide 2 * d_model into even parts."""
+    """Attention heads; must divide the transformer's width into even parts."""
     mlp_width: int = Field(default=688, ge=1)
     """Inner width of each layer's gated MLP."""
     projector: Literal["quantum", "phase-only", "frozen", "linear", "mlp", "none"] = "quantum"
     """How token embeddings become states; all but quantum are controls."""
     head: Literal["interference", "born"] = "interference"
-    """How a state becomes logits; born is for study only."""
+    """How a state becomes logits; born is for study only, the objective does not serve it."""
     readout: Literal["reference", "mean"] = "reference"
     """How magnitude and phase are read: against learned reference states, or the prototype's mean."""
     phase_spread: float = Field(default=3.0, ge=0, le=100)

@@ -98,7 +98,7 @@ def run_demo(settings: DemoSettings) -> DemoReport:
     corpus = write_manual_corpus(folder / "corpus", limit=size.documents)
     train_tokenizer(corpus.text, corpus.instructions, size.vocabulary, folder / "tokenizer")
 
-    print(f"{corpus.paragraphs:,} paragraphs of prose (in WikiText's place), {corpus.answers:,} questions (in Alpaca's)")
+    print(f"{corpus.paragraphs:,} paragraphs (in WikiText's place) and {corpus.answers:,} questions (in Alpaca's)")
 
     console.rule("2/6  prepare: text to training rows")
     pickle = folder / "data" / "mixed_train.pkl"

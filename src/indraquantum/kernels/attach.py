@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from indraquantum.kernels.arguments import LinearInputs, ObjectiveOptions, ObjectiveResult
-from indraquantum.kernels.chunked import ChunkedObjective, Gradients, Plan, Wanted
+from indraquantum.kernels.chunked import ChunkedObjective, Outcome, Plan, Wanted
 
 _GRADIENTS_OF = ("states_ND", "table_VD", "bias_V", "scale")
 
@@ -20,7 +20,7 @@ def differentiable_objective(inputs: LinearInputs, options: ObjectiveOptions, pl
     tensors = [getattr(inputs, name) for name in _GRADIENTS_OF]
     wanted = Wanted(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors))
 
-    def run(*inputs_again: Tensor | None) -> tuple[ObjectiveResult, Gradients]:
+    def run(*inputs_again: Tensor | None) -> Outcome:
         again = inputs._replace(**dict(zip(_GRADIENTS_OF, inputs_again, strict=True)))
         with torch.no_grad():
             return ChunkedObjective(again, options, plan, wanted).run()

@@ -77,6 +77,13 @@ class Outcome(NamedTuple):
     gradients: Gradients
 
 
+class _Step(NamedTuple):
+    """A chunk's values; its logit gradient is what stands in the buffer times the factor."""
+
+    terms: softmax.ChunkTerms
+    factor_n: Tensor | None  # None means 1
+
+
 class ChunkedObjective:
     """One call's work: the inputs in the plan's precision and the gradients being collected."""
 
@@ -180,7 +187,7 @@ class ChunkedObjective:
 
     def _plain(
         self, targets: RowTargets, scaled_nD: Tensor, buffer_Vn: Tensor, means_n: Tensor, is_bounded: bool
-    ) -> tuple[softmax.ChunkTerms, Tensor | None]:
+    ) -> _Step:
         """One softmax for everything; the buffer becomes the gradient divided by the factor returned with it.
 
         The factor goes to the n x D side of the gradient's products, which spares a pass over the buffer.
@@ -207,11 +214,11 @@ class ChunkedObjective:
         if any(self.wanted):
             weights_nJ = softmax.named_weights(targets, self.options) / factor_n[:, None]
             line.put_(positions_nJ, weights_nJ.neg_(), accumulate=True)
-        return terms, factor_n
+        return _Step(terms, factor_n)
 
     def _general(
         self, targets: RowTargets, scaled_nD: Tensor, buffer_Vn: Tensor, means_n: Tensor, _is_bounded: bool
-    ) -> tuple[softmax.ChunkTerms, Tensor | None]:
+    ) -> _Step:
         """Any option; the buffer becomes the gradient itself."""
         for tile in self._tiles():
             self._fill(buffer_Vn, tile, scaled_nD)
@@ -228,7 +235,7 @@ class ChunkedObjective:
         terms = softmax.chunk_terms(targets, self.options, named_nJ, normalisers, means_n, 0.0, self.vocabulary_size)
         if any(self.wanted):
             softmax.logits_to_gradient(buffer_Vn, self._tiles(), targets, self.options, normalisers, positions_nJ)
-        return terms, None
+        return _Step(terms, None)
 
     def _collect(
         self, rows: slice | Tensor, states_nD: Tensor, scaled_nD: Tensor,

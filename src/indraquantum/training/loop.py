@@ -82,6 +82,8 @@ def train(settings: TrainSettings) -> TrainReport:
         UserError: settings, data or signals that don't fit, or an output folder that holds another run.
         TrainingStopped: the loss or a gradient is not finite.
     """
+    if settings.head != "interference":
+        raise UserError("--head", settings.head, "must be interference: the objective does not serve the other")
     device = choose_device(settings)
     dataset = open_dataset("--data", settings.data, settings.tokenizer)
     metrics_path = settings.logs / settings.output.resolve().name / "metrics.jsonl"

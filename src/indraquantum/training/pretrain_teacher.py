@@ -26,7 +26,6 @@ from indraquantum.training.loop import BETAS, MICRO_BATCH_TOKENS, rows_per_step
 from indraquantum.training.schedule import learning_rate_factor, rows_of_step
 from indraquantum.training.step import optimizer_step
 
-
 LINE_EVERY = 100  # steps between two lines of progress, which a log file keeps where a bar is not shown
 
 
