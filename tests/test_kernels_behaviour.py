@@ -87,6 +87,16 @@ def test_no_gradient_work_without_gradients(inputs, monkeypatch):
     torch.testing.assert_close(total, detached)
 
 
+def test_autocast_changes_nothing(inputs):
+    """Precision follows the inputs; an autocast region around the loss must not round its sums."""
+    states, table, labels = inputs
+    options = ObjectiveOptions(label_smoothing=0.1)
+    expected = fused_linear_objective(states, table, labels, options=options).total
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = fused_linear_objective(states, table, labels, options=options).total
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_only_wanted_gradients(inputs, frozen):
     inputs[frozen].requires_grad_(False)

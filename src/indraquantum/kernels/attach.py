@@ -22,7 +22,8 @@ def differentiable_objective(inputs: LinearInputs, options: ObjectiveOptions, pl
 
     def run(*inputs_again: Tensor | None) -> Outcome:
         again = inputs._replace(**dict(zip(_GRADIENTS_OF, inputs_again, strict=True)))
-        with torch.no_grad():
+        # autocast would round some of the sums; the plan alone decides on precision
+        with torch.no_grad(), torch.autocast(again.states_ND.device.type, enabled=False):
             return ChunkedObjective(again, options, plan, wanted).run()
 
     outcome = run(*tensors)

@@ -213,7 +213,8 @@ class ChunkedObjective:
         factor_n = softmax.softmax_weights(targets, self.options) / total_n
         if any(self.wanted):
             weights_nJ = softmax.named_weights(targets, self.options) / factor_n[:, None]
-            line.put_(positions_nJ, weights_nJ.neg_(), accumulate=True)
+            # not put_: where a label is also a teacher's token, that has no fixed order on accelerators
+            line.index_put_((positions_nJ,), weights_nJ.neg_(), accumulate=True)
         return _Step(terms, factor_n)
 
     def _general(

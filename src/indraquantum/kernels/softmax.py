@@ -168,4 +168,4 @@ def logits_to_gradient(
         warm = (logits / temperature - normalisers.log_warm_n[known_rows]).exp_()
         softmax = (logits - normalisers.log_total_n[known_rows]).exp_()
         line[known] = slope_n[known_rows] * softmax + (kd_share_n * signals.mass_n)[known_rows] * warm
-    line.put_(positions_nJ, -named_weights(targets, options), accumulate=True)
+    line.index_put_((positions_nJ,), -named_weights(targets, options), accumulate=True)
