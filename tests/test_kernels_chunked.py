@@ -183,6 +183,14 @@ def test_plain_cross_entropy_is_torchs():
     torch.testing.assert_close(actual["total"], expected)
 
 
+@pytest.mark.parametrize("wrong", [-0.5, float("nan"), float("inf")])
+def test_wrong_row_weights_are_named(wrong):
+    case = make_case()
+    weights = torch.ones(N).index_fill_(0, torch.tensor([4]), wrong)
+    with pytest.raises(ValueError, match=f"row_weights_N: got {wrong}; must be finite and 0 or more"):
+        fused_linear_objective(case["states"], case["table"], case["labels"], row_weights_N=weights)
+
+
 def test_non_contiguous_inputs():
     case = make_case(seed=7)
     expected = evaluate(cpu(rows=6), case, ALL_OPTIONS["kd"])
@@ -193,15 +201,16 @@ def test_non_contiguous_inputs():
     assert_close(evaluate(cpu(rows=6), case, ALL_OPTIONS["kd"]), expected, 1e-13)
 
 
-def test_row_weight_zero_equals_an_ignored_row_at_the_same_token_count():
+@pytest.mark.parametrize("name", ["kd", "all"])
+def test_row_weight_zero_equals_an_ignored_row_at_the_same_token_count(name):
     case = make_case(seed=8)
     case["token_count"] = 17.0
     case["weights"] = torch.ones(N, dtype=torch.float64)
     case["weights"][9] = 0
-    weighted = evaluate(cpu(rows=6), case, ALL_OPTIONS["all"])
-    assert_close(evaluate(reference_objective, case, ALL_OPTIONS["all"]), weighted, 1e-12)
+    weighted = evaluate(cpu(rows=6), case, ALL_OPTIONS[name])
+    assert_close(evaluate(reference_objective, case, ALL_OPTIONS[name]), weighted, 1e-12)
     case["labels"][9], case["weights"] = -100, None
-    assert_close(evaluate(cpu(rows=6), case, ALL_OPTIONS["all"]), weighted, 1e-13)
+    assert_close(evaluate(cpu(rows=6), case, ALL_OPTIONS[name]), weighted, 1e-13)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -165,6 +165,9 @@ def check_inputs(
     if row_weights_N is not None:
         require_shape("row_weights_N", row_weights_N, (num_rows,), "(N,)")
         require_floating("row_weights_N", row_weights_N)
+        wrong_N = ~(row_weights_N.isfinite() & (row_weights_N >= 0))
+        if wrong_N.any():
+            require(False, "row_weights_N", row_weights_N[wrong_N][0].item(), "finite and 0 or more")
     if token_count is None:
         token_count = max(1, int((labels_N != IGNORE_INDEX).sum()))
     require(0 < token_count < float("inf"), "token_count", token_count, "above 0 and finite")
