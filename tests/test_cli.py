@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from indraquantum import cli, config
 
 COMMANDS = {
+    "bench": config.BenchSettings,
     "demo": config.DemoSettings,
     "prepare": config.PrepareSettings,
     "capture": config.CaptureSettings,
@@ -91,3 +93,12 @@ def test_a_script_is_its_command(root, capsys, script, command):
     )
     _, out, _ = run(capsys, command, "--help")
     assert words(result.stdout) == words(out)
+
+
+def test_bench_prints_every_figure_and_writes_them(capsys, tmp_path):
+    status, out, _ = run(capsys, "bench", "--quick", "--repeats=1", "--threads=1", f"--json-file={tmp_path / 'b.json'}")
+    assert status == 0
+    figures = {figure["name"]: figure["value"] for figure in json.loads((tmp_path / "b.json").read_text())["figures"]}
+    assert {"objective_share_of_matmul_rate", "distillation_cost", "step_mfu", "step_over_llama"} <= figures.keys()
+    assert all(value > 0 for value in figures.values())
+    assert all(name in out for name in figures)

@@ -15,7 +15,7 @@ LEVELS = (
     {"kernels", "model"},
     {"data", "loss_v2"},
     {"learner", "teacher"},
-    {"training", "evaluation", "monitor", "bench"},
+    {"training", "evaluation", "monitor", "bench", "bench_step"},
     {"demo"},
     {"cli"},
 )

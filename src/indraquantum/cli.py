@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 
 from indraquantum import __version__
 from indraquantum.config import (
+    BenchSettings,
     CaptureSettings,
     DemoSettings,
     PrepareSettings,
@@ -26,6 +28,7 @@ from indraquantum.config import (
     TrainSettings,
 )
 from indraquantum.errors import TrainingStopped, UserError
+from indraquantum.files import atomic_file
 
 # `*` lifts the fields of a settings class to options of the command; switches have no --no- twin.
 OPTIONS = Parameter(name="*", negative="")
@@ -92,6 +95,29 @@ def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = Te
     from indraquantum.evaluation.write import write_text
 
     write_text(checkpoint, settings)
+
+
+@app.command
+def bench(*, settings: Annotated[BenchSettings, OPTIONS] = BenchSettings()) -> None:
+    """Measure the objective and the whole training step; run it on an idle machine."""
+    import torch
+
+    from indraquantum.bench import Shape, figures_json, figures_table, objective_memory, objective_speed
+    from indraquantum.bench_step import StepShape, step_memory, step_speed
+
+    torch.set_num_threads(settings.threads)
+    if settings.quick:
+        shape, step, rows = Shape(128, 32, 1000, 4), StepShape(8, 1, 16, 300, 128, 1024, 4), (128,)
+    else:
+        shape, step, rows = Shape(), StepShape(), (512, 4096, 65_536)
+    figures = objective_speed(shape, settings.repeats) + objective_memory(rows, shape)
+    figures += step_speed(step, settings.repeats) + step_memory(step)
+    if settings.quick:  # the goals are for the full sizes
+        figures = [replace(figure, goal=None) for figure in figures]
+    print(figures_table(figures))
+    if settings.json_file:
+        with atomic_file(settings.json_file) as temporary:
+            temporary.write_text(figures_json(figures) + "\n", encoding="utf-8")
 
 
 def one_line(error: CycloptsError) -> str:

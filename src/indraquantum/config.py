@@ -193,6 +193,19 @@ class TestSettings(DeviceSettings):
     """Print each token's confidence and uncertainty, read from the model's own state."""
 
 
+class BenchSettings(Settings):
+    """Speed and memory beside the machine's own limits."""
+
+    threads: int = Field(default=2, ge=1, le=1024)
+    """CPU threads."""
+    repeats: int = Field(default=7, ge=1, le=1000)
+    """Measured rounds; the medians are printed."""
+    quick: bool = False
+    """Toy sizes, to see that it runs."""
+    json_file: Path | None = None
+    """Write the figures here too."""
+
+
 class DemoSettings(DeviceSettings):
     """The whole pipeline on Python's own manual, offline."""
 

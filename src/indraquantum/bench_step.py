@@ -1,0 +1,276 @@
+"""A whole training step beside two ways of doing the same without this project; `indra bench` prints this.
+
+- `ours`: packed rows, the table lifted once, the fused objective: what `indra train` does.
+- `straightforward`: the same model on padded rows, with plain F.cross_entropy and KL over full logits.
+- `llama`: transformers' own Llama of the same width and depth on packed rows, with CE and top-k KL from a cache.
+
+All take turns in one process, with the same optimiser and threads, on documents of the same lengths. Memory is the
+peak of a process of its own.
+
+Legend: B rows, T positions, N labelled positions, D real width, V vocabulary, K kept teacher tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from indraquantum.bench import CUBE, MEBIBYTE, Figure, interleaved_seconds
+from indraquantum.data.dataset import Split
+from indraquantum.data.packing import pack
+from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
+from indraquantum.model.configuration import IndraQuantumConfig
+from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.training.step import optimizer_step
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Sizes of the step; the defaults are the user's."""
+
+    d_model: int = 128
+    layers: int = 4
+    mlp_width: int = 688
+    vocabulary: int = 32_000
+    row_length: int = 128
+    step_tokens: int = 4096
+    kept: int = 16
+
+    @property
+    def width(self) -> int:
+        """Real width D."""
+        return 2 * self.d_model
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step."""
+        return self.step_tokens // self.row_length
+
+    def model_flops(self, tokens: int, labelled: int) -> int:
+        """Multiply-adds of the layers' and the head's matrices, forward and backward; lifting is not counted."""
+        layer = 4 * self.width**2 + 3 * self.width * self.mlp_width
+        return 6 * (tokens * self.layers * layer + labelled * self.vocabulary * self.width)
+
+
+class RandomSignals:
+    """Signals of K random tokens a position, in place of a store on disk."""
+
+    def __init__(self, shape: StepShape, positions: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(0, shape.vocabulary, (positions, shape.kept), generator=generator)
+        self.entropy = torch.rand(positions, generator=generator) * 5
+        self.confidence = torch.rand(positions, generator=generator)
+
+    def batch(self, split: str, index_N: np.ndarray) -> TeacherSignals:
+        """As SignalStore.batch."""
+        place_N = torch.from_numpy(index_N)
+        ids_NK = self.ids[place_N]
+        return TeacherSignals(
+            ids_NK, torch.full(ids_NK.shape, 1 / ids_NK.shape[1]), self.entropy[place_N], self.confidence[place_N]
+        )
+
+
+def synthetic_split(shape: StepShape, documents: int = 400) -> Split:
+    """Random tokens in documents as long as those of WikiText and Alpaca.
+
+    The quantiles of this log-normal law, padded to 128, give 28 % padding and cut 30 % of the tokens; the real text
+    gives 28 % and 29 %.
+    """
+    draw = np.random.Generator(np.random.Philox(key=[0, 0]))
+    quantiles = np.array([NormalDist(4.6, 0.75).inv_cdf((i + 0.5) / documents) for i in range(documents)])
+    lengths = draw.permutation(np.clip(np.exp(quantiles), 12, 1000).astype(np.int64))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    packing = pack(lengths, shape.row_length)
+    pieces = packing.pieces + np.stack([offsets[packing.documents], np.zeros_like(packing.documents)], axis=1)
+    return Split(
+        tokens=draw.integers(3, shape.vocabulary, offsets[-1]).astype(np.uint16),
+        document_offsets=offsets,
+        document_sources=np.zeros(documents, np.uint8),
+        pieces=pieces,
+        row_pieces=packing.row_pieces,
+        row_length=shape.row_length,
+        padding_id=2,
+    )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to take a step."""
+
+    step: Callable[[], object]
+    tokens: int  # real tokens that a step sees
+    labelled: int  # of them, those with a label
+
+
+def ours(shape: StepShape) -> Candidate:
+    """The step of `indra train`."""
+    split = synthetic_split(shape)
+    model = _student(shape)
+    rows = np.arange(shape.rows)
+    batch = split.batch(rows)
+    signals = RandomSignals(shape, split.num_tokens)
+    objective = SemanticDistillationLoss(kd_weight=0.05, phase_weight=0.1, magnitude_weight=0.1)
+    step = partial(
+        optimizer_step, model, objective, _optimizer(model), split, rows, signals,
+        micro_batch_rows=shape.rows, max_grad_norm=1.0,
+    )  # fmt: skip
+    return Candidate(step, int((batch.index >= 0).sum()), int((batch.labels >= 0).sum()))
+
+
+def straightforward(shape: StepShape) -> Candidate:
+    """The same model on padded rows, one document a row and cut, with full logits."""
+    split = synthetic_split(shape)
+    model, signals = _student(shape), RandomSignals(shape, shape.step_tokens)
+    optimizer = _optimizer(model)
+    ids_BT = torch.full((shape.rows, shape.row_length), split.padding_id)
+    mask_BT = torch.zeros_like(ids_BT)
+    by_length = np.argsort(np.diff(split.document_offsets))
+    stride = len(by_length) // shape.rows
+    for row, number in enumerate(by_length[stride // 2 :: stride][: shape.rows]):
+        start, stop = split.document_offsets[number : number + 2]
+        document = split.tokens[start : min(stop, start + shape.row_length)]
+        ids_BT[row, : len(document)] = torch.from_numpy(document.astype(np.int64))
+        mask_BT[row, : len(document)] = 1
+    labels_BT = torch.full_like(ids_BT, -100)
+    labels_BT[:, :-1] = torch.where(mask_BT[:, 1:] == 1, ids_BT[:, 1:], -100)
+    teacher = signals.batch("train", np.arange(shape.step_tokens))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        output = model(ids_BT, attention_mask=mask_BT)
+        amplitude_N = torch.polar(output.magnitude, output.phase).flatten()
+        _full_logits_loss(output.logits, labels_BT, teacher, amplitude_N).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return Candidate(step, int(mask_BT.sum()), int((labels_BT >= 0).sum()))
+
+
+def llama(shape: StepShape) -> Candidate:
+    """Llama of transformers, with CE and top-k KL on packed rows; nothing keeps its documents apart."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.mlp_width,
+            num_hidden_layers=shape.layers, num_attention_heads=4, tie_word_embeddings=True,
+        )
+    ).train()  # fmt: skip
+    optimizer = _optimizer(model)
+    batch = synthetic_split(shape).batch(np.arange(shape.rows))
+    ids_BT, labels_BT = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
+    teacher = RandomSignals(shape, shape.step_tokens).batch("train", np.arange(shape.step_tokens))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        _full_logits_loss(logits_BTV, labels_BT, teacher, None).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return Candidate(step, int((batch.index >= 0).sum()), int((batch.labels >= 0).sum()))
+
+
+CANDIDATES: dict[str, Callable[[StepShape], Candidate]] = {
+    "ours": ours,
+    "straightforward": straightforward,
+    "llama": llama,
+}
+
+
+def _student(shape: StepShape) -> IndraQuantumPhase2:
+    torch.manual_seed(0)
+    config = IndraQuantumConfig(
+        vocab_size=shape.vocabulary, d_model=shape.d_model, num_hidden_layers=shape.layers,
+        intermediate_size=shape.mlp_width,
+    )  # fmt: skip
+    return IndraQuantumPhase2(config).train()
+
+
+def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+
+def _full_logits_loss(
+    logits_BTV: Tensor, labels_BT: Tensor, teacher: TeacherSignals, amplitude_N: Tensor | None
+) -> Tensor:
+    """CE, KL to the kept tokens and, with an amplitude, the two alignment terms, as one would first write them."""
+    logits_NV, labels_N = logits_BTV.flatten(0, 1), labels_BT.flatten()
+    labelled_N = labels_N >= 0
+    loss = F.cross_entropy(logits_NV, labels_N)
+    student_NK = F.log_softmax(logits_NV, dim=-1).gather(1, teacher.ids_NK)
+    kd_N = F.kl_div(student_NK, teacher.probs_NK, reduction="none").sum(-1)
+    loss = loss + 0.05 * kd_N[labelled_N].mean()
+    if amplitude_N is not None:
+        target_N = torch.pi * teacher.entropy_N / np.log(logits_NV.shape[1])
+        loss = loss + 0.1 * (1 - (amplitude_N.angle() - target_N).cos())[labelled_N].mean()
+        loss = loss + 0.1 * (amplitude_N.abs() - teacher.confidence_N)[labelled_N].square().mean()
+    return loss
+
+
+def step_speed(shape: StepShape = StepShape(), repeats: int = 5) -> list[Figure]:
+    """Time the three candidates beside a large matrix product."""
+    square = torch.randn(CUBE, CUBE)
+    product = torch.empty_like(square)
+    candidates = {name: make(shape) for name, make in CANDIDATES.items()}
+    work = {"matmul": lambda: torch.mm(square, square, out=product)}
+    seconds = interleaved_seconds(work | {name: c.step for name, c in candidates.items()}, repeats)
+    limit = 2 * CUBE**3 / seconds["matmul"]
+    rate = {name: c.tokens / seconds[name] for name, c in candidates.items()}
+    share = {
+        name: shape.model_flops(c.tokens, c.labelled) / seconds[name] / limit for name, c in candidates.items()
+    }
+    detail = f"medians of {repeats} rounds, {torch.get_num_threads()} threads, {shape}"
+    filled = candidates["straightforward"].tokens / shape.step_tokens
+    return [
+        Figure("step_mfu", share["ours"], "", 0.60, False, f"{rate['ours']:.0f} tokens/s; {detail}"),
+        Figure(
+            "step_over_straightforward", rate["ours"] / rate["straightforward"], "x", 4.0, False,
+            f"{rate['straightforward']:.0f} real tokens/s, {filled:.0%} of its positions filled, "
+            f"MFU {share['straightforward']:.2f}",
+        ),
+        Figure(
+            "step_over_llama", rate["ours"] / rate["llama"], "x", 2.2, False,
+            f"{rate['llama']:.0f} tokens/s, MFU {share['llama']:.2f}",
+        ),
+    ]  # fmt: skip
+
+
+def step_memory(shape: StepShape = StepShape()) -> list[Figure]:
+    """Peak memory of a step of ours against the Llama's, each in a process of its own (Linux only)."""
+    peak = {}
+    for name in ("ours", "llama", "straightforward"):
+        sizes = [str(size) for size in astuple(shape)]
+        command = [sys.executable, "-m", "indraquantum.bench_step", name, *sizes]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        peak[name] = int(done.stdout.split()[-1]) / MEBIBYTE
+    detail = ", ".join(f"{name} {value:.0f} MiB" for name, value in peak.items())
+    ratio = peak["ours"] / peak["llama"]
+    return [Figure("step_memory_against_llama", ratio, "x", 0.5, True, f"peak of a process: {detail}")]
+
+
+def _peak_bytes(name: str, shape: StepShape) -> int:
+    """Peak resident memory of this process after two steps."""
+    import resource
+
+    step = CANDIDATES[name](shape).step
+    step()
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    print(_peak_bytes(sys.argv[1], StepShape(*map(int, sys.argv[2:]))))
