@@ -11,6 +11,7 @@ from indraquantum.kernels.arguments import check_inputs
 from indraquantum.kernels.attach import differentiable_objective
 from indraquantum.kernels.cpu import cpu_plan
 from indraquantum.kernels.cuda import cuda_plan
+from indraquantum.kernels.lanes import Lanes
 from indraquantum.kernels.reference import reference_objective
 
 N, D, V, K = 29, 13, 211, 7
@@ -55,11 +56,11 @@ def evaluate(objective, case, options, dtype=torch.float64):
     return {name: value.detach().double() for name, value in (values | gradients).items()}
 
 
-def cpu(rows=None, tile=1000):
-    """The CPU's kernel with chunks of any size."""
+def cpu(rows=None, tile=1000, lanes=1):
+    """The CPU's kernel with chunks of any size and any number of threads."""
 
     def objective(inputs, options):
-        plan = cpu_plan(inputs.table_VD.shape[0], inputs.states_ND.dtype, rows, tile)
+        plan = cpu_plan(inputs.table_VD.shape[0], inputs.states_ND.dtype, rows, tile, lanes)
         return differentiable_objective(inputs, options, plan)
 
     return objective
@@ -97,7 +98,7 @@ def test_float32_equals_the_float64_reference(name, top_k):
     case = make_case(top_k=top_k)
     case["weights"] = torch.rand(N) + 0.1
     expected = evaluate(reference_objective, case, ALL_OPTIONS[name])
-    assert_close(evaluate(cpu(rows=11, tile=64), case, ALL_OPTIONS[name], torch.float32), expected, 1e-5)
+    assert_close(evaluate(cpu(11, 64, lanes=2), case, ALL_OPTIONS[name], torch.float32), expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", ALL_OPTIONS)
@@ -105,7 +106,7 @@ def test_float64_equals_the_reference_closely(name):
     """Far below float32's rounding: the formulas are the same, not merely near."""
     case = make_case(seed=1, top_k=True)
     expected = evaluate(reference_objective, case, ALL_OPTIONS[name])
-    assert_close(evaluate(cpu(rows=7, tile=50), case, ALL_OPTIONS[name]), expected, 1e-12)
+    assert_close(evaluate(cpu(7, 50, lanes=3), case, ALL_OPTIONS[name]), expected, 1e-12)
 
 
 @pytest.mark.parametrize("name", ["kd", "warm bucket", "uniform"])
@@ -157,6 +158,36 @@ def test_both_ways_to_a_safe_exponential(size):
     case = make_case(seed=5, size=size)
     expected = evaluate(reference_objective, case, ALL_OPTIONS["kd"])
     assert_close(evaluate(cpu(rows=8, tile=64), case, ALL_OPTIONS["kd"]), expected, 1e-11)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 5, 300])
+def test_lanes_share_the_vocabulary(lanes):
+    threads = torch.get_num_threads()
+    case = make_case(seed=12, size=8.0)
+    expected = evaluate(reference_objective, case, ALL_OPTIONS["all"])
+    actual = evaluate(cpu(8, 30, lanes), case, ALL_OPTIONS["all"])
+    assert_close(actual, expected, 1e-11)
+    again = evaluate(cpu(8, 30, lanes), case, ALL_OPTIONS["all"])
+    assert all(torch.equal(actual[name], again[name]) for name in actual)
+    assert torch.get_num_threads() == threads
+
+
+def test_lanes_give_threads_back_after_an_error():
+    threads = torch.get_num_threads()
+
+    def fail(tiles):
+        raise ArithmeticError(f"in {tiles}")
+
+    with pytest.raises(ArithmeticError, match="slice"), Lanes(V, 50, 2) as lanes:
+        lanes.map(fail)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("vocabulary", "tile", "count"), [(211, 50, 3), (7, 1, 9), (1, 10, 1), (100, 100, 1)])
+def test_lanes_cover_the_vocabulary_once(vocabulary, tile, count):
+    tiles = [tile for lane in Lanes(vocabulary, tile, count).tiles for tile in lane]
+    assert [token for piece in tiles for token in range(piece.start, piece.stop)] == list(range(vocabulary))
+    assert max(piece.stop - piece.start for piece in tiles) <= tile
 
 
 def test_all_rows_ignored():

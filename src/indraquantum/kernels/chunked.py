@@ -11,7 +11,6 @@ that a row names (the label, then the teacher's K).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from indraquantum.kernels import softmax
 from indraquantum.kernels.arguments import LinearInputs, ObjectiveOptions, ObjectiveResult
+from indraquantum.kernels.lanes import Lanes, Tiles
 from indraquantum.kernels.targets import RowTargets, counted_rows, row_targets
 
 _SAFE_LOGIT = 40.0  # exp(+-40), summed over any vocabulary and divided by it, stays far inside float32's range
@@ -48,6 +48,7 @@ class Plan:
 
     rows: int  # n: rows of a chunk; the buffer is V x n
     tile: int  # v: tokens a step takes, so that what one step writes is still in the cache for the next
+    lanes: int  # threads that share the vocabulary
     dtype: torch.dtype  # of the buffer, of every sum and of the collected gradients
     products: Products
 
@@ -95,6 +96,7 @@ class ChunkedObjective:
         self.bias_V = None if inputs.bias_V is None else inputs.bias_V.detach().to(plan.dtype)
         self.scale = None if inputs.scale is None else inputs.scale.detach().to(plan.dtype)
         self.vocabulary_size, width = self.table_VD.shape
+        self.lanes = Lanes(self.vocabulary_size, plan.tile, plan.lanes)
         has_signals = inputs.signal_ids_NK is not None
         self.is_plain = options.z_loss == 0 and not (
             has_signals and (options.temperature != 1 or options.tail == "bucket")
@@ -119,11 +121,12 @@ class ChunkedObjective:
         step = self._even_step(num_rows)
         buffer = self.table_VD.new_empty(self.vocabulary_size * min(step, num_rows), dtype=self.plan.dtype)
         sums = buffer.new_zeros(4)
-        for start in range(0, num_rows, step):
-            stop = min(start + step, num_rows)
-            rows = slice(start, stop) if rows_R is None else rows_R[start:stop]
-            buffer_Vn = buffer[: self.vocabulary_size * (stop - start)].view(self.vocabulary_size, -1)
-            sums += self._chunk(rows, buffer_Vn, is_bounded).stacked()
+        with self.lanes:
+            for start in range(0, num_rows, step):
+                stop = min(start + step, num_rows)
+                rows = slice(start, stop) if rows_R is None else rows_R[start:stop]
+                buffer_Vn = buffer[: self.vocabulary_size * (stop - start)].view(self.vocabulary_size, -1)
+                sums += self._chunk(rows, buffer_Vn, is_bounded).stacked()
         if self.is_even and self.gradients.table_VD is not None:
             self.gradients.table_VD.sub_(self.even_states_D)
         if self.is_even and self.gradients.bias_V is not None:
@@ -158,10 +161,6 @@ class ChunkedObjective:
             z if has_z else None,
         )  # fmt: skip
 
-    def _tiles(self) -> Iterator[slice]:
-        for start in range(0, self.vocabulary_size, self.plan.tile):
-            yield slice(start, min(start + self.plan.tile, self.vocabulary_size))
-
     def _fill(self, buffer_Vn: Tensor, tile: slice, scaled_nD: Tensor) -> Tensor:
         """Write one tile's logits and return its part of the buffer."""
         self.plan.products.into(buffer_Vn[tile], self.table_VD[tile], scaled_nD.T)
@@ -193,18 +192,27 @@ class ChunkedObjective:
         The factor goes to the n x D side of the gradient's products, which spares a pass over the buffer.
         """
         positions_nJ, line = softmax.named_positions(targets), buffer_Vn.view(-1)
-        total_n = torch.zeros_like(targets.share_n)
         if is_bounded:
-            shift_n = total_n
-            for tile in self._tiles():
-                total_n = total_n + self._fill(buffer_Vn, tile, scaled_nD).exp_().sum(dim=0)
+            shift_n = torch.zeros_like(targets.share_n)
+
+            def exponentials(tiles: Tiles) -> Tensor:
+                return sum(self._fill(buffer_Vn, tile, scaled_nD).exp_().sum(dim=0) for tile in tiles)
+
+            total_n = sum(self.lanes.map(exponentials))
             named_nJ = line.take(positions_nJ).log_()
         else:
-            tops = [self._fill(buffer_Vn, tile, scaled_nD).amax(dim=0) for tile in self._tiles()]
-            shift_n = torch.stack(tops).amax(dim=0)
+
+            def largest(tiles: Tiles) -> Tensor:
+                tops = [self._fill(buffer_Vn, tile, scaled_nD).amax(dim=0) for tile in tiles]
+                return torch.stack(tops).amax(dim=0)
+
+            shift_n = torch.stack(self.lanes.map(largest)).amax(dim=0)
             named_nJ = line.take(positions_nJ).sub_(shift_n[:, None])
-            for tile in self._tiles():
-                total_n += buffer_Vn[tile].sub_(shift_n).exp_().sum(dim=0)
+
+            def shifted_exponentials(tiles: Tiles) -> Tensor:
+                return sum(buffer_Vn[tile].sub_(shift_n).exp_().sum(dim=0) for tile in tiles)
+
+            total_n = sum(self.lanes.map(shifted_exponentials))
         log_total_n = total_n.log()
         terms = softmax.chunk_terms(
             targets, self.options, named_nJ, softmax.Normalisers(log_total_n, log_total_n, None),
@@ -221,21 +229,20 @@ class ChunkedObjective:
         self, targets: RowTargets, scaled_nD: Tensor, buffer_Vn: Tensor, means_n: Tensor, _is_bounded: bool
     ) -> _Step:
         """Any option; the buffer becomes the gradient itself."""
-        for tile in self._tiles():
-            self._fill(buffer_Vn, tile, scaled_nD)
+        self.lanes.map(lambda tiles: [self._fill(buffer_Vn, tile, scaled_nD) for tile in tiles])
         positions_nJ, temperature = softmax.named_positions(targets), self.options.temperature
         named_nJ = buffer_Vn.view(-1).take(positions_nJ)
-        log_total_n = log_warm_n = softmax.log_sum_exp(buffer_Vn, self._tiles(), 1.0)
+        log_total_n = log_warm_n = softmax.log_sum_exp(buffer_Vn, self.lanes, 1.0)
         log_tail_n = None
         if (signals := targets.signals) is not None:
             if temperature != 1:
-                log_warm_n = softmax.log_sum_exp(buffer_Vn, self._tiles(), temperature)
+                log_warm_n = softmax.log_sum_exp(buffer_Vn, self.lanes, temperature)
             if self.options.tail == "bucket":
-                log_tail_n = softmax.log_tail_sum(buffer_Vn, self._tiles(), temperature, signals, positions_nJ)
+                log_tail_n = softmax.log_tail_sum(buffer_Vn, self.lanes, temperature, signals, positions_nJ)
         normalisers = softmax.Normalisers(log_total_n, log_warm_n, log_tail_n)
         terms = softmax.chunk_terms(targets, self.options, named_nJ, normalisers, means_n, 0.0, self.vocabulary_size)
         if any(self.wanted):
-            softmax.logits_to_gradient(buffer_Vn, self._tiles(), targets, self.options, normalisers, positions_nJ)
+            softmax.logits_to_gradient(buffer_Vn, self.lanes, targets, self.options, normalisers, positions_nJ)
         return _Step(terms, None)
 
     def _collect(
@@ -246,16 +253,20 @@ class ChunkedObjective:
         products, gradients = self.plan.products, self.gradients
         factor_nD = scaled_nD if factor_n is None else scaled_nD * factor_n[:, None]
         factor_n1 = states_nD.new_ones(len(states_nD), 1) if factor_n is None else factor_n[:, None]
-        back_nD = torch.zeros_like(states_nD)
-        for tile in self._tiles():
-            buffer_vn = buffer_Vn[tile]
-            if self.wanted.states or self.wanted.scale:
-                products.added(back_nD, buffer_vn.T, self.table_VD[tile])
-            if gradients.table_VD is not None:
-                products.added(gradients.table_VD[tile], buffer_vn, factor_nD)
-            if gradients.bias_V is not None:
-                gradients.bias_V[tile].addmv_(buffer_vn, factor_n1[:, 0])
-        back_nD *= factor_n1
+
+        def carry(tiles: Tiles) -> Tensor:
+            back_nD = torch.zeros_like(states_nD)
+            for tile in tiles:
+                buffer_vn = buffer_Vn[tile]
+                if self.wanted.states or self.wanted.scale:
+                    products.added(back_nD, buffer_vn.T, self.table_VD[tile])
+                if gradients.table_VD is not None:
+                    products.added(gradients.table_VD[tile], buffer_vn, factor_nD)
+                if gradients.bias_V is not None:
+                    gradients.bias_V[tile].addmv_(buffer_vn, factor_n1[:, 0])
+            return back_nD
+
+        back_nD = sum(self.lanes.map(carry)) * factor_n1
         if even_n is not None:
             back_nD -= even_n[:, None] * self.table_sum_D
             self.even_states_D += even_n @ scaled_nD

@@ -11,14 +11,23 @@ from indraquantum.kernels.chunked import Plan, Products
 _BUFFER_BYTES = 32 * 2**20  # more rows a chunk means fewer passes over the table's gradient, and more memory
 _MAX_ROWS = 512
 _TILE = 1000
+_LEAST_LANE = 256  # a thread's part of the vocabulary, below which starting it costs more than it brings
 
 
-def cpu_plan(vocabulary_size: int, dtype: torch.dtype, rows: int | None = None, tile: int = _TILE) -> Plan:
-    """Cut the work so that the buffer takes about 32 MiB; `rows` and `tile` override, for tests and benchmarks."""
+def cpu_plan(
+    vocabulary_size: int,
+    dtype: torch.dtype,
+    rows: int | None = None,
+    tile: int = _TILE,
+    lanes: int | None = None,
+) -> Plan:
+    """Cut the work so that the buffer takes about 32 MiB; the rest overrides, for tests and benchmarks."""
     if rows is None:
         rows = max(1, min(_MAX_ROWS, _BUFFER_BYTES // (vocabulary_size * dtype.itemsize)))
         rows = rows // 16 * 16 or rows
-    return Plan(rows, tile, dtype, Products())
+    if lanes is None:
+        lanes = max(1, min(torch.get_num_threads(), vocabulary_size // _LEAST_LANE))
+    return Plan(rows, tile, lanes, dtype, Products())
 
 
 def cpu_objective(inputs: LinearInputs, options: ObjectiveOptions) -> ObjectiveResult:

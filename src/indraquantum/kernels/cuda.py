@@ -46,10 +46,10 @@ def cuda_plan(inputs: LinearInputs, rows: int | None = None) -> Plan:
     if rows is None:
         rows = max(1, min(_MAX_ROWS, _BUFFER_BYTES // (4 * vocabulary_size)))
     if inputs.states_ND.dtype == torch.bfloat16:
-        return Plan(rows, vocabulary_size, torch.float32, Bfloat16Products())
+        return Plan(rows, vocabulary_size, 1, torch.float32, Bfloat16Products())
     dtype = torch.promote_types(inputs.states_ND.dtype, inputs.table_VD.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    return Plan(rows, vocabulary_size, dtype, Products())
+    return Plan(rows, vocabulary_size, 1, dtype, Products())
 
 
 def cuda_objective(inputs: LinearInputs, options: ObjectiveOptions) -> ObjectiveResult:

@@ -5,13 +5,13 @@ Legend: n rows of a chunk, V vocabulary, K kept teacher tokens of a row, J = K +
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from indraquantum.kernels.arguments import ObjectiveOptions
+from indraquantum.kernels.lanes import Lanes, Tiles
 from indraquantum.kernels.targets import RowTargets, SignalTargets
 
 
@@ -114,32 +114,33 @@ def softmax_weights(targets: RowTargets, options: ObjectiveOptions) -> Tensor:
     return targets.share_n + options.kd_weight * targets.signals.share_n * targets.signals.mass_n
 
 
-def log_sum_exp(buffer_Vn: Tensor, tiles: Iterator[slice], temperature: float) -> Tensor:
+def log_sum_exp(buffer_Vn: Tensor, lanes: Lanes, temperature: float) -> Tensor:
     """Log of the sum over the vocabulary of exp(z / temperature), tile by tile; the buffer stays."""
-    all_tiles = list(tiles)
-    top_n = torch.stack([buffer_Vn[tile].amax(dim=0) for tile in all_tiles]).amax(dim=0) / temperature
-    top_n = top_n.clamp(min=torch.finfo(top_n.dtype).min)  # where everything is masked, 0 comes out, not NaN
-    sums_n = torch.zeros_like(top_n)
-    for tile in all_tiles:
-        sums_n += (buffer_Vn[tile] / temperature).sub_(top_n).exp_().sum(dim=0)
-    return top_n + sums_n.log()
+
+    def of_lane(tiles: Tiles) -> Tensor:
+        top_n = torch.stack([buffer_Vn[tile].amax(dim=0) for tile in tiles]).amax(dim=0) / temperature
+        top_n = top_n.clamp(min=torch.finfo(top_n.dtype).min)  # where all is masked, -inf comes out, not NaN
+        sums = ((buffer_Vn[tile] / temperature).sub_(top_n).exp_().sum(dim=0) for tile in tiles)
+        return top_n + sum(sums).log()
+
+    return torch.stack(lanes.map(of_lane)).logsumexp(dim=0)
 
 
 def log_tail_sum(
-    buffer_Vn: Tensor, tiles: Iterator[slice], temperature: float, signals: SignalTargets, positions_nJ: Tensor
+    buffer_Vn: Tensor, lanes: Lanes, temperature: float, signals: SignalTargets, positions_nJ: Tensor
 ) -> Tensor:
     """`log_sum_exp` over the tokens outside a row's ids; the buffer is as before when this returns."""
     line, known = buffer_Vn.view(-1), positions_nJ[:, 1:][signals.is_real_nK]
     kept = line.take(known)
     line[known] = float("-inf")
-    log_tail_n = log_sum_exp(buffer_Vn, tiles, temperature)
+    log_tail_n = log_sum_exp(buffer_Vn, lanes, temperature)
     line[known] = kept
     return log_tail_n
 
 
 def logits_to_gradient(
     buffer_Vn: Tensor,
-    tiles: Iterator[slice],
+    lanes: Lanes,
     targets: RowTargets,
     options: ObjectiveOptions,
     normalisers: Normalisers,
@@ -155,15 +156,19 @@ def logits_to_gradient(
         known = positions_nJ[:, 1:][signals.is_real_nK]
         known_rows = known % buffer_Vn.shape[1]
         logits = line.take(known)
-    for tile in tiles:
-        logits_vn = buffer_Vn[tile]
-        gradient_vn = (logits_vn - normalisers.log_total_n).exp_().mul_(slope_n)
-        if has_kd:
-            warm_vn = logits_vn.div_(temperature)
-            gradient_vn += (warm_vn - normalisers.log_warm_n).exp_().mul_(kd_share_n * signals.mass_n)
-            if log_tail_n is not None:
-                gradient_vn -= warm_vn.sub_(log_tail_n).exp_().mul_(kd_share_n * signals.missing_n)
-        logits_vn.copy_(gradient_vn)
+
+    def softmaxes(tiles: Tiles) -> None:
+        for tile in tiles:
+            logits_vn = buffer_Vn[tile]
+            gradient_vn = (logits_vn - normalisers.log_total_n).exp_().mul_(slope_n)
+            if has_kd:
+                warm_vn = logits_vn.div_(temperature)
+                gradient_vn += (warm_vn - normalisers.log_warm_n).exp_().mul_(kd_share_n * signals.mass_n)
+                if log_tail_n is not None:
+                    gradient_vn -= warm_vn.sub_(log_tail_n).exp_().mul_(kd_share_n * signals.missing_n)
+            logits_vn.copy_(gradient_vn)
+
+    lanes.map(softmaxes)
     if log_tail_n is not None:  # the tail's softmax is over the other tokens only; here it may even be inf
         warm = (logits / temperature - normalisers.log_warm_n[known_rows]).exp_()
         softmax = (logits - normalisers.log_total_n[known_rows]).exp_()
