@@ -36,6 +36,7 @@ class Lanes:
         """Start the threads; with one lane the caller's own thread does the work, torch's threads helping it."""
         if len(self.tiles) > 1:
             self._pool = ThreadPoolExecutor(len(self.tiles), "lane", torch.set_num_threads, (1,))
+            torch.set_num_threads(1)  # else torch's own threads, waiting busily for more, take the lanes' cores
         return self
 
     def __exit__(
