@@ -200,14 +200,14 @@ def _extra_bytes(shape: Shape) -> int:
     """Peak of this process over one step, minus what it held before and minus the gradients."""
     case = _Case(shape)
     _Case(Shape(64, shape.width, 2048, shape.kept)).distillation()  # libraries set themselves up at first use
-    before = _memory("VmRSS")
+    before = process_memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # restarts the peak, see proc(5)
     case.distillation()
     gradients = 4 * (case.states_ND.numel() + case.table_VD.numel())
-    return _memory("VmHWM") - before - gradients
+    return process_memory("VmHWM") - before - gradients
 
 
-def _memory(field: str) -> int:
+def process_memory(field: str) -> int:
     """A field of this process's status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):

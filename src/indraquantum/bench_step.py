@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indraquantum.bench import CUBE, MEBIBYTE, Figure, interleaved_seconds
+from indraquantum.bench import CUBE, MEBIBYTE, Figure, interleaved_seconds, process_memory
 from indraquantum.data.dataset import Split
 from indraquantum.data.packing import pack
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
@@ -116,13 +116,13 @@ class Candidate:
 def ours(shape: StepShape) -> Candidate:
     """The step of `indra train`."""
     split = synthetic_split(shape)
-    model = _student(shape)
+    model = student(shape)
     rows = np.arange(shape.rows)
     batch = split.batch(rows)
     signals = RandomSignals(shape, split.num_tokens)
     objective = SemanticDistillationLoss(kd_weight=0.05, phase_weight=0.1, magnitude_weight=0.1)
     step = partial(
-        optimizer_step, model, objective, _optimizer(model), split, rows, signals,
+        optimizer_step, model, objective, adamw(model), split, rows, signals,
         micro_batch_rows=shape.rows, max_grad_norm=1.0,
     )  # fmt: skip
     return Candidate(step, int((batch.index >= 0).sum()), int((batch.labels >= 0).sum()))
@@ -131,8 +131,8 @@ def ours(shape: StepShape) -> Candidate:
 def straightforward(shape: StepShape) -> Candidate:
     """The same model on padded rows, one document a row and cut, with full logits."""
     split = synthetic_split(shape)
-    model, signals = _student(shape), RandomSignals(shape, shape.step_tokens)
-    optimizer = _optimizer(model)
+    model, signals = student(shape), RandomSignals(shape, shape.step_tokens)
+    optimizer = adamw(model)
     ids_BT = torch.full((shape.rows, shape.row_length), split.padding_id)
     mask_BT = torch.zeros_like(ids_BT)
     by_length = np.argsort(np.diff(split.document_offsets))
@@ -168,7 +168,7 @@ def llama(shape: StepShape) -> Candidate:
             num_hidden_layers=shape.layers, num_attention_heads=4, tie_word_embeddings=True,
         )
     ).train()  # fmt: skip
-    optimizer = _optimizer(model)
+    optimizer = adamw(model)
     batch = synthetic_split(shape).batch(np.arange(shape.rows))
     ids_BT, labels_BT = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
     teacher = RandomSignals(shape, shape.step_tokens).batch("train", np.arange(shape.step_tokens))
@@ -190,7 +190,8 @@ CANDIDATES: dict[str, Callable[[StepShape], Candidate]] = {
 }
 
 
-def _student(shape: StepShape) -> IndraQuantumPhase2:
+def student(shape: StepShape) -> IndraQuantumPhase2:
+    """The model at these sizes, ready to train."""
     torch.manual_seed(0)
     config = IndraQuantumConfig(
         vocab_size=shape.vocabulary, d_model=shape.d_model, num_hidden_layers=shape.layers,
@@ -199,7 +200,8 @@ def _student(shape: StepShape) -> IndraQuantumPhase2:
     return IndraQuantumPhase2(config).train()
 
 
-def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimiser that all candidates use."""
     return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
 
@@ -264,12 +266,10 @@ def step_memory(shape: StepShape = StepShape()) -> list[Figure]:
 
 def _peak_bytes(name: str, shape: StepShape) -> int:
     """Peak resident memory of this process after two steps."""
-    import resource
-
     step = CANDIDATES[name](shape).step
     step()
     step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return process_memory("VmHWM")  # getrusage would give the parent's peak where that was larger
 
 
 if __name__ == "__main__":
