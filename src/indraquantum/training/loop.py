@@ -65,6 +65,7 @@ class Run:
     steps_per_epoch: int
     step: int = 0
     tokens: int = 0
+    held_out: dict[str, float] | None = None  # of the last evaluation
 
     @property
     def finished(self) -> bool:
@@ -101,8 +102,7 @@ def train(settings: TrainSettings) -> TrainReport:
         path = continue_run(run, log)
     finally:
         log.close()
-    held_out = held_out_cross_entropy(run.model, dataset, device)
-    return TrainReport(path, metrics_path, run.step, held_out)
+    return TrainReport(path, metrics_path, run.step, run.held_out or evaluate(run))
 
 
 def find_signals(settings: TrainSettings, dataset: PreparedDataset) -> SignalStore:
@@ -279,8 +279,8 @@ def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: floa
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Held-out cross-entropy now, printed and returned."""
-    figures = held_out_cross_entropy(run.model, run.dataset, run.device)
+    """Held-out cross-entropy now, kept, printed and returned."""
+    figures = run.held_out = held_out_cross_entropy(run.model, run.dataset, run.device)
     text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
     tqdm.write(f"step {run.step}/{run.total_steps}: held-out cross-entropy (nats/token) {text}")
     return figures
