@@ -1,0 +1,62 @@
+"""Held-out figures against each document alone under plain F.cross_entropy, and against hand-counted frequencies."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from indraquantum.data.dataset import open_dataset
+from indraquantum.evaluation.held_out import held_out_cross_entropy, per_source, perplexity, unigram_cross_entropy
+from indraquantum.training.pretrain_teacher import LlamaLearner
+
+
+def test_means_per_source_by_hand():
+    losses, sources = np.array([1.0, 2.0, 6.0, np.nan]), np.array([0, 1, 1, 0])
+    assert per_source(losses, sources, ("a", "b", "empty")) == {"a": 1.0, "b": 4.0, "all": 3.0}
+
+
+def test_perplexity_of_a_uniform_guess_is_the_vocabulary():
+    assert perplexity(math.log(31)) == pytest.approx(31)
+
+
+def test_unigram_counts_every_training_token_and_one_more(world):
+    dataset = open_dataset("--data", world.data)
+    counts = [1] * dataset.tokenizer.vocabulary_size
+    for token in dataset.train.tokens.tolist():
+        counts[token] += 1
+    losses = {name: [] for name in dataset.source_names}
+    for document, source in enumerate(dataset.validation.document_sources):
+        start, stop = dataset.validation.document_offsets[document : document + 2]
+        for token in dataset.validation.tokens[start + 1 : stop].tolist():
+            losses[dataset.source_names[source]].append(-math.log(counts[token] / sum(counts)))
+    figures = unigram_cross_entropy(dataset)
+    assert set(figures) == {"wikitext", "alpaca", "all"}
+    for name, values in losses.items():
+        assert figures[name] == pytest.approx(sum(values) / len(values))
+    assert figures["wikitext"] != pytest.approx(figures["alpaca"])
+
+
+def test_cross_entropy_is_that_of_each_piece_alone(world):
+    """The reference never packs: one piece at a time through transformers' own model and its own logits."""
+    dataset = open_dataset("--data", world.data)
+    llama = AutoModelForCausalLM.from_pretrained(world.teacher).eval()
+    split = dataset.validation
+    losses = {name: [] for name in dataset.source_names}
+    for (start, length), document in zip(split.pieces.tolist(), split.piece_documents.tolist(), strict=True):
+        tokens = torch.tensor(split.tokens[start : start + length].astype(np.int64))
+        following = split.tokens[start + 1 : min(start + length + 1, split.document_offsets[document + 1])]
+        labels = torch.tensor(following.astype(np.int64))
+        with torch.no_grad():
+            logits = llama(tokens[None]).logits[0, : len(labels)]
+        source = dataset.source_names[split.document_sources[document]]
+        losses[source] += F.cross_entropy(logits, labels, reduction="none").tolist()
+    figures = held_out_cross_entropy(LlamaLearner(llama), dataset, torch.device("cpu"))
+    for name, values in losses.items():
+        assert figures[name] == pytest.approx(sum(values) / len(values), rel=1e-4)
+    everything = [loss for values in losses.values() for loss in values]
+    assert figures["all"] == pytest.approx(sum(everything) / len(everything), rel=1e-4)
