@@ -5,6 +5,7 @@ import torch
 
 from indraquantum.kernels import ObjectiveOptions, fused_linear_objective
 from indraquantum.kernels.chunked import Products
+from indraquantum.kernels.cuda import Bfloat16Products
 
 N, D, V = 19, 11, 101
 
@@ -169,3 +170,15 @@ def test_trains_a_table_to_the_teacher():
         optimiser.step()
     assert result.kd.item() < 1e-4
     torch.testing.assert_close((states @ table.T).softmax(1), teacher, atol=1e-3, rtol=1e-2)
+
+
+def test_the_accelerators_products_round_to_bfloat16_and_sum_in_float32():
+    """1 + 2^-8 is halfway between bfloat16's neighbours of 1 and rounds to 1; float16 would keep it."""
+    products = Bfloat16Products()
+    left = torch.full((1, 3), 1 + 2.0**-8)
+    right = torch.tensor([[1.0], [2.0**-9], [2.0**-11]])
+    out = torch.empty(1, 1)
+    products.into(out, left, right)
+    assert out.item() == 1 + 2.0**-9 + 2.0**-11  # a bfloat16 sum would have lost the small ones
+    products.added(out, left, right)
+    assert out.item() == 2 * (1 + 2.0**-9 + 2.0**-11)
