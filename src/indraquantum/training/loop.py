@@ -30,8 +30,8 @@ from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.signals import SignalStore, open_signals
 from indraquantum.training.checkpoint import Checkpoint, checkpoint_path, newest_checkpoint, save_checkpoint
-from indraquantum.training.schedule import learning_rate_factor, linear_weight, rows_of_step, steps_per_epoch
-from indraquantum.training.step import StepResult, optimizer_step
+from indraquantum.training.schedule import linear_weight, rows_of_step, steps_per_epoch
+from indraquantum.training.step import StepResult, optimizer_step, set_learning_rates
 
 MICRO_BATCH_TOKENS = 8192  # positions in one forward pass; a larger step accumulates gradients
 BETAS = (0.9, 0.95)
@@ -232,9 +232,7 @@ def continue_run(run: Run, log: MetricsLog) -> Path:
 def take_step(run: Run) -> dict[str, Any]:
     """One optimiser step at `run.step`, with the schedules' values of that step; its metrics."""
     settings, step = run.settings, run.step
-    factor = learning_rate_factor(step, run.total_steps, settings.warmup_fraction)
-    for group in run.optimizer.param_groups:
-        group["lr"] = settings.learning_rate * group["rate"] * factor
+    learning_rate = set_learning_rates(run.optimizer, settings, step, run.total_steps)
     if run.signals is not None:
         run.objective.kd_weight = linear_weight(
             settings.kd_weight_start, settings.kd_weight_end, step, run.total_steps
@@ -258,7 +256,7 @@ def take_step(run: Run) -> dict[str, Any]:
     )
     run.step += 1
     run.tokens += result.tokens
-    return metrics_of(run, result, settings.learning_rate * factor, time.perf_counter() - started)
+    return metrics_of(run, result, learning_rate, time.perf_counter() - started)
 
 
 def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: float) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from indraquantum.files import atomic_folder, make_folder
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.masks import document_mask
 from indraquantum.training.loop import BETAS, MICRO_BATCH_TOKENS, rows_per_step
-from indraquantum.training.schedule import learning_rate_factor, rows_of_step
-from indraquantum.training.step import optimizer_step
+from indraquantum.training.schedule import rows_of_step
+from indraquantum.training.step import optimizer_step, set_learning_rates
 
 LINE_EVERY = 100  # steps between two lines of progress, which a log file keeps where a bar is not shown
 
@@ -124,9 +124,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
     tokens = 0
     with tqdm(total=settings.steps, unit="step", desc="teacher", disable=None) as bar:
         for step in range(settings.steps):
-            factor = learning_rate_factor(step, settings.steps, settings.warmup_fraction)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * group["rate"] * factor
+            set_learning_rates(optimizer, settings, step, settings.steps)
             rows = rows_of_step(
                 dataset.train.num_rows, rows_per_step(settings.batch_tokens, dataset.row_length), settings.seed, step
             )

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from indraquantum.config import OptimizerSettings
 from indraquantum.data.dataset import Split
 from indraquantum.errors import TrainingStopped
 from indraquantum.learner import Learner, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.readout import wrapped_phase
 from indraquantum.teacher.signals import SignalStore
+from indraquantum.training.schedule import learning_rate_factor
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,16 @@ class StepResult:
     grad_norm: float  # before clipping
     terms: dict[str, float | None]  # loss, ce, kd, kd_estimate, phase, magnitude; None where absent
     readout: dict[str, float | None]  # mean and standard deviation of magnitude and phase
+
+
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, settings: OptimizerSettings, step: int, total_steps: int
+) -> float:
+    """Give each parameter group its rate at `step`, a multiple of the base rate, which is returned."""
+    base = settings.learning_rate * learning_rate_factor(step, total_steps, settings.warmup_fraction)
+    for group in optimizer.param_groups:
+        group["lr"] = base * group["rate"]
+    return base
 
 
 def optimizer_step(
