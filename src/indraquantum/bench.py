@@ -63,15 +63,19 @@ class Shape:
 def interleaved_seconds(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each candidate, all taking turns, after one unmeasured round.
 
+    The order turns too, so that none always finds the memory as the same other one left it.
+
     Args:
         candidates: what to time, by name.
         repeats: measured rounds.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(repeats + 1):
-        for name, candidate in candidates.items():
+        turn = round_number % len(names)
+        for name in names[turn:] + names[:turn]:
             start = time.perf_counter()
-            candidate()
+            candidates[name]()
             if round_number:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(measured) for name, measured in seconds.items()}
@@ -81,12 +85,19 @@ def objective_speed(shape: Shape = Shape(), repeats: int = 7) -> list[Figure]:
     """Time the objective, forward and backward, beside plain PyTorch and beside a large matrix product."""
     import torch
 
+    from indraquantum.kernels.onednn import is_exact, onednn_products
+
     case = _Case(shape)
     square = torch.randn(CUBE, CUBE)
     product = torch.empty_like(square)
+
+    def matmul() -> None:
+        torch.mm(square, square, out=product)
+
     seconds = interleaved_seconds(
         {
-            "matmul": lambda: torch.mm(square, square, out=product),
+            "matmul": matmul,
+            "onednn": onednn_products()(matmul),
             "plain": case.plain,
             "ce": case.cross_entropy,
             "kd": case.distillation,
@@ -100,6 +111,10 @@ def objective_speed(shape: Shape = Shape(), repeats: int = 7) -> list[Figure]:
     tokens_per_second = {name: shape.num_rows / seconds[name] for name in seconds}
     return [
         Figure("matmul_rate", limit / 1e9, "GFLOP/s", None, False, f"{CUBE}-cube float32 product"),
+        Figure(
+            "matmul_rate_onednn", 2 * CUBE**3 / seconds["onednn"] / 1e9, "GFLOP/s", None, False,
+            "the same as our steps do it" if is_exact() else "the same: oneDNN would round here, so it is not used",
+        ),
         Figure("objective_rate", rate / 1e9, "GFLOP/s", None, False, f"CE alone, {medians}"),
         Figure("objective_share_of_matmul_rate", rate / limit, "", 0.75, False, "CE alone"),
         Figure(

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from indraquantum.data.dataset import Batch, PreparedDataset, Split
+from indraquantum.kernels.onednn import onednn_products
 from indraquantum.learner import Learner, to_tensors
 
 ROWS_PER_BATCH = 16
 LOGIT_ROWS = 256  # positions whose logits exist at a time
 
 
+@onednn_products()
 def held_out_cross_entropy(learner: Learner, dataset: PreparedDataset, device: torch.device) -> dict[str, float]:
     """Mean cross-entropy of `learner` on the validation split, nats per token, for each source and for `all`."""
     training = getattr(learner, "training", False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from indraquantum.config import OptimizerSettings
 from indraquantum.data.dataset import Split
 from indraquantum.errors import TrainingStopped
+from indraquantum.kernels.onednn import onednn_products
 from indraquantum.learner import Learner, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.readout import wrapped_phase
@@ -42,6 +43,7 @@ def set_learning_rates(
     return base
 
 
+@onednn_products()
 def optimizer_step(
     learner: Learner,
     objective: SemanticDistillationLoss,
