@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": config.BenchSettings,
     "demo": config.DemoSettings,
     "prepare": config.PrepareSettings,
+    "data show": config.ShowSettings,
     "capture": config.CaptureSettings,
     "teacher": config.TeacherSettings,
     "train": config.TrainSettings,
@@ -36,7 +37,7 @@ def words(text: str) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_every_field_with_its_sentence(capsys, command):
-    status, out, _ = run(capsys, command, "--help")
+    status, out, _ = run(capsys, *command.split(), "--help")
     assert status == 0
     for name, field in COMMANDS[command].model_fields.items():
         assert "--" + name.replace("_", "-") in out

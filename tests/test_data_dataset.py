@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from indraquantum.data.dataset import Split, open_dataset, verify_dataset, write_dataset
+from indraquantum.data.dataset import Split, open_dataset, write_dataset
 from indraquantum.data.held_out import choose_held_out
 from indraquantum.data.packing import pack
 from indraquantum.data.padded import write_padded
@@ -113,7 +113,7 @@ def test_a_folder_comes_back_memory_mapped(folder, tokenizer_folder):
     assert dataset.tokenizer.sha256 == load_tokenizer("-", str(tokenizer_folder)).sha256
     assert (dataset.tokenizer.bos_id, dataset.tokenizer.eos_id) == (BOS, EOS)
     assert dataset.manifest["options"] == {"seed": 3}
-    assert verify_dataset("--data", folder).content_sha256 == dataset.content_sha256
+    assert open_dataset("--data", folder, verify=True).content_sha256 == dataset.content_sha256
     for name, facts in dataset.manifest["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == facts["sha256"]
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
@@ -121,9 +121,9 @@ def test_a_folder_comes_back_memory_mapped(folder, tokenizer_folder):
     }  # fmt: skip
 
 
-def refused(path, *words, tokenizer=None, field="--data", check=open_dataset):
+def refused(path, *words, tokenizer=None, field="--data", verify=False):
     with pytest.raises(UserError) as caught:
-        check("--data", path, *([tokenizer] if check is open_dataset else []))
+        open_dataset("--data", path, tokenizer, verify=verify)
     message = str(caught.value)
     assert caught.value.field == field
     assert "\n" not in message
@@ -139,9 +139,10 @@ def change_manifest(folder, **changes):
 def test_other_folders_are_refused(folder, tmp_path):
     refused(tmp_path / "missing", "does not exist")
     refused(tmp_path, "manifest.json")
-    change_manifest(folder, format_version=2)
-    refused(folder, "format version 2", "reads 1")
-    change_manifest(folder, format_version=1, files=None)
+    for version in (1, 3):
+        change_manifest(folder, format_version=version)
+        refused(folder, f"format version {version}", "reads 2")
+    change_manifest(folder, format_version=2, files=None)
     refused(folder, "manifest.json", "is damaged")
     (folder / "manifest.json").write_text("[]")
     refused(folder, "manifest.json")
@@ -169,7 +170,7 @@ def test_one_flipped_bit_is_found_by_verify(folder):
     content[-2] ^= 1
     tokens.write_bytes(content)
     open_dataset("--data", folder)
-    refused(folder, "validation/tokens.npy", "SHA-256", check=verify_dataset)
+    refused(folder, "validation/tokens.npy", "SHA-256", verify=True)
 
 
 WRONG = [
@@ -190,9 +191,10 @@ def test_arrays_that_do_not_fit_are_refused(folder, name, change, word):
     path = folder / "train" / f"{name}.npy"
     np.save(path, change(np.load(path)))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][f"train/{name}.npy"]["bytes"] = path.stat().st_size
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest["files"][f"train/{name}.npy"] = {"bytes": path.stat().st_size, "sha256": digest}
     change_manifest(folder, files=manifest["files"])
-    refused(folder, "train", word)
+    refused(folder, "train", word, verify=True)
 
 
 def test_objects_in_arrays_are_never_unpickled(folder, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from indraquantum.config import PrepareSettings
-from indraquantum.data.dataset import open_dataset, verify_dataset
+from indraquantum.data.dataset import open_dataset
 from indraquantum.data.prepare import prepare, random_order
 from indraquantum.data.tokenizer import load_tokenizer
 from indraquantum.errors import UserError
@@ -97,7 +97,7 @@ def test_the_pickle_and_the_folder_to_the_last_id(tmp_path):
     assert {type(row) for row in rows} == {dict}
     assert {type(number) for row in rows for numbers in row.values() for number in numbers} == {int}
 
-    dataset = verify_dataset("--data", report.folder)
+    dataset = open_dataset("--data", report.folder, verify=True)
     assert sorted(stream_documents(dataset.train)) == sorted(training)
     assert sorted(stream_documents(dataset.validation)) == sorted(documents()[text] for text in held)
     assert dataset.source_names == ("wikitext", "alpaca")

@@ -1,6 +1,6 @@
 """The command `indra`: each subcommand is one function over one settings class of config.py.
 
-    indra prepare | capture | teacher | train | test | demo
+    indra prepare | data | capture | teacher | train | test | demo
 
 Whatever a user can mend comes out as one line on stderr with exit status 2; work is imported where it is used, so that
 `indra --help` stays quick.
@@ -23,6 +23,7 @@ from indraquantum.config import (
     CaptureSettings,
     DemoSettings,
     PrepareSettings,
+    ShowSettings,
     TeacherSettings,
     TestSettings,
     TrainSettings,
@@ -56,6 +57,56 @@ def prepare(*, settings: Annotated[PrepareSettings, OPTIONS] = PrepareSettings()
     from indraquantum.monitor.summaries import prepare_summary
 
     print(prepare_summary(run(settings)))
+
+
+data = App(name="data", help="Look at a prepared dataset: info, verify, show.", help_format="plaintext")
+app.command(data)
+
+
+@data.command
+def info(path: Path = Path("data/mixed_train"), /, *, tokenizer: str | None = None) -> None:
+    """Print what a dataset holds.
+
+    Parameters
+    ----------
+    path:
+        The prepared folder, or a pickle.
+    tokenizer:
+        The tokenizer of a pickle (folder, file or hub id); a packed folder carries its own.
+    """
+    from indraquantum.data.inspect import describe
+
+    print(describe(path, tokenizer))
+
+
+@data.command
+def verify(path: Path = Path("data/mixed_train"), /) -> None:
+    """Check every hash of a prepared folder, and that its arrays fit together.
+
+    Parameters
+    ----------
+    path:
+        The prepared folder.
+    """
+    from indraquantum.data.inspect import verify as run
+
+    print(run(path))
+
+
+@data.command
+def show(
+    path: Path = Path("data/mixed_train"), /, *, settings: Annotated[ShowSettings, OPTIONS] = ShowSettings()
+) -> None:
+    """Print rows as text, with the boundaries of documents and pieces visible.
+
+    Parameters
+    ----------
+    path:
+        The prepared folder, or a pickle.
+    """
+    from indraquantum.data.inspect import show_rows
+
+    print(show_rows(path, settings))
 
 
 @app.command

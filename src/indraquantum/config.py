@@ -55,6 +55,19 @@ class PrepareSettings(Settings):
     """Decides which samples are drawn and their order."""
 
 
+class ShowSettings(Settings):
+    """Which rows of a prepared dataset to look at."""
+
+    tokenizer: str | None = None
+    """The tokenizer of a pickle (folder, file or hub id); a packed folder carries its own."""
+    split: Literal["train", "validation"] = "train"
+    """Which side of the dataset."""
+    first: int = Field(default=0, ge=0)
+    """Number of the first row to show, from 0."""
+    rows: int = Field(default=3, ge=1)
+    """How many rows."""
+
+
 class CaptureSettings(DeviceSettings):
     """Asks the teacher once and stores its signals."""
 

@@ -10,22 +10,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from indraquantum import __version__
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_folder, read_json, sha256_of, write_json
 
 FORMAT = "indraquantum-dataset"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
-ARRAYS = ("tokens", "document_offsets", "document_sources", "pieces", "row_pieces")
+DTYPES = {
+    "tokens": (np.uint16, np.uint32),
+    "document_offsets": (np.int64,),
+    "document_sources": (np.uint8,),
+    "document_numbers": (np.int64,),
+    "pieces": (np.int64,),
+    "row_pieces": (np.int64,),
+}
+ARRAYS = tuple(DTYPES)
 IGNORED = -100  # PyTorch's ignore_index: a position without a label
 
 
@@ -51,6 +60,8 @@ class Split:
     row_pieces: np.ndarray  # (R + 1,) int64: row r is pieces[row_pieces[r]:row_pieces[r + 1]]
     row_length: int  # T
     padding_id: int  # EOS's id
+    # (documents,) int64: place of the document in its source, from 0; empty where nothing is known
+    document_numbers: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     @property
     def num_rows(self) -> int:
@@ -76,7 +87,11 @@ class Split:
     @cached_property
     def piece_documents(self) -> np.ndarray:
         """Document of each piece, (P,) int64."""
-        return np.searchsorted(self.document_offsets, self.pieces[:, 0], side="right") - 1
+        return self._documents_at(self.pieces[:, 0])
+
+    def _documents_at(self, places: np.ndarray) -> np.ndarray:
+        """Documents that hold these places of the stream."""
+        return np.searchsorted(self.document_offsets, places, side="right") - 1
 
     def batch(self, rows: np.ndarray) -> Batch:
         """Gather rows.
@@ -93,7 +108,7 @@ class Split:
         segments = _ranges(counts)  # number of each piece within its row
         piece = np.repeat(first, counts) + segments
         starts, lengths = self.pieces[piece, 0], self.pieces[piece, 1]
-        documents = self.piece_documents[piece]
+        documents = self._documents_at(starts)
 
         # From here on one entry for each real token.
         per_row = self.row_token_offsets[rows + 1] - self.row_token_offsets[rows]
@@ -182,6 +197,7 @@ def write_dataset(
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "row_length": splits["train"].row_length,
+            "versions": versions(),
             "vocabulary_size": tokenizer.vocabulary_size,
             "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
@@ -189,6 +205,7 @@ def write_dataset(
             "content_sha256": content_hash(splits, [source["name"] for source in sources], tokenizer),
             "options": options,
             "sources": sources,
+            "largest_ids": {name: int(split.tokens.max()) for name, split in splits.items()},
             "files": {
                 path.relative_to(temporary).as_posix(): {"sha256": sha256_of(path), "bytes": path.stat().st_size}
                 for path in files
@@ -198,20 +215,34 @@ def write_dataset(
     return manifest
 
 
-def open_dataset(field: str, path: str | Path, tokenizer: str | None = None) -> PreparedDataset:
-    """Open a prepared folder (memory-mapped) or a pickle of padded rows.
+def versions() -> dict[str, str]:
+    """Versions of this program and of the libraries that decide a dataset's bytes."""
+    from importlib.metadata import version
+
+    return {"indraquantum": __version__} | {name: version(name) for name in ("tokenizers", "numpy", "pyarrow")}
+
+
+def open_dataset(
+    field: str, path: str | Path, tokenizer: str | None = None, *, verify: bool = False
+) -> PreparedDataset:
+    """Open a prepared folder (memory-mapped, in milliseconds whatever its size) or a pickle of padded rows.
 
     Args:
         field: The option to name in an error.
         path: The folder, or the pickle.
         tokenizer: Needed for a pickle, which carries none; for a folder it must be the folder's own.
+        verify: Read a folder's every byte first, about a second for a gigabyte; a pickle is always read as a whole.
 
     Raises:
-        UserError: missing, of another format or version, damaged, ids beyond the vocabulary, another tokenizer.
+        UserError: missing, of another format or version, incomplete, ids beyond the vocabulary, another tokenizer. Of
+            a folder's arrays only names, sizes, types and ends are looked at unless `verify` is set.
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(field, path, tokenizer)
+        dataset = _open_folder(field, path, tokenizer)
+        if verify:
+            _verify(field, path, dataset)
+        return dataset
     if not path.exists():
         raise UserError(field, path, "does not exist; make it with `indra prepare`")
     from indraquantum.data.padded import open_pickle
@@ -247,9 +278,7 @@ def _open_parts(field: str, folder: Path, manifest: dict[str, Any], tokenizer_na
         size = file.stat().st_size if file.is_file() else "nothing"
         if size != facts["bytes"]:
             raise UserError(field, file, f"is damaged: {facts['bytes']} bytes expected, {size} found")
-    tokenizer = TextTokenizer.from_json(
-        (folder / "tokenizer.json").read_text(encoding="utf-8"), manifest["bos_id"], manifest["eos_id"]
-    )
+    tokenizer = TextTokenizer.from_manifest(field, folder / "tokenizer.json", manifest)
     if tokenizer_name is not None:
         given = load_tokenizer("--tokenizer", tokenizer_name)
         if given.sha256 != tokenizer.sha256:
@@ -260,7 +289,8 @@ def _open_parts(field: str, folder: Path, manifest: dict[str, Any], tokenizer_na
     for name in SPLITS:
         arrays = {array: _load(field, folder / name / f"{array}.npy") for array in ARRAYS}
         splits[name] = Split(**arrays, row_length=manifest["row_length"], padding_id=tokenizer.eos_id)
-        check_split(field, folder / name, splits[name], tokenizer.vocabulary_size, len(names))
+        check_shapes(field, folder / name, splits[name])
+        _check_largest(field, folder / name, manifest["largest_ids"][name], tokenizer.vocabulary_size)
     return PreparedDataset(
         splits["train"],
         splits["validation"],
@@ -279,54 +309,71 @@ def _load(field: str, file: Path) -> np.ndarray:
         raise UserError(field, file, f"is damaged ({error})") from None
 
 
+def _needer(field: str, where: object) -> Callable[[bool, str], None]:
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise UserError(field, where, f"is damaged: {what}")
+
+    return need
+
+
+def _check_largest(field: str, where: object, largest: int, vocabulary_size: int) -> None:
+    if largest >= vocabulary_size:
+        raise UserError(field, where, f"holds token id {largest}; ids must be below the vocabulary's {vocabulary_size}")
+
+
+def check_shapes(field: str, where: object, split: Split) -> None:
+    """Check types, shapes and ends of the arrays, which takes the same time for any size.
+
+    Raises:
+        UserError: naming what is wrong; `field` is the option and `where` the place to name.
+    """
+    need = _needer(field, where)
+    offsets, pieces, rows = split.document_offsets, split.pieces, split.row_pieces
+    need(split.tokens.dtype in DTYPES["tokens"], "tokens must be uint16 or uint32")
+    need(all(getattr(split, name).dtype in DTYPES[name] for name in ARRAYS), "an array has the wrong type")
+    dimensions = [getattr(split, name).ndim for name in ARRAYS]
+    need(dimensions == [1, 1, 1, 1, 2, 1] and pieces.shape[1] == 2, "an array has the wrong shape")
+    need(len(offsets) > 1 and len(rows) > 1, "it holds no documents")
+    need(offsets[0] == 0 and offsets[-1] == len(split.tokens), "documents do not cover the tokens")
+    need(len(split.document_sources) == len(offsets) - 1, "documents and their sources differ in number")
+    need(len(split.document_numbers) in (0, len(offsets) - 1), "documents and their numbers differ in number")
+    need(rows[0] == 0 and rows[-1] == len(pieces), "rows do not cover the pieces")
+
+
 def check_split(field: str, where: object, split: Split, vocabulary_size: int, num_sources: int) -> None:
     """Check that the arrays fit together and that every id is one of the vocabulary.
 
     Raises:
         UserError: naming what is wrong; `field` is the option and `where` the place to name.
     """
-
-    def need(condition: bool, what: str) -> None:
-        if not condition:
-            raise UserError(field, where, f"is damaged: {what}")
-
+    check_shapes(field, where, split)
+    need = _needer(field, where)
     offsets, pieces, rows = split.document_offsets, split.pieces, split.row_pieces
-    dtypes = [np.dtype(kind) for kind in ("int64", "uint8", "int64", "int64")]
-    need(split.tokens.dtype in (np.uint16, np.uint32), "tokens must be uint16 or uint32")
-    need([getattr(split, name).dtype for name in ARRAYS[1:]] == dtypes, "an array has the wrong type")
-    dimensions = [getattr(split, name).ndim for name in ARRAYS]
-    need(dimensions == [1, 1, 1, 2, 1] and pieces.shape[1] == 2, "an array has the wrong shape")
-    need(len(offsets) > 1 and len(rows) > 1, "it holds no documents")
-    need(offsets[0] == 0 and offsets[-1] == len(split.tokens), "documents do not cover the tokens")
     need(bool((np.diff(offsets) > 0).all()), "a document is empty")
-    need(len(split.document_sources) == len(offsets) - 1, "documents and their sources differ in number")
     need(int(split.document_sources.max()) < num_sources, "a document's source is unknown")
-    need(rows[0] == 0 and rows[-1] == len(pieces) and bool((np.diff(rows) > 0).all()), "rows do not cover the pieces")
+    need(bool((np.diff(rows) > 0).all()), "rows do not cover the pieces")
     need(bool((pieces[:, 0] >= 0).all() and (pieces[:, 1] > 0).all()), "a piece is empty or out of range")
     ends = pieces.sum(axis=1)
     need(bool((ends <= len(split.tokens)).all()), "a piece is out of range")
     need(bool((ends <= offsets[split.piece_documents + 1]).all()), "a piece crosses a document's end")
     need(int(pieces[:, 1].sum()) == len(split.tokens), "pieces do not cover the tokens")
     need(int(np.diff(split.row_token_offsets).max()) <= split.row_length, "a row is longer than row_length")
-    largest = int(split.tokens.max())
-    if largest >= vocabulary_size:
-        raise UserError(field, where, f"holds token id {largest}; ids must be below the vocabulary's {vocabulary_size}")
+    _check_largest(field, where, int(split.tokens.max()), vocabulary_size)
 
 
-def verify_dataset(field: str, folder: str | Path) -> PreparedDataset:
-    """Open a prepared folder and check the SHA-256 of every file, and of the content.
-
-    Raises:
-        UserError: naming the first file that is not what was written.
-    """
-    folder = Path(folder)
-    dataset = open_dataset(field, folder)
-    for name, facts in dataset.manifest.get("files", {}).items():
+def _verify(field: str, folder: Path, dataset: PreparedDataset) -> None:
+    """Check the SHA-256 of every file and how the arrays fit together; the first file that is wrong is named."""
+    for name, facts in dataset.manifest["files"].items():
         if sha256_of(folder / name) != facts["sha256"]:
             raise UserError(field, folder / name, "is damaged: its SHA-256 is not the manifest's")
-    if dataset.tokenizer.sha256 != dataset.manifest["tokenizer_sha256"]:
-        raise UserError(field, folder / "manifest.json", "is damaged: tokenizer_sha256 is not the tokenizer's")
+    tokenizer = dataset.tokenizer
+    rebuilt = TextTokenizer(tokenizer.backend, tokenizer.bos_id, tokenizer.eos_id)
+    for key in ("sha256", "vocabulary_size"):
+        if getattr(rebuilt, key) != getattr(tokenizer, key):
+            raise UserError(field, folder / "manifest.json", f"is damaged: {key} is not the tokenizer's")
     splits = {"train": dataset.train, "validation": dataset.validation}
-    if content_hash(splits, dataset.source_names, dataset.tokenizer) != dataset.content_sha256:
+    for name, split in splits.items():
+        check_split(field, folder / name, split, tokenizer.vocabulary_size, len(dataset.source_names))
+    if content_hash(splits, dataset.source_names, tokenizer) != dataset.content_sha256:
         raise UserError(field, folder / "manifest.json", "is damaged: content_sha256 is not the arrays'")
-    return dataset

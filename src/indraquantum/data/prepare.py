@@ -71,6 +71,7 @@ class _Drawn(NamedTuple):
     name: str
     available: int  # samples it holds
     wanted: int  # samples asked for
+    numbers: np.ndarray  # (drawn,) int64: place of each in the source
     texts: list[str]
 
 
@@ -88,7 +89,7 @@ class _Source(NamedTuple):
     @property
     def shortfall(self) -> str | None:
         """A sentence where the source has fewer samples than asked for."""
-        name, available, wanted, _ = self.drawn
+        name, available, wanted, *_ = self.drawn
         if available >= wanted:
             return None
         return f"{name} holds {available:,} samples, fewer than the {wanted:,} asked for: all are taken"
@@ -185,7 +186,7 @@ def _read_sources(settings: PrepareSettings, tokenizer: TextTokenizer) -> list[_
         if samples:
             texts = read()
             chosen = np.sort(random_order(len(texts), settings.seed, SAMPLING, number)[:samples])
-            drawn.append(_Drawn(name, len(texts), samples, [texts[i] for i in chosen]))
+            drawn.append(_Drawn(name, len(texts), samples, chosen, [texts[i] for i in chosen]))
     held_out = choose_held_out([text.encode() for text in source.texts] for source in drawn)
     if not any(held.any() for held in held_out):
         raise UserError("--wikitext", settings.wikitext, "must give 2 different documents, 1 of them to be held out")
@@ -228,6 +229,7 @@ def _build_split(
         row_pieces=row_pieces,
         row_length=settings.max_length,
         padding_id=tokenizer.eos_id,
+        document_numbers=np.concatenate([source.drawn.numbers[source.held_out == held_out] for source in sources]),
     )
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from indraquantum.errors import UserError
-from indraquantum.files import read_json
+from indraquantum.files import read_json, sha256_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,18 +27,28 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 REMEDY = "put tokenizer.json and tokenizer_config.json into a folder and give it with --tokenizer FOLDER"
 
 
-@dataclass(frozen=True, eq=False)
 class TextTokenizer:
     """A tokenizer with its two control tokens; `sha256` tells whether two of them are the same."""
 
-    backend: Tokenizer  # set up on construction: no truncation, no padding, control tokens in text stay text
-    bos_id: int  # begins every document
-    eos_id: int  # ends every document
+    def __init__(self, backend: Tokenizer | Callable[[], Tokenizer], bos_id: int, eos_id: int) -> None:
+        """Wrap a tokenizer.
 
-    def __post_init__(self) -> None:
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = True
+        Args:
+            backend: The library's tokenizer, or what loads it at its first use: parsing takes a tenth of a second.
+            bos_id: Begins every document.
+            eos_id: Ends every document.
+        """
+        self._given = backend
+        self.bos_id, self.eos_id = bos_id, eos_id
+
+    @cached_property
+    def backend(self) -> Tokenizer:
+        """The library's tokenizer, set up: no truncation, no padding, control tokens in text stay text."""
+        backend = self._given() if callable(self._given) else self._given
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return backend
 
     @cached_property
     def sha256(self) -> str:
@@ -99,6 +108,28 @@ class TextTokenizer:
         from tokenizers import Tokenizer
 
         return cls(Tokenizer.from_str(text), bos_id, eos_id)
+
+    @classmethod
+    def from_manifest(cls, field: str, file: Path, manifest: dict[str, Any]) -> TextTokenizer:
+        """Stand for the tokenizer.json of a prepared folder, which is read and checked at its first use.
+
+        Args:
+            field: The option to name in an error.
+            file: The tokenizer.json.
+            manifest: What the folder's manifest says of it.
+        """
+
+        def load() -> Tokenizer:
+            from tokenizers import Tokenizer
+
+            if sha256_of(file) != manifest["files"][file.name]["sha256"]:
+                raise UserError(field, file, "is damaged: its SHA-256 is not the manifest's")
+            return Tokenizer.from_file(str(file))
+
+        tokenizer = cls(load, manifest["bos_id"], manifest["eos_id"])
+        # These two would parse the file; the manifest knows them, and `indra data verify` checks that it is right.
+        tokenizer.sha256, tokenizer.vocabulary_size = manifest["tokenizer_sha256"], manifest["vocabulary_size"]
+        return tokenizer
 
 
 def load_tokenizer(field: str, name: str) -> TextTokenizer:

@@ -113,7 +113,7 @@ def capture(
 
         # A pickle carries no tokenizer; the teacher's is the only one that may serve.
         tokenizer = str(files.folder) if settings.data.is_file() else None
-        dataset = open_dataset("--data", settings.data, tokenizer)
+        dataset = open_dataset("--data", settings.data, tokenizer, verify=True)
     check_tokenizer(files, dataset)
     manifest = _begin_or_continue(settings, files, dataset, shard_positions)
     folder = make_folder("--output", settings.output)

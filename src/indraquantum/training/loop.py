@@ -86,7 +86,7 @@ def train(settings: TrainSettings) -> TrainReport:
     if settings.head != "interference":
         raise UserError("--head", settings.head, "must be interference: the objective does not serve the other")
     device = choose_device(settings)
-    dataset = open_dataset("--data", settings.data, settings.tokenizer)
+    dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
     metrics_path = settings.logs / settings.output.resolve().name / "metrics.jsonl"
     make_folder("--output", settings.output)
     make_folder("--logs", metrics_path.parent)

@@ -115,7 +115,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
         TrainingStopped: the loss or a gradient is not finite.
     """
     device = choose_device(settings)
-    dataset = open_dataset("--data", settings.data)
+    dataset = open_dataset("--data", settings.data, verify=True)
     make_folder("--output", settings.output.parent)
     torch.manual_seed(settings.seed)
     learner = LlamaLearner(new_llama(settings, dataset)).to(device).train()
