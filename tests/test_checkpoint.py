@@ -14,15 +14,18 @@ from indraquantum.training.checkpoint import (
     Checkpoint,
     checkpoint_path,
     load_checkpoint,
+    manifest_path,
     newest_checkpoint,
     save_checkpoint,
+    step_checkpoint_path,
 )
 
 
 def example(step: int = 3) -> Checkpoint:
     return Checkpoint(
         model_config={"d_model": 2}, model={"w": torch.arange(35.0).reshape(5, 7)}, optimizer={"state": {}},
-        step=step, tokens=11, finished=False, settings={"seed": 0}, tokenizer={"json": "{}", "bos_id": 0, "eos_id": 1},
+        step=step, tokens=11, finished=False, pending=None, settings={"seed": 0},
+        tokenizer={"json": "{}", "bos_id": 0, "eos_id": 1},
     )  # fmt: skip
 
 
@@ -39,16 +42,19 @@ def test_the_newest_is_by_number_not_by_name(tmp_path):
     for epoch in (2, 10, 9):
         save_checkpoint(checkpoint_path(tmp_path, epoch), example(step=epoch))
     (tmp_path / "checkpoint_v4_epoch_99.pt.tmp").write_text("")
-    assert newest_checkpoint(tmp_path).step == 10
+    save_checkpoint(step_checkpoint_path(tmp_path, 29), example(step=29))
+    assert newest_checkpoint(tmp_path, steps_per_epoch=3).path.name == "checkpoint_v4_epoch_10.pt"
+    assert newest_checkpoint(tmp_path, steps_per_epoch=2).path.name == "checkpoint_v4_step_29.pt"
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path, 1) is None
 
 
-def test_flipped_bits_in_the_weights_are_caught(tmp_path):
+def test_flipped_bits_in_the_weights_of_a_lone_file_are_caught(tmp_path):
     path = checkpoint_path(tmp_path, 1)
     save_checkpoint(path, example())
+    manifest_path(path).unlink()
     content = path.read_bytes()
     weights = content.index(example().model["w"].numpy().tobytes())
     for offset in range(0, 140, 9):

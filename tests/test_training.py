@@ -73,7 +73,8 @@ def test_a_run_learns_and_every_term_is_alive(world, finished):
 
 def test_each_epoch_leaves_its_checkpoint(finished):
     run, report = finished
-    assert sorted(p.name for p in run.output.iterdir()) == ["checkpoint_v4_epoch_1.pt", "checkpoint_v4_epoch_2.pt"]
+    names = [f"checkpoint_v4_epoch_{epoch}.{end}" for epoch in (1, 2) for end in ("json", "pt")]
+    assert sorted(path.name for path in run.output.iterdir()) == [".lock", *names]
     assert report.checkpoint.name == "checkpoint_v4_epoch_2.pt"
     assert load_checkpoint("", report.checkpoint).finished
 
@@ -149,7 +150,7 @@ def test_without_signals_and_teacher_the_way_out_is_named(world, tmp_path):
     shutil.copytree(world.data, data)
     with pytest.raises(UserError, match=r"--teacher.*--no-teacher"):
         loop.train(settings(world, tmp_path, data=data, teacher=str(tmp_path / "nothing")))
-    assert not list((tmp_path / "run").iterdir())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def step_parts(world):

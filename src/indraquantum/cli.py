@@ -129,9 +129,12 @@ def teacher(*, settings: Annotated[TeacherSettings, OPTIONS] = TeacherSettings()
 @app.command
 def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings()) -> None:
     """Train IndraQuantumPhase2 by semantic distillation: v4, the unified run."""
-    from indraquantum.training.loop import train as run
+    from indraquantum.training.interrupts import Interrupts
 
-    run(settings)
+    with Interrupts():  # before the imports that take a while
+        from indraquantum.training.loop import train as run
+
+        run(settings)
 
 
 @app.command

@@ -141,7 +141,7 @@ class TrainSettings(ModelSettings, OptimizerSettings, DeviceSettings):
     no_teacher: bool = False
     """Train on cross-entropy alone."""
     output: Path = Path("checkpoints/phase2_v4_unified")
-    """Folder for checkpoint_v4_epoch_N.pt; the same command again goes on from the newest."""
+    """Folder for checkpoint_v4_epoch_N.pt; the same command again goes on from the newest checkpoint."""
     logs: Path = Path("logs")
     """Folder of the logs; metrics go to <logs>/<name of output>/metrics.jsonl."""
     epochs: int = Field(default=3, ge=1, le=100_000)
@@ -160,6 +160,13 @@ class TrainSettings(ModelSettings, OptimizerSettings, DeviceSettings):
     """Weight of the magnitude term (teacher's confidence)."""
     evaluate_every: int = Field(default=200, ge=1)
     """Optimiser steps between two evaluations on held-out text."""
+    save_every: int = Field(default=200, ge=1)
+    """Optimiser steps between two checkpoints checkpoint_v4_step_S.pt; each epoch leaves its own too."""
+    keep_last: int = Field(default=2, ge=1)
+    """Step checkpoints to keep; those of epochs always stay."""
+    resume: str = "auto"
+    """auto goes on from the newest whole checkpoint of the output folder, never refuses a folder that holds any;
+    or the path of a checkpoint."""
 
 
 class TeacherSettings(OptimizerSettings, DeviceSettings):

@@ -51,6 +51,26 @@ def make_folder(field: str, path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def folder_lock(field: str, folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; the system drops the lock when a process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(field, folder, "is in use by another run; wait for it, or give another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -6,11 +6,14 @@ Every line has the same keys (FIELDS); a figure that does not exist at that step
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+from indraquantum.errors import UserError
 from indraquantum.files import atomic_file
 
 FIELDS = {
@@ -53,16 +56,40 @@ class MetricsLog:
 
         Raises:
             KeyError: a name that FIELDS lacks.
+            UserError: the line can't be written; the lines before it are unharmed.
         """
         unknown = metrics.keys() - FIELDS.keys()
         if unknown:
             raise KeyError(f"not in the metrics schema: {sorted(unknown)}")
-        self._file.write(_line({name: metrics.get(name) for name in FIELDS}).encode())
+        line = _line({name: metrics.get(name) for name in FIELDS}).encode()
+        end = self._file.tell()
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise self._not_written(len(line), error) from None
+        if written != len(line):  # the disk is full: what a later start would take for a torn line goes
+            self._file.truncate(end)
+            raise self._not_written(len(line), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    def _not_written(self, size: int, error: OSError) -> UserError:
+        free = shutil.disk_usage(self.path.parent).free
+        return UserError(
+            "--logs", self.path, f"could not be written: {error.strerror} ({size:,} bytes needed, {free:,} free)"
+        )
+
+    def sync(self) -> None:
+        """Put everything on disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._not_written(0, error) from None
 
     def close(self) -> None:
         """Put everything on disk and close the file."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
 
 def _line(metrics: dict[str, Any]) -> str:

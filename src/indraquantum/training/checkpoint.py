@@ -1,14 +1,21 @@
-"""Checkpoints: one `.pt` of tensors and plain values, written atomically, checked before use, never running code.
+"""Checkpoints: one `.pt` of tensors and plain values with its manifest, committed atomically, verified before use.
 
 A checkpoint is complete: weights, optimiser, step, settings and the tokenizer, so that `indra test` needs nothing else.
-torch.load does not notice a flipped bit; the zip checksums of the file do (all but those in padding), so they are
-checked first.
+The commit: the `.pt` under a temporary name, fsync, rename, then in the same way its manifest (size, SHA-256, step).
+torch.load does not notice a flipped bit, so the SHA-256 is checked first. A `.pt` without its manifest, copied alone,
+is checked by the checksums of its zip parts, which miss flips in the padding between them, where nothing is held.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import os
 import re
+import shutil
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,11 +24,12 @@ from typing import Any
 import torch
 
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file
+from indraquantum.files import atomic_file, fsync_folder, sha256_of
 
 FORMAT = "indraquantum-checkpoint"
-FORMAT_VERSION = 1
-NAME = re.compile(r"checkpoint_v4_epoch_(\d+)\.pt")
+FORMAT_VERSION = 2
+NAME = re.compile(r"checkpoint_v4_(epoch|step)_(\d+)\.pt")
+MUST = "must be a checkpoint that `indra train` wrote"
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,8 @@ class Checkpoint:
     step: int  # optimiser steps done
     tokens: int  # real tokens seen
     finished: bool  # the run had come to its end
-    settings: dict[str, Any]  # what decides the run, see loop.run_identity
+    pending: dict[str, Any] | None  # metrics of this step where its evaluation was cut short, to be done on resume
+    settings: dict[str, Any]  # what decides the run, see run.run_identity
     tokenizer: dict[str, Any]  # json, bos_id, eos_id
 
 
@@ -43,47 +52,160 @@ def checkpoint_path(folder: Path, epoch: int) -> Path:
     return folder / f"checkpoint_v4_epoch_{epoch}.pt"
 
 
+def step_checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` stands, between those of the epochs."""
+    return folder / f"checkpoint_v4_step_{step}.pt"
+
+
+def manifest_path(path: Path) -> Path:
+    """The manifest of the checkpoint at `path`."""
+    return path.with_suffix(".json")
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` to `path`, atomically."""
-    with atomic_file(path) as temporary:
-        torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **vars(checkpoint)}, temporary)
+    """Commit `checkpoint` at `path`; a crash at any point leaves what was there, or the new one.
+
+    Raises:
+        UserError: it can't be written (disk full, read-only, I/O error); what was there is unharmed.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **vars(checkpoint)}, buffer)
+    content = buffer.getbuffer()
+    manifest = manifest_text(path.name, len(content), hashlib.sha256(content).hexdigest(), checkpoint.step)
+    try:
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(content)
+            # An old manifest does not fit the new file: without one, either file is a whole checkpoint.
+            manifest_path(path).unlink(missing_ok=True)
+        with atomic_file(manifest_path(path)) as temporary:
+            temporary.write_text(manifest, encoding="utf-8")
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        can = f"could not be written: {error.strerror} ({len(content):,} bytes needed, {free:,} free)"
+        raise UserError("--output", path, f"{can}; earlier checkpoints are unharmed") from None
+
+
+def manifest_text(name: str, size: int, sha256: str, step: int) -> str:
+    """The manifest, to the byte: so that a change anywhere in it shows."""
+    return json.dumps({"format": FORMAT, "file": name, "bytes": size, "sha256": sha256, "step": step}, indent=2) + "\n"
 
 
 def load_checkpoint(field: str, path: Path) -> Checkpoint:
-    """Read and check a checkpoint; runs no code from the file.
+    """Verify and read a checkpoint; runs no code from the file.
 
     Raises:
         UserError: `path` is missing, damaged, or no checkpoint of this program; `field` is the option to name.
     """
-    must = "must be a checkpoint_v4_epoch_N.pt that `indra train` wrote"
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(field, path, f"{must} (its part {damaged} is damaged)")
+        manifest = _verify(field, path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(field, path, f"{must} ({error.strerror})") from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise UserError(field, path, f"{must} (not a whole one: {_first_line(error)})") from None
+        raise UserError(field, path, f"{MUST} ({error.strerror})") from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, ValueError, NotImplementedError) as error:
+        raise UserError(field, path, f"{MUST} (not a whole one: {_first_line(error)})") from None
     except UnpicklingError:
-        raise UserError(field, path, f"{must} (it holds more than tensors and plain values)") from None
+        raise UserError(field, path, f"{MUST} (it holds more than tensors and plain values)") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(field, path, must)
+        raise UserError(field, path, MUST)
     if content.get("format_version") != FORMAT_VERSION:
-        raise UserError(field, path, f"{must} (format version {FORMAT_VERSION}, not {content.get('format_version')})")
-    return Checkpoint(**{name: content[name] for name in Checkpoint.__annotations__})
+        raise UserError(field, path, f"{MUST} (format version {FORMAT_VERSION}, not {content.get('format_version')})")
+    if missing := sorted(Checkpoint.__annotations__.keys() - content.keys()):
+        raise UserError(field, path, f"{MUST} (it lacks {missing[0]})")
+    checkpoint = Checkpoint(**{name: content[name] for name in Checkpoint.__annotations__})
+    if manifest is not None and manifest["step"] != checkpoint.step:
+        raise UserError(field, manifest_path(path), f"is damaged: step {manifest['step']}, not {checkpoint.step}")
+    return checkpoint
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The checkpoint of the last epoch in `folder` that is whole, or None; damaged ones are passed over, and said."""
-    found = sorted(((int(m[1]), p) for p in folder.glob("*.pt") if (m := NAME.fullmatch(p.name))), reverse=True)
-    for _, path in found:
+def _verify(field: str, path: Path) -> dict[str, Any] | None:
+    """The manifest of `path`, checked against the file's bytes; without one, None after the zip's own checksums."""
+    try:
+        text = manifest_path(path).read_bytes()
+    except FileNotFoundError:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                raise UserError(field, path, f"{MUST} (its part {part} is damaged)") from None
+        return None
+    size, actual = path.stat().st_size, sha256_of(path)
+    try:
+        manifest = json.loads(text)
+        step, expected, expected_size = (manifest[name] for name in ("step", "sha256", "bytes"))
+    except (ValueError, KeyError, TypeError):
+        raise UserError(field, manifest_path(path), "is damaged: it is not the manifest that was written") from None
+    if (size, actual) != (expected_size, expected):
+        found = f"{size} bytes, sha256 {actual}; its manifest says {expected_size} bytes, sha256 {expected}"
+        raise UserError(field, path, f"{MUST} (damaged: {found})")
+    if text != manifest_text(path.name, size, actual, step).encode():
+        raise UserError(field, manifest_path(path), "is damaged: it is not the manifest that was written")
+    return manifest
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `newest_checkpoint` found."""
+
+    path: Path
+    checkpoint: Checkpoint
+
+
+def checkpoints_in(folder: Path, steps_per_epoch: int) -> list[tuple[int, Path]]:
+    """The checkpoints of `folder`, whole or not, by the step that their names tell, newest first."""
+    found = []
+    for path in folder.glob("checkpoint_v4_*.pt"):
+        if match := NAME.fullmatch(path.name):
+            epoch = match[1] == "epoch"
+            found.append((int(match[2]) * (steps_per_epoch if epoch else 1), epoch, path))
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def newest_checkpoint(folder: Path, steps_per_epoch: int) -> Found | None:
+    """The newest whole checkpoint of `folder`, or None where there is none at all; warns once of damaged ones.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    passed: list[tuple[Path, UserError]] = []
+    for _, path in checkpoints_in(folder, steps_per_epoch):
         try:
-            return load_checkpoint("--output", path)
+            found = Found(path, load_checkpoint("--output", path))
         except UserError as error:
-            print(f"warning: passed over: {error}")
+            passed.append((path, error))
+            continue
+        if passed:
+            names = ", ".join(path.name for path, _ in passed)
+            print(f"warning: passed over {names}: damaged; using {path.name}. First: {passed[0][1]}")
+            set_aside(path for path, _ in passed)
+        return found
+    if passed:
+        way_out = "remove it to start over, or give another --output"
+        raise UserError("--output", folder, f"holds no whole checkpoint, {way_out}. First: {passed[0][1]}")
     return None
+
+
+def set_aside(paths: Iterable[Path]) -> None:
+    """Rename checkpoints that the run can't go through again, so that nothing takes them for its own."""
+    for path in paths:
+        for part in (manifest_path(path), path):
+            if part.exists():
+                os.replace(part, part.with_name(part.name + ".set-aside"))
+        fsync_folder(path.parent)
+
+
+def prune_step_checkpoints(folder: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints of steps; those of epochs stay."""
+    steps = [path for _, path in checkpoints_in(folder, 1) if "_step_" in path.name]
+    for path in steps[keep_last:]:
+        manifest_path(path).unlink(missing_ok=True)
+        path.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left: temporary files, and manifests whose checkpoint is gone."""
+    for path in folder.glob(".checkpoint_v4_*.tmp"):
+        path.unlink()
+    for path in folder.glob("checkpoint_v4_*.json"):
+        if not path.with_suffix(".pt").exists():
+            path.unlink()
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import atomic_folder, make_folder
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.masks import document_mask
-from indraquantum.training.loop import BETAS, MICRO_BATCH_TOKENS, rows_per_step
+from indraquantum.training.run import BETAS, MICRO_BATCH_TOKENS, rows_per_step
 from indraquantum.training.schedule import rows_of_step
 from indraquantum.training.step import optimizer_step, set_learning_rates
 

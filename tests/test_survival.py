@@ -1,0 +1,237 @@
+"""A run that is killed, stopped or resumed anywhere ends with the bits of the run that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+import survival
+from indraquantum import files
+from indraquantum.errors import UserError
+from indraquantum.files import read_json
+from indraquantum.metrics import MetricsLog, read_metrics
+from indraquantum.training import checkpoint, loop
+from indraquantum.training.checkpoint import checkpoint_path, step_checkpoint_path
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """The uninterrupted run, and every checkpoint that a run saving at each step leaves on its way."""
+    folder = tmp_path_factory.mktemp("whole")
+    settings = survival.small_run(world, folder, save_every=1, keep_last=1000)
+    assert survival.in_fork(lambda: survival.train_small(settings)) == 0
+    return settings, survival.result(settings)
+
+
+def last_step(whole) -> int:
+    return whole[1][1][-1]["step"]
+
+
+def end_of(settings):
+    """The result after the same command once more, which must end well."""
+    assert survival.in_fork(lambda: survival.train_small(settings)) == 0
+    leftovers = [p.name for folder in (settings.output, settings.logs) for p in folder.rglob("*tmp*")]
+    assert leftovers == []
+    return survival.result(settings)
+
+
+def half_written(write):
+    """A write that dies when half of its bytes are on disk."""
+
+    def wrapped(path, content, *arguments, **options):
+        write(path, content[: len(content) // 2], *arguments, **options)
+        survival.die()
+
+    return wrapped
+
+
+# Where a run may die: the loop, the metrics, and each step of a checkpoint's commit.
+POINTS = [
+    (owner, name, when)
+    for owner, name in (
+        (loop, "start_run"), (loop, "resume"), (loop, "take_step"), (loop, "rows_of_step"), (loop, "evaluate"),
+        (loop, "set_learning_rates"), (torch.Tensor, "backward"), (torch.nn.utils, "clip_grad_norm_"),
+        (torch.optim.AdamW, "step"), (MetricsLog, "write"), (MetricsLog, "sync"), (loop, "save"),
+        (loop, "save_checkpoint"), (torch, "save"), (checkpoint.Path, "write_bytes"), (checkpoint.Path, "write_text"),
+        (os, "fsync"), (os, "replace"), (files, "fsync_folder"), (checkpoint.Path, "unlink"),
+        (loop, "prune_step_checkpoints"),
+    )
+    for when in ("before", "after")
+]  # fmt: skip
+# The third time: in the middle of the run, after a checkpoint has been committed.
+OCCURRENCES = [pytest.param(3, id="third"), *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 5, 8))]
+
+
+@pytest.mark.parametrize("occurrence", OCCURRENCES)
+@pytest.mark.parametrize(("owner", "name", "when"), POINTS, ids=lambda value: getattr(value, "__name__", value))
+def test_kill_9_at_any_point(world, whole, tmp_path, owner, name, when, occurrence):
+    settings = survival.small_run(world, tmp_path)
+
+    def killed():
+        survival.at(owner, name, when, occurrence, survival.die)
+        survival.train_small(settings)
+
+    status = survival.in_fork(killed)
+    reached = owner is not loop or name not in ("start_run", "resume") or occurrence == 1
+    assert status == -signal.SIGKILL or (occurrence != 3 or not reached)  # not every point is passed eight times
+    committed = [read_json("", path)["step"] for path in settings.output.glob("*.json")]
+    steps = tmp_path / "steps"
+
+    def again():
+        survival.at_every(loop, "take_step", lambda run: steps.open("a").write(f"{run.step}\n"))
+        survival.train_small(settings)
+
+    assert survival.in_fork(again) == 0
+    if steps.exists():
+        assert int(steps.read_text().split()[0]) >= max(committed, default=0)  # nothing that was committed is lost
+    assert survival.result(settings) == whole[1]
+
+
+@pytest.mark.parametrize("name", ["write_bytes", "write_text"])
+def test_kill_9_in_the_middle_of_a_write(world, whole, tmp_path, name):
+    settings = survival.small_run(world, tmp_path)
+
+    def killed():
+        write = getattr(checkpoint.Path, name)
+        survival.at(loop, "save", "before", 2, lambda: setattr(checkpoint.Path, name, half_written(write)))
+        survival.train_small(settings)
+
+    assert survival.in_fork(killed) == -signal.SIGKILL
+    assert end_of(settings) == whole[1]
+
+
+@pytest.mark.slow
+def test_kill_9_at_100_random_times(world, whole, tmp_path):
+    settings = survival.small_run(world, tmp_path, epochs=20)
+    untouched = survival.small_run(world, tmp_path / "untouched", epochs=20)
+    started = time.monotonic()
+    assert survival.in_fork(lambda: survival.train_small(untouched)) == 0
+    seconds = time.monotonic() - started
+    draw, kills = random.Random(0), 0
+    for _ in range(100):
+        pid = os.fork()
+        if pid == 0:
+            survival.quiet()
+            survival.train_small(settings)
+            os._exit(0)
+        time.sleep(draw.uniform(0.02, 0.05 * seconds))
+        os.kill(pid, signal.SIGKILL)
+        kills += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert kills == 100
+    assert end_of(settings) == survival.result(untouched)
+
+
+def test_resume_from_every_step_is_exact(world, whole, tmp_path):
+    settings, expected = whole
+    for step in range(1, last_step(whole)):
+        again = survival.small_run(world, tmp_path / str(step))
+        again.output.mkdir(parents=True)
+        shutil.copytree(settings.logs, again.logs)
+        source = step_checkpoint_path(settings.output, step)
+        source = source if source.exists() else checkpoint_path(settings.output, 1)
+        for path in (source, checkpoint.manifest_path(source)):
+            shutil.copy(path, again.output)
+        assert end_of(again) == expected, step
+
+
+def test_a_chain_of_five_resumes_is_exact(world, whole, tmp_path):
+    settings = survival.small_run(world, tmp_path)
+
+    def killed():
+        survival.at(loop, "take_step", "after", 3, survival.die)
+        survival.train_small(settings)
+
+    for _ in range(5):
+        assert survival.in_fork(killed) == -signal.SIGKILL
+    assert end_of(settings) == whole[1]
+
+
+STRIKES = {
+    "at start": (loop, "start_run", "before", 1),
+    "in the first evaluation": (loop, "held_out_cross_entropy", "after", 1),
+    "mid-step": (torch.Tensor, "backward", "after", 7),
+    "in the optimiser": (torch.optim.AdamW, "step", "before", 4),
+    "during evaluation": (loop, "held_out_cross_entropy", "after", 2),
+    "while logging": (MetricsLog, "write", "before", 3),
+    "during a save": (torch, "save", "after", 1),
+    "between the renames of a save": (os, "replace", "after", 2),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("where", STRIKES)
+def test_a_signal_leaves_after_the_step_in_hand(world, whole, tmp_path, where, number):
+    settings = survival.small_run(world, tmp_path, save_every=1000)  # so that only the signal saves inside an epoch
+    log = settings.logs / "run" / "metrics.jsonl"
+    owner, name, when, occurrence = STRIKES[where]
+    steps = tmp_path / "steps"
+
+    def count_steps():
+        survival.at_every(loop, "take_step", lambda run: steps.open("a").write(f"{run.step}\n"))
+
+    def struck():
+        count_steps()
+        survival.at(owner, name, when, occurrence, lambda: os.kill(os.getpid(), number))
+        survival.train_small(settings)
+
+    def again():
+        count_steps()
+        survival.train_small(settings)
+
+    assert survival.in_fork(struck, tmp_path / "said") == 128 + number, (tmp_path / "said").read_text()
+    done = steps.read_text().count("\n") if steps.exists() else 0
+    found = checkpoint.newest_checkpoint(settings.output, 10**9)
+    assert (found.checkpoint.step if found else 0) == done
+    assert done < last_step(whole)
+    assert not done or len(read_metrics(log)) >= done
+    assert survival.in_fork(again) == 0
+    taken = [int(line) for line in steps.read_text().split()]
+    assert taken == list(range(last_step(whole)))  # nothing computed twice
+    assert survival.result(settings) == whole[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_leaves_at_once(world, whole, tmp_path, number):
+    settings = survival.small_run(world, tmp_path)
+
+    def struck():
+        survival.at(torch, "save", "after", 2, lambda: [os.kill(os.getpid(), number) for _ in range(2)])
+        survival.train_small(settings)
+
+    assert survival.in_fork(struck) == 128 + number
+    found = checkpoint.newest_checkpoint(settings.output, 10**9)
+    assert found.checkpoint.step == 2  # the save that was cut left nothing, the one before it is whole
+    assert end_of(settings) == whole[1]
+
+
+def test_a_second_trainer_is_refused_and_leaves_everything_alone(world, tmp_path):
+    settings = survival.small_run(world, tmp_path, max_steps=1)
+    settings.output.mkdir()
+    with files.folder_lock("--output", settings.output), pytest.raises(UserError, match="in use by another run"):
+        loop.train(settings)
+    assert [path.name for path in settings.output.iterdir()] == [".lock"]
+    with files.folder_lock("--logs", settings.logs / "run"), pytest.raises(UserError, match="in use by another run"):
+        loop.train(settings)
+    loop.train(settings)  # a lock that was left is no obstacle
+
+
+def test_readers_never_see_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    pid = os.fork()
+    if pid == 0:
+        log = MetricsLog(path)
+        for step in range(3000):
+            log.write({"step": step, "held_out": {"all": 1.5}})
+        os._exit(0)
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        steps = [line["step"] for line in read_metrics(path)]
+        assert steps == list(range(len(steps)))
+    assert len(read_metrics(path)) == 3000
