@@ -16,10 +16,12 @@ import torch
 from matplotlib.figure import Figure
 
 from indraquantum.bench_step import RandomSignals, StepShape, adamw, student, synthetic_split
+from indraquantum.kernels.onednn import onednn_products
 from indraquantum.learner import to_tensors
 from indraquantum.loss_v2 import SemanticDistillationLoss
 
 
+@onednn_products()
 def measure(shape: StepShape, repeats: int) -> dict[str, float]:
     """Median seconds of each part, in the order in which they come."""
     split, model = synthetic_split(shape), student(shape)
