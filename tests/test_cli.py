@@ -20,6 +20,7 @@ COMMANDS = {
     "teacher": config.TeacherSettings,
     "train": config.TrainSettings,
     "test": config.TestSettings,
+    "eval": config.EvalSettings,
 }
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from indraquantum.bench import CUBE, MEBIBYTE, Figure, interleaved_seconds, process_memory
 from indraquantum.data.dataset import Split
-from indraquantum.data.packing import pack
+from indraquantum.data.packing import packed_split
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
@@ -91,17 +91,8 @@ def synthetic_split(shape: StepShape, documents: int = 400) -> Split:
     quantiles = np.array([NormalDist(4.6, 0.75).inv_cdf((i + 0.5) / documents) for i in range(documents)])
     lengths = draw.permutation(np.clip(np.exp(quantiles), 12, 1000).astype(np.int64))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    packing = pack(lengths, shape.row_length)
-    pieces = packing.pieces + np.stack([offsets[packing.documents], np.zeros_like(packing.documents)], axis=1)
-    return Split(
-        tokens=draw.integers(3, shape.vocabulary, offsets[-1]).astype(np.uint16),
-        document_offsets=offsets,
-        document_sources=np.zeros(documents, np.uint8),
-        pieces=pieces,
-        row_pieces=packing.row_pieces,
-        row_length=shape.row_length,
-        padding_id=2,
-    )
+    tokens = draw.integers(3, shape.vocabulary, offsets[-1]).astype(np.uint16)
+    return packed_split(tokens, offsets, shape.row_length, padding_id=2)
 
 
 @dataclass(frozen=True)
@@ -231,9 +222,7 @@ def step_speed(shape: StepShape = StepShape(), repeats: int = 5) -> list[Figure]
     seconds = interleaved_seconds(work | {name: c.step for name, c in candidates.items()}, repeats)
     limit = 2 * CUBE**3 / seconds["matmul"]
     rate = {name: c.tokens / seconds[name] for name, c in candidates.items()}
-    share = {
-        name: shape.model_flops(c.tokens, c.labelled) / seconds[name] / limit for name, c in candidates.items()
-    }
+    share = {name: shape.model_flops(c.tokens, c.labelled) / seconds[name] / limit for name, c in candidates.items()}
     detail = f"medians of {repeats} rounds, {torch.get_num_threads()} threads, {shape}"
     filled = candidates["straightforward"].tokens / shape.step_tokens
     return [

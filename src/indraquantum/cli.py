@@ -1,6 +1,6 @@
 """The command `indra`: each subcommand is one function over one settings class of config.py.
 
-    indra prepare | data | capture | teacher | train | test | demo
+    indra prepare | data | capture | teacher | train | test | eval | bench | demo
 
 Whatever a user can mend comes out as one line on stderr with exit status 2; work is imported where it is used, so that
 `indra --help` stays quick.
@@ -22,6 +22,7 @@ from indraquantum.config import (
     BenchSettings,
     CaptureSettings,
     DemoSettings,
+    EvalSettings,
     PrepareSettings,
     ShowSettings,
     TeacherSettings,
@@ -149,6 +150,20 @@ def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = Te
     from indraquantum.evaluation.write import write_text
 
     write_text(checkpoint, settings)
+
+
+@app.command(name="eval")
+def evaluate(checkpoint: Path, /, *, settings: Annotated[EvalSettings, OPTIONS] = EvalSettings()) -> None:
+    """Measure a checkpoint on held-out text: loss, calibration, and what its state knows of the teacher's.
+
+    Parameters
+    ----------
+    checkpoint:
+        A checkpoint that training wrote.
+    """
+    from indraquantum.evaluation.report import evaluate_checkpoint
+
+    evaluate_checkpoint(checkpoint, settings)
 
 
 @app.command

@@ -213,6 +213,19 @@ class TestSettings(DeviceSettings):
     """Print each token's confidence and uncertainty, read from the model's own state."""
 
 
+class EvalSettings(DeviceSettings):
+    """One checkpoint's figures on held-out text."""
+
+    data: Path = Path("data/mixed_train")
+    """The prepared dataset whose held-out side is predicted."""
+    text: str | None = None
+    """A text file to predict instead: each line that is not blank and no heading is a document."""
+    signals: Path | None = None
+    """Teacher signals of the dataset, to correlate the model's readouts with; by default those beside it, if any."""
+    json_file: Path | None = None
+    """Write the figures here too."""
+
+
 class BenchSettings(Settings):
     """Speed and memory beside the machine's own limits."""
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from indraquantum.data.dataset import Split
+
 # Tokens at the start of a piece see little of their document, so a long one is not cut into crumbs to save padding:
 # pieces cut to fill a room are at least this long (shorter for rows below 128).
 SHORTEST_CUT = 8
@@ -105,3 +107,25 @@ def pack(lengths: np.ndarray, row_length: int) -> Packing:
     sizes = np.fromiter(map(len, rows.contents), dtype=np.int64, count=len(rows.contents))
     row_pieces = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     return Packing(table[order, 0], table[order, 1:], row_pieces)
+
+
+def packed_split(tokens: np.ndarray, document_offsets: np.ndarray, row_length: int, padding_id: int) -> Split:
+    """Pack documents of one source, the longest first.
+
+    Args:
+        tokens: (S,) their ids end to end.
+        document_offsets: (documents + 1,) int64: document i is tokens[offsets[i]:offsets[i + 1]].
+        row_length: T.
+        padding_id: EOS's id.
+    """
+    packing = pack(np.diff(document_offsets), row_length)
+    starts = document_offsets[packing.documents]
+    return Split(
+        tokens=tokens,
+        document_offsets=document_offsets,
+        document_sources=np.zeros(len(document_offsets) - 1, np.uint8),
+        pieces=packing.pieces + np.stack([starts, np.zeros_like(starts)], axis=1),
+        row_pieces=packing.row_pieces,
+        row_length=row_length,
+        padding_id=padding_id,
+    )

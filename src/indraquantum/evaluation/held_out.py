@@ -6,6 +6,7 @@ Legend: N labelled positions, D real width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def held_out_cross_entropy(learner: Learner, dataset: PreparedDataset, device: t
     with torch.inference_mode():
         table_VD = learner.lift_table()
         losses, sources = [], []
-        for batch in _batches(dataset.validation):
+        for batch in batches(dataset.validation):
             losses.append(_losses(learner, table_VD, batch, device))
             sources.append(batch.sources[batch.labels >= 0])
     learner.train(training)
@@ -38,9 +39,9 @@ def unigram_cross_entropy(dataset: PreparedDataset) -> dict[str, float]:
     """Cross-entropy of the training tokens' frequencies (one added to each) on the validation split, nats per token."""
     counts_V = np.bincount(dataset.train.tokens, minlength=dataset.tokenizer.vocabulary_size) + 1
     losses_V = np.log(counts_V.sum()) - np.log(counts_V)
-    batches = list(_batches(dataset.validation))
-    labels = np.concatenate([batch.labels[batch.labels >= 0] for batch in batches])
-    sources = np.concatenate([batch.sources[batch.labels >= 0] for batch in batches])
+    validation = list(batches(dataset.validation))
+    labels = np.concatenate([batch.labels[batch.labels >= 0] for batch in validation])
+    sources = np.concatenate([batch.sources[batch.labels >= 0] for batch in validation])
     return per_source(losses_V[labels], sources, dataset.source_names)
 
 
@@ -57,7 +58,8 @@ def perplexity(cross_entropy: float) -> float:
     return math.exp(cross_entropy)
 
 
-def _batches(split: Split):
+def batches(split: Split) -> Iterator[Batch]:
+    """All rows of `split`, a few at a time."""
     for start in range(0, split.num_rows, ROWS_PER_BATCH):
         yield split.batch(np.arange(start, min(start + ROWS_PER_BATCH, split.num_rows)))
 

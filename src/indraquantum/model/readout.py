@@ -24,6 +24,7 @@ from indraquantum.model.head import conjugate_turn
 if TYPE_CHECKING:
     from indraquantum.model.configuration import IndraQuantumConfig
 
+
 def wrapped_phase(phase: Tensor) -> Tensor:
     """Bring phases (...) in radians into (-pi/2, 3pi/2]: targets lie in [0, pi], far from this cut of the circle."""
     return math.pi * 1.5 - torch.remainder(math.pi * 1.5 - phase, 2 * math.pi)

@@ -1,0 +1,186 @@
+"""One model's figures on held-out text: how well it predicts, how honest its probabilities are, what its state knows.
+
+Legend: N labelled positions, D real width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from indraquantum.data.dataset import Split
+from indraquantum.evaluation.held_out import LOGIT_ROWS, batches, perplexity
+from indraquantum.kernels.onednn import onednn_products
+from indraquantum.learner import Learner, to_tensors
+from indraquantum.model.readout import wrapped_phase
+from indraquantum.teacher.signals import SignalStore
+
+CALIBRATION_BINS = 15
+
+
+class Predictions(NamedTuple):
+    """What a model said at every labelled position of a split, in row order."""
+
+    loss_N: np.ndarray  # float64, nats: -ln p(next token)
+    confidence_N: np.ndarray  # max p
+    entropy_N: np.ndarray  # nats
+    correct_N: np.ndarray  # bool: the likeliest token came
+    magnitude_N: np.ndarray  # |c|; NaN where the model has no readout
+    phase_N: np.ndarray  # arg c, radians in (-pi/2, 3pi/2]; NaN likewise
+    sources_N: np.ndarray  # number of the position's source
+    index_N: np.ndarray  # its place where signals are kept
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of one source, or of all."""
+
+    tokens: int  # predicted
+    cross_entropy: float  # nats per token
+    perplexity: float
+    bits_per_byte: float  # the documents' bytes; their EOS is predicted too, and counted
+    accuracy: float  # share of positions where the likeliest token came
+    calibration_error: float  # ECE of the likeliest token, 15 bins of equal width (arXiv 1706.04599)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Pearson correlations with the teacher's signals over the positions that have them; NaN without a readout.
+
+    The student's own softmax is the control: a readout that knows no more than it has learned nothing new.
+    """
+
+    positions: int
+    magnitude_confidence: float  # |c| with the teacher's confidence
+    phase_entropy: float  # arg c with the teacher's entropy
+    softmax_confidence: float  # the student's max p with the teacher's confidence
+    softmax_entropy: float  # the student's entropy with the teacher's entropy
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that `indra eval` reports."""
+
+    sources: dict[str, Figures]  # by source, and `all`
+    alignment: Alignment | None  # None without signals
+    parameters: int
+    tokens_per_second: float
+
+
+@onednn_products()
+def predict(learner: Learner, split: Split, device: torch.device) -> Predictions:
+    """Run `learner`, in evaluation mode, over all rows of `split`."""
+    with torch.inference_mode():
+        table_VD = learner.lift_table()
+        parts = []
+        for batch in batches(split):
+            states_BTD = learner.hidden_states(**to_tensors(batch, device), table_VD=table_VD)
+            labelled = batch.labels.reshape(-1) >= 0
+            states_ND = states_BTD.flatten(0, 1)[torch.from_numpy(labelled).to(device)]
+            labels_N = torch.from_numpy(batch.labels.reshape(-1)[labelled]).to(device)
+            softmax = _softmax_readings(learner, states_ND, labels_N, table_VD)
+            readout = _state_readings(learner, states_ND)
+            places = batch.sources.reshape(-1)[labelled], batch.index.reshape(-1)[labelled]
+            parts.append((*softmax, *readout, *places))
+    return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def evaluate(
+    learner: Learner,
+    split: Split,
+    source_bytes: dict[str, int],
+    device: torch.device,
+    signals: SignalStore | None = None,
+) -> Evaluation:
+    """Measure `learner` on `split`.
+
+    Args:
+        learner: in evaluation mode.
+        split: what to predict; with signals, a dataset's validation split.
+        source_bytes: UTF-8 bytes of the documents of each source, in the order of the sources' numbers.
+        device: where the learner is.
+        signals: the teacher's, to compare the readouts with.
+    """
+    start = time.perf_counter()
+    found = predict(learner, split, device)
+    seconds = time.perf_counter() - start
+    sources = {}
+    for number, (name, size) in enumerate(source_bytes.items()):
+        if (here_N := found.sources_N == number).any():
+            sources[name] = _figures(found, here_N, size)
+    sources["all"] = _figures(found, np.ones_like(found.correct_N), sum(source_bytes.values()))
+    alignment = None if signals is None else _alignment(found, signals)
+    parameters = sum(p.numel() for p in learner.parameters())
+    return Evaluation(sources, alignment, parameters, split.num_tokens / seconds)
+
+
+def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
+    """Mean distance of confidence and accuracy over bins of equal width, weighted by their positions.
+
+    Args:
+        confidence_N: probability of the likeliest token, in [0, 1].
+        correct_N: whether it came.
+        bins: how many.
+    """
+    bin_N = np.clip(np.ceil(confidence_N * bins).astype(int) - 1, 0, bins - 1)  # (0, 1/bins], (1/bins, 2/bins], ...
+    gaps = np.bincount(bin_N, confidence_N - correct_N, bins)
+    return float(np.abs(gaps).sum() / len(confidence_N))
+
+
+def pearson(left_N: np.ndarray, right_N: np.ndarray) -> float:
+    """Pearson correlation; NaN where one side is constant or unknown."""
+    left_N, right_N = left_N - left_N.mean(), right_N - right_N.mean()
+    norm = math.sqrt(float(left_N @ left_N) * float(right_N @ right_N))
+    return float(left_N @ right_N) / norm if norm > 0 else math.nan
+
+
+def _softmax_readings(
+    learner: Learner, states_ND: torch.Tensor, labels_N: torch.Tensor, table_VD: torch.Tensor
+) -> tuple[np.ndarray, ...]:
+    scale = 1.0 if learner.scale is None else learner.scale
+    columns = []
+    for states_nD, labels_n in zip(states_ND.split(LOGIT_ROWS), labels_N.split(LOGIT_ROWS), strict=True):
+        log_p_nV = F.linear(states_nD * scale, table_VD, learner.bias_V).double().log_softmax(dim=-1)
+        top_n, choice_n = log_p_nV.max(dim=-1)
+        loss_n = F.nll_loss(log_p_nV, labels_n, reduction="none")
+        columns.append((loss_n, top_n.exp(), -(log_p_nV.exp() * log_p_nV).sum(-1), choice_n == labels_n))
+    return tuple(torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True))
+
+
+def _state_readings(learner: Learner, states_ND: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    amplitude_N = learner.amplitude(states_ND)
+    if amplitude_N is None:
+        unknown = np.full(len(states_ND), np.nan)
+        return unknown, unknown
+    return amplitude_N.abs().double().cpu().numpy(), wrapped_phase(amplitude_N.angle()).double().cpu().numpy()
+
+
+def _figures(found: Predictions, here_N: np.ndarray, size: int) -> Figures:
+    loss_N = found.loss_N[here_N]
+    return Figures(
+        tokens=len(loss_N),
+        cross_entropy=float(loss_N.mean()),
+        perplexity=perplexity(float(loss_N.mean())),
+        bits_per_byte=float(loss_N.sum()) / math.log(2) / size,
+        accuracy=float(found.correct_N[here_N].mean()),
+        calibration_error=expected_calibration_error(found.confidence_N[here_N], found.correct_N[here_N]),
+    )
+
+
+def _alignment(found: Predictions, signals: SignalStore) -> Alignment:
+    teacher = signals.batch("validation", found.index_N)
+    known_N = (teacher.ids_NK >= 0).any(dim=1).numpy()
+    entropy_N, confidence_N = (part.double().numpy()[known_N] for part in (teacher.entropy_N, teacher.confidence_N))
+    return Alignment(
+        positions=int(known_N.sum()),
+        magnitude_confidence=pearson(found.magnitude_N[known_N], confidence_N),
+        phase_entropy=pearson(found.phase_N[known_N], entropy_N),
+        softmax_confidence=pearson(found.confidence_N[known_N], confidence_N),
+        softmax_entropy=pearson(found.entropy_N[known_N], entropy_N),
+    )

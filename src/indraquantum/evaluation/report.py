@@ -1,0 +1,117 @@
+"""Measures a checkpoint and prints its figures: the command `indra eval`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from indraquantum.config import EvalSettings
+from indraquantum.data.dataset import PreparedDataset, Split, open_dataset
+from indraquantum.data.packing import packed_split
+from indraquantum.data.sources import read_wikitext
+from indraquantum.data.tokenizer import TextTokenizer
+from indraquantum.device import choose_device
+from indraquantum.errors import UserError
+from indraquantum.evaluation.figures import Alignment, Evaluation, evaluate
+from indraquantum.evaluation.write import load_model
+from indraquantum.files import atomic_file
+from indraquantum.teacher.signals import SignalStore, open_signals
+
+
+def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
+    """Load the checkpoint at `path`, measure it, print the table and write the JSON file if one is asked for.
+
+    Raises:
+        UserError: no checkpoint, another tokenizer than the dataset's, nothing to predict.
+    """
+    device = choose_device(settings)
+    model, tokenizer = load_model(path, device)
+    if settings.text is not None:
+        if settings.signals is not None:
+            raise UserError("--signals", settings.signals, "belongs to --data; a text file has no signals")
+        split, source_bytes = text_split(settings.text, tokenizer, model.config.max_position_embeddings)
+        found = evaluate(model, split, source_bytes, device)
+    else:
+        dataset = open_dataset("--data", settings.data)
+        if dataset.tokenizer.sha256 != tokenizer.sha256:
+            allowed = f"must have the checkpoint's tokenizer ({tokenizer.sha256[:12]}, not "
+            raise UserError("--data", settings.data, f"{allowed}{dataset.tokenizer.sha256[:12]})")
+        signals = _find_signals(settings, dataset)
+        found = evaluate(model, dataset.validation, held_out_bytes(dataset), device, signals)
+    print(evaluation_table(found))
+    if settings.json_file is not None:
+        with atomic_file(settings.json_file) as temporary:
+            temporary.write_text(json.dumps(_finite(asdict(found)), indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def text_split(name: str, tokenizer: TextTokenizer, row_length: int) -> tuple[Split, dict[str, int]]:
+    """The documents of a text file in packed rows, and their bytes.
+
+    Raises:
+        UserError: the file can't be read or has no document.
+    """
+    texts = read_wikitext("--text", name)
+    if not texts:
+        raise UserError("--text", name, "must hold at least one line that is not blank and no heading")
+    documents = tokenizer.encode_documents(texts)
+    offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents])]).astype(np.int64)
+    split = packed_split(np.concatenate(documents), offsets, row_length, tokenizer.eos_id)
+    return split, {"text": sum(len(text.encode()) for text in texts)}
+
+
+def held_out_bytes(dataset: PreparedDataset) -> dict[str, int]:
+    """UTF-8 bytes of the held-out documents of each source, as their tokens spell them."""
+    split, sizes = dataset.validation, dict.fromkeys(dataset.source_names, 0)
+    for number, source in enumerate(split.document_sources.tolist()):
+        start, stop = split.document_offsets[number : number + 2]
+        text = dataset.tokenizer.decode(split.tokens[start:stop].tolist())
+        sizes[dataset.source_names[source]] += len(text.encode())
+    return sizes
+
+
+def evaluation_table(found: Evaluation) -> str:
+    """The figures as a few plain lines."""
+    lines = [f"{'source':<12}{'tokens':>10}{'nats':>9}{'perplexity':>12}{'bits/byte':>11}{'accuracy':>10}{'ECE':>8}"]
+    for name, figures in found.sources.items():
+        lines.append(
+            f"{name:<12}{figures.tokens:>10,}{figures.cross_entropy:>9.3f}{figures.perplexity:>12.2f}"
+            f"{figures.bits_per_byte:>11.3f}{figures.accuracy:>10.3f}{figures.calibration_error:>8.3f}"
+        )
+    if found.alignment is not None:
+        lines.append(_alignment_lines(found.alignment))
+    lines.append(f"{found.parameters:,} parameters, {found.tokens_per_second:,.0f} tokens/s")
+    return "\n".join(lines)
+
+
+def _alignment_lines(alignment: Alignment) -> str:
+    """Readouts beside the control, at one glance."""
+    return (
+        f"Pearson correlation with the teacher at {alignment.positions:,} positions:\n"
+        f"  confidence: magnitude {alignment.magnitude_confidence:.3f}, "
+        f"the student's own max p {alignment.softmax_confidence:.3f}\n"
+        f"  entropy: phase {alignment.phase_entropy:.3f}, the student's own entropy {alignment.softmax_entropy:.3f}"
+    )
+
+
+def _find_signals(settings: EvalSettings, dataset: PreparedDataset) -> SignalStore | None:
+    """The signals asked for, or those beside the dataset if they cover any held-out row."""
+    if settings.signals is not None:
+        return open_signals("--signals", settings.signals, dataset)
+    beside = settings.data.parent / "teacher_signals"
+    if not beside.is_dir():
+        return None
+    store = open_signals("--signals", beside, dataset)
+    return store if store.coverage_by_split["validation"] > 0 else None
+
+
+def _finite(value: Any) -> Any:
+    """NaN, which JSON has not, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,173 @@
+"""`indra eval`: each piece alone under plain torch as reference, bytes and bins counted by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from indraquantum import cli
+from indraquantum.config import EvalSettings, TrainSettings
+from indraquantum.data.dataset import open_dataset
+from indraquantum.evaluation.figures import evaluate, expected_calibration_error, pearson
+from indraquantum.evaluation.report import evaluate_checkpoint
+from indraquantum.evaluation.write import load_model
+from indraquantum.teacher.signals import open_signals
+from indraquantum.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated")
+    report = train(
+        TrainSettings(data=world.data, output=folder / "run", logs=folder / "logs", threads=1, d_model=14, layers=1,
+                      heads=2, mlp_width=22, batch_tokens=480, learning_rate=5e-3, max_steps=12)
+    )  # fmt: skip
+    return report.checkpoint
+
+
+@pytest.fixture(scope="module")
+def found(world, checkpoint, tmp_path_factory):
+    file = tmp_path_factory.mktemp("figures") / "figures.json"
+    evaluation = evaluate_checkpoint(checkpoint, EvalSettings(data=world.data, signals=world.signals, json_file=file))
+    return evaluation, json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def reference(world, checkpoint):
+    """Every labelled position: source, loss, max p, entropy, hit, |c|, arg c, teacher's confidence and entropy."""
+    dataset = open_dataset("--data", world.data)
+    signals = open_signals("--signals", world.signals, dataset)
+    model, _ = load_model(checkpoint, torch.device("cpu"))
+    split, rows = dataset.validation, []
+    place = 0
+    for (start, length), document in zip(split.pieces.tolist(), split.piece_documents.tolist(), strict=True):
+        ids = torch.tensor(split.tokens[start : start + length].astype(np.int64))
+        stop = min(start + length + 1, split.document_offsets[document + 1])
+        labels = split.tokens[start + 1 : stop].tolist()
+        with torch.no_grad():
+            output = model(ids[None])
+        teacher = signals.batch("validation", np.arange(place, place + length))
+        for i, label in enumerate(labels):
+            log_p = output.logits[0, i].double().log_softmax(-1)
+            rows.append((
+                int(split.document_sources[document]), -log_p[label].item(), log_p.max().exp().item(),
+                -(log_p.exp() * log_p).sum().item(), log_p.argmax().item() == label, output.magnitude[0, i].item(),
+                output.phase[0, i].item(), teacher.confidence_N[i].item(), teacher.entropy_N[i].item(),
+            ))  # fmt: skip
+        place += length
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+def test_loss_accuracy_and_bits_of_each_source(world, found, reference):
+    dataset, (evaluation, written) = open_dataset("--data", world.data), found
+    (
+        source_N,
+        loss_N,
+        *_,
+    ) = reference
+    correct_N = reference[4]
+    for number, name in enumerate([*dataset.source_names, "all"]):
+        here_N = np.full(len(source_N), True) if name == "all" else source_N == number
+        figures = evaluation.sources[name]
+        assert figures.tokens == here_N.sum()
+        assert figures.cross_entropy == pytest.approx(loss_N[here_N].mean(), rel=1e-4)
+        assert figures.perplexity == pytest.approx(math.exp(loss_N[here_N].mean()), rel=1e-3)
+        assert figures.accuracy == pytest.approx(correct_N[here_N].mean())
+        assert written["sources"][name]["cross_entropy"] == figures.cross_entropy
+    size = 0
+    for document in range(dataset.validation.num_documents):
+        start, stop = dataset.validation.document_offsets[document : document + 2]
+        size += len(dataset.tokenizer.decode(dataset.validation.tokens[start:stop].tolist()).encode())
+    assert evaluation.sources["all"].bits_per_byte == pytest.approx(loss_N.sum() / math.log(2) / size, rel=1e-4)
+
+
+def test_calibration_error_counted_bin_by_bin(found, reference):
+    confidence_N, correct_N = reference[2], reference[4]
+    expected = 0.0
+    for number in range(15):
+        here_N = (confidence_N > number / 15) & (confidence_N <= (number + 1) / 15)
+        if here_N.any():
+            expected += here_N.mean() * abs(confidence_N[here_N].mean() - correct_N[here_N].mean())
+    assert found[0].sources["all"].calibration_error == pytest.approx(expected, abs=1e-4)
+
+
+def test_readouts_against_the_teacher_and_the_softmax_control(found, reference):
+    alignment = found[0].alignment
+    *_, max_p_N, entropy_N, _, magnitude_N, phase_N, confidence_N, teacher_entropy_N = reference
+    phase_N = np.where(phase_N <= -math.pi / 2, phase_N + 2 * math.pi, phase_N)
+    assert alignment.positions == len(max_p_N)
+    for measured, left_N, right_N in (
+        (alignment.magnitude_confidence, magnitude_N, confidence_N),
+        (alignment.phase_entropy, phase_N, teacher_entropy_N),
+        (alignment.softmax_confidence, max_p_N, confidence_N),
+        (alignment.softmax_entropy, entropy_N, teacher_entropy_N),
+    ):
+        assert measured == pytest.approx(np.corrcoef(left_N, right_N)[0, 1], abs=1e-4)
+
+
+def test_calibration_error_by_hand():
+    sure = np.array([0.95, 0.95, 0.95, 0.95])
+    assert expected_calibration_error(sure, np.array([1, 1, 1, 0]), 10) == pytest.approx(0.2)
+    mixed = np.array([0.25, 0.25, 1.0, 0.2])  # 0.2 closes the second of ten bins
+    assert expected_calibration_error(mixed, np.array([1, 0, 1, 0]), 10) == pytest.approx((0.5 + 0.2) / 4)
+
+
+def test_pearson_of_a_constant_is_unknown():
+    assert math.isnan(pearson(np.ones(4), np.arange(4.0)))
+    assert pearson(np.arange(4.0), -2 * np.arange(4.0)) == pytest.approx(-1)
+
+
+def test_a_text_file_has_its_own_documents_and_bytes(checkpoint, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(" = Title = \n\nthe cat sees a dog at night .\nmy bird hears the fish — by the river .\n", "utf-8")
+    evaluation = evaluate_checkpoint(checkpoint, EvalSettings(text=str(text)))
+    model, tokenizer = load_model(checkpoint, torch.device("cpu"))
+    total, tokens, size = 0.0, 0, 0
+    for line in text.read_text("utf-8").splitlines()[2:]:
+        ids = tokenizer.encode_documents([line])[0].astype(np.int64)
+        with torch.no_grad():
+            log_p = model(torch.from_numpy(ids)[None]).logits[0].log_softmax(-1)
+        total -= sum(log_p[i, ids[i + 1]].item() for i in range(len(ids) - 1))
+        tokens, size = tokens + len(ids) - 1, size + len(line.strip().encode())
+    figures = evaluation.sources["text"]
+    assert figures.tokens == tokens
+    assert figures.cross_entropy == pytest.approx(total / tokens, rel=1e-4)
+    assert figures.bits_per_byte == pytest.approx(total / math.log(2) / size, rel=1e-4)
+    assert evaluation.alignment is None
+    assert "bits/byte" in capsys.readouterr().out
+
+
+def test_a_learner_without_readouts_has_no_correlation(world):
+    from transformers import AutoModelForCausalLM
+
+    from indraquantum.training.pretrain_teacher import LlamaLearner
+
+    dataset = open_dataset("--data", world.data)
+    learner = LlamaLearner(AutoModelForCausalLM.from_pretrained(world.teacher).eval())
+    signals = open_signals("--signals", world.signals, dataset)
+    sizes = {"wikitext": 1000, "alpaca": 1000}
+    alignment = evaluate(learner, dataset.validation, sizes, torch.device("cpu"), signals).alignment
+    assert math.isnan(alignment.magnitude_confidence)
+    assert alignment.softmax_confidence > 0.99  # it is the teacher itself
+    assert alignment.softmax_entropy > 0.99
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--text", "nowhere.txt"), "nowhere.txt"),
+        (("--data", "nowhere"), "--data: got nowhere; does not exist"),
+        (("--text", "a.txt", "--signals", "here"), "--signals: got here; belongs to --data"),
+    ],
+)
+def test_bad_input_is_one_line(checkpoint, capsys, arguments, said):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["eval", str(checkpoint), *arguments])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert said in error
+    assert error.count("\n") == 1
