@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from indraquantum.config import WIKITEXT
 from indraquantum.data.prompt import format_alpaca
-from indraquantum.data.sources import AlpacaSample, read_alpaca, read_wikitext
+from indraquantum.data.sources import AlpacaSample, Problems, read_alpaca, read_wikitext
 from indraquantum.errors import UserError
 
 WIKI_LINES = [
@@ -135,3 +139,68 @@ def test_missing_files_and_no_network(tmp_path):
     refused(read_alpaca, "--alpaca", tmp_path / "alpaca.json", "does not exist", "--alpaca PATH")
     refused(read_wikitext, "--wikitext", WIKITEXT, "hub can't be reached", "--wikitext PATH")
     refused(read_wikitext, "--wikitext", "nothing", "does not exist")
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+KEYS = st.sampled_from(["instruction", "input", "output", "id"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+)
+
+
+def fuzz(path, read, field):
+    """Read strictly and leniently: one line that names the field, or samples without a word of complaint."""
+    skipping = Problems(field, skip=True)
+    strict = lenient = None
+    try:
+        strict = read(field, str(path))
+    except UserError as error:
+        message = str(error)
+        if "\n" in message or not message.startswith(f"{field}: "):
+            raise AssertionError(message) from error
+    with contextlib.suppress(UserError):
+        lenient = read(field, str(path), problems=skipping)
+    assert strict is None or lenient is None or len(strict) == len(lenient) + len(skipping.skipped)
+    return lenient
+
+
+@given(st.lists(VALUES, max_size=4))
+def test_any_json_is_read_or_refused(tmp_path_factory, items):
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "fuzz.json").write_text(json.dumps(items))
+    (folder / "fuzz.jsonl").write_text("\n".join(map(json.dumps, items)))
+    whole, lines = (fuzz(folder / name, read_alpaca, "--alpaca") for name in ("fuzz.json", "fuzz.jsonl"))
+    good = [item for item in items if isinstance(item, dict)]
+    good = [item for item in good if all(isinstance(item.get(key), str) for key in ("instruction", "output"))]
+    if not any("id" in item for item in good):
+        good = [item for item in good if item["output"].strip() and isinstance(item.get("input", ""), str | None)]
+        assert [sample.output for sample in whole or []] == [item["output"] for item in good]
+    assert (whole or []) == (lines or [])
+
+
+@given(st.binary(max_size=120), st.sampled_from([".json", ".jsonl", ".parquet"]))
+def test_any_bytes_are_instructions_or_refused(tmp_path_factory, content, suffix):
+    path = tmp_path_factory.getbasetemp() / f"bytes{suffix}"
+    path.write_bytes(content)
+    fuzz(path, read_alpaca, "--alpaca")
+
+
+@given(st.lists(st.one_of(TEXT.map(str.encode), st.binary(max_size=20)), max_size=6))
+def test_any_bytes_are_text_or_refused(tmp_path_factory, lines):
+    path = tmp_path_factory.getbasetemp() / "bytes.txt"
+    path.write_bytes(b"\n".join(lines))
+    texts = fuzz(path, read_wikitext, "--wikitext")
+    assert all(text == text.strip() != "" for text in texts or [])
+
+
+def test_a_long_line_is_never_read_whole(tmp_path):
+    """A line of 1 GB (a sparse file) is refused in a moment, whatever follows."""
+    path = tmp_path / "long.txt"
+    with open(path, "wb") as file:
+        file.write(b"good\n")
+        file.truncate(1 << 30)
+    tracemalloc.start()
+    refused(read_wikitext, "--wikitext", path, "line 2 must be at most 16777216 bytes long")
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()

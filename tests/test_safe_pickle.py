@@ -8,6 +8,8 @@ import pickle
 import struct
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from indraquantum.data.safe_pickle import load_plain_pickle
 from indraquantum.errors import UserError
@@ -70,9 +72,43 @@ def payloads(canary):
     yield "an array", pickle.dumps(__import__("numpy").arange(3))
     yield "a complex number", pickle.dumps(1j)
     yield "NEXT_BUFFER", b"\x80\x05\x97."
+    # Every way to call crossed with functions that touch the system, most of which no list of bad names would hold.
+    text = b"V" + str(canary).encode() + b"\n"
+    for module, name in (
+        ("os", "mkdir"),
+        ("os", "makedirs"),
+        ("posix", "mkdir"),
+        ("os", "mknod"),
+        ("pathlib", "Path"),
+        ("builtins", "open"),
+        ("io", "FileIO"),
+        ("shutil", "rmtree"),
+        ("tempfile", "mkdtemp"),
+        ("importlib", "import_module"),
+        ("numpy", "save"),
+        ("torch", "load"),
+        ("pickle", "loads"),
+        ("sqlite3", "connect"),
+        ("shelve", "open"),
+    ):
+        names = f"{module}\n{name}\n".encode()
+        lookup = b"\x80\x04" + short_text(module.encode()) + short_text(name.encode()) + b"\x93"
+        yield f"{module}.{name} by GLOBAL", b"c" + names + b"(" + text + b"tR."
+        yield f"{module}.{name} by INST", b"(" + text + b"i" + names + b"."
+        yield f"{module}.{name} by OBJ", b"(c" + names + text + b"o."
+        yield f"{module}.{name} by STACK_GLOBAL", lookup + b"(" + text + b"tR."
+    yield (
+        "a name from the memo",
+        b"\x80\x04" + short_text(b"os") + b"\x940" + b"h\x00" + short_text(b"mkdir") + b"\x93(" + text + b"tR.",
+    )
+    yield "by __setstate__", b"\x80\x02ccollections\nOrderedDict\n)R}Vx\nI1\nsb."
+    yield "by append", b"\x80\x02ccollections\ndeque\n)R(I1\nI2\ne."
+    yield "by a dict's items", b"\x80\x02cos\nenviron\nVA\nVB\ns."
+    yield "after plain content", pickle.dumps([1, 2])[:-1] + b"0cos\nmkdir\n(" + text + b"tR."
 
 
 NAMES = [name for name, _ in payloads("unused")]
+assert len(set(NAMES)) == len(NAMES) >= 60
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,7 +124,9 @@ def test_hostile_pickles_never_run(tmp_path, name):
 
 def test_the_canary_sings_elsewhere(tmp_path):
     """The payloads are real: Python's own loader runs them."""
-    for name in ("system by REDUCE", "GLOBAL", "INST", "OBJ", "STACK_GLOBAL", "deep inside plain content"):
+    for name in ("system by REDUCE", "GLOBAL", "INST", "OBJ", "STACK_GLOBAL", "deep inside plain content",
+                 "os.mkdir by GLOBAL", "posix.mkdir by INST", "os.makedirs by OBJ", "os.mknod by STACK_GLOBAL",
+                 "a name from the memo", "after plain content"):  # fmt: skip
         canary = tmp_path / f"canary of {NAMES.index(name)}".replace(" ", "_")
         pickle.loads(dict(payloads(canary))[name])
         assert canary.exists(), name
@@ -118,3 +156,12 @@ def test_flipped_bytes_are_read_as_plain_or_refused(tmp_path):
             path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
             with contextlib.suppress(UserError):
                 load_plain_pickle("--data", path)
+
+
+@given(st.binary(max_size=200), st.integers(0, pickle.HIGHEST_PROTOCOL))
+def test_any_bytes_are_plain_or_refused(tmp_path_factory, content, protocol):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.pkl"
+    for data in (content, b"\x80" + bytes([protocol]) + content, pickle.dumps(PLAIN[:1])[:-1] + content):
+        path.write_bytes(data)
+        with contextlib.suppress(UserError):
+            load_plain_pickle("--data", path)

@@ -38,15 +38,31 @@ class PrepareSettings(Settings):
     """Text to training rows."""
 
     wikitext: str = WIKITEXT
-    """WikiText: a .tokens, .raw, .txt or .parquet file, or a dataset's id on the Hugging Face hub."""
+    """WikiText: a .tokens, .raw, .txt or .parquet file, or a dataset's id on the hub, maybe id@revision."""
     alpaca: str = ALPACA
     """Stanford Alpaca: a .json, .jsonl or .parquet file, or a URL."""
     tokenizer: str = TINYLLAMA
-    """Tokenizer: a folder with tokenizer.json, that file itself, or a model's id on the hub."""
+    """Tokenizer: a folder with tokenizer.json, that file itself, or a model's id on the hub, maybe id@revision."""
     wikitext_samples: int = Field(default=22_000, ge=0)
     """WikiText paragraphs to draw; fewer than asked for takes all."""
     alpaca_samples: int = Field(default=52_000, ge=0)
     """Alpaca samples to draw; fewer than asked for takes all."""
+    wikitext_weight: float | None = Field(default=None, gt=0, le=1000)
+    """Draw this many times what WikiText holds in place of wikitext-samples: 0.5 half of it, 2 each one twice."""
+    alpaca_weight: float | None = Field(default=None, gt=0, le=1000)
+    """The same for Alpaca, in place of alpaca-samples."""
+    text: tuple[str, ...] | None = None
+    """Another text source in WikiText's place or beside it: PATH, PATH=SAMPLES or PATH=WEIGHTx; may be repeated."""
+    instructions: tuple[str, ...] | None = None
+    """Another source of instructions in Alpaca's shape: PATH, PATH=SAMPLES or PATH=WEIGHTx; may be repeated."""
+    documents: Literal["paragraphs", "articles"] = "paragraphs"
+    """What a document of a text source is: a paragraph, or a whole article with its headings."""
+    detokenize: bool = False
+    """Undo WikiText's own tokenisation: ` @-@ `, spaces before punctuation, `= Title =`."""
+    duplicates: Literal["keep", "count", "exact", "near"] = "keep"
+    """Copies of earlier samples: keep them, count near ones too, remove exact ones, or remove near ones as well."""
+    skip_bad: bool = False
+    """Leave out records that are wrong, with a count and a list in skipped.jsonl, in place of refusing the source."""
     max_length: int = Field(default=128, ge=8, le=32_768)
     """Tokens in a row."""
     output: Path = Path("data/mixed_train.pkl")

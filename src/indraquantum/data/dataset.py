@@ -173,6 +173,7 @@ def write_dataset(
     sources: list[dict[str, Any]],
     tokenizer: TextTokenizer,
     options: dict[str, Any],
+    skipped: Sequence[dict[str, str]] = (),
 ) -> dict[str, Any]:
     """Write a dataset as a whole: `folder` appears complete, or stays what it was.
 
@@ -182,12 +183,16 @@ def write_dataset(
         sources: A dict for each source, in the order of their numbers, with at least its `name`.
         tokenizer: What the ids mean.
         options: The settings that made it, for the manifest.
+        skipped: Records that were left out, for skipped.jsonl.
 
     Returns:
         The manifest.
     """
     with atomic_folder(folder) as temporary:
         (temporary / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        if skipped:
+            lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+            (temporary / "skipped.jsonl").write_text("".join(lines), encoding="utf-8")
         for name, split in splits.items():
             (temporary / name).mkdir()
             for array in ARRAYS:

@@ -45,7 +45,7 @@ def hub_files(field: str, repository: str, patterns: list[str], repo_type: str, 
 
     Args:
         field: The option to name in an error.
-        repository: The repository's id, `owner/name`.
+        repository: The repository's id, `owner/name`, or `owner/name@revision` for one of its states.
         patterns: Shell patterns of the files wanted.
         repo_type: "model" or "dataset".
         remedy: What the user can do without the hub.
@@ -58,9 +58,10 @@ def hub_files(field: str, repository: str, patterns: list[str], repo_type: str, 
     """
     import huggingface_hub
 
-    options = {"repo_type": repo_type, "revision": REVISIONS.get(repository), "allow_patterns": patterns}
+    name, _, revision = repository.partition("@")
+    options = {"repo_type": repo_type, "revision": revision or REVISIONS.get(name), "allow_patterns": patterns}
     try:
-        return Path(huggingface_hub.snapshot_download(repository, local_files_only=not _hub_answers(), **options))
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=not _hub_answers(), **options))
     except huggingface_hub.errors.LocalEntryNotFoundError:
         reason = "is no local file, and the Hugging Face hub can't be reached"
     except huggingface_hub.errors.HfHubHTTPError as error:

@@ -19,18 +19,16 @@ from tqdm import tqdm
 
 from indraquantum.config import PrepareSettings
 from indraquantum.data.dataset import Split, is_dataset, write_dataset
-from indraquantum.data.held_out import choose_held_out
+from indraquantum.data.mixture import DrawnSource, draw_sources, random_order, source_options
 from indraquantum.data.packing import pack
 from indraquantum.data.padded import write_padded
-from indraquantum.data.prompt import format_alpaca
-from indraquantum.data.sources import read_alpaca, read_wikitext
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, make_folder
 
 CHUNK_DOCUMENTS = 1024  # texts handed to the tokenizer at once: enough for all cores, little memory
 # Numbers of the independent random streams that a seed gives.
-SAMPLING, ROW_ORDER, PICKLE_ORDER = range(3)
+ROW_ORDER, PICKLE_ORDER = 1, 2  # stream 0 draws the samples
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,8 @@ class SourceReport:
 
     name: str
     available: int  # samples that the source holds
+    duplicates: int  # of these, exact copies of earlier samples of any source
+    near_duplicates: int | None  # near copies, the exact ones among them; None where they were not counted
     documents: int  # samples drawn, the held-out ones among them
     validation_documents: int  # of these, held out
     tokens: int  # of all documents, BOS and EOS among them
@@ -63,44 +63,19 @@ class PrepareReport:
     cut_share: float  # padded layout: tokens that are cut off
     sources: tuple[SourceReport, ...]
     notes: tuple[str, ...]  # a sentence for each source that held fewer samples than asked for
-
-
-class _Drawn(NamedTuple):
-    """The samples drawn from one source."""
-
-    name: str
-    available: int  # samples it holds
-    wanted: int  # samples asked for
-    numbers: np.ndarray  # (drawn,) int64: place of each in the source
-    texts: list[str]
+    skipped: int  # records left out as wrong, listed in the folder's skipped.jsonl
 
 
 class _Source(NamedTuple):
     """One source, encoded."""
 
-    drawn: _Drawn
+    drawn: DrawnSource
     documents: list[np.ndarray]
-    held_out: np.ndarray  # (documents,) bool
 
     def kept(self, held_out: bool) -> list[np.ndarray]:
         """The documents that are, or are not, held out."""
-        return [document for document, held in zip(self.documents, self.held_out, strict=True) if held == held_out]
-
-    @property
-    def shortfall(self) -> str | None:
-        """A sentence where the source has fewer samples than asked for."""
-        name, available, wanted, *_ = self.drawn
-        if available >= wanted:
-            return None
-        return f"{name} holds {available:,} samples, fewer than the {wanted:,} asked for: all are taken"
-
-
-def random_order(count: int, seed: int, *stream: int) -> np.ndarray:
-    """A random order of range(count), (count,) int64, that stays the same over NumPy's versions.
-
-    NumPy promises the raw output of its bit generators for good, but not what `Generator` makes of it (NEP 19).
-    """
-    return np.argsort(np.random.PCG64([seed, *stream]).random_raw(count), kind="stable")
+        held = self.drawn.held_out
+        return [document for document, is_held in zip(self.documents, held, strict=True) if is_held == held_out]
 
 
 def prepare(settings: PrepareSettings) -> PrepareReport:
@@ -116,10 +91,10 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
         UserError: any input that is wrong; then nothing was written.
     """
     folder = _check_output(settings.output)
-    if settings.wikitext_samples == settings.alpaca_samples == 0:
-        raise UserError("--wikitext-samples", 0, "must be above 0 where --alpaca-samples is 0")
+    source_options(settings)
     tokenizer = load_tokenizer("--tokenizer", settings.tokenizer)
-    sources = _read_sources(settings, tokenizer)
+    mixture = draw_sources(settings)
+    sources = [_Source(drawn, encode_all(tokenizer, drawn.texts, drawn.name)) for drawn in mixture.sources]
     splits = {
         name: _build_split(sources, held_out, settings, tokenizer)
         for name, held_out in (("train", False), ("validation", True))
@@ -133,7 +108,7 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
     try:
         with atomic_file(settings.output) as temporary:
             write_padded(temporary, [training[i] for i in order], settings.max_length, tokenizer.eos_id)
-            write_dataset(folder, splits, facts, tokenizer, options)
+            write_dataset(folder, splits, facts, tokenizer, options, mixture.skipped)
     except OSError as error:
         raise UserError("--output", settings.output, f"could not be written ({error.strerror})") from None
 
@@ -152,7 +127,8 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
         padding_share=shares.padding,
         cut_share=shares.cut,
         sources=reports,
-        notes=tuple(source.shortfall for source in sources if source.shortfall),
+        notes=tuple(drawn.shortfall for drawn in mixture.sources if drawn.shortfall),
+        skipped=len(mixture.skipped),
     )
 
 
@@ -169,31 +145,6 @@ def _check_output(output: Path) -> Path:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError("--output", output, f"must be in a folder that can be written ({there} is not)")
     return folder
-
-
-def _read_sources(settings: PrepareSettings, tokenizer: TextTokenizer) -> list[_Source]:
-    """Read the sources that are asked for, draw their samples, and decide which of them are held out."""
-
-    def wikitext() -> list[str]:
-        return read_wikitext("--wikitext", settings.wikitext)
-
-    def alpaca() -> list[str]:
-        return [format_alpaca(*sample) for sample in read_alpaca("--alpaca", settings.alpaca)]
-
-    wanted = [("wikitext", wikitext, settings.wikitext_samples), ("alpaca", alpaca, settings.alpaca_samples)]
-    drawn: list[_Drawn] = []
-    for number, (name, read, samples) in enumerate(wanted):
-        if samples:
-            texts = read()
-            chosen = np.sort(random_order(len(texts), settings.seed, SAMPLING, number)[:samples])
-            drawn.append(_Drawn(name, len(texts), samples, chosen, [texts[i] for i in chosen]))
-    held_out = choose_held_out([text.encode() for text in source.texts] for source in drawn)
-    if not any(held.any() for held in held_out):
-        raise UserError("--wikitext", settings.wikitext, "must give 2 different documents, 1 of them to be held out")
-    return [
-        _Source(source, encode_all(tokenizer, source.texts, source.name), held)
-        for source, held in zip(drawn, held_out, strict=True)
-    ]
 
 
 def encode_all(tokenizer: TextTokenizer, texts: Sequence[str], name: str) -> list[np.ndarray]:
@@ -229,7 +180,9 @@ def _build_split(
         row_pieces=row_pieces,
         row_length=settings.max_length,
         padding_id=tokenizer.eos_id,
-        document_numbers=np.concatenate([source.drawn.numbers[source.held_out == held_out] for source in sources]),
+        document_numbers=np.concatenate(
+            [source.drawn.numbers[source.drawn.held_out == held_out] for source in sources]
+        ),
     )
 
 
@@ -252,8 +205,10 @@ def _report_source(source: _Source, row_length: int) -> SourceReport:
     return SourceReport(
         name=source.drawn.name,
         available=source.drawn.available,
+        duplicates=source.drawn.duplicates,
+        near_duplicates=source.drawn.near_duplicates,
         documents=len(source.documents),
-        validation_documents=int(source.held_out.sum()),
+        validation_documents=int(source.drawn.held_out.sum()),
         tokens=sum(map(len, source.documents)),
         padding_share=shares.padding,
         cut_share=shares.cut,

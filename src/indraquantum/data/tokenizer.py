@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FILES = ["tokenizer.json", "tokenizer_config.json"]
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 REMEDY = "put tokenizer.json and tokenizer_config.json into a folder and give it with --tokenizer FOLDER"
 
 

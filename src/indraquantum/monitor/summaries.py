@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from indraquantum.data.prepare import PrepareReport
+from indraquantum.data.prepare import PrepareReport, SourceReport
 from indraquantum.teacher.capture import CaptureReport
 
 
@@ -12,15 +12,23 @@ def prepare_summary(report: PrepareReport) -> str:
     for source in report.sources:
         lines.append(
             f"{source.name}: {source.documents:,} of {source.available:,} samples, {source.tokens:,} tokens; "
+            f"{_copies(source)}; "
             f"{source.validation_documents} samples held out; padded to {report.row_length}, "
             f"{source.padding_share:.0%} of the positions are padding and {source.cut_share:.0%} of the tokens cut off"
         )
+    if report.skipped:
+        lines.append(f"skipped: {report.skipped:,} wrong records, listed in {report.folder / 'skipped.jsonl'}")
     lines += [
         f"packed: {report.rows:,} rows of {report.row_length}, {report.tokens:,} tokens, {report.fill:.1%} filled; "
         f"{report.validation_rows} rows, {report.validation_tokens:,} tokens held out: {report.folder}",
         f"padded: {report.padded_rows:,} rows, {report.padding_share:.0%} padding: {report.pickle}",
     ]
     return "\n".join(lines)
+
+
+def _copies(source: SourceReport) -> str:
+    near = "" if source.near_duplicates is None else f" and {source.near_duplicates - source.duplicates:,} near"
+    return f"{source.duplicates:,} exact{near} duplicates"
 
 
 def capture_summary(report: CaptureReport) -> str:

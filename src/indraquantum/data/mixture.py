@@ -1,0 +1,195 @@
+"""From the settings to the documents that are used: sources read, copies found, samples drawn, some held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from indraquantum.config import PrepareSettings
+from indraquantum.data.duplicates import exact_duplicates, near_duplicates
+from indraquantum.data.held_out import choose_held_out
+from indraquantum.data.prompt import format_alpaca
+from indraquantum.data.sources import AlpacaSample, Problems, is_heading, read_alpaca, read_wikitext
+from indraquantum.errors import UserError
+
+SAMPLING = 0  # number of the random stream that draws samples
+MAX_SOURCES = 255  # a source's number is one byte
+# A line of an answer counts as a paragraph from this length on: "Yes." is shared without giving anything away.
+PARAGRAPH_CHARACTERS = 40
+
+
+@dataclass
+class DrawnSource:
+    """The documents of one source that are used."""
+
+    name: str
+    available: int  # samples it holds
+    duplicates: int  # of these, exact copies of earlier samples of any source
+    near_duplicates: int | None  # near copies, the exact ones among them; None where they were not counted
+    usable: int  # samples left to draw from; a weight above 1 draws them again
+    wanted: int  # samples asked for, at most `usable` for a weight
+    numbers: np.ndarray  # (documents,) int64: place of each in the source
+    texts: list[str]
+    held_out: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))  # (documents,)
+
+    @property
+    def shortfall(self) -> str | None:
+        """A sentence where the source has fewer samples than asked for."""
+        if self.usable >= self.wanted:
+            return None
+        return f"{self.name} holds {self.usable:,} samples, fewer than the {self.wanted:,} asked for: all are taken"
+
+
+class Mixture(NamedTuple):
+    """All sources, drawn, and the records that were left out as wrong."""
+
+    sources: list[DrawnSource]
+    skipped: list[dict[str, str]]  # source, file and reason of each
+
+
+class SourceOption(NamedTuple):
+    """A source as the options name it."""
+
+    name: str
+    field: str
+    path: str
+    instructions: bool  # instructions, not text
+    samples: int
+    weight: float | None  # where given, this many times what the source holds, in place of samples
+    stream: int  # number of its random stream
+
+
+class _Read(NamedTuple):
+    """The documents of one source, before any is drawn."""
+
+    option: SourceOption
+    texts: list[str]
+    paragraphs: list[list[str]]  # of each document: what it must not share with the other side
+
+
+def random_order(count: int, seed: int, *stream: int) -> np.ndarray:
+    """A random order of range(count), (count,) int64, that stays the same over NumPy's versions.
+
+    NumPy promises the raw output of its bit generators for good, but not what `Generator` makes of it (NEP 19).
+    """
+    return np.argsort(np.random.PCG64([seed, *stream]).random_raw(count), kind="stable")
+
+
+def source_options(settings: PrepareSettings) -> list[SourceOption]:
+    """The sources that are asked for: the two that have options of their own, then --text, then --instructions.
+
+    Raises:
+        UserError: a weight or count that is none, or too many sources.
+    """
+    options = [
+        SourceOption("wikitext", "--wikitext", settings.wikitext, False, settings.wikitext_samples,
+                     settings.wikitext_weight, 0),
+        SourceOption("alpaca", "--alpaca", settings.alpaca, True, settings.alpaca_samples, settings.alpaca_weight,
+                     1),
+    ]  # fmt: skip
+    for flag, given, instructions in (
+        ("--text", settings.text, False), ("--instructions", settings.instructions, True)
+    ):  # fmt: skip
+        for value in given or ():
+            path, _, amount = value.rpartition("=") if "=" in value else (value, "", "1x")
+            samples, weight = _amount(flag, value, amount)
+            stem, names = Path(path).stem or "text", {option.name for option in options}
+            name = next(n for n in (stem, *(f"{stem}-{number}" for number in range(2, 999))) if n not in names)
+            options.append(SourceOption(name, flag, path, instructions, samples, weight, len(options)))
+    if len(options) > MAX_SOURCES:
+        raise UserError("--text", f"{len(options)} sources", f"must be at most {MAX_SOURCES}")
+    used = [option for option in options if option.samples or option.weight]
+    if not used:
+        raise UserError(
+            "--wikitext-samples", 0, "must be above 0 where --alpaca-samples is 0 and nothing else is given"
+        )
+    return used
+
+
+def _amount(field: str, value: str, amount: str) -> tuple[int, float | None]:
+    """Read the amount behind `=`: a count, or a weight that ends in x."""
+    try:
+        if amount.endswith("x") and 0 < float(amount[:-1]) <= 1000:
+            return 0, float(amount[:-1])
+        if amount.isdecimal() and int(amount) > 0:
+            return int(amount), None
+    except ValueError:
+        pass
+    raise UserError(field, value, "must be PATH, PATH=SAMPLES such as notes.txt=5000, or PATH=WEIGHTx such as =0.5x")
+
+
+def draw_sources(settings: PrepareSettings) -> Mixture:
+    """Read every source, count or remove copies, draw the samples and decide which of them are held out.
+
+    Raises:
+        UserError: a source that is wrong, or none that has two documents that may be parted.
+    """
+    read: list[_Read] = []
+    skipped: list[dict[str, str]] = []
+    for option in source_options(settings):
+        problems = Problems(option.field, settings.skip_bad)
+        read.append(_read(option, settings, problems))
+        skipped += [{"source": option.name} | entry for entry in problems.skipped]
+    texts = [text for source in read for text in source.texts]
+    exact = exact_duplicates(texts)
+    near = near_duplicates(texts) if settings.duplicates in ("count", "near") else None
+    removed = {"exact": exact, "near": near}.get(settings.duplicates)
+    drawn, paragraphs, start = [], [], 0
+    for source in read:
+        part = slice(start, start := start + len(source.texts))
+        usable = np.arange(len(source.texts)) if removed is None else np.flatnonzero(~removed[part])
+        numbers, wanted = _draw(usable, source.option, settings.seed)
+        near_count = None if near is None else int(near[part].sum())
+        drawn.append(
+            DrawnSource(source.option.name, len(source.texts), int(exact[part].sum()), near_count, len(usable), wanted,
+                        numbers, [source.texts[i] for i in numbers])
+        )  # fmt: skip
+        paragraphs.append([source.paragraphs[i] for i in numbers])
+    _hold_out(read[0].option, drawn, paragraphs)
+    return Mixture(drawn, skipped)
+
+
+def _read(option: SourceOption, settings: PrepareSettings, problems: Problems) -> _Read:
+    if option.instructions:
+        samples = read_alpaca(option.field, option.path, problems=problems)
+        return _Read(option, [format_alpaca(*sample) for sample in samples], [_sample_parts(s) for s in samples])
+    articles = settings.documents == "articles"
+    texts = read_wikitext(option.field, option.path, articles=articles, undo=settings.detokenize, problems=problems)
+    return _Read(option, texts, [[line for line in text.split("\n") if not is_heading(line)] for text in texts])
+
+
+def _sample_parts(sample: AlpacaSample) -> list[str]:
+    """The paragraphs of an instruction: the task as a whole, and each line of input and output that is long enough."""
+    lines = (line.strip() for text in (sample.input, sample.output) for line in text.split("\n"))
+    task = f"{sample.instruction}\n{sample.input}"
+    return [task, *(line for line in lines if len(line) >= PARAGRAPH_CHARACTERS)]
+
+
+def _draw(usable: np.ndarray, option: SourceOption, seed: int) -> tuple[np.ndarray, int]:
+    """Draw from the places `usable`; return the places drawn, in order, and how many were asked for."""
+    count = len(usable)
+    if option.weight is None:
+        wanted, copies = option.samples, 0
+        rest = min(wanted, count)
+    else:
+        wanted = max(round(option.weight * count), 1)
+        copies, rest = divmod(wanted, count) if count else (0, 0)
+    times = np.full(count, copies)
+    times[random_order(count, seed, SAMPLING, option.stream)[:rest]] += 1
+    return np.repeat(usable, times), wanted if option.weight is None else min(wanted, count)
+
+
+def _hold_out(first: SourceOption, drawn: list[DrawnSource], paragraphs: list[list[list[str]]]) -> None:
+    """Decide what is held out; of a document that a weight repeats, one copy is."""
+    held_out = choose_held_out([[text.encode() for text in source.texts] for source in drawn], paragraphs)
+    if not any(held.any() for held in held_out):
+        allowed = "must give 2 different documents that share no paragraph, 1 of them to be held out"
+        raise UserError(first.field, first.path, allowed)
+    for source, held in zip(drawn, held_out, strict=True):
+        repeated = np.concatenate([[False], source.numbers[1:] == source.numbers[:-1]])[: len(held)]
+        kept = ~(held & repeated)
+        source.texts = [text for text, keep in zip(source.texts, kept, strict=True) if keep]
+        source.numbers, source.held_out = source.numbers[kept], held[kept]

@@ -1,0 +1,204 @@
+"""Sources with weights, articles, copies and what is held out: against sets and counts made another way."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from indraquantum.config import PrepareSettings
+from indraquantum.data.dataset import open_dataset
+from indraquantum.data.detokenize import detokenize
+from indraquantum.data.duplicates import NEAR, exact_duplicates, near_duplicates
+from indraquantum.data.held_out import choose_held_out
+from indraquantum.data.mixture import draw_sources
+from indraquantum.data.prepare import prepare
+from indraquantum.errors import UserError
+from tiny_tokenizer import save_tiny_tokenizer
+
+WORDS = [f"w{number}" for number in range(500)]
+
+
+def settings(folder, lines, items=(), **changes):
+    (folder / "wiki.txt").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "alpaca.json").write_text(json.dumps(list(items)))
+    given = {"wikitext": str(folder / "wiki.txt"), "alpaca": str(folder / "alpaca.json"), "alpaca_samples": len(items)}
+    given |= {"tokenizer": str(folder / "tokenizer"), "output": folder / "out" / "m.pkl", "max_length": 32}
+    return PrepareSettings(**(given | changes))
+
+
+def refused(chosen, *words):
+    with pytest.raises(UserError) as caught:
+        draw_sources(chosen)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("a fifty @-@ two year old , 1 @,@ 000 of 2 @.@ 5 km .", "a fifty-two year old, 1,000 of 2.5 km."),
+        ('He said " I don \'t ( know ) " ; Ross \'s car !', 'He said "I don\'t (know)"; Ross\'s car!'),
+        ("= = Early life = =", "Early life"),
+        ("the <unk> of $ 5", "the <unk> of $5"),
+        ("= 3", "= 3"),
+    ],
+)  # fmt: skip
+def test_detokenize_by_hand(before, after):
+    assert detokenize(before) == after
+
+
+def test_articles_keep_their_headings_and_paragraphs(tmp_path):
+    lines = ["before any title", " = One = ", " a b ", " = = Part = = ", "c @-@ d", " = Empty = ", " = Two = ", "e"]
+    expected = ["before any title", "= One =\na b\n= = Part = =\nc @-@ d", "= Two =\ne"]
+    chosen = settings(tmp_path, lines, documents="articles")
+    (source,) = draw_sources(chosen).sources
+    assert source.texts == expected
+    (source,) = draw_sources(chosen.model_copy(update={"detokenize": True})).sources
+    assert source.texts[1] == "One\na b\nPart\nc-d"
+
+
+def test_weights_and_counts(tmp_path):
+    more = tmp_path / "more.txt"
+    more.write_text("\n".join(f"more {n}" for n in range(40)))
+    lines = [f"line {n}" for n in range(20)]
+    chosen = settings(tmp_path, lines, wikitext_weight=2.5, text=(f"{more}=7", f"{more}=0.5x"))
+    wiki, counted, half = draw_sources(chosen).sources
+    assert [source.name for source in (wiki, counted, half)] == ["wikitext", "more", "more-2"]
+    times = np.bincount(wiki.numbers[~wiki.held_out], minlength=20)
+    assert wiki.held_out.sum() == 4
+    assert set(times[times > 0]) == {2, 3}, "each twice, half of them once more"
+    assert np.bincount(wiki.numbers[wiki.held_out]).max() == 1, "what is held out is not repeated"
+    assert wiki.texts == [lines[number] for number in wiki.numbers]
+    assert (len(counted.texts), len(half.texts)) == (7, 20)
+    for wrong in ("more.txt=", "more.txt=0", "more.txt=0x", "more.txt=-1", "more.txt=nanx", "more.txt=1e9x"):
+        refused(chosen.model_copy(update={"text": (wrong,)}), "--text", wrong, "PATH=SAMPLES")
+    refused(chosen.model_copy(update={"instructions": ("missing.json",)}), "--instructions", "does not exist")
+
+
+def words_of(text):
+    words = [word.strip(".,!").lower() for word in text.split()]
+    return {tuple(words[i : i + 5]) for i in range(max(len(words) - 4, 1))}
+
+
+def test_near_duplicates_against_all_pairs():
+    draw = random.Random(3)
+    texts = []
+    for _ in range(60):
+        words = draw.choices(WORDS, k=60)
+        texts.append(" ".join(words))
+        if draw.random() < 0.5:
+            for _ in range(draw.randint(0, 3)):
+                words[draw.randrange(60)] = "changed"
+            texts.append(" ".join(words).upper() + "!")
+    draw.shuffle(texts)
+    shingles = [words_of(text) for text in texts]
+    expected = np.zeros(len(texts), dtype=bool)
+    for later in range(len(texts)):
+        for earlier in range(later):
+            both = len(shingles[later] & shingles[earlier])
+            if not expected[earlier] and both / len(shingles[later] | shingles[earlier]) >= NEAR:
+                expected[later] = True
+    assert 10 < expected.sum() < 30
+    assert np.array_equal(near_duplicates(texts), expected)
+    assert not near_duplicates([]).size
+
+
+def test_exact_and_near_copies_are_counted_or_removed_over_all_sources(tmp_path):
+    draw = random.Random(0)
+    long = [" ".join(draw.choices(WORDS, k=40)) for _ in range(10)]
+    lines = [*long, long[3], long[4] + " more"]
+    more = tmp_path / "more.txt"
+    more.write_text("\n".join([long[0], "something else", "and again"]))
+    chosen = settings(tmp_path, lines, text=(str(more),))
+
+    def counts(how):
+        sources = draw_sources(chosen.model_copy(update={"duplicates": how})).sources
+        return [(s.duplicates, s.near_duplicates, len(s.texts)) for s in sources]
+
+    assert counts("keep") == [(1, None, 12), (1, None, 3)]
+    assert counts("count") == [(1, 2, 12), (1, 1, 3)]
+    assert counts("exact") == [(1, None, 11), (1, None, 2)]
+    assert counts("near") == [(1, 2, 10), (1, 1, 2)]
+    assert exact_duplicates(["a", "b", "a"]).tolist() == [False, False, True]
+
+
+@given(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=3), min_size=2, max_size=60), st.integers(1, 59))
+def test_no_paragraph_on_both_sides(documents, cut):
+    parts = [[f"paragraph {number}" for number in document] for document in documents]
+    sources = [part for part in (parts[:cut], parts[cut:]) if part]
+    held = choose_held_out([["\n".join(d).encode() for d in source] for source in sources], sources)
+    sides = [set(), set()]
+    for source, flags in zip(sources, held, strict=True):
+        assert flags.sum() <= len(source) or len(source) == 1
+        for document, flag in zip(source, flags, strict=True):
+            sides[int(flag)] |= set(document)
+    assert not sides[0] & sides[1]
+
+
+def test_held_out_articles_share_no_paragraph_with_training(tmp_path):
+    draw = random.Random(1)
+    lines = []
+    for number in range(200):
+        common = draw.choice(["", f"shared {draw.randrange(60)}"])
+        lines += [f"= Title {number} =", f"own {number}", "= = Part = =", common, f"more {number}"]
+    items = [{"instruction": f"Do {n // 2}", "input": "", "output": f"out {n}"} for n in range(80)]
+    chosen = settings(tmp_path, lines, items, documents="articles")
+    save_tiny_tokenizer(tmp_path / "tokenizer")
+    wiki, alpaca = draw_sources(chosen).sources
+    for source, size in ((wiki, 4), (alpaca, 4)):
+        assert source.held_out.sum() == size
+        sides = [set(), set()]
+        for text, held in zip(source.texts, source.held_out, strict=True):
+            sides[int(held)] |= {part for part in text.split("\n") if part and part[0] not in "=#"}
+        assert not sides[0] & sides[1]
+    assert len({int(n) // 2 for n in alpaca.numbers[alpaca.held_out]}) == 2, "one task's two answers go together"
+
+
+def test_where_everything_hangs_together_nothing_can_be_held_out(tmp_path):
+    lines = [line for number in range(9) for line in (f"= T{number} =", f"own {number}", "the same")]
+    refused(settings(tmp_path, lines, documents="articles"), "share no paragraph")
+
+
+def test_provenance_leads_back_to_the_text(tmp_path):
+    save_tiny_tokenizer(tmp_path / "tokenizer")
+    lines = [f"the cat sat on {word}" for word in ["a", "b", "c", "d", "e", "f", "dog", "mat", "red", "it"]]
+    report = prepare(settings(tmp_path, lines, wikitext_samples=8, seed=5))
+    dataset = open_dataset("--data", report.folder, verify=True)
+    for split in (dataset.train, dataset.validation):
+        offsets = split.document_offsets.tolist()
+        for begin, end, number in zip(offsets, offsets[1:], split.document_numbers, strict=False):
+            assert dataset.tokenizer.decode(split.tokens[begin:end]) == lines[number]
+    assert sorted({*dataset.train.document_numbers, *dataset.validation.document_numbers}) != list(range(8))
+
+
+def test_wrong_records_are_skipped_counted_and_listed(tmp_path, monkeypatch):
+    from indraquantum.data import sources
+
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    save_tiny_tokenizer(tmp_path / "tokenizer")
+    good = [{"id": n, "instruction": f"Do {n}", "output": "b"} for n in range(6)]
+    bad = [{"id": 3, "instruction": "Copy", "output": "c"}, {"instruction": None, "output": "b"}]
+    bad += [{"instruction": {"text": "nested"}, "output": "b"}, {"instruction": "Empty", "output": " "}, [good[0]]]
+    rows = [*good, *bad]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"instruction"\n')
+    chosen = settings(tmp_path, [], alpaca=str(tmp_path / "a.jsonl"), alpaca_samples=99, skip_bad=True)
+    lines = [f"line {n}".encode() for n in range(9)]
+    (tmp_path / "wiki.txt").write_bytes(b"\n".join([*lines, b"caf\xe9", b"x" * 5000, "naïve".encode()]) + b"\n")
+    report = prepare(chosen)
+    assert [(s.name, s.available) for s in report.sources] == [("wikitext", 10), ("alpaca", 6)]
+    listed = [json.loads(line) for line in (report.folder / "skipped.jsonl").read_text().splitlines()]
+    assert report.skipped == len(listed) == 8
+    reasons = " | ".join(f"{entry['source']}: {entry['reason']}" for entry in listed)
+    for reason in ("in line 10", "line 11 must be at most", "id of item 4: '3'", "it is null", "it is an object",
+                   "empty output", "it is a list", "must be JSON"):  # fmt: skip
+        assert reason in reasons
+    assert "skipped.jsonl" in open_dataset("--data", report.folder, verify=True).manifest["files"]
+    refused(chosen.model_copy(update={"skip_bad": False}), "byte 66 is not")
+    assert prepare(settings(tmp_path, [f"line {n}" for n in range(9)])).skipped == 0
+    assert not (report.folder / "skipped.jsonl").exists()
