@@ -15,7 +15,7 @@ from indraquantum.data.dataset import open_dataset
 from indraquantum.data.detokenize import detokenize
 from indraquantum.data.duplicates import NEAR, exact_duplicates, near_duplicates
 from indraquantum.data.held_out import choose_held_out
-from indraquantum.data.mixture import draw_sources
+from indraquantum.data.mixture import draw_sources, source_options
 from indraquantum.data.prepare import prepare
 from indraquantum.errors import UserError
 from tiny_tokenizer import save_tiny_tokenizer
@@ -76,6 +76,9 @@ def test_weights_and_counts(tmp_path):
     assert np.bincount(wiki.numbers[wiki.held_out]).max() == 1, "what is held out is not repeated"
     assert wiki.texts == [lines[number] for number in wiki.numbers]
     assert (len(counted.texts), len(half.texts)) == (7, 20)
+    url = "https://host/a.jsonl?x=1#sha256=" + "1a" * 32
+    options = source_options(chosen.model_copy(update={"text": None, "instructions": (url, f"{url}=3x")}))
+    assert [(option.path, option.weight) for option in options[1:]] == [(url, 1), (url, 3)]
     for wrong in ("more.txt=", "more.txt=0", "more.txt=0x", "more.txt=-1", "more.txt=nanx", "more.txt=1e9x"):
         refused(chosen.model_copy(update={"text": (wrong,)}), "--text", wrong, "PATH=SAMPLES")
     refused(chosen.model_copy(update={"instructions": ("missing.json",)}), "--instructions", "does not exist")

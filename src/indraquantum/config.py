@@ -40,7 +40,7 @@ class PrepareSettings(Settings):
     wikitext: str = WIKITEXT
     """WikiText: a .tokens, .raw, .txt or .parquet file, or a dataset's id on the hub, maybe id@revision."""
     alpaca: str = ALPACA
-    """Stanford Alpaca: a .json, .jsonl or .parquet file, or a URL."""
+    """Stanford Alpaca: a .json, .jsonl or .parquet file, or a URL, maybe with #sha256=HEX to pin its content."""
     tokenizer: str = TINYLLAMA
     """Tokenizer: a folder with tokenizer.json, that file itself, or a model's id on the hub, maybe id@revision."""
     wikitext_samples: int = Field(default=22_000, ge=0)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import re
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from indraquantum.config import ALPACA, TINYLLAMA, WIKITEXT
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file
+from indraquantum.files import folder_lock, sha256_of
 
 # Pinned so that the same command gets the same bytes next year; other ids are taken at their newest state.
 REVISIONS = {
@@ -26,6 +28,9 @@ REVISIONS = {
 # Git's blob id, as `git hash-object` computes it, pins a file's content.
 GIT_BLOBS = {ALPACA: "3779ddbc040543ab1834ef216c983d6fcc06cc9a"}
 TIMEOUT_SECONDS = 10
+ATTEMPTS = 4  # in a row that bring nothing
+WAIT_SECONDS = 0.2  # before the second attempt; then twice and three times that
+PARTIAL, RANGE_REFUSED = 206, 416  # HTTP's status codes
 CHUNK_BYTES = 1 << 20
 
 
@@ -34,10 +39,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("INDRAQUANTUM_CACHE") or Path.home() / ".cache" / "indraquantum")
 
 
-def git_blob_id(content: bytes) -> str:
-    """Git's id of a file with this content, in hex."""
-    header = b"blob %d\0" % len(content)
-    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+def git_blob_id(path: Path) -> str:
+    """Git's id of the file at `path`, in hex."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def hub_files(field: str, repository: str, patterns: list[str], repo_type: str, remedy: str) -> Path:
@@ -82,12 +90,19 @@ def _hub_answers() -> bool:
     return True
 
 
+class _Ended(OSError):
+    """An answer that is shorter than the server said, or that goes on elsewhere than asked."""
+
+
 def download_url(field: str, url: str, remedy: str) -> Path:
-    """Download `url` into the cache with a progress bar, atomically; a pinned file that is there is taken as it is.
+    """Download `url` into the cache with a progress bar; a pinned file that is there is taken as it is.
+
+    A connection that breaks is taken up again where it was, a few times at once and then by the next call, provided
+    that the server names the file's state (ETag or Last-Modified); the file gets its name only when it is whole.
 
     Args:
         field: The option to name in an error.
-        url: http, https or file address.
+        url: http, https or file address; `#sha256=HEX` behind it pins the content.
         remedy: What the user can do without the network.
 
     Returns:
@@ -96,17 +111,24 @@ def download_url(field: str, url: str, remedy: str) -> Path:
     Raises:
         UserError: the address can't be read, the answer ends early, or its content is not the pinned one.
     """
+    url, _, fragment = url.partition("#")
+    kind, _, pinned = fragment.partition("=") if fragment else ("git blob", "", GIT_BLOBS.get(url, ""))
+    if fragment and (kind != "sha256" or not re.fullmatch("[0-9a-f]{64}", pinned)):
+        raise UserError(field, f"{url}#{fragment}", "must end in nothing or in #sha256= and 64 digits from 0 to f")
+    identify = sha256_of if fragment else git_blob_id
     folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16]
     path = folder / (Path(urllib.parse.urlsplit(url).path).name or "download")
-    pinned = GIT_BLOBS.get(url)
-    if pinned and path.is_file() and git_blob_id(path.read_bytes()) == pinned:
+    if pinned and path.is_file() and identify(path) == pinned:
         return path
+    part = folder / f".{path.name}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            _fetch(field, url, temporary, path.name, remedy)
-            if pinned and git_blob_id(temporary.read_bytes()) != pinned:
-                raise UserError(field, url, f"its content is not the pinned one (git blob {pinned}); {remedy}")
+        with folder_lock(field, folder):
+            _fetch_all(url, part, path.name)
+            if pinned and identify(part) != pinned:
+                part.unlink()
+                raise UserError(field, url, f"its content is not the pinned one ({kind} {pinned}); {remedy}")
+            os.replace(part, path)
     except (OSError, ValueError, http.client.HTTPException) as error:  # a malformed address is a ValueError
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
@@ -115,16 +137,54 @@ def download_url(field: str, url: str, remedy: str) -> Path:
     return path
 
 
-def _fetch(field: str, url: str, target: Path, name: str, remedy: str) -> None:
-    """Copy the answer of `url` to `target`, and check that it is as long as the server said."""
+def _fetch_all(url: str, part: Path, name: str) -> None:
+    """Fetch until the file is whole; an attempt that brought nothing new counts against ATTEMPTS."""
+    failed = 0
+    while True:
+        size = part.stat().st_size if part.exists() else 0
+        try:
+            return _fetch(url, part, name)
+        except urllib.error.HTTPError as error:
+            if error.code != RANGE_REFUSED or not size:
+                raise
+            error.close()
+            part.unlink()  # the server has no such place: begin again
+        except (OSError, http.client.HTTPException) as error:
+            grown = part.exists() and part.stat().st_size > size
+            failed = 1 if grown else failed + 1
+            if failed == ATTEMPTS or (isinstance(error, urllib.error.URLError) and not size and not grown):
+                raise
+            time.sleep(WAIT_SECONDS * failed)
+
+
+def _fetch(url: str, part: Path, name: str) -> None:
+    """Add to `part` what is missing of it, and check that it is as long as the server said."""
     from tqdm import tqdm
 
-    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, open(target, "wb") as file:
+    state = part.with_suffix(".state")
+    known = state.read_text() if state.exists() and part.exists() else ""
+    start = part.stat().st_size if known else 0
+    headers = {"Range": f"bytes={start}-", "If-Range": known} if start else {}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as answer:
+        if answer.status != PARTIAL:
+            start = 0  # the whole file, perhaps because it has changed
+        elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+            part.unlink()
+            raise _Ended("the server went on elsewhere than it was asked to")
+        etag = answer.headers.get("ETag") or ""
+        # A weak ETag (W/) does not promise the same bytes.
+        state.write_text(etag if etag.startswith('"') else answer.headers.get("Last-Modified") or "")
         declared = answer.headers.get("Content-Length")
-        total = int(declared) if declared and declared.isdigit() else None
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"download {name}", disable=None) as bar:
-            while chunk := answer.read(CHUNK_BYTES):
+        total = start + int(declared) if declared and declared.isdigit() else None
+        with (
+            open(part, "r+b" if start else "wb") as file,
+            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=f"download {name}", disable=None) as bar,
+        ):
+            file.seek(start)
+            while chunk := answer.read1(CHUNK_BYTES):
                 file.write(chunk)
                 bar.update(len(chunk))
-        if total is not None and file.tell() != total:
-            raise UserError(field, url, f"ended after {file.tell()} of {total} bytes; try again, or {remedy}")
+            size = file.tell()
+    if total is not None and size != total:
+        raise _Ended(f"it ended after {size} of {total} bytes; the same command goes on from there")
+    state.unlink()

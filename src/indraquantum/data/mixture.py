@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ SAMPLING = 0  # number of the random stream that draws samples
 MAX_SOURCES = 255  # a source's number is one byte
 # A line of an answer counts as a paragraph from this length on: "Yes." is shared without giving anything away.
 PARAGRAPH_CHARACTERS = 40
+AMOUNT = re.compile(r"\d{1,12}|\d+(\.\d+)?x")
 
 
 @dataclass
@@ -94,7 +96,9 @@ def source_options(settings: PrepareSettings) -> list[SourceOption]:
         ("--text", settings.text, False), ("--instructions", settings.instructions, True)
     ):  # fmt: skip
         for value in given or ():
-            path, _, amount = value.rpartition("=") if "=" in value else (value, "", "1x")
+            path, _, amount = value.rpartition("=")
+            if not path or (path.startswith("http") and not AMOUNT.fullmatch(amount)):  # an address may have its own =
+                path, amount = value, "1x"
             samples, weight = _amount(flag, value, amount)
             stem, names = Path(path).stem or "text", {option.name for option in options}
             name = next(n for n in (stem, *(f"{stem}-{number}" for number in range(2, 999))) if n not in names)
@@ -111,13 +115,8 @@ def source_options(settings: PrepareSettings) -> list[SourceOption]:
 
 def _amount(field: str, value: str, amount: str) -> tuple[int, float | None]:
     """Read the amount behind `=`: a count, or a weight that ends in x."""
-    try:
-        if amount.endswith("x") and 0 < float(amount[:-1]) <= 1000:
-            return 0, float(amount[:-1])
-        if amount.isdecimal() and int(amount) > 0:
-            return int(amount), None
-    except ValueError:
-        pass
+    if AMOUNT.fullmatch(amount) and 0 < float(amount.rstrip("x")) <= (1000 if amount[-1] == "x" else 10**12):
+        return (0, float(amount[:-1])) if amount[-1] == "x" else (int(amount), None)
     raise UserError(field, value, "must be PATH, PATH=SAMPLES such as notes.txt=5000, or PATH=WEIGHTx such as =0.5x")
 
 
