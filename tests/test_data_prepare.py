@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from indraquantum.config import PrepareSettings
+from indraquantum.data import dataset
 from indraquantum.data.dataset import open_dataset
 from indraquantum.data.prepare import prepare, random_order
 from indraquantum.data.tokenizer import load_tokenizer
@@ -233,7 +234,7 @@ def test_a_failure_while_writing_leaves_the_old_files(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(dataset, "save_npy", full)
     with pytest.raises(UserError, match="No space left"):
         prepare(chosen.model_copy(update={"max_length": 9}))
     assert snapshot(tmp_path) == before

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from indraquantum import __version__
+from indraquantum.data.large import chunks, save_npy
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_folder, read_json, sha256_of, write_json
@@ -161,9 +162,10 @@ def content_hash(splits: dict[str, Split], source_names: Sequence[str], tokenize
         split = splits[name]
         digest.update(json.dumps([name, split.row_length, split.padding_id]).encode())
         for array in ARRAYS:
-            values = np.ascontiguousarray(getattr(split, array))
+            values = getattr(split, array)
             digest.update(json.dumps([array, values.dtype.str, values.shape]).encode())
-            digest.update(values.data)
+            for chunk in chunks(values):
+                digest.update(chunk.data)
     return digest.hexdigest()
 
 
@@ -196,7 +198,7 @@ def write_dataset(
         for name, split in splits.items():
             (temporary / name).mkdir()
             for array in ARRAYS:
-                np.save(temporary / name / f"{array}.npy", getattr(split, array), allow_pickle=False)
+                save_npy(temporary / name / f"{array}.npy", getattr(split, array))
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest = {
             "format": FORMAT,
@@ -210,7 +212,7 @@ def write_dataset(
             "content_sha256": content_hash(splits, [source["name"] for source in sources], tokenizer),
             "options": options,
             "sources": sources,
-            "largest_ids": {name: int(split.tokens.max()) for name, split in splits.items()},
+            "largest_ids": {name: _largest(split) for name, split in splits.items()},
             "files": {
                 path.relative_to(temporary).as_posix(): {"sha256": sha256_of(path), "bytes": path.stat().st_size}
                 for path in files
@@ -314,6 +316,10 @@ def _load(field: str, file: Path) -> np.ndarray:
         raise UserError(field, file, f"is damaged ({error})") from None
 
 
+def _largest(split: Split) -> int:
+    return max(int(part.max()) for part in chunks(split.tokens))
+
+
 def _needer(field: str, where: object) -> Callable[[bool, str], None]:
     def need(condition: bool, what: str) -> None:
         if not condition:
@@ -364,7 +370,7 @@ def check_split(field: str, where: object, split: Split, vocabulary_size: int, n
     need(bool((ends <= offsets[split.piece_documents + 1]).all()), "a piece crosses a document's end")
     need(int(pieces[:, 1].sum()) == len(split.tokens), "pieces do not cover the tokens")
     need(int(np.diff(split.row_token_offsets).max()) <= split.row_length, "a row is longer than row_length")
-    _check_largest(field, where, int(split.tokens.max()), vocabulary_size)
+    _check_largest(field, where, _largest(split), vocabulary_size)
 
 
 def _verify(field: str, folder: Path, dataset: PreparedDataset) -> None:

@@ -6,8 +6,9 @@ Documents that share a paragraph are chosen together or not at all, so that noth
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+import itertools
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,57 +16,81 @@ FRACTION_PERCENT = 1
 AT_LEAST = 4
 
 
+class Keys(NamedTuple):
+    """What decides for the documents of one source: 8 bytes of each hash, so that millions take little memory."""
+
+    documents: np.ndarray  # (documents,) uint64
+    paragraphs: np.ndarray  # (paragraphs,) uint64: what a document must not share with the other side
+    owners: np.ndarray  # (paragraphs,) int64: the document of each, by its place
+
+
+def text_key(text: bytes) -> int:
+    """The key of a document or a paragraph; a document of one paragraph has the paragraph's."""
+    return int.from_bytes(hashlib.sha256(b"held out\0" + text).digest()[:8], "big")
+
+
 def choose_held_out(
     sources: Iterable[Iterable[bytes]], paragraphs: Sequence[Sequence[Sequence[str]]] | None = None
 ) -> list[np.ndarray]:
+    """Choose the held-out documents of each source, given as bytes, maybe with their paragraphs; see `hold_out`."""
+    keys = [np.fromiter(map(text_key, source), dtype=np.uint64) for source in sources]
+    all_keys = []
+    for place, documents in enumerate(keys):
+        parts = paragraphs[place] if paragraphs else [[]] * len(documents)
+        found = [(text_key(part.encode()), owner) for owner, document in enumerate(parts) for part in document]
+        table = np.array(found, dtype=np.uint64).reshape(-1, 2)
+        all_keys.append(Keys(documents, table[:, 0], table[:, 1].astype(np.int64)))
+    return hold_out(all_keys)
+
+
+def hold_out(sources: Sequence[Keys]) -> list[np.ndarray]:
     """Choose the held-out documents of each source.
 
     In each source 1 % of its different documents are held out, those with the smallest hashes: at least 4, but never
     more than half of them, so that a source of 1 document has none. Equal documents, and those that share a paragraph,
     go the same way, whatever their source; a family of such documents that is too large to be held out is passed over.
 
-    Args:
-        sources: For each source its documents, as bytes.
-        paragraphs: For each document of each source the paragraphs it must not share with the other side.
-
     Returns:
         For each source a boolean array, True where the document is held out.
     """
-    hashes = [[hashlib.sha256(b"held out\0" + document).digest() for document in source] for source in sources]
-    family_of = _families(hashes, paragraphs)
-    sizes: dict[bytes, int] = defaultdict(int)  # different documents of each family
-    for digest in {digest for source in hashes for digest in source}:
-        sizes[family_of[digest]] += 1
-    chosen: set[bytes] = set()
-    for source in hashes:
-        different = sorted(set(source))
-        wanted = min(max(-(-len(different) * FRACTION_PERCENT // 100), AT_LEAST), len(different) // 2)
-        taken: dict[bytes, bool] = {}
-        for digest in different:
-            family = family_of[digest]
-            if family not in taken:
-                taken[family] = sizes[family] <= wanted
-                wanted -= sizes[family] if taken[family] else 0
-        chosen.update(family for family, held in taken.items() if held)
-    return [np.array([family_of[digest] in chosen for digest in source], dtype=bool) for source in hashes]
+    starts = np.cumsum([0, *(len(source.documents) for source in sources)])
+    family = _families(sources, starts)
+    everything = np.concatenate([source.documents for source in sources])
+    different = np.unique(everything, return_index=True)[1]
+    sizes = np.bincount(family[different], minlength=len(everything))  # different documents of each family
+    chosen = np.zeros(len(everything), dtype=bool)  # by family
+    for start, stop in itertools.pairwise(starts):
+        places = start + np.unique(everything[start:stop], return_index=True)[1]  # in the order of their keys
+        wanted = min(max(-(-len(places) * FRACTION_PERCENT // 100), AT_LEAST), len(places) // 2)
+        taken: set[int] = set()
+        for candidate in family[places]:
+            if wanted == 0:
+                break
+            if candidate not in taken and sizes[candidate] <= wanted:
+                taken.add(int(candidate))
+                wanted -= int(sizes[candidate])
+        chosen[list(taken)] = True
+    return [chosen[family[start:stop]] for start, stop in itertools.pairwise(starts)]
 
 
-def _families(
-    hashes: Sequence[Sequence[bytes]], paragraphs: Sequence[Sequence[Sequence[str]]] | None
-) -> dict[bytes, bytes]:
-    """The family of each document: one hash for all that hang together by shared paragraphs (union-find)."""
-    parent = {digest: digest for source in hashes for digest in source}
-
-    def root(digest: bytes) -> bytes:
-        while parent[digest] != digest:
-            parent[digest] = parent[parent[digest]]
-            digest = parent[digest]
-        return digest
-
-    owner: dict[bytes, bytes] = {}  # a document that has the paragraph
-    for digests, documents in zip(hashes, paragraphs or [], strict=paragraphs is not None):
-        for digest, document in zip(digests, documents, strict=True):
-            for paragraph in document:
-                key = hashlib.sha256(paragraph.encode()).digest()[:16]
-                parent[root(digest)] = root(owner.setdefault(key, digest))
-    return {digest: root(digest) for digest in parent}
+def _families(sources: Sequence[Keys], starts: np.ndarray) -> np.ndarray:
+    """The family of each document: the place of the first of all those that hang together by shared paragraphs."""
+    units = np.concatenate([part for source in sources for part in (source.documents, source.paragraphs)])
+    owners = np.concatenate(
+        [
+            start + part
+            for start, source in zip(starts, sources, strict=False)
+            for part in (np.arange(len(source.documents)), source.owners)
+        ]
+    )
+    _, units = np.unique(units, return_inverse=True)
+    family = np.arange(starts[-1])
+    while True:  # the smallest place spreads over shared paragraphs until nothing changes
+        smallest = np.full(units.max() + 1 if len(units) else 0, starts[-1])
+        np.minimum.at(smallest, units, family[owners])
+        spread = family.copy()
+        np.minimum.at(spread, owners, smallest[units])
+        spread = spread[spread]  # and along what is known already
+        if np.array_equal(spread, family):
+            return family
+        family = spread

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +14,16 @@ import numpy as np
 
 from indraquantum.config import PrepareSettings
 from indraquantum.data.duplicates import exact_duplicates, near_duplicates
-from indraquantum.data.held_out import choose_held_out
+from indraquantum.data.held_out import Keys, hold_out, text_key
 from indraquantum.data.prompt import format_alpaca
-from indraquantum.data.sources import AlpacaSample, Problems, is_heading, read_alpaca, read_wikitext
+from indraquantum.data.sources import (
+    AlpacaSample,
+    Problems,
+    alpaca_samples,
+    is_heading,
+    local_instructions,
+    wikitext_documents,
+)
 from indraquantum.errors import UserError
 
 SAMPLING = 0  # number of the random stream that draws samples
@@ -33,8 +43,8 @@ class DrawnSource:
     near_duplicates: int | None  # near copies, the exact ones among them; None where they were not counted
     usable: int  # samples left to draw from; a weight above 1 draws them again
     wanted: int  # samples asked for, at most `usable` for a weight
-    numbers: np.ndarray  # (documents,) int64: place of each in the source
-    texts: list[str]
+    numbers: np.ndarray  # (documents,) int64: place of each in the source, ascending; a weight may repeat them
+    read: Callable[[], Iterator[_Document]]  # reads the source from its beginning
     held_out: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))  # (documents,)
 
     @property
@@ -43,6 +53,20 @@ class DrawnSource:
         if self.usable >= self.wanted:
             return None
         return f"{self.name} holds {self.usable:,} samples, fewer than the {self.wanted:,} asked for: all are taken"
+
+    @property
+    def texts(self) -> list[str]:
+        """All that `read_texts` yields."""
+        return list(self.read_texts())
+
+    def read_texts(self) -> Iterator[str]:
+        """Read the source again and yield the texts of `numbers`, so that no more than one is in memory."""
+        documents = enumerate(self.read())
+        place, document = -1, None
+        for number in self.numbers.tolist():
+            while place < number:
+                place, document = next(documents)
+            yield document.text
 
 
 class Mixture(NamedTuple):
@@ -64,12 +88,9 @@ class SourceOption(NamedTuple):
     stream: int  # number of its random stream
 
 
-class _Read(NamedTuple):
-    """The documents of one source, before any is drawn."""
-
-    option: SourceOption
-    texts: list[str]
-    paragraphs: list[list[str]]  # of each document: what it must not share with the other side
+class _Document(NamedTuple):
+    text: str
+    paragraphs: list[str]  # what it must not share with the other side
 
 
 def random_order(count: int, seed: int, *stream: int) -> np.ndarray:
@@ -126,38 +147,58 @@ def draw_sources(settings: PrepareSettings) -> Mixture:
     Raises:
         UserError: a source that is wrong, or none that has two documents that may be parted.
     """
-    read: list[_Read] = []
-    skipped: list[dict[str, str]] = []
+    options, keys, skipped = [], [], []
     for option in source_options(settings):
         problems = Problems(option.field, settings.skip_bad)
-        read.append(_read(option, settings, problems))
+        local = local_instructions(option.field, option.path) if option.instructions else option.path
+        options.append(option._replace(path=local))
+        keys.append(_keys(_documents(options[-1], settings, problems)))
         skipped += [{"source": option.name} | entry for entry in problems.skipped]
-    texts = [text for source in read for text in source.texts]
-    exact = exact_duplicates(texts)
-    near = near_duplicates(texts) if settings.duplicates in ("count", "near") else None
+    exact = exact_duplicates(np.concatenate([source.documents for source in keys]))
+    near = None
+    if settings.duplicates in ("count", "near"):  # compares the texts themselves, which takes memory for all of them
+        near = near_duplicates([document.text for option in options for document in _documents(option, settings)])
     removed = {"exact": exact, "near": near}.get(settings.duplicates)
-    drawn, paragraphs, start = [], [], 0
-    for source in read:
-        part = slice(start, start := start + len(source.texts))
-        usable = np.arange(len(source.texts)) if removed is None else np.flatnonzero(~removed[part])
-        numbers, wanted = _draw(usable, source.option, settings.seed)
+    drawn, start = [], 0
+    for option, source in zip(options, keys, strict=True):
+        part = slice(start, start := start + len(source.documents))
+        usable = np.arange(len(source.documents)) if removed is None else np.flatnonzero(~removed[part])
+        numbers, wanted = _draw(usable, option, settings.seed)
         near_count = None if near is None else int(near[part].sum())
         drawn.append(
-            DrawnSource(source.option.name, len(source.texts), int(exact[part].sum()), near_count, len(usable), wanted,
-                        numbers, [source.texts[i] for i in numbers])
+            DrawnSource(option.name, len(source.documents), int(exact[part].sum()), near_count, len(usable), wanted,
+                        numbers, partial(_documents, option, settings))
         )  # fmt: skip
-        paragraphs.append([source.paragraphs[i] for i in numbers])
-    _hold_out(read[0].option, drawn, paragraphs)
+    _hold_out(options[0], drawn, keys)
     return Mixture(drawn, skipped)
 
 
-def _read(option: SourceOption, settings: PrepareSettings, problems: Problems) -> _Read:
+def _documents(
+    option: SourceOption, settings: PrepareSettings, problems: Problems | None = None
+) -> Iterator[_Document]:
+    """Read a source from its beginning."""
+    problems = problems or Problems(option.field, settings.skip_bad)
     if option.instructions:
-        samples = read_alpaca(option.field, option.path, problems=problems)
-        return _Read(option, [format_alpaca(*sample) for sample in samples], [_sample_parts(s) for s in samples])
+        for sample in alpaca_samples(option.field, option.path, problems=problems):
+            yield _Document(format_alpaca(*sample), _sample_parts(sample))
+        return
     articles = settings.documents == "articles"
-    texts = read_wikitext(option.field, option.path, articles=articles, undo=settings.detokenize, problems=problems)
-    return _Read(option, texts, [[line for line in text.split("\n") if not is_heading(line)] for text in texts])
+    for text in wikitext_documents(
+        option.field, option.path, articles=articles, undo=settings.detokenize, problems=problems
+    ):
+        # A document of one paragraph is that paragraph.
+        yield _Document(text, [line for line in text.split("\n") if not is_heading(line)] if articles else [])
+
+
+def _keys(documents: Iterator[_Document]) -> Keys:
+    """The keys of all documents and their paragraphs; nothing else of them stays in memory."""
+    keys, paragraphs, owners = array("Q"), array("Q"), array("q")
+    for place, document in enumerate(documents):
+        keys.append(text_key(document.text.encode()))
+        for paragraph in document.paragraphs:
+            paragraphs.append(text_key(paragraph.encode()))
+            owners.append(place)
+    return Keys(np.array(keys, np.uint64), np.array(paragraphs, np.uint64), np.array(owners, np.int64))
 
 
 def _sample_parts(sample: AlpacaSample) -> list[str]:
@@ -181,14 +222,24 @@ def _draw(usable: np.ndarray, option: SourceOption, seed: int) -> tuple[np.ndarr
     return np.repeat(usable, times), wanted if option.weight is None else min(wanted, count)
 
 
-def _hold_out(first: SourceOption, drawn: list[DrawnSource], paragraphs: list[list[list[str]]]) -> None:
+def _hold_out(first: SourceOption, drawn: list[DrawnSource], keys: list[Keys]) -> None:
     """Decide what is held out; of a document that a weight repeats, one copy is."""
-    held_out = choose_held_out([[text.encode() for text in source.texts] for source in drawn], paragraphs)
+    used = []  # the keys of what was drawn, each document once, in new places
+    for source, of_source in zip(drawn, keys, strict=True):
+        is_used = np.zeros(len(of_source.documents), dtype=bool)
+        is_used[source.numbers] = True
+        new_place = np.cumsum(is_used) - 1
+        kept = is_used[of_source.owners]
+        used.append(
+            Keys(of_source.documents[is_used], of_source.paragraphs[kept], new_place[of_source.owners[kept]])
+        )  # fmt: skip
+    held_out = hold_out(used)
     if not any(held.any() for held in held_out):
         allowed = "must give 2 different documents that share no paragraph, 1 of them to be held out"
         raise UserError(first.field, first.path, allowed)
-    for source, held in zip(drawn, held_out, strict=True):
-        repeated = np.concatenate([[False], source.numbers[1:] == source.numbers[:-1]])[: len(held)]
+    for source, held_once in zip(drawn, held_out, strict=True):
+        repeated = source.numbers[1:] == source.numbers[:-1]
+        repeated = np.concatenate([[False], repeated]) if len(source.numbers) else np.zeros(0, dtype=bool)
+        held = held_once[np.cumsum(~repeated) - 1]
         kept = ~(held & repeated)
-        source.texts = [text for text, keep in zip(source.texts, kept, strict=True) if keep]
         source.numbers, source.held_out = source.numbers[kept], held[kept]

@@ -2,14 +2,18 @@
 
 Run it: `python scripts/prepare_mixed_data.py`.
 
-Everything is checked before anything is written, and what is written appears as a whole. The same settings and the
-same inputs give the same bytes.
+Everything is checked before anything is written, and what is written appears as a whole. Sources are read twice,
+once to decide and once to encode, so that memory holds some numbers of each document and not the text (a .json file is
+parsed as a whole; near duplicates need all text). The same settings and the same inputs give the same bytes.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+import tempfile
+from array import array
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +22,17 @@ import numpy as np
 from tqdm import tqdm
 
 from indraquantum.config import PrepareSettings
-from indraquantum.data.dataset import Split, is_dataset, write_dataset
-from indraquantum.data.mixture import DrawnSource, draw_sources, random_order, source_options
+from indraquantum.data.dataset import SPLITS, Split, is_dataset, write_dataset
+from indraquantum.data.large import Spool, release
+from indraquantum.data.mixture import DrawnSource, Mixture, draw_sources, random_order, source_options
 from indraquantum.data.packing import pack
 from indraquantum.data.padded import write_padded
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, make_folder
 
+WINDOW_DOCUMENTS = 1 << 18  # packed together
+CHUNK_ROWS = 1 << 16  # moved at once
 CHUNK_DOCUMENTS = 1024  # texts handed to the tokenizer at once: enough for all cores, little memory
 # Numbers of the independent random streams that a seed gives.
 ROW_ORDER, PICKLE_ORDER = 1, 2  # stream 0 draws the samples
@@ -66,18 +73,6 @@ class PrepareReport:
     skipped: int  # records left out as wrong, listed in the folder's skipped.jsonl
 
 
-class _Source(NamedTuple):
-    """One source, encoded."""
-
-    drawn: DrawnSource
-    documents: list[np.ndarray]
-
-    def kept(self, held_out: bool) -> list[np.ndarray]:
-        """The documents that are, or are not, held out."""
-        held = self.drawn.held_out
-        return [document for document, is_held in zip(self.documents, held, strict=True) if is_held == held_out]
-
-
 def prepare(settings: PrepareSettings) -> PrepareReport:
     """Read, draw, encode and write both layouts.
 
@@ -94,26 +89,35 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
     source_options(settings)
     tokenizer = load_tokenizer("--tokenizer", settings.tokenizer)
     mixture = draw_sources(settings)
-    sources = [_Source(drawn, encode_all(tokenizer, drawn.texts, drawn.name)) for drawn in mixture.sources]
-    splits = {
-        name: _build_split(sources, held_out, settings, tokenizer)
-        for name, held_out in (("train", False), ("validation", True))
-    }
-    training = [document for source in sources for document in source.kept(False)]
-    order = random_order(len(training), settings.seed, PICKLE_ORDER)
-    reports = tuple(_report_source(source, settings.max_length) for source in sources)
-    facts = [{key: value for key, value in asdict(report).items() if "share" not in key} for report in reports]
     options = settings.model_dump(mode="json", exclude={"output"})
     make_folder("--output", settings.output.parent)
     try:
-        with atomic_file(settings.output) as temporary:
-            write_padded(temporary, [training[i] for i in order], settings.max_length, tokenizer.eos_id)
-            write_dataset(folder, splits, facts, tokenizer, options, mixture.skipped)
+        with tempfile.TemporaryDirectory(dir=settings.output.parent, prefix=".prepare-") as spool:
+            sides = {name: _Side(Path(spool), name, tokenizer.dtype) for name in SPLITS}
+            reports = tuple(
+                _encode(source, number, sides, tokenizer, settings.max_length)
+                for number, source in enumerate(mixture.sources)
+            )
+            splits = {name: side.pack(settings, tokenizer.eos_id) for name, side in sides.items()}
+            facts = [{key: value for key, value in asdict(report).items() if "share" not in key} for report in reports]
+            with atomic_file(settings.output) as temporary:
+                rows = _in_pickle_order(splits["train"], settings.seed)
+                write_padded(temporary, rows, settings.max_length, tokenizer.eos_id)
+                write_dataset(folder, splits, facts, tokenizer, options, mixture.skipped)
+            return _report(settings, folder, splits, reports, mixture)
     except OSError as error:
         raise UserError("--output", settings.output, f"could not be written ({error.strerror})") from None
 
-    shares = _padded_shares(training, settings.max_length)
+
+def _report(
+    settings: PrepareSettings,
+    folder: Path,
+    splits: dict[str, Split],
+    reports: tuple[SourceReport, ...],
+    mixture: Mixture,
+) -> PrepareReport:
     train, validation = splits["train"], splits["validation"]
+    shares = _padded_shares(np.diff(train.document_offsets), settings.max_length)
     return PrepareReport(
         pickle=settings.output,
         folder=folder,
@@ -123,7 +127,7 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
         tokens=train.num_tokens,
         validation_tokens=validation.num_tokens,
         fill=train.num_tokens / (train.num_rows * settings.max_length),
-        padded_rows=len(training),
+        padded_rows=train.num_documents,
         padding_share=shares.padding,
         cut_share=shares.cut,
         sources=reports,
@@ -147,43 +151,93 @@ def _check_output(output: Path) -> Path:
     return folder
 
 
-def encode_all(tokenizer: TextTokenizer, texts: Sequence[str], name: str) -> list[np.ndarray]:
-    """Encode documents in chunks, with a progress bar that is silent where there is no terminal."""
-    documents: list[np.ndarray] = []
-    with tqdm(total=len(texts), desc=f"tokenize {name}", unit=" documents", disable=None) as bar:
-        for start in range(0, len(texts), CHUNK_DOCUMENTS):
-            documents += tokenizer.encode_documents(texts[start : start + CHUNK_DOCUMENTS])
-            bar.update(len(documents) - bar.n)
-    return documents
+class _Side:
+    """One side of the dataset while it is written: everything that grows with the text lies in files."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
+        self.folder, self.held_out = folder / name, name == "validation"
+        self.folder.mkdir()
+        self.tokens = Spool(self.folder / "tokens", dtype)
+        self.lengths, self.sources, self.numbers = array("q"), array("B"), array("q")
+
+    def add(self, documents: list[np.ndarray], source: int, numbers: np.ndarray) -> None:
+        """Append encoded documents of one source, with their places in it."""
+        self.tokens.add(np.concatenate(documents))
+        self.lengths.extend(map(len, documents))
+        self.sources.extend([source] * len(documents))
+        self.numbers.frombytes(numbers.astype(np.int64).tobytes())
+
+    def pack(self, settings: PrepareSettings, padding_id: int) -> Split:
+        """Pack the documents; rows come in random order, so that no part of them is of one kind."""
+        lengths = np.array(self.lengths, dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        packed, sizes = Spool(self.folder / "packed", np.int64, 2), []
+        # By the window, because packing holds every piece as Python's own objects.
+        for start in range(0, len(lengths), WINDOW_DOCUMENTS):
+            packing = pack(lengths[start : start + WINDOW_DOCUMENTS], settings.max_length)
+            places = offsets[start + packing.documents] + packing.pieces[:, 0]
+            packed.add(np.stack([places, packing.pieces[:, 1]], axis=1))
+            sizes.append(np.diff(packing.row_pieces))
+        pieces, sizes = packed.array(), np.concatenate(sizes)
+        order = random_order(len(sizes), settings.seed, ROW_ORDER, int(self.held_out))
+        firsts = np.cumsum(sizes) - sizes
+        shuffled = Spool(self.folder / "pieces", np.int64, 2)
+        for start in range(0, len(order), CHUNK_ROWS):
+            rows = order[start : start + CHUNK_ROWS]
+            ends = np.cumsum(sizes[rows])
+            moved = np.arange(ends[-1]) + np.repeat(firsts[rows] - (ends - sizes[rows]), sizes[rows])
+            shuffled.add(pieces[moved])
+            release(pieces)
+        return Split(
+            tokens=self.tokens.array(),
+            document_offsets=offsets,
+            document_sources=np.array(self.sources, dtype=np.uint8),
+            pieces=shuffled.array(),
+            row_pieces=np.concatenate([[0], np.cumsum(sizes[order])]),
+            row_length=settings.max_length,
+            padding_id=padding_id,
+            document_numbers=np.array(self.numbers, dtype=np.int64),
+        )
 
 
-def _build_split(
-    sources: Sequence[_Source], held_out: bool, settings: PrepareSettings, tokenizer: TextTokenizer
-) -> Split:
-    """Pack one side of the documents; rows come in random order, so that no part of them is of one kind."""
-    kept = [source.kept(held_out) for source in sources]
-    documents = [document for of_source in kept for document in of_source]
-    lengths = np.array([len(document) for document in documents], dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    packing = pack(lengths, settings.max_length)
-    pieces = packing.pieces + np.stack([offsets[packing.documents], np.zeros_like(packing.documents)], axis=1)
-
-    order = random_order(len(packing.row_pieces) - 1, settings.seed, ROW_ORDER, int(held_out))
-    sizes = np.diff(packing.row_pieces)[order]
-    row_pieces = np.concatenate([[0], np.cumsum(sizes)])
-    moved = np.arange(len(pieces)) + np.repeat(packing.row_pieces[:-1][order] - row_pieces[:-1], sizes)
-    return Split(
-        tokens=np.concatenate(documents),
-        document_offsets=offsets,
-        document_sources=np.repeat(np.arange(len(kept), dtype=np.uint8), [len(of_source) for of_source in kept]),
-        pieces=pieces[moved],
-        row_pieces=row_pieces,
-        row_length=settings.max_length,
-        padding_id=tokenizer.eos_id,
-        document_numbers=np.concatenate(
-            [source.drawn.numbers[source.drawn.held_out == held_out] for source in sources]
-        ),
+def _encode(
+    drawn: DrawnSource, number: int, sides: dict[str, _Side], tokenizer: TextTokenizer, row_length: int
+) -> SourceReport:
+    """Encode a source's documents in chunks, with a progress bar that is silent where there is no terminal."""
+    done, lengths = 0, array("q")
+    texts = drawn.read_texts()
+    with tqdm(total=len(drawn.numbers), desc=f"tokenize {drawn.name}", unit=" documents", disable=None) as bar:
+        while chunk := list(itertools.islice(texts, CHUNK_DOCUMENTS)):
+            documents = tokenizer.encode_documents(chunk)
+            held_out, numbers = (values[done : done + len(chunk)] for values in (drawn.held_out, drawn.numbers))
+            for side in sides.values():
+                places = np.flatnonzero(held_out == side.held_out)
+                if len(places):
+                    side.add([documents[place] for place in places], number, numbers[places])
+            lengths.extend(map(len, documents))
+            done += len(chunk)
+            bar.update(len(chunk))
+    shares = _padded_shares(np.array(lengths, dtype=np.int64), row_length)
+    return SourceReport(
+        name=drawn.name,
+        available=drawn.available,
+        duplicates=drawn.duplicates,
+        near_duplicates=drawn.near_duplicates,
+        documents=done,
+        validation_documents=int(drawn.held_out.sum()),
+        tokens=sum(lengths),
+        padding_share=shares.padding,
+        cut_share=shares.cut,
     )
+
+
+def _in_pickle_order(split: Split, seed: int) -> Iterator[np.ndarray]:
+    """The documents of a split in the order of the pickle's rows."""
+    tokens = np.asarray(split.tokens)  # slices of a mapped array are slow, those of a plain view are not
+    for done, document in enumerate(random_order(split.num_documents, seed, PICKLE_ORDER).tolist()):
+        if done % CHUNK_ROWS == 0:
+            release(split.tokens)
+        yield tokens[split.document_offsets[document] : split.document_offsets[document + 1]]
 
 
 class _PaddedShares(NamedTuple):
@@ -193,23 +247,8 @@ class _PaddedShares(NamedTuple):
     cut: float  # tokens that are cut off
 
 
-def _padded_shares(documents: Sequence[np.ndarray], row_length: int) -> _PaddedShares:
-    """What the padded layout wastes on these documents."""
-    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+def _padded_shares(lengths: np.ndarray, row_length: int) -> _PaddedShares:
+    """What the padded layout wastes on documents of these lengths; nothing where there are none."""
     kept = np.minimum(lengths, row_length).sum()
-    return _PaddedShares(float(1 - kept / (len(lengths) * row_length)), float(1 - kept / lengths.sum()))
-
-
-def _report_source(source: _Source, row_length: int) -> SourceReport:
-    shares = _padded_shares(source.documents, row_length)
-    return SourceReport(
-        name=source.drawn.name,
-        available=source.drawn.available,
-        duplicates=source.drawn.duplicates,
-        near_duplicates=source.drawn.near_duplicates,
-        documents=len(source.documents),
-        validation_documents=int(source.drawn.held_out.sum()),
-        tokens=sum(map(len, source.documents)),
-        padding_share=shares.padding,
-        cut_share=shares.cut,
-    )
+    positions = max(len(lengths) * row_length, 1)
+    return _PaddedShares(float(1 - kept / positions), float(1 - kept / max(lengths.sum(), 1)))

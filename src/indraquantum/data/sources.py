@@ -21,6 +21,7 @@ WIKITEXT_CONFIGURATION = "wikitext-103-v1"
 TEXT_SUFFIXES = (".tokens", ".raw", ".txt")
 WIKITEXT_REMEDY = "give a .tokens, .raw, .txt or .parquet file"
 ALPACA_REMEDY = "give a .json, .jsonl or .parquet file"
+PARQUET_ROWS = 1024  # read at once
 MAX_LINE_BYTES = 16 << 20  # a longer line is no paragraph; reading stops there, so that memory stays small
 
 
@@ -52,10 +53,15 @@ class Problems:
         self.skipped.append({"file": str(path), "reason": reason})
 
 
-def read_wikitext(
+def read_wikitext(field: str, name: str, **options: Any) -> list[str]:
+    """Return all that `wikitext_documents` yields."""
+    return list(wikitext_documents(field, name, **options))
+
+
+def wikitext_documents(
     field: str, name: str, *, articles: bool = False, undo: bool = False, problems: Problems | None = None
-) -> list[str]:
-    """Read WikiText's paragraphs: the lines that are neither blank nor a heading, stripped of surrounding space.
+) -> Iterator[str]:
+    """Yield WikiText's paragraphs: the lines that are neither blank nor a heading, stripped of surrounding space.
 
     Args:
         field: The option to name in an error.
@@ -86,12 +92,14 @@ def read_wikitext(
     else:
         lines = _hub_lines(field, name, remedy)
     stripped = (line for line in map(str.strip, lines) if line)
-    documents = list(_articles(stripped, undo)) if articles else [
+    documents = _articles(stripped, undo) if articles else (
         detokenize(line) if undo else line for line in stripped if not is_heading(line)
-    ]  # fmt: skip
-    if not documents:
+    )  # fmt: skip
+    first = next(documents, None)
+    if first is None:
         raise UserError(field, name, "must hold at least one paragraph that is no heading")
-    return documents
+    yield first
+    yield from documents
 
 
 def _articles(lines: Iterable[str], undo: bool) -> Iterator[str]:
@@ -115,8 +123,19 @@ def is_heading(line: str) -> bool:
     return line.startswith("= ") and line.endswith(" =") and len(line) > 3
 
 
-def read_alpaca(field: str, name: str, *, problems: Problems | None = None) -> list[AlpacaSample]:
-    """Read instructions in Stanford Alpaca's form: objects with texts `instruction`, `output` and, maybe, `input`.
+def read_alpaca(field: str, name: str, **options: Any) -> list[AlpacaSample]:
+    """Return all that `alpaca_samples` yields."""
+    return list(alpaca_samples(field, name, **options))
+
+
+def local_instructions(field: str, name: str) -> str:
+    """Return the file of an address, downloaded; a file stays what it is."""
+    remote = name.startswith(("http://", "https://"))
+    return str(download_url(field, name, f"{ALPACA_REMEDY} with {field} PATH")) if remote else name
+
+
+def alpaca_samples(field: str, name: str, *, problems: Problems | None = None) -> Iterator[AlpacaSample]:
+    """Yield instructions in Stanford Alpaca's form: objects with texts `instruction`, `output` and, maybe, `input`.
 
     Args:
         field: The option to name in an error.
@@ -128,7 +147,7 @@ def read_alpaca(field: str, name: str, *, problems: Problems | None = None) -> l
         UserError: missing, empty, not UTF-8, of another shape (the first wrong item is named), or no network.
     """
     remedy = f"{ALPACA_REMEDY} with {field} PATH"
-    path = download_url(field, name, remedy) if name.startswith(("http://", "https://")) else Path(name)
+    path = Path(local_instructions(field, name))
     problems = problems or Problems(field)
     if not path.is_file() or path.suffix not in (".json", ".jsonl", ".parquet"):
         _refuse_file(field, path, remedy)
@@ -141,17 +160,17 @@ def read_alpaca(field: str, name: str, *, problems: Problems | None = None) -> l
         items = _json_lines(field, path, problems)
     else:
         items = _read_parquet(field, path, {"instruction": True, "input": False, "output": True})
-    samples: list[AlpacaSample] = []
     known: dict[str, int] = {}
+    none = True
     for number, item in enumerate(items, start=1):
         reason = _wrong(number, item, known, problems.skip)
         if reason:
             problems.add(path, reason)
         else:
-            samples.append(AlpacaSample(item["instruction"], item.get("input") or "", item["output"]))
-    if not samples:
+            none = False
+            yield AlpacaSample(item["instruction"], item.get("input") or "", item["output"])
+    if none:
         raise UserError(field, path, "must hold at least one instruction")
-    return samples
 
 
 def _json_lines(field: str, path: Path, problems: Problems) -> Iterator[Any]:
@@ -262,26 +281,29 @@ def _parse_json(field: str, path: Path, text: str, where: str) -> Any:
         raise UserError(field, path, f"must be JSON of instructions; {type(error).__name__}{where}") from None
 
 
-def _read_parquet(field: str, path: Path, columns: dict[str, bool]) -> list[dict[str, Any]]:
-    """Read text columns of a parquet file as dicts; `columns` says of each whether it is required."""
+def _read_parquet(field: str, path: Path, columns: dict[str, bool]) -> Iterator[dict[str, Any]]:
+    """Yield a parquet file's text columns as dicts; `columns` says of each whether it is required."""
     import pyarrow
     import pyarrow.parquet
 
+    def is_text(kind: pyarrow.DataType) -> bool:
+        return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_null(kind)
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            missing = [name for name, required in columns.items() if required and name not in there]
+            schema = file.schema_arrow
+            missing = [name for name, required in columns.items() if required and name not in schema.names]
             if missing:
-                raise UserError(field, path, f"must have a column {missing[0]!r}; it has {', '.join(there)}")
-            table = file.read(columns=[name for name in columns if name in there])
+                raise UserError(field, path, f"must have a column {missing[0]!r}; it has {', '.join(schema.names)}")
+            there = [name for name in columns if name in schema.names]
+            for name in there:
+                if not is_text(schema.field(name).type):
+                    raise UserError(field, path, f"column {name!r} must be text; it is {schema.field(name).type}")
+            for batch in file.iter_batches(PARQUET_ROWS, columns=there):
+                yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(field, path, f"must be a parquet file that can be read ({reason})") from None
-    for name, kind in zip(table.schema.names, table.schema.types, strict=True):
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_null(kind)):
-            raise UserError(field, path, f"column {name!r} must be text; it is {kind}")
-    try:
-        return table.to_pylist()
     except UnicodeDecodeError:
         raise UserError(field, path, "must hold UTF-8 text; a column's bytes are not") from None
 

@@ -1,0 +1,62 @@
+"""Arrays larger than memory should hold: files that are mapped, walked through in chunks, and let go of on the way."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CHUNK_ENTRIES = 1 << 20
+
+
+def release(values: np.ndarray) -> None:
+    """Let the system take back the memory of a mapped file's pages; they are read again when they are needed."""
+    mapped = getattr(values, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def chunks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield an array's entries in order, as contiguous parts of CHUNK_ENTRIES at most."""
+    for start in range(0, len(values), CHUNK_ENTRIES):
+        yield np.ascontiguousarray(values[start : start + CHUNK_ENTRIES])
+        release(values)
+
+
+def save_npy(path: Path, values: np.ndarray) -> None:
+    """Write what `np.save` would, chunk by chunk."""
+    with open(path, "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False, "shape": values.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in chunks(values):
+            file.write(chunk.data)
+
+
+class Spool:
+    """An array that grows in a file, row by row, and is mapped when it is complete."""
+
+    def __init__(self, path: Path, dtype: Any, columns: int = 0) -> None:
+        """Begin an empty file.
+
+        Args:
+            path: The file; its folder is a temporary one.
+            dtype: Type of the entries.
+            columns: Entries of a row; 0 for an array of one dimension.
+        """
+        self.path, self.dtype, self.columns = path, np.dtype(dtype), columns
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by `array`)
+
+    def add(self, values: np.ndarray) -> None:
+        """Append rows."""
+        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).data)
+
+    def array(self) -> np.ndarray:
+        """Close the file and return what was added, mapped for reading."""
+        self._file.close()
+        shape = (-1, self.columns) if self.columns else (-1,)
+        if not self.path.stat().st_size:
+            return np.empty((0, self.columns) if self.columns else 0, self.dtype)
+        return np.memmap(self.path, dtype=self.dtype, mode="r").reshape(shape)
