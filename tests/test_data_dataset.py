@@ -255,6 +255,22 @@ def test_write_padded_by_hand(tmp_path):
     ]
 
 
+def test_write_padded_in_chunks_and_with_wide_ids(tmp_path, monkeypatch):
+    from indraquantum.data import padded
+
+    monkeypatch.setattr(padded, "CHUNK_ROWS", 3)
+    documents = [np.arange(start, start + length) for start, length in ((0, 3), (250, 9), (65_530, 7), (70_000, 1))] * 5
+    write_padded(tmp_path / "p.pkl", iter(documents), 8, 300)
+    expected = [
+        {
+            "input_ids": (document.tolist() + [300] * 8)[:8],
+            "attention_mask": [int(place < len(document)) for place in range(8)],
+        }
+        for document in documents
+    ]
+    assert pickle.loads((tmp_path / "p.pkl").read_bytes()) == expected
+
+
 ONES = [1] * 5
 BAD_ROWS = [
     ({"input_ids": [1]}, "list of at least one row"),

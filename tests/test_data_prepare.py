@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -238,6 +239,54 @@ def test_a_failure_while_writing_leaves_the_old_files(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         prepare(chosen.model_copy(update={"max_length": 9}))
     assert snapshot(tmp_path) == before
+
+
+def shrink(monkeypatch):
+    """Make everything that is done in parts need many of them."""
+    from indraquantum.data import large, padded, sources
+    from indraquantum.data import prepare as preparation
+
+    for module, name, size in (
+        (preparation, "WINDOW_DOCUMENTS", 40), (preparation, "CHUNK_DOCUMENTS", 7), (preparation, "CHUNK_ROWS", 5),
+        (large, "CHUNK_ENTRIES", 64), (padded, "CHUNK_ROWS", 3), (sources, "PARQUET_ROWS", 6),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, size)
+
+
+def test_parts_make_the_same_whole(tmp_path, monkeypatch):
+    """Small parts change which documents share a row, and nothing else."""
+    settings(tmp_path)
+    words = [*"abcdef", "the", "cat", "sat", "on", "mat", "dog", "ran", "red"]
+    texts = [" ".join(words[(n * k) % 14] for k in range(1, 2 + n % 31)) + f" {n}" for n in range(300)]
+    (tmp_path / "wiki.tokens").write_text("\n".join(texts))
+    whole = prepare(settings(tmp_path, output=tmp_path / "whole" / "m.pkl"))
+    shrink(monkeypatch)
+    parts = prepare(settings(tmp_path, output=tmp_path / "parts" / "m.pkl"))
+    assert pickle.loads(parts.pickle.read_bytes()) == pickle.loads(whole.pickle.read_bytes())
+    one, other = (open_dataset("--data", report.folder, verify=True) for report in (whole, parts))
+    for split in ("train", "validation"):
+        for name in ("tokens", "document_offsets", "document_sources", "document_numbers"):
+            assert np.array_equal(getattr(getattr(one, split), name), getattr(getattr(other, split), name))
+    assert parts.rows >= whole.rows
+    assert parts.fill > 0.9
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
+    shrink(monkeypatch)
+    chosen = settings(tmp_path, alpaca_samples=0, wikitext_weight=1, max_length=256)
+
+    def peak(documents):
+        with open(tmp_path / "wiki.tokens", "w") as file:
+            file.writelines(f"{n} " + "the cat sat on the mat and ran " * 30 + "\n" for n in range(documents))
+        tracemalloc.start()
+        prepare(chosen)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(10)  # imports are done
+    small, large = peak(200), peak(1200)
+    assert large - small < 200 * 1000, "a thousand documents of 1 kB and 211 tokens, one a row"
 
 
 # Ids from SentencePiece itself on the texts written out, BOS 1 before and EOS 2 behind; cut or padded with 2 to 24.
