@@ -10,6 +10,7 @@ import pytest
 from indraquantum import cli
 from indraquantum.data.dataset import open_dataset, write_dataset
 from indraquantum.data.tokenizer import load_tokenizer
+from indraquantum.errors import UserError
 from test_data_dataset import make_split
 from tiny_tokenizer import BOS, EOS, ids, save_tiny_tokenizer
 
@@ -63,6 +64,15 @@ def test_verify_finds_one_flipped_bit_in_any_file(folder, capsys):
         assert (status, out, err.count("\n")) == (2, "", 1), path
         assert str(path if path.suffix == ".json" else path.parent) in err
         path.write_bytes(whole)
+
+
+def test_a_damaged_tokenizer_is_noticed_at_its_first_use(folder):
+    path = folder / "tokenizer.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"cat"', b'"bat"'))
+    dataset = open_dataset("--data", folder)
+    with pytest.raises(UserError, match=r"tokenizer\.json; is damaged"):
+        dataset.tokenizer.decode([5])
 
 
 def test_opening_reads_neither_tokens_nor_tokenizer(tmp_path):

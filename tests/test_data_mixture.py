@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 
@@ -161,6 +162,24 @@ def test_held_out_articles_share_no_paragraph_with_training(tmp_path):
             sides[int(held)] |= {part for part in text.split("\n") if part and part[0] not in "=#"}
         assert not sides[0] & sides[1]
     assert len({int(n) // 2 for n in alpaca.numbers[alpaca.held_out]}) == 2, "one task's two answers go together"
+
+
+def test_samples_that_were_not_drawn_link_nothing(tmp_path):
+    """Each article shares a line with one other, which is drawn or not; the families are made once more by hand."""
+    lines = [line for n in range(60) for line in (f"= T{n} =", f"own {n}", f"line {n % 30}")]
+    for seed in range(4):
+        chosen = settings(tmp_path, lines, documents="articles", wikitext_samples=20, seed=seed)
+        (source,) = draw_sources(chosen).sources
+        parts = [text.split("\n")[2] for text in source.texts]
+        alone = {text for text, part in zip(source.texts, parts, strict=True) if parts.count(part) == 1}
+        by_hash = sorted(source.texts, key=lambda text: hashlib.sha256(b"held out\0" + text.encode()).digest())
+        expected, left = set(), 4
+        for text in by_hash:
+            family = {text} if text in alone else {t for t in source.texts if t.split("\n")[2] == text.split("\n")[2]}
+            if text not in expected and len(family) <= left:
+                expected |= family
+                left -= len(family)
+        assert {text for text, held in zip(source.texts, source.held_out, strict=True) if held} == expected
 
 
 def test_where_everything_hangs_together_nothing_can_be_held_out(tmp_path):
