@@ -5,9 +5,15 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import os
+import random
 import socket
+import subprocess
+import sys
 import threading
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from indraquantum.data import download
@@ -182,6 +188,82 @@ def test_no_server_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="could not be downloaded"):
         read_alpaca("--alpaca", "http://127.0.0.1:port/alpaca.json")
     assert {path.name for path in files_in(tmp_path)} <= {".lock"}
+
+
+REVISION = "b" * 40
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as one dataset needs; the first answer with its file breaks off half-way."""
+
+    content = b""
+    requests: list[tuple[str, str, str | None]] = []  # method, address, Range
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in ({"Content-Length": len(body)} | headers).items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        path = self.path.partition("?")[0]
+        self.requests.append((self.command, path, wanted))
+        file = {"rfilename": "wikitext-103-v1/train-0.parquet"}
+        if path == "/":
+            self.answer(200)
+        elif path.endswith(f"/revision/{REVISION}"):
+            self.answer(200, json.dumps({"id": "o/n", "sha": REVISION, "siblings": [file]}).encode())
+        elif "/tree/" in path:
+            entry = {"type": "file", "path": file["rfilename"], "size": len(self.content), "oid": "0" * 40}
+            self.answer(200, json.dumps([entry]).encode())
+        elif f"/resolve/{REVISION}/" in path:
+            start = int((wanted or "bytes=0-")[6:].partition("-")[0])
+            body, facts = self.content[start:], {"ETag": '"e"', "X-Repo-Commit": REVISION, "Accept-Ranges": "bytes"}
+            if start:
+                facts["Content-Range"] = f"bytes {start}-{len(self.content) - 1}/{len(self.content)}"
+            facts["Content-Length"] = len(body)
+            gets = [entry for entry in self.requests if entry[0] == "GET" and "/resolve/" in entry[1]]
+            breaks = self.command == "GET" and len(gets) == 1
+            self.answer(206 if start else 200, body[: len(body) // 2] if breaks else body, **facts)
+            self.close_connection = True
+        else:
+            self.answer(404)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_hub_download_goes_on_at_its_revision(tmp_path, monkeypatch):
+    """The hub's own library against a hub on loopback, in a process of its own: it reads its settings when imported."""
+    path = tmp_path / "t.parquet"
+    rows = [random.Random(n).randbytes(4000).hex() for n in range(3000)]  # 24 MB: the library resumes by 10 MiB
+    pq.write_table(pa.table({"text": rows}), path, compression="none")
+    monkeypatch.setattr(Hub, "content", path.read_bytes())
+    monkeypatch.setattr(Hub, "requests", [])
+    code = (
+        "from indraquantum.data.sources import read_wikitext\n"
+        f"print(len(read_wikitext('--wikitext', 'o/n@{REVISION}')), read_wikitext('--wikitext', 'o/n@{REVISION}')[0])"
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
+        thread.start()
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path / "hf"),
+        }  # fmt: skip
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        hub.shutdown()
+        thread.join()
+    assert result.stdout.split() == ["3000", rows[0]], result.stderr
+    fetched = [wanted for method, address, wanted in Hub.requests if method == "GET" and "/resolve/" in address]
+    assert len(fetched) == 2, "once broken off, once gone on, then from the cache"
+    assert fetched[1].startswith("bytes=")
+    assert fetched[1] != "bytes=0-"
 
 
 @pytest.mark.shared

@@ -250,5 +250,6 @@ class _PaddedShares(NamedTuple):
 def _padded_shares(lengths: np.ndarray, row_length: int) -> _PaddedShares:
     """What the padded layout wastes on documents of these lengths; nothing where there are none."""
     kept = np.minimum(lengths, row_length).sum()
-    positions = max(len(lengths) * row_length, 1)
-    return _PaddedShares(float(1 - kept / positions), float(1 - kept / max(lengths.sum(), 1)))
+    if not kept:
+        return _PaddedShares(0.0, 0.0)
+    return _PaddedShares(float(1 - kept / (len(lengths) * row_length)), float(1 - kept / lengths.sum()))
