@@ -75,6 +75,11 @@ def hold_out(sources: Sequence[Keys]) -> list[np.ndarray]:
 
 def _families(sources: Sequence[Keys], starts: np.ndarray) -> np.ndarray:
     """The family of each document: the place of the first of all those that hang together by shared paragraphs."""
+    everything = np.concatenate([source.documents for source in sources])
+    _, first, family = np.unique(everything, return_index=True, return_inverse=True)
+    family = first[family]
+    if not any(len(source.paragraphs) for source in sources):
+        return family
     units = np.concatenate([part for source in sources for part in (source.documents, source.paragraphs)])
     owners = np.concatenate(
         [
@@ -84,7 +89,6 @@ def _families(sources: Sequence[Keys], starts: np.ndarray) -> np.ndarray:
         ]
     )
     _, units = np.unique(units, return_inverse=True)
-    family = np.arange(starts[-1])
     while True:  # the smallest place spreads over shared paragraphs until nothing changes
         smallest = np.full(units.max() + 1 if len(units) else 0, starts[-1])
         np.minimum.at(smallest, units, family[owners])

@@ -15,6 +15,7 @@ import numpy as np
 from indraquantum.config import PrepareSettings
 from indraquantum.data.duplicates import exact_duplicates, near_duplicates
 from indraquantum.data.held_out import Keys, hold_out, text_key
+from indraquantum.data.large import chunks
 from indraquantum.data.prompt import format_alpaca
 from indraquantum.data.sources import (
     AlpacaSample,
@@ -63,10 +64,11 @@ class DrawnSource:
         """Read the source again and yield the texts of `numbers`, so that no more than one is in memory."""
         documents = enumerate(self.read())
         place, document = -1, None
-        for number in self.numbers.tolist():
-            while place < number:
-                place, document = next(documents)
-            yield document.text
+        for part in chunks(self.numbers):
+            for number in part.tolist():
+                while place < number:
+                    place, document = next(documents)
+                yield document.text
 
 
 class Mixture(NamedTuple):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from indraquantum.config import PrepareSettings
 from indraquantum.data.dataset import SPLITS, Split, is_dataset, write_dataset
-from indraquantum.data.large import Spool, release
+from indraquantum.data.large import Spool, chunks, release
 from indraquantum.data.mixture import DrawnSource, Mixture, draw_sources, random_order, source_options
 from indraquantum.data.packing import pack
 from indraquantum.data.padded import write_padded
@@ -31,7 +31,7 @@ from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, make_folder
 
-WINDOW_DOCUMENTS = 1 << 18  # packed together
+WINDOW_DOCUMENTS = 1 << 17  # packed together
 CHUNK_ROWS = 1 << 16  # moved at once
 CHUNK_DOCUMENTS = 1024  # texts handed to the tokenizer at once: enough for all cores, little memory
 # Numbers of the independent random streams that a seed gives.
@@ -169,7 +169,7 @@ class _Side:
 
     def pack(self, settings: PrepareSettings, padding_id: int) -> Split:
         """Pack the documents; rows come in random order, so that no part of them is of one kind."""
-        lengths = np.array(self.lengths, dtype=np.int64)
+        lengths = np.frombuffer(self.lengths, dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         packed, sizes = Spool(self.folder / "packed", np.int64, 2), []
         # By the window, because packing holds every piece as Python's own objects.
@@ -191,12 +191,12 @@ class _Side:
         return Split(
             tokens=self.tokens.array(),
             document_offsets=offsets,
-            document_sources=np.array(self.sources, dtype=np.uint8),
+            document_sources=np.frombuffer(self.sources, dtype=np.uint8),
             pieces=shuffled.array(),
             row_pieces=np.concatenate([[0], np.cumsum(sizes[order])]),
             row_length=settings.max_length,
             padding_id=padding_id,
-            document_numbers=np.array(self.numbers, dtype=np.int64),
+            document_numbers=np.frombuffer(self.numbers, dtype=np.int64),
         )
 
 
@@ -234,10 +234,11 @@ def _encode(
 def _in_pickle_order(split: Split, seed: int) -> Iterator[np.ndarray]:
     """The documents of a split in the order of the pickle's rows."""
     tokens = np.asarray(split.tokens)  # slices of a mapped array are slow, those of a plain view are not
-    for done, document in enumerate(random_order(split.num_documents, seed, PICKLE_ORDER).tolist()):
-        if done % CHUNK_ROWS == 0:
-            release(split.tokens)
-        yield tokens[split.document_offsets[document] : split.document_offsets[document + 1]]
+    for part in chunks(random_order(split.num_documents, seed, PICKLE_ORDER)):
+        for done, document in enumerate(part.tolist()):
+            if done % CHUNK_ROWS == 0:
+                release(split.tokens)
+            yield tokens[split.document_offsets[document] : split.document_offsets[document + 1]]
 
 
 class _PaddedShares(NamedTuple):
