@@ -18,6 +18,7 @@ from indraquantum.data.packing import pack
 from indraquantum.data.padded import write_padded
 from indraquantum.data.tokenizer import load_tokenizer
 from indraquantum.errors import UserError
+from indraquantum.files import SEAL, write_manifest_json
 from tiny_tokenizer import BOS, EOS, IDS, save_tiny_tokenizer
 
 
@@ -133,7 +134,9 @@ def refused(path, *words, tokenizer=None, field="--data", verify=False):
 
 def change_manifest(folder, **changes):
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    manifest = json.loads(path.read_text()) | changes
+    manifest.pop(SEAL)
+    write_manifest_json(path, manifest)
 
 
 def test_other_folders_are_refused(folder, tmp_path):

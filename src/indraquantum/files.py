@@ -112,6 +112,33 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+SEAL = "manifest_sha256"
+
+
+def write_manifest_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as `write_json` does, with the SHA-256 of the rest as its last entry."""
+    write_json(path, {**value, SEAL: _seal(value)})
+
+
+def check_manifest_json(field: str, path: Path) -> None:
+    """Check every byte of a manifest against the SHA-256 that it carries.
+
+    Raises:
+        UserError: a byte has changed, or it carries none; `field` is the option to name.
+    """
+    value = read_json(field, path)
+    if not isinstance(value, dict) or SEAL not in value:
+        raise UserError(field, path, f"is damaged, or of an earlier program: it has no {SEAL}; make it again")
+    value = {name: entry for name, entry in value.items() if name != SEAL}
+    expected = json.dumps({**value, SEAL: _seal(value)}, indent=2, ensure_ascii=False) + "\n"
+    if path.read_bytes() != expected.encode():
+        raise UserError(field, path, f"is damaged: its {SEAL} is not that of its content")
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, indent=2, ensure_ascii=False).encode()).hexdigest()
+
+
 def read_json(field: str, path: Path) -> Any:
     """Parse the JSON file at `path`.
 

@@ -47,9 +47,13 @@ class MetricsLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resumed_step is None else [m for m in read_metrics(path) if m["step"] <= resumed_step]
-        with atomic_file(path) as temporary:
-            temporary.write_text("".join(_line(metrics) for metrics in kept), encoding="utf-8")
-        self._file = path.open("ab", buffering=0)
+        content = "".join(_line(metrics) for metrics in kept)
+        try:
+            with atomic_file(path) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._not_written(len(content), error) from None
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one line with all of FIELDS, in one write so that a reader never sees half of it as a whole.

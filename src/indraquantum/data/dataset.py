@@ -22,7 +22,7 @@ from indraquantum import __version__
 from indraquantum.data.large import chunks, save_npy
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_folder, read_json, sha256_of, write_json
+from indraquantum.files import atomic_folder, check_manifest_json, read_json, sha256_of, write_manifest_json
 
 FORMAT = "indraquantum-dataset"
 FORMAT_VERSION = 2
@@ -218,7 +218,7 @@ def write_dataset(
                 for path in files
             },
         }
-        write_json(temporary / "manifest.json", manifest)
+        write_manifest_json(temporary / "manifest.json", manifest)
     return manifest
 
 
@@ -246,6 +246,8 @@ def open_dataset(
     """
     path = Path(path)
     if path.is_dir():
+        if verify and is_dataset(path):
+            _verify_bytes(field, path)
         dataset = _open_folder(field, path, tokenizer)
         if verify:
             _verify(field, path, dataset)
@@ -373,11 +375,17 @@ def check_split(field: str, where: object, split: Split, vocabulary_size: int, n
     _check_largest(field, where, _largest(split), vocabulary_size)
 
 
-def _verify(field: str, folder: Path, dataset: PreparedDataset) -> None:
-    """Check the SHA-256 of every file and how the arrays fit together; the first file that is wrong is named."""
-    for name, facts in dataset.manifest["files"].items():
-        if sha256_of(folder / name) != facts["sha256"]:
+def _verify_bytes(field: str, folder: Path) -> None:
+    """Check the SHA-256 of the manifest and of every file, before anything reads them; the first wrong one is named."""
+    check_manifest_json(field, folder / "manifest.json")
+    manifest = read_json(field, folder / "manifest.json")
+    for name, facts in manifest.get("files", {}).items():
+        if (folder / name).is_file() and sha256_of(folder / name) != facts["sha256"]:
             raise UserError(field, folder / name, "is damaged: its SHA-256 is not the manifest's")
+
+
+def _verify(field: str, folder: Path, dataset: PreparedDataset) -> None:
+    """Check how the arrays and the tokenizer fit together; the first file that is wrong is named."""
     tokenizer = dataset.tokenizer
     rebuilt = TextTokenizer(tokenizer.backend, tokenizer.bos_id, tokenizer.eos_id)
     for key in ("sha256", "vocabulary_size"):

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from indraquantum.errors import UserError
-from indraquantum.files import read_json, write_json
+from indraquantum.files import SEAL, read_json, write_manifest_json
 
 FORMAT = "indraquantum-signals"
 FORMAT_VERSION = 1
@@ -117,7 +117,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put the page in place, atomically."""
     fields = manifest.model_dump(mode="json")
     first = {name: fields.pop(name) for name in ("format", "format_version", "teacher", "teacher_revision")}
-    write_json(folder / MANIFEST_NAME, first | fields)
+    write_manifest_json(folder / MANIFEST_NAME, first | fields)
 
 
 def read_manifest(field: str, folder: Path) -> Manifest:
@@ -137,6 +137,7 @@ def read_manifest(field: str, folder: Path) -> Manifest:
     if value.get("format_version") != FORMAT_VERSION:
         version = value.get("format_version")
         raise UserError(field, path, f"must have format_version {FORMAT_VERSION}, not {version!r}")
+    value.pop(SEAL, None)
     try:
         return Manifest.model_validate(value)
     except ValidationError as error:

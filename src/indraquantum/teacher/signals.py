@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, sha256_of
-from indraquantum.teacher.manifest import Manifest, ShardEntry, Sums, read_manifest
+from indraquantum.files import atomic_file, check_manifest_json, sha256_of
+from indraquantum.teacher.manifest import MANIFEST_NAME, Manifest, ShardEntry, Sums, read_manifest
 from indraquantum.teacher.packing_bits import pack, packed_bytes, unpack
 
 if TYPE_CHECKING:
@@ -318,6 +318,7 @@ def verify_signals(field: str, folder: Path | str, dataset: PreparedDataset) -> 
     """
     from tqdm import tqdm
 
+    check_manifest_json(field, Path(folder) / MANIFEST_NAME)
     store = open_signals(field, folder, dataset)
     for entry in tqdm(store.manifest.shards, "verify signals", unit="shard", disable=None):
         path = Path(folder) / entry.file

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ from indraquantum.files import atomic_file, fsync_folder, sha256_of
 FORMAT = "indraquantum-checkpoint"
 FORMAT_VERSION = 2
 NAME = re.compile(r"checkpoint_v4_(epoch|step)_(\d+)\.pt")
+# What zipfile and torch.load raise for files that are cut, damaged or none of ours.
+MALFORMED = (
+    zipfile.BadZipFile, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
+    OverflowError, struct.error,
+)  # fmt: skip
 MUST = "must be a checkpoint that `indra train` wrote"
 
 
@@ -101,7 +107,7 @@ def load_checkpoint(field: str, path: Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(field, path, f"{MUST} ({error.strerror})") from None
-    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, ValueError, NotImplementedError) as error:
+    except MALFORMED as error:
         raise UserError(field, path, f"{MUST} (not a whole one: {_first_line(error)})") from None
     except UnpicklingError:
         raise UserError(field, path, f"{MUST} (it holds more than tensors and plain values)") from None

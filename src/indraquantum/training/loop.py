@@ -8,6 +8,7 @@ from its newest checkpoint exactly as if it had not been.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ from tqdm import tqdm
 from indraquantum.config import CaptureSettings, TrainSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.device import choose_device
-from indraquantum.errors import UserError
+from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import folder_lock, make_folder
 from indraquantum.metrics import MetricsLog
 from indraquantum.teacher.capture import capture
-from indraquantum.teacher.signals import SignalStore, open_signals
+from indraquantum.teacher.signals import SignalStore, verify_signals
 from indraquantum.training.checkpoint import (
     Checkpoint,
     prune_step_checkpoints,
@@ -33,6 +34,7 @@ from indraquantum.training.checkpoint import (
     save_checkpoint,
     step_checkpoint_path,
 )
+from indraquantum.training.guards import require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
 from indraquantum.training.run import MICRO_BATCH_TOKENS, Run, resume, rows_per_step, start_run
 from indraquantum.training.schedule import linear_weight, rows_of_step
@@ -112,7 +114,7 @@ def find_signals(settings: TrainSettings, dataset: PreparedDataset) -> SignalSto
             )
         except UserError as error:
             raise UserError(error.field, error.value, f"{error.allowed}; or --no-teacher") from None
-    store = open_signals("--signals", folder, dataset)
+    store = verify_signals("--signals", folder, dataset)
     print(f"Teacher signals: {folder}, {100 * store.coverage:.1f} % of the training rows covered.")
     return store
 
@@ -158,16 +160,19 @@ def take_step(run: Run) -> dict[str, Any]:
     rows = rows_of_step(
         run.dataset.train.num_rows, rows_per_step(settings.batch_tokens, row_length), settings.seed, step
     )
-    result = optimizer_step(
-        run.model,
-        run.objective,
-        run.optimizer,
-        run.dataset.train,
-        rows,
-        run.signals,
-        micro_batch_rows=max(1, MICRO_BATCH_TOKENS // row_length),
-        max_grad_norm=settings.max_grad_norm,
-    )
+    try:
+        result = optimizer_step(
+            run.model,
+            run.objective,
+            run.optimizer,
+            run.dataset.train,
+            rows,
+            run.signals,
+            micro_batch_rows=max(1, MICRO_BATCH_TOKENS // row_length),
+            max_grad_norm=settings.max_grad_norm,
+        )
+    except TrainingStopped as error:
+        raise TrainingStopped(f"step {step + 1}: {error}") from None
     run.step += 1
     run.tokens += result.tokens
     run.saved = False
@@ -194,6 +199,8 @@ def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: floa
 def evaluate(run: Run) -> dict[str, float]:
     """Held-out cross-entropy now, kept, printed and returned."""
     figures = run.held_out = held_out_cross_entropy(run.model, run.dataset, run.device)
+    if not all(map(math.isfinite, figures.values())):
+        raise TrainingStopped(f"step {run.step}: the held-out cross-entropy is not finite: {figures}")
     text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
     tqdm.write(f"step {run.step}/{run.total_steps}: held-out cross-entropy (nats/token) {text}")
     return figures
@@ -209,7 +216,12 @@ def save_where_due(run: Run, log: MetricsLog) -> None:
 
 
 def save(run: Run, path: Path, log: MetricsLog) -> None:
-    """Write a checkpoint of `run` as it stands, after the metrics up to it, and drop the step checkpoints of old."""
+    """Write a checkpoint of `run` as it stands, after the metrics up to it, and drop the step checkpoints of old.
+
+    Raises:
+        TrainingStopped: a weight or the optimiser's state is not finite; nothing is written.
+    """
+    require_finite_state(run.model, run.optimizer, run.step)
     log.sync()
     tokenizer = run.dataset.tokenizer
     save_checkpoint(

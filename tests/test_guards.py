@@ -1,0 +1,142 @@
+"""What is not a number stops the run before the update, with exit status 3, and never reaches the disk."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import survival
+from indraquantum import cli
+from indraquantum.data.dataset import open_dataset
+from indraquantum.errors import TrainingStopped
+from indraquantum.metrics import read_metrics
+from indraquantum.teacher.signals import SignalStore
+from indraquantum.training import loop
+from indraquantum.training.checkpoint import newest_checkpoint
+from indraquantum.training.schedule import rows_of_step
+
+BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+
+
+def stopped(settings) -> str:
+    """The message of the run, which must stop at its fourth step and leave only finite numbers."""
+    with pytest.raises(TrainingStopped) as error:
+        survival.train_small(settings)
+    found = newest_checkpoint(settings.output, 10**6).checkpoint
+    assert found.step == 2
+    tensors = [*found.model.values(), *(t for state in found.optimizer["state"].values() for t in state.values())]
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors)
+    lines = read_metrics(settings.logs / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    json.dumps(lines, allow_nan=False)
+    assert error.value.exit_status == 3
+    return str(error.value)
+
+
+def at_fourth_step(monkeypatch, strike):
+    """Call `strike(run)` before the fourth step."""
+    take_step = loop.take_step
+
+    def struck(run):
+        if run.step == 3:
+            before = {name: value.clone() for name, value in run.model.state_dict().items()}
+            strike(run)
+            changed = {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
+            try:
+                return take_step(run)
+            finally:
+                for name, value in run.model.state_dict().items():
+                    assert name in changed or torch.equal(value, before[name])  # no update was made
+        return take_step(run)
+
+    monkeypatch.setattr(loop, "take_step", struck)
+
+
+@BAD
+@pytest.mark.parametrize("name", ["embedding.weight", "head.bias_V", "backbone.norm.weight"])
+def test_weights(world, tmp_path, monkeypatch, bad, name):
+    def strike(run):
+        with torch.no_grad():
+            run.model.get_parameter(name).view(-1)[5] = -bad
+
+    at_fourth_step(monkeypatch, strike)
+    assert stopped(survival.small_run(world, tmp_path)).startswith("step 4: 1 weights are not finite")
+
+
+@BAD
+@pytest.mark.parametrize("part", ["probs_NK", "entropy_N", "confidence_N"])
+def test_signals(world, tmp_path, monkeypatch, bad, part):
+    settings = survival.small_run(world, tmp_path)
+    batch = SignalStore.batch
+    dataset = open_dataset("--data", world.data)
+    rows = rows_of_step(dataset.train.num_rows, 30, settings.seed, 3)
+    guilty = int(rows[11])
+    place = int(dataset.train.row_token_offsets[guilty]) + 2
+
+    def poisoned(self, split, index_N):
+        signals = batch(self, split, index_N)
+        getattr(signals, part)[torch.from_numpy(np.flatnonzero(index_N == place))] = bad
+        return signals
+
+    at_fourth_step(monkeypatch, lambda run: monkeypatch.setattr(SignalStore, "batch", poisoned))
+    assert stopped(settings).startswith(f"step 4: the teacher's signals of rows [{guilty}] are not finite")
+
+
+@BAD
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_loss_and_gradients(world, tmp_path, monkeypatch, bad, where):
+    settings = survival.small_run(world, tmp_path)
+    num_rows = open_dataset("--data", world.data).train.num_rows
+    guilty = sorted(rows_of_step(num_rows, 30, settings.seed, 3).tolist())[:2]
+    split = open_dataset("--data", world.data).train
+    marks = {tuple(split.batch(np.array([row])).input_ids[0]) for row in guilty}
+
+    def strike(run):
+        hidden_states = run.model.hidden_states
+
+        def poisoned(input_ids_BT, **others):
+            states = hidden_states(input_ids_BT=input_ids_BT, **others)
+            mask = torch.tensor([tuple(row.tolist()) in marks for row in input_ids_BT])
+            if mask.any():
+                if where == "loss":
+                    return torch.where(mask[:, None, None], states * bad, states)
+                states.register_hook(lambda gradient: torch.where(mask[:, None, None], gradient * bad, gradient))
+            return states
+
+        monkeypatch.setattr(run.model, "hidden_states", poisoned)
+
+    at_fourth_step(monkeypatch, strike)
+    message = stopped(settings)
+    assert message.startswith("step 4: loss ")
+    named = json.loads(message[message.index("[") : message.index("]") + 1])
+    assert sorted(named) == guilty
+
+
+def test_a_state_that_is_not_finite_is_never_saved(world, tmp_path, monkeypatch):
+    take_step, settings = loop.take_step, survival.small_run(world, tmp_path)
+
+    def poisoned(run):
+        metrics = take_step(run)
+        if run.step == 4:
+            run.optimizer.state[run.model.embedding.weight]["exp_avg_sq"][0, 0] = float("inf")
+        return metrics
+
+    monkeypatch.setattr(loop, "take_step", poisoned)
+    with pytest.raises(TrainingStopped, match=r"step 4: optimiser state 0\.exp_avg_sq is not finite"):
+        survival.train_small(settings)
+    assert newest_checkpoint(settings.output, 10**6).checkpoint.step == 2
+
+
+def test_the_exit_status_is_3(world, tmp_path, monkeypatch, capsys):
+    def strike(run):
+        with torch.no_grad():
+            run.model.head.bias_V[3] = float("nan")
+
+    at_fourth_step(monkeypatch, strike)
+    assert cli.run_guarded(lambda: survival.train_small(survival.small_run(world, tmp_path))) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("indra: error: step 4: 1 weights are not finite")
+    assert error.count("\n") == 1
