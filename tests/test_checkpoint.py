@@ -24,7 +24,7 @@ from indraquantum.training.checkpoint import (
 def example(step: int = 3) -> Checkpoint:
     return Checkpoint(
         model_config={"d_model": 2}, model={"w": torch.arange(35.0).reshape(5, 7)}, optimizer={"state": {}},
-        step=step, tokens=11, finished=False, pending=None, settings={"seed": 0},
+        step=step, tokens=11, finished=False, pending=None, guard={}, settings={"seed": 0},
         tokenizer={"json": "{}", "bos_id": 0, "eos_id": 1},
     )  # fmt: skip
 

@@ -180,6 +180,9 @@ class TrainSettings(ModelSettings, OptimizerSettings, DeviceSettings):
     """Optimiser steps between two checkpoints checkpoint_v4_step_S.pt; each epoch leaves its own too."""
     keep_last: int = Field(default=2, ge=1)
     """Step checkpoints to keep; those of epochs always stay."""
+    on_collapse: Literal["warn", "stop", "ignore"] = "warn"
+    """When a term dies, predictions lose their context, or phases or magnitudes fall out of use: warn, or stop (exit
+    status 3); ignore does not look."""
     resume: str = "auto"
     """auto goes on from the newest whole checkpoint of the output folder, never refuses a folder that holds any;
     or the path of a checkpoint."""

@@ -37,6 +37,11 @@ FIELDS = {
     "grad_norm": "global norm of the gradients before clipping",
     "tokens_per_second": "real tokens per second of this step",
     "held_out": "cross-entropy per source on held-out text, nats per token, or null",
+    "context_divergence": "mean KL of the predictions from their own mean, nats; 0 where they ignore the context",
+    "phase_rise": "rise of held-out cross-entropy with all phases at 0, nats per token; 0 where phases are unused",
+    "magnitude_rise": "rise of held-out cross-entropy with all magnitudes at their mean, nats per token",
+    "effective_rank": "effective rank of the lifted table, 1 to twice d-model",
+    "collapse": "kinds of collapse suspected at this step, or null",
 }
 
 

@@ -28,7 +28,7 @@ from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, fsync_folder, sha256_of
 
 FORMAT = "indraquantum-checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 NAME = re.compile(r"checkpoint_v4_(epoch|step)_(\d+)\.pt")
 # What zipfile and torch.load raise for files that are cut, damaged or none of ours.
 MALFORMED = (
@@ -49,6 +49,7 @@ class Checkpoint:
     tokens: int  # real tokens seen
     finished: bool  # the run had come to its end
     pending: dict[str, Any] | None  # metrics of this step where its evaluation was cut short, to be done on resume
+    guard: dict[str, Any]  # what the collapse guard has seen
     settings: dict[str, Any]  # what decides the run, see run.run_identity
     tokenizer: dict[str, Any]  # json, bos_id, eos_id
 

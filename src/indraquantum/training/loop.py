@@ -34,6 +34,7 @@ from indraquantum.training.checkpoint import (
     save_checkpoint,
     step_checkpoint_path,
 )
+from indraquantum.training.collapse_guard import PROBE_EVERY, look_at
 from indraquantum.training.guards import require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
 from indraquantum.training.run import MICRO_BATCH_TOKENS, Run, resume, rows_per_step, start_run
@@ -133,6 +134,7 @@ def continue_run(run: Run, log: MetricsLog, interrupts: Interrupts) -> None:
                     run.pending = take_step(run)
                     bar.update()
                     bar.set_postfix_str(postfix(run.pending))
+                    watch_for_collapse(run)
                 if run.epoch_ends or run.step % run.settings.evaluate_every == 0:
                     with interrupts.at_once():
                         run.pending["held_out"] = evaluate(run)
@@ -177,6 +179,24 @@ def take_step(run: Run) -> dict[str, Any]:
     run.tokens += result.tokens
     run.saved = False
     return metrics_of(run, result, learning_rate, time.perf_counter() - started)
+
+
+def watch_for_collapse(run: Run) -> None:
+    """Look for collapse where its turn has come; the figures go to the metrics of the step.
+
+    Raises:
+        TrainingStopped: a collapse is confirmed, and the settings ask to stop there.
+    """
+    if run.step % PROBE_EVERY or run.settings.on_collapse == "ignore":
+        return
+    dataset = run.dataset
+    look = look_at(run.guard, run.model, run.objective, dataset.train, dataset.validation, run.signals)
+    run.pending |= look.figures
+    if look.confirmed:
+        said = f"step {run.step}: collapse ({', '.join(look.confirmed)}); see these figures in the metrics"
+        if run.settings.on_collapse == "stop":
+            raise TrainingStopped(f"{said}; --on-collapse warn goes on")
+        tqdm.write(f"warning: {said}")
 
 
 def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: float) -> dict[str, Any]:
@@ -234,6 +254,7 @@ def save(run: Run, path: Path, log: MetricsLog) -> None:
             tokens=run.tokens,
             finished=run.finished,
             pending=run.pending,
+            guard=vars(run.guard),
             settings=run.identity,
             tokenizer={"json": tokenizer.to_json(), "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
         ),

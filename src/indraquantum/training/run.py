@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from indraquantum.training.checkpoint import (
     newest_checkpoint,
     set_aside,
 )
+from indraquantum.training.collapse_guard import CollapseGuard
 from indraquantum.training.schedule import steps_per_epoch
 
 MICRO_BATCH_TOKENS = 8192  # positions in one forward pass; a larger step accumulates gradients
@@ -33,7 +34,7 @@ BETAS = (0.9, 0.95)
 # What may change between two starts of one run without changing what it computes.
 FREE_SETTINGS = {
     "output", "logs", "device", "threads", "data", "signals", "teacher", "tokenizer",
-    "save_every", "keep_last", "resume",
+    "save_every", "keep_last", "resume", "on_collapse",
 }  # fmt: skip
 
 
@@ -55,6 +56,7 @@ class Run:
     tokens: int = 0
     held_out: dict[str, float] | None = None  # of the last evaluation
     pending: dict[str, Any] | None = None  # metrics of `step` that are not written yet
+    guard: CollapseGuard = field(default_factory=CollapseGuard)
     saved: bool = False  # a checkpoint holds the run as it stands
 
     @property
@@ -181,3 +183,4 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.model.load_state_dict(checkpoint.model)
     run.optimizer.load_state_dict(checkpoint.optimizer)
     run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True
+    run.guard = CollapseGuard(**checkpoint.guard)

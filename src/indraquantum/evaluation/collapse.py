@@ -1,0 +1,123 @@
+"""Is the model collapsing? Figures that fall to 0 when it does, on a few rows, cheap enough for a run.
+
+- context divergence: how far predictions depend on what was read; 0 where the same tokens are predicted everywhere
+- phase rise, magnitude rise: what cross-entropy loses when all phases are 0, or all magnitudes a token's mean;
+  0 where that part of the state is not used
+- effective rank of the lifted table Z, between 1 and D
+- dead terms: parts of the objective whose value or gradient is exactly 0
+
+Legend: N positions, d complex width, D = 2d real width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from indraquantum.data.dataset import Batch
+from indraquantum.learner import to_tensors
+from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
+from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.model.projector import QuantumProjector
+
+POSITIONS = 128  # whose logits are looked at
+WEIGHTS = {"kd": "kd_weight", "phase": "phase_weight", "magnitude": "magnitude_weight"}
+
+
+class CollapseFigures(NamedTuple):
+    """Each falls to 0 (the rank to 1) in its kind of collapse; None where the model has no such part."""
+
+    context_divergence: float  # mean KL of the predictions from their own mean, nats
+    phase_rise: float | None  # nats per token
+    magnitude_rise: float | None  # nats per token
+    effective_rank: float  # exp of the entropy of Z's normalised squared singular values
+
+
+@torch.inference_mode()
+def collapse_figures(model: IndraQuantumPhase2, batch: Batch) -> CollapseFigures:
+    """Measure `model` on the rows of `batch`."""
+    table_VD = model.lift_table()
+    logits_NV = _logits(model, batch, table_VD)
+    labels_N = _thinned(torch.from_numpy(batch.labels[batch.labels >= 0])).to(logits_NV.device)
+
+    def rise(changed_VD: Tensor) -> float:
+        changed_NV = _logits(model, batch, changed_VD)
+        return (F.cross_entropy(changed_NV, labels_N) - F.cross_entropy(logits_NV, labels_N)).item()
+
+    phase_rise = magnitude_rise = None
+    if isinstance(model.projector, QuantumProjector):
+        magnitude_Vd, phase_Vd = model.projector.polar(model.embedding.weight)
+        phase_rise = rise(torch.cat([magnitude_Vd, torch.zeros_like(magnitude_Vd)], dim=-1))
+        if model.projector.magnitude is not None:
+            mean_Vd = magnitude_Vd.mean(dim=0).expand_as(magnitude_Vd)
+            magnitude_rise = rise(torch.cat([mean_Vd * phase_Vd.cos(), mean_Vd * phase_Vd.sin()], dim=-1))
+    return CollapseFigures(context_divergence(logits_NV), phase_rise, magnitude_rise, effective_rank(table_VD))
+
+
+def context_divergence(logits_NV: Tensor) -> float:
+    """Mean KL of the N predictions from their own mean, nats: 0 where they don't depend on the position."""
+    log_p_NV = logits_NV.log_softmax(dim=-1)
+    mean_V = log_p_NV.exp().mean(dim=0)
+    return (log_p_NV.exp() * (log_p_NV - mean_V.log().clamp_min(-1e30))).sum(dim=-1).mean().item()
+
+
+def effective_rank(table_VD: Tensor) -> float:
+    """Exp of the entropy of the squared singular values' shares: 0 for none, 1 for one direction, D for all alike."""
+    squared_D = torch.linalg.eigvalsh(table_VD.double().T @ table_VD.double()).clamp_min(0)
+    if squared_D.sum() == 0:
+        return 0.0
+    share_D = squared_D / squared_D.sum()
+    return torch.special.entr(share_D).sum().exp().item()
+
+
+def dead_terms(
+    model: IndraQuantumPhase2, objective: SemanticDistillationLoss, batch: Batch, teacher: TeacherSignals
+) -> list[str]:
+    """The terms of positive weight whose value, or whose part of the gradient to the states, is exactly 0.
+
+    Args:
+        model: as it is trained.
+        objective: with the weights of the step.
+        batch: rows with signals.
+        teacher: the signals at the labelled positions of `batch`.
+    """
+    with torch.no_grad():
+        table_VD = model.lift_table()
+        states_BTD = model.hidden_states(**to_tensors(batch, table_VD.device), table_VD=table_VD)
+    labelled = torch.from_numpy(batch.labels.reshape(-1) >= 0)
+    labels_N = torch.from_numpy(batch.labels.reshape(-1))[labelled].to(table_VD.device)
+    states_ND = states_BTD.flatten(0, 1)[labelled.to(table_VD.device)]
+
+    def gradient(without: str | None = None) -> tuple[Tensor, dict[str, float | None]]:
+        part = copy.copy(objective)
+        if without is not None:
+            setattr(part, WEIGHTS[without], 0.0)
+        leaf_ND = states_ND.clone().requires_grad_()
+        terms = part(leaf_ND, table_VD, labels_N, model.bias_V, model.scale, teacher, model.amplitude(leaf_ND))
+        (gradient_ND,) = torch.autograd.grad(terms.total, leaf_ND)
+        return gradient_ND, {name: getattr(terms, name) for name in WEIGHTS}
+
+    whole_ND, values = gradient()
+    alive = [name for name, weight in WEIGHTS.items() if getattr(objective, weight) > 0]
+    return [
+        name
+        for name in alive
+        if values[name] is None or float(values[name]) == 0 or torch.equal(whole_ND, gradient(without=name)[0])
+    ]
+
+
+def _thinned(values: Tensor) -> Tensor:
+    """At most POSITIONS of the entries, evenly spaced."""
+    return values[:: max(1, -(-len(values) // POSITIONS))]
+
+
+def _logits(model: IndraQuantumPhase2, batch: Batch, table_VD: Tensor) -> Tensor:
+    """Logits (N, V) at some labelled positions, with `table_VD` in the place of the lifted table at both ends."""
+    states_BTD = model.hidden_states(**to_tensors(batch, table_VD.device), table_VD=table_VD)
+    labelled = torch.from_numpy(batch.labels.reshape(-1) >= 0).to(table_VD.device)
+    states_ND = _thinned(states_BTD.flatten(0, 1)[labelled])
+    return F.linear(states_ND * model.scale, table_VD, model.bias_V).float()

@@ -1,0 +1,146 @@
+"""Each kind of collapse is found within 50 steps of a run that was made to collapse so, and none in healthy runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+
+import survival
+from indraquantum.errors import TrainingStopped
+from indraquantum.evaluation.collapse import context_divergence, effective_rank
+from indraquantum.metrics import read_metrics
+from indraquantum.teacher.signals import SignalStore
+from indraquantum.training import loop
+from indraquantum.training.collapse_guard import LOOKS, CollapseFigures, CollapseGuard
+
+HEALTHY_STEPS = 40  # before a run is made to collapse
+LONG = {"d_model": 14, "mlp_width": 22, "epochs": 16, "evaluate_every": 1000, "on_collapse": "stop"}
+
+
+@pytest.fixture(scope="module")
+def healthy(world, tmp_path_factory):
+    """A healthy run's checkpoint at HEALTHY_STEPS."""
+    settings = survival.small_run(world, tmp_path_factory.mktemp("healthy"), **LONG, save_every=HEALTHY_STEPS)
+
+    class Enough(Exception):
+        pass
+
+    def stop_here(run, original=loop.take_step):
+        if run.step == HEALTHY_STEPS:
+            raise Enough
+        return original(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "take_step", stop_here)
+        with pytest.raises(Enough):
+            survival.train_small(settings)
+    return settings
+
+
+def fixed_at(parameter: torch.nn.Parameter, value) -> None:
+    """Set a weight, and keep it from learning."""
+    with torch.no_grad():
+        parameter.copy_(torch.as_tensor(value).expand_as(parameter))
+    parameter.requires_grad_(False)
+    parameter.grad = None
+
+
+def only_frequent_tokens(run, _):
+    fixed_at(run.model.backbone.norm.weight, 0.0)
+
+
+def no_phases(run, _):
+    fixed_at(run.model.projector.phase.weight, 0.0)
+    fixed_at(run.model.projector.phase.bias, 0.0)
+
+
+def no_magnitudes(run, _):
+    fixed_at(run.model.projector.magnitude.weight, 0.0)
+
+
+def one_direction(run, _):
+    with torch.no_grad():
+        row_d = run.model.embedding.weight[:1].clone()
+    fixed_at(run.model.embedding.weight, row_d)
+
+
+def a_blind_readout(run, _):
+    for parameter in run.model.readout.parameters():
+        fixed_at(parameter, 0.0)
+
+
+def empty_signals(run, patch):
+    batch = SignalStore.batch
+
+    def emptied(self, split, index_N):
+        found = batch(self, split, index_N)
+        found.ids_NK.fill_(-1)
+        return found
+
+    patch.setattr(SignalStore, "batch", emptied)
+
+
+@pytest.mark.parametrize(
+    ("collapse", "kinds"),
+    [
+        (only_frequent_tokens, {"context_divergence"}),
+        (no_phases, {"phase_rise"}),
+        (no_magnitudes, {"magnitude_rise"}),
+        (one_direction, {"effective_rank"}),
+        (a_blind_readout, {"dead_phase", "dead_magnitude"}),
+        (empty_signals, {"dead_kd", "dead_phase", "dead_magnitude"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_collapse_is_found_within_50_steps(world, healthy, tmp_path, monkeypatch, collapse, kinds):
+    settings = survival.small_run(world, tmp_path, **LONG, save_every=1000)
+    shutil.copytree(healthy.output, settings.output)
+    shutil.copytree(healthy.logs, settings.logs)
+    resume = loop.resume
+
+    def broken(run):
+        resumed = resume(run)
+        collapse(run, monkeypatch)
+        return resumed
+
+    monkeypatch.setattr(loop, "resume", broken)
+    with pytest.raises(TrainingStopped) as error:
+        survival.train_small(settings)
+    step, found = re.match(r"step (\d+): collapse \((.*?)\)", str(error.value)).groups()
+    assert HEALTHY_STEPS < int(step) <= HEALTHY_STEPS + 50
+    assert kinds <= set(found.split(", "))
+    if kinds == {"magnitude_rise"} or "dead_phase" in kinds:
+        assert set(found.split(", ")) == kinds  # and nothing else is blamed; without phases the rank falls too
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
+def test_healthy_runs_are_left_alone(world, tmp_path, seed):
+    settings = survival.small_run(world, tmp_path, **LONG, seed=seed, save_every=1000)
+    survival.train_small(settings)
+    lines = [line for line in read_metrics(settings.logs / "run" / "metrics.jsonl") if line["effective_rank"]]
+    assert len(lines) >= 4
+    assert all(line["collapse"] is None for line in lines)
+    assert lines[-1]["context_divergence"] > 1
+    assert lines[-1]["phase_rise"] > 1
+
+
+def test_a_resumed_guard_knows_what_it_has_seen(healthy):
+    held = torch.load(max(healthy.output.glob("*_step_*.pt")), weights_only=True)["guard"]
+    guard = CollapseGuard(**json.loads(json.dumps(held)))
+    assert guard.best["phase_rise"] > 1
+    gone = CollapseFigures(context_divergence=1.0, phase_rise=0.0, magnitude_rise=0.5, effective_rank=12.0)
+    assert [guard.look(gone, []) for _ in range(LOOKS + 1)] == [[], ["phase_rise"], []]
+
+
+def test_the_figures_against_closed_forms():
+    assert effective_rank(torch.eye(7)) == pytest.approx(7)
+    assert effective_rank(torch.ones(5, 3)) == pytest.approx(1)
+    assert effective_rank(torch.diag(torch.tensor([2.0, 1.0]))) == pytest.approx(5 / 4 ** (4 / 5))
+    assert effective_rank(torch.zeros(3, 2)) == 0
+    assert context_divergence(torch.randn(1, 11).expand(13, 11)) == pytest.approx(0, abs=1e-6)
+    assert context_divergence(1e3 * torch.eye(5)) == pytest.approx(math.log(5))
