@@ -35,7 +35,7 @@ def random_signals(positions, draws, seed):
     logprob[::5] = np.nan
     return PositionSignals(
         ids_M=np.concatenate([ids for ids, _ in found]),
-        counts_M=np.concatenate([counts for _, counts in found]),
+        amounts_M=np.concatenate([counts for _, counts in found]),
         ids_per_position_N=np.array([len(ids) for ids, _ in found]),
         entropy_N=draw.random(positions, np.float32) * 7,
         confidence_N=draw.random(positions, np.float32),
@@ -63,7 +63,7 @@ def write_signals(folder, draws=50, temperature=1.0, jobs=None):
         for place in range(end - begin):
             part = slice(ends[place] - signals.ids_per_position_N[place], ends[place])
             scalars = (signals.entropy_N[place], signals.confidence_N[place], signals.temperature_entropy_N[place])
-            written[split, int(begin) + place] = (signals.ids_M[part], signals.counts_M[part], scalars)
+            written[split, int(begin) + place] = (signals.ids_M[part], signals.amounts_M[part], scalars)
     update = {"shards": tuple(shards), "statistics": statistics_of(tuple(shards))}
     write_manifest(folder, manifest.model_copy(update=update))
     return written
@@ -120,10 +120,16 @@ def test_statistics_are_means_over_positions(tmp_path):
 
 def test_size_is_seven_bytes_and_the_bits_of_the_ids(tmp_path):
     """32,000 tokens and 50 draws: 15 + 6 bits for each distinct id."""
-    assert entry_bits(32_000, 50).width == 21
-    assert entry_bits(32_768, 50).id == 15
-    assert entry_bits(32_769, 63).width == 16 + 6
-    assert entry_bits(4096, 64).width == 12 + 7
+
+    def bits(vocabulary_size, draws=None, kind="sampled"):
+        return entry_bits(SimpleNamespace(vocabulary_size=vocabulary_size, draws=draws, kind=kind))
+
+    assert bits(32_000, 50).width == 21
+    assert bits(32_768, 50).id == 15
+    assert bits(32_769, 63).width == 16 + 6
+    assert bits(4096, 64).width == 12 + 7
+    assert bits(32_000, kind="topk").width == 15 + 16
+    assert bits(32_000, kind="full").width == 32
     written = write_signals(tmp_path / "s")
     bits = sum(16 * len(ids) for ids, _, _ in written.values())  # 10 + 6
     size = sum(path.stat().st_size for path in (tmp_path / "s").glob("*.safetensors"))
@@ -156,7 +162,7 @@ def change_manifest(folder, change):
     ("change", "message"),
     [
         (lambda page: page.update(format="else"), "format indraquantum-signals"),
-        (lambda page: page.update(format_version=2), "format_version 1, not 2"),
+        (lambda page: page.update(format_version=3), "format_version 2 or lower, not 3"),
         (lambda page: page.update(draws="many"), "damaged: draws"),
         (lambda page: page.pop("seed"), "damaged: seed"),
         (lambda page: page["shards"][0].update(file="../../etc/x.safetensors"), "damaged: shards.0.file"),

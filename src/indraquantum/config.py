@@ -90,15 +90,31 @@ class CaptureSettings(DeviceSettings):
     data: Path = Path("data/mixed_train")
     """The prepared dataset: the packed folder, or a pickle."""
     teacher: str = TINYLLAMA
-    """Teacher: the folder or hub id of any Hugging Face causal LM with the dataset's tokenizer."""
+    """Teacher with the dataset's tokenizer: folder or hub id (id@revision) of a causal LM, or a server's URL."""
+    served_model: str | None = None
+    """The model to ask a server for; by default the first that it lists."""
+    concurrency: int = Field(default=8, ge=1, le=1024)
+    """Requests to a server at the same time."""
+    requests_per_second: float = Field(default=0.0, ge=0, le=100_000)
+    """Most requests to a server in a second; 0 sets no limit."""
     output: Path = Path("data/teacher_signals")
     """Folder for the signals; a capture that was stopped goes on there."""
+    kind: Literal["sampled", "topk", "full"] = "sampled"
+    """What to keep: random draws, unbiased; the likeliest tokens, biased; or all of them, large."""
     draws: int = Field(default=50, ge=1, le=65_535)
     """Tokens drawn from the teacher at each position."""
+    top_k: int = Field(default=50, ge=1, le=65_535)
+    """Likeliest tokens kept at each position, for the kind topk."""
     temperature: float = Field(default=1.0, gt=0, le=100)
     """Temperature of the teacher's distribution when drawing."""
     batch_tokens: int = Field(default=2048, ge=1)
     """Tokens in one forward pass of the teacher; at least one row is taken."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the teacher computes in; auto takes bfloat16 on CUDA (float16 on old cards) and float32 elsewhere."""
+    workers: int = Field(default=1, ge=1, le=1024)
+    """Processes that ask the teacher, each with its own copy; the shards are the same for the same --threads."""
+    engine: Literal["local", "ray"] = "local"
+    """Where the workers run: on this machine, or on Ray's (pip install 'indraquantum[ray]')."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides the draws."""
 

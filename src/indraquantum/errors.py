@@ -12,6 +12,10 @@ class UserError(Exception):
         self.field, self.value, self.allowed = field, value, allowed
         super().__init__(f"{field}: got {value!s}; {allowed}")
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+        """Cross from a worker process to its parent."""
+        return type(self), (self.field, str(self.value), self.allowed)
+
 
 class TrainingStopped(Exception):
     """A guard stopped training before a bad update. Exit status 3."""

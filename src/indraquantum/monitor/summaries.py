@@ -34,12 +34,14 @@ def _copies(source: SourceReport) -> str:
 def capture_summary(report: CaptureReport) -> str:
     """What the signals are like and what they cost, in three lines."""
     figures = report.statistics
+    bounds = figures.mean_entropy_bounds_nats
+    entropy = f"between {bounds[0]:.3f} and {bounds[1]:.3f}" if bounds else f"{figures.mean_entropy_nats:.3f}"
     cross_entropy = ", ".join(f"{split} {value:.3f}" for split, value in figures.teacher_cross_entropy.items())
     return "\n".join(
         [
             f"signals: {figures.positions:,} positions ({report.positions_kept:,} were there), "
             f"{report.bytes:,} bytes, {figures.bytes_per_token:.1f} a token; {report.tokens_per_second:,.0f} tokens/s",
-            f"teacher: mean entropy {figures.mean_entropy_nats:.3f} nats, mean confidence "
+            f"teacher: mean entropy {entropy} nats, mean confidence "
             f"{figures.mean_confidence:.3f}, {figures.mean_ids:.1f} distinct ids a position; "
             f"cross-entropy (nats/token) {cross_entropy}",
             f"coverage: {report.coverage['train']:.1%} of the training rows: {report.output}",

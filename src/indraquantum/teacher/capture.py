@@ -1,8 +1,9 @@
 """Asks a teacher once over all prepared rows and stores its signals: `indra capture`.
 
 Work goes shard by shard, held-out rows first, then the training rows' shards in random order, so that a capture that
-stops early has seen a fair sample. A shard is a pure function of the identity in the manifest; what a stopped
-capture finished is verified and kept, and the teacher is not asked for it again.
+stops early has seen a fair sample. Shards are done by one process or many (engines.py), and only this one writes the
+manifest. What a stopped capture finished is verified and kept, what it began is in journals, and the teacher is asked
+for none of it again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import numpy as np
 from indraquantum.config import CaptureSettings
 from indraquantum.errors import UserError
 from indraquantum.files import make_folder, sha256_of
+from indraquantum.teacher.engines import open_data, run_jobs
+from indraquantum.teacher.journal import SUFFIX, journal_path
 from indraquantum.teacher.manifest import (
     MANIFEST_NAME,
     Identity,
@@ -32,40 +35,26 @@ from indraquantum.teacher.manifest import (
     statistics_of,
     write_manifest,
 )
-from indraquantum.teacher.sampling import PositionSignals, position_signals, row_uniforms
-from indraquantum.teacher.signals import entry_bits, write_shard
-from indraquantum.teacher.teacher_model import Teacher, TeacherFiles, check_tokenizer, find_teacher, load_teacher
+from indraquantum.teacher.served import check_served, is_served, served_identity
+from indraquantum.teacher.shard_worker import Job, Plan
+from indraquantum.teacher.teacher_model import TeacherFiles, check_tokenizer, find_teacher
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
+    from indraquantum.data.dataset import PreparedDataset
 
-    from indraquantum.data.dataset import PreparedDataset, Split
-
-SHARD_POSITIONS = 65_536  # about 3 MB; as much as a kill can lose
+SHARD_POSITIONS = 65_536  # about 3 MB; what one worker does at a time
 _OPTIONS = {
+    "kind": "--kind",
+    "served": "--teacher",
     "teacher_sha256": "--teacher",
     "tokenizer_sha256": "--data",
     "dataset_sha256": "--data",
     "vocabulary_size": "--data",
     "temperature": "--temperature",
+    "top_k": "--top-k",
     "draws": "--draws",
     "seed": "--seed",
-    "kind": "--output",
 }
-
-
-class Job(NamedTuple):
-    """A shard to capture."""
-
-    split: str
-    number: int
-    first_row: int
-    last_row: int  # one past
-
-    @property
-    def file(self) -> str:
-        """The shard's name."""
-        return f"{self.split}-{self.number:06d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -79,7 +68,7 @@ class CaptureReport:
     bytes: int  # of all shards
     positions_asked: int  # by this run
     positions_kept: int  # found finished
-    seconds: float  # asking and storing, without loading the teacher
+    seconds: float  # loading the teacher, asking and storing
     packed: bool | None  # False: the teacher leaks across documents and was asked one at a time; None: not asked
 
     @property
@@ -104,57 +93,56 @@ def capture(
     Raises:
         UserError: a wrong teacher or dataset, or signals in the output folder that are not those of these settings.
     """
-    from indraquantum.device import choose_device
-
-    device = choose_device(settings)
-    files = find_teacher("--teacher", settings.teacher)
+    files = None
+    if is_served(settings.teacher):
+        check_served(settings)
+    else:
+        files = find_teacher("--teacher", settings.teacher)
     if dataset is None:
-        from indraquantum.data.dataset import open_dataset
-
-        # A pickle carries no tokenizer; the teacher's is the only one that may serve.
-        tokenizer = str(files.folder) if settings.data.is_file() else None
-        dataset = open_dataset("--data", settings.data, tokenizer, verify=True)
-    check_tokenizer(files, dataset)
+        dataset = open_data(settings, files, verify=True)
+    if files:
+        check_tokenizer(files, dataset)
     manifest = _begin_or_continue(settings, files, dataset, shard_positions)
     folder = make_folder("--output", settings.output)
-    with _only_writer(folder):
+    with _only_writer(folder, new=not (folder / MANIFEST_NAME).is_file()):
         manifest = _verified(folder, manifest)
         jobs = _jobs(dataset, manifest)
-        kept = manifest.statistics.positions
-        packed, seconds = None, 0.0
+        asked, packed, began = 0, None, time.perf_counter()
         if jobs:
-            teacher = load_teacher(files, dataset, device)
-            packed = teacher.packed
-            began = time.perf_counter()
-            manifest = _Run(settings, dataset, teacher, folder).shards(jobs, manifest)
-            seconds = time.perf_counter() - began
+            manifest, asked, packed = _capture(settings, files, dataset, manifest, jobs, folder)
+        seconds = time.perf_counter() - began
     return CaptureReport(
         output=folder,
         teacher=settings.teacher,
         statistics=manifest.statistics,
         coverage=_coverage(dataset, manifest),
         bytes=sum(shard.bytes for shard in manifest.shards),
-        positions_asked=manifest.statistics.positions - kept,
-        positions_kept=kept,
+        positions_asked=asked,
+        positions_kept=manifest.statistics.positions - asked,
         seconds=seconds,
         packed=packed,
     )
 
 
 def _begin_or_continue(
-    settings: CaptureSettings, files: TeacherFiles, dataset: PreparedDataset, shard_positions: int
+    settings: CaptureSettings, files: TeacherFiles | None, dataset: PreparedDataset, shard_positions: int
 ) -> Manifest:
     """The manifest to go on with: that of the output folder if it is the same capture, or a new one."""
     identity = Identity(
-        teacher_sha256=files.sha256(),
+        served=files is None,
+        teacher_sha256=files.sha256() if files else served_identity(settings),
         tokenizer_sha256=dataset.tokenizer.sha256,
         dataset_sha256=dataset.content_sha256,
         vocabulary_size=dataset.tokenizer.vocabulary_size,
         temperature=settings.temperature,
-        draws=settings.draws,
+        kind=settings.kind,
+        draws=settings.draws if settings.kind == "sampled" else None,
+        top_k=settings.top_k if settings.kind == "topk" else None,
         seed=settings.seed,
         rows_per_shard=max(1, shard_positions // dataset.row_length),
     )
+    if settings.kind == "topk" and settings.top_k > identity.vocabulary_size:
+        raise UserError("--top-k", settings.top_k, f"must be at most the vocabulary's {identity.vocabulary_size}")
     if (settings.output / MANIFEST_NAME).is_file():
         existing = read_manifest("--output", settings.output)
         for name, option in _OPTIONS.items():
@@ -167,7 +155,7 @@ def _begin_or_continue(
     return Manifest(
         **identity.model_dump(),
         teacher=settings.teacher,
-        teacher_revision=files.revision,
+        teacher_revision=files.revision if files else None,
         shards=(),
         complete=False,
         statistics=statistics_of(()),
@@ -175,7 +163,7 @@ def _begin_or_continue(
 
 
 @contextlib.contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
+def _only_writer(folder: Path, new: bool) -> Iterator[None]:
     """Hold the folder, so that two captures don't overwrite each other's manifest; the lock dies with the process."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -185,9 +173,16 @@ def _only_writer(folder: Path) -> Iterator[None]:
             raise UserError("--output", folder, "another capture is writing there; wait for it") from None
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
+        if new:  # a journal without a manifest belongs to nothing
+            _remove_journals(folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def _remove_journals(folder: Path) -> None:
+    for journal in folder.glob("*" + SUFFIX):
+        journal.unlink()
 
 
 def _verified(folder: Path, manifest: Manifest) -> Manifest:
@@ -197,6 +192,7 @@ def _verified(folder: Path, manifest: Manifest) -> Manifest:
         path = folder / entry.file
         if path.is_file() and path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256:
             good.append(entry)
+            journal_path(folder, entry.file).unlink(missing_ok=True)  # left by a kill behind the manifest
         else:
             print(f"capture: {path} is missing or damaged; asking the teacher again", file=sys.stderr)
     return _with_shards(manifest, good, complete=manifest.complete and len(good) == len(manifest.shards))
@@ -232,83 +228,45 @@ def _coverage(dataset: PreparedDataset, manifest: Manifest) -> dict[str, float]:
     return {split: covered[split] / rows[split] if rows[split] else 1.0 for split in rows}
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The parts that stay the same while shards are captured."""
+class _Outcome(NamedTuple):
+    """What the jobs came to."""
 
-    settings: CaptureSettings
-    dataset: PreparedDataset
-    teacher: Teacher
-    folder: Path
+    manifest: Manifest
+    positions_asked: int
+    packed: bool | None
 
-    def shards(self, jobs: list[Job], manifest: Manifest) -> Manifest:
-        """Capture the jobs one after the other; each is committed before the next begins."""
-        from tqdm import tqdm
 
-        if not self.teacher.packed:
-            print("capture: this teacher mixes packed documents; asking one at a time", file=sys.stderr)
-        total = sum(self._positions(job) for job in jobs)
+def _capture(
+    settings: CaptureSettings,
+    files: TeacherFiles | None,
+    dataset: PreparedDataset,
+    manifest: Manifest,
+    jobs: list[Job],
+    folder: Path,
+) -> _Outcome:
+    """Let the engine do the jobs; each shard that comes back is committed before the next is looked at."""
+    from tqdm import tqdm
+
+    total = sum(_positions(dataset, job) for job in jobs)
+    plan = Plan(settings, folder, manifest, total, jobs[0].file)
+    asked, packed = 0, None
+    write_manifest(folder, manifest)  # journals belong to it
+    try:
         with tqdm(total=total, desc="capture", unit="tok", unit_scale=True, disable=None) as bar:
-            for done, job in enumerate(jobs, 1):
-                signals = self._ask(job, manifest, bar, announce=done == 1)
-                rows = (job.first_row, job.last_row)
-                entry = write_shard(self.folder, job.file, job.split, rows, signals, manifest, self.teacher.precision)
-                manifest = _with_shards(manifest, [*manifest.shards, entry], complete=done == len(jobs))
-                write_manifest(self.folder, manifest)
-        return manifest
+            for done, result in enumerate(run_jobs(plan, files, dataset, jobs, bar.update), 1):
+                manifest = _with_shards(manifest, [*manifest.shards, result.entry], complete=done == len(jobs))
+                write_manifest(folder, manifest)
+                journal_path(folder, result.entry.file).unlink(missing_ok=True)
+                asked += result.positions_asked
+                packed = result.packed if packed is None else packed
+    except UserError:
+        if not manifest.shards and not any(path.stat().st_size for path in folder.glob("*" + SUFFIX)):
+            _remove_journals(folder)  # nothing was captured: nothing is left behind
+            (folder / MANIFEST_NAME).unlink()
+        raise
+    return _Outcome(manifest, asked, packed)
 
-    def _split(self, job: Job) -> Split:
-        return self.dataset.train if job.split == "train" else self.dataset.validation
 
-    def _positions(self, job: Job) -> int:
-        offsets = self._split(job).row_token_offsets
-        return int(offsets[job.last_row] - offsets[job.first_row])
-
-    def _ask(self, job: Job, manifest: Manifest, bar: tqdm, announce: bool) -> PositionSignals:
-        """All signals of one shard. Batches never cross its ends, so that a restart repeats the same ones."""
-        step = max(1, self.settings.batch_tokens // self.dataset.row_length)
-        parts = []
-        for first in range(job.first_row, job.last_row, step):
-            began = time.perf_counter()
-            part = self._ask_rows(job.split, np.arange(first, min(first + step, job.last_row)), manifest)
-            if announce and not parts:
-                self._announce(part, time.perf_counter() - began, int(bar.total), manifest)
-            bar.update(len(part.entropy_N))
-            parts.append(part)
-        return PositionSignals(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-    def _ask_rows(self, split: str, rows: np.ndarray, manifest: Manifest) -> PositionSignals:
-        import torch
-
-        batch = getattr(self.dataset, split).batch(rows)
-        real_B = (batch.segments >= 0).sum(1)
-        batch = type(batch)(*(array[:, : real_B.max()] for array in batch))
-        uniforms_Nn = np.concatenate(
-            [
-                row_uniforms(manifest.seed, split, row, real, manifest.draws)
-                for row, real in zip(rows.tolist(), real_B.tolist(), strict=True)
-            ]
-        )
-        places_N = np.flatnonzero(batch.segments.reshape(-1) >= 0)
-        try:
-            return position_signals(
-                self.teacher.logits(batch),
-                places_N,
-                batch.labels.reshape(-1)[places_N],
-                uniforms_Nn,
-                manifest.vocabulary_size,
-                manifest.temperature,
-            )
-        except FloatingPointError:
-            allowed = f"must give finite logits (nan or inf in {split} rows {rows[0]} to {rows[-1]})"
-            raise UserError("--teacher", self.settings.teacher, allowed) from None
-        except torch.OutOfMemoryError:
-            raise UserError("--batch-tokens", self.settings.batch_tokens, "must be smaller: out of memory") from None
-
-    def _announce(self, part: PositionSignals, seconds: float, total: int, manifest: Manifest) -> None:
-        """Say what lies ahead, from the first batch."""
-        positions = len(part.entropy_N)
-        hours = seconds / positions * total / 3600
-        width = entry_bits(manifest.vocabulary_size, manifest.draws).width
-        size = (7 + len(part.ids_M) / positions * width / 8) * total
-        print(f"capture: {total:,} positions, about {hours:.3g} hours and {size / 1e6:,.1f} MB", file=sys.stderr)
+def _positions(dataset: PreparedDataset, job: Job) -> int:
+    offsets = (dataset.train if job.split == "train" else dataset.validation).row_token_offsets
+    return int(offsets[job.last_row] - offsets[job.first_row])

@@ -7,15 +7,16 @@ can distil from what there is. Two captures with the same identity give the same
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from indraquantum.errors import UserError
 from indraquantum.files import SEAL, read_json, write_manifest_json
 
 FORMAT = "indraquantum-signals"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 added top-k, full and served signals; version 1 is read as it is
+_READABLE = (1, 2)
 MANIFEST_NAME = "manifest.json"
 _SHA256 = r"^[0-9a-f]{64}$"
 
@@ -27,22 +28,36 @@ class _Page(BaseModel):
 class Identity(_Page):
     """What decides every bit of the signals; all must agree for a capture to go on."""
 
-    kind: Literal["sampled"] = "sampled"
+    kind: Literal["sampled", "topk", "full"] = "sampled"
+    """Random draws (unbiased), the likeliest tokens (biased), or every token (exact, large)."""
+    served: bool = False
+    """From a server: entropy is only bounded, and that teacher and tokenizer are what they say is not checked."""
     teacher_sha256: str = Field(pattern=_SHA256)
     tokenizer_sha256: str = Field(pattern=_SHA256)
     dataset_sha256: str = Field(pattern=_SHA256)
     vocabulary_size: int = Field(ge=2)
     temperature: float = Field(gt=0)
-    draws: int = Field(ge=1, le=65_535)
+    draws: int | None = Field(default=None, ge=1, le=65_535)
+    """Tokens drawn; None unless the kind is sampled."""
+    top_k: int | None = Field(default=None, ge=1, le=65_535)
+    """Tokens kept; None unless the kind is topk."""
     seed: int = Field(ge=0, lt=2**63)
     rows_per_shard: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _amounts_fit_the_kind(self) -> Self:
+        if (self.draws is not None, self.top_k is not None) != (self.kind == "sampled", self.kind == "topk"):
+            raise ValueError(f"draws and top_k don't fit the kind {self.kind}")
+        return self
 
 
 class Sums(_Page):
     """Totals over a shard's positions, so that statistics need no second pass and don't depend on stops."""
 
     ids: int = Field(ge=0)
-    entropy_nats: float
+    entropy_nats: float | None
+    entropy_bounds_nats: tuple[float, float] | None = Field(default=None, strict=False)
+    """In place of `entropy_nats` where a server only bounds it."""
     confidence: float
     labels: int = Field(ge=0)
     label_logprob_nats: float
@@ -68,6 +83,7 @@ class Statistics(_Page):
     positions: int
     mean_ids: float | None
     mean_entropy_nats: float | None
+    mean_entropy_bounds_nats: tuple[float, float] | None = Field(default=None, strict=False)
     mean_confidence: float | None
     bytes_per_token: float | None
     teacher_cross_entropy: dict[str, float]
@@ -98,6 +114,9 @@ def statistics_of(shards: tuple[ShardEntry, ...]) -> Statistics:
     def mean(total: float) -> float | None:
         return total / positions if positions else None
 
+    exact = [shard.sums.entropy_nats for shard in shards if shard.sums.entropy_nats is not None]
+    bounds = [shard.sums.entropy_bounds_nats for shard in shards if shard.sums.entropy_bounds_nats is not None]
+
     cross_entropy = {}
     for split in ("train", "validation"):
         sums = [shard.sums for shard in shards if shard.split == split]
@@ -106,7 +125,8 @@ def statistics_of(shards: tuple[ShardEntry, ...]) -> Statistics:
     return Statistics(
         positions=positions,
         mean_ids=mean(sum(shard.sums.ids for shard in shards)),
-        mean_entropy_nats=mean(sum(shard.sums.entropy_nats for shard in shards)),
+        mean_entropy_nats=mean(sum(exact)) if exact else None,
+        mean_entropy_bounds_nats=tuple(sum(side) / positions for side in zip(*bounds, strict=True)) if bounds else None,
         mean_confidence=mean(sum(shard.sums.confidence for shard in shards)),
         bytes_per_token=mean(sum(shard.bytes for shard in shards)),
         teacher_cross_entropy=cross_entropy,
@@ -134,9 +154,8 @@ def read_manifest(field: str, folder: Path) -> Manifest:
     value = read_json(field, path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UserError(field, path, f"must be the manifest of teacher signals (format {FORMAT})")
-    if value.get("format_version") != FORMAT_VERSION:
-        version = value.get("format_version")
-        raise UserError(field, path, f"must have format_version {FORMAT_VERSION}, not {version!r}")
+    if (version := value.get("format_version")) not in _READABLE:
+        raise UserError(field, path, f"must have format_version {FORMAT_VERSION} or lower, not {version!r}")
     value.pop(SEAL, None)
     try:
         return Manifest.model_validate(value)

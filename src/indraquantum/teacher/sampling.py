@@ -27,12 +27,13 @@ class PositionSignals(NamedTuple):
     """What is kept of N positions' distributions."""
 
     ids_M: np.ndarray  # int64: distinct ids, position after position, ascending within one
-    counts_M: np.ndarray  # int64: how often each was drawn
+    amounts_M: np.ndarray  # int64: how often each was drawn; or float32: its probability
     ids_per_position_N: np.ndarray  # int64
-    entropy_N: np.ndarray  # float32, nats, at temperature 1
+    entropy_N: np.ndarray  # float32, nats, at temperature 1; a lower bound where entropy_high_N is there
     confidence_N: np.ndarray  # float32: the largest probability at temperature 1
     next_logprob_N: np.ndarray  # float32: the label's log-probability; nan where there is no label
     temperature_entropy_N: np.ndarray  # float32, nats, at the drawing temperature
+    entropy_high_N: np.ndarray | None = None  # float32: upper bound, from a server that does not give the entropy
 
 
 def row_uniforms(seed: int, split: str, row: int, row_length: int, draws: int) -> np.ndarray:
@@ -105,9 +106,10 @@ def position_signals(
     logits: torch.Tensor,
     places_N: np.ndarray,
     labels_N: np.ndarray,
-    uniforms_Nn: np.ndarray,
+    uniforms_Nn: np.ndarray | None,
     vocabulary_size: int,
     temperature: float = 1.0,
+    top_k: int | None = None,
 ) -> PositionSignals:
     """Reduce a teacher's logits to its signals, chunk by chunk: no second tensor of their size exists.
 
@@ -115,9 +117,10 @@ def position_signals(
         logits: (..., V' >= vocabulary_size), any float type and device; ids past the vocabulary are left out.
         places_N: (N,) int64, the positions wanted in the flattened leading axes.
         labels_N: (N,) int64, the actual next token or -100.
-        uniforms_Nn: (N, n) float64, from `row_uniforms`.
+        uniforms_Nn: (N, n) float64, from `row_uniforms`; None to keep the likeliest tokens instead of draws.
         vocabulary_size: V.
         temperature: of the distribution that is drawn from.
+        top_k: how many of the likeliest tokens; None keeps all.
 
     Raises:
         FloatingPointError: a position's logits hold nan or +inf, or nothing but -inf.
@@ -126,23 +129,53 @@ def position_signals(
 
     flat = logits.flatten(0, -2)
     device = "cpu" if logits.device.type == "mps" else logits.device  # MPS has no float64
-    rows = max(1, _CHUNK_ELEMENTS // max(vocabulary_size, uniforms_Nn.shape[1] * _BLOCK))
+    draws = 0 if uniforms_Nn is None else uniforms_Nn.shape[1]
+    rows = max(1, _CHUNK_ELEMENTS // max(vocabulary_size, draws * _BLOCK))
     chunks = []
     for begin in range(0, len(places_N), rows):
         part = slice(begin, begin + rows)
         places_C = torch.from_numpy(places_N[part]).to(flat.device)
         shifted_CV = flat.index_select(0, places_C)[:, :vocabulary_size].to(device, torch.float32)
         labels_C = torch.from_numpy(labels_N[part]).to(device)
-        uniforms_Cn = torch.from_numpy(uniforms_Nn[part]).to(device)
-        chunks.append(_chunk_signals(shifted_CV, labels_C, uniforms_Cn, temperature))
-    tokens_Nn, *reduced = (torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True))
-    return PositionSignals(*count_distinct(tokens_Nn), *reduced)
+        exact = _exact_figures(shifted_CV, labels_C, temperature)
+        if uniforms_Nn is None:
+            kept = likeliest_tokens(exact.weights_CV, top_k or vocabulary_size)
+        else:
+            kept = (draw_tokens(exact.weights_CV, torch.from_numpy(uniforms_Nn[part]).to(device)),)
+        chunks.append((*exact[1:], *kept))
+    *figures, ids_Nn = (torch.cat(column).cpu().numpy() for column in zip(*(c[:5] for c in chunks), strict=True))
+    if uniforms_Nn is not None:
+        return PositionSignals(*count_distinct(ids_Nn), *figures)
+    probs_Nk = torch.cat([chunk[5] for chunk in chunks]).cpu().numpy()
+    return PositionSignals(ids_Nn.reshape(-1), probs_Nk.reshape(-1), np.full(*ids_Nn.shape), *figures)
 
 
-def _chunk_signals(
-    logits_CV: torch.Tensor, labels_C: torch.Tensor, uniforms_Cn: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, ...]:
-    """Draws and the four exact figures of one chunk; overwrites the logits."""
+def likeliest_tokens(weights_CV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k tokens of greatest weight, ascending by id, and their probabilities.
+
+    Args:
+        weights_CV: (C, V) float32 >= 0, each row with a positive sum; need not be normalised.
+        k: tokens to keep, at most V.
+
+    Returns:
+        (C, k) int64 ids and (C, k) float32 probabilities, which sum to 1 only where k is V.
+    """
+    ids_Ck = weights_CV.topk(k, sorted=False).indices.sort(-1).values
+    return ids_Ck, weights_CV.gather(1, ids_Ck) / weights_CV.sum(-1, keepdim=True)
+
+
+class _Exact(NamedTuple):
+    """One chunk's figures, and the weights exp((z - max z) / temperature) to choose tokens by."""
+
+    weights_CV: torch.Tensor
+    entropy_C: torch.Tensor
+    confidence_C: torch.Tensor
+    next_logprob_C: torch.Tensor
+    temperature_entropy_C: torch.Tensor
+
+
+def _exact_figures(logits_CV: torch.Tensor, labels_C: torch.Tensor, temperature: float) -> _Exact:
+    """The four exact figures of one chunk; overwrites the logits."""
     import torch
 
     top_C1 = logits_CV.amax(-1, keepdim=True)
@@ -162,5 +195,4 @@ def _chunk_signals(
         tempered_total_C = weights_CV.sum(-1)
         dot_C = (weights_CV * shifted_CV).sum(-1)
         tempered_entropy_C = tempered_total_C.log() - dot_C / tempered_total_C
-    tokens_Cn = draw_tokens(weights_CV, uniforms_Cn)
-    return tokens_Cn, entropy_C, 1 / total_C, next_logprob_C, tempered_entropy_C
+    return _Exact(weights_CV, entropy_C, 1 / total_C, next_logprob_C, tempered_entropy_C)

@@ -2,8 +2,10 @@
 
 A shard is a safetensors file over the positions of some rows: `entropy`, `confidence` and `next_logprob` (float16; nan
 where a position has no label), `temperature_entropy` (float16, only where the temperature is not 1),
-`ids_per_position` (uint8; uint16 from 256 draws on) and `packed`: for each distinct id a number of
+`ids_per_position` (uint8; uint16 from 256 on; uint32 where all are kept) and `packed`: for each distinct id a number of
 ceil(log2 V) + bits(draws) bits, the id above its count. At 50 draws that is 7 bytes a position and 21 bits an id.
+Of the kind topk the id stands above a float16 probability, of the kind full there are V float32 probabilities and no
+ids. Where a server bounds the entropy, `entropy_low` and `entropy_high` stand in place of `entropy`.
 
 Legend: N positions asked for, C of them covered, K most ids at one of them, M distinct (position, id) pairs.
 """
@@ -19,7 +21,7 @@ import numpy as np
 
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, check_manifest_json, sha256_of
-from indraquantum.teacher.manifest import MANIFEST_NAME, Manifest, ShardEntry, Sums, read_manifest
+from indraquantum.teacher.manifest import MANIFEST_NAME, Identity, Manifest, ShardEntry, Sums, read_manifest
 from indraquantum.teacher.packing_bits import pack, packed_bytes, unpack
 
 if TYPE_CHECKING:
@@ -27,26 +29,49 @@ if TYPE_CHECKING:
     from indraquantum.loss_v2 import TeacherSignals
     from indraquantum.teacher.sampling import PositionSignals
 
-_DTYPES = {"F16": "<f2", "U8": "u1", "U16": "<u2"}
+_DTYPES = {"F16": "<f2", "U8": "u1", "U16": "<u2", "U32": "<u4"}
 _GROUP = 16  # positions for which one offset is kept in memory
 _LOWEST = -65_504.0  # float16's
 
 
 class EntryBits(NamedTuple):
-    """How many bits a distinct id and its count take."""
+    """How many bits an id and its amount, a count or a probability, take."""
 
     id: int
-    count: int
+    amount: int
 
     @property
     def width(self) -> int:
         """Bits for one entry."""
-        return self.id + self.count
+        return self.id + self.amount
 
 
-def entry_bits(vocabulary_size: int, draws: int) -> EntryBits:
-    """Bits for ids below `vocabulary_size` and counts up to `draws`."""
-    return EntryBits((vocabulary_size - 1).bit_length(), draws.bit_length())
+def entry_bits(identity: Identity) -> EntryBits:
+    """Bits of an entry of these signals."""
+    if identity.kind == "full":
+        return EntryBits(0, 32)
+    id_bits = (identity.vocabulary_size - 1).bit_length()
+    return EntryBits(id_bits, identity.draws.bit_length() if identity.kind == "sampled" else 16)
+
+
+def _entries(signals: PositionSignals, identity: Identity) -> np.ndarray:
+    """The numbers to pack."""
+    bits, amounts_M = entry_bits(identity), signals.amounts_M
+    if identity.kind == "topk":  # rounded down, so that no row sums to more than 1
+        halves_M = amounts_M.astype("<f2")
+        halves_M = np.where(halves_M > amounts_M, np.nextafter(halves_M, np.float16(0)), halves_M)
+        amounts_M = halves_M.view("<u2").astype(np.int64)
+    elif identity.kind == "full":
+        return amounts_M.astype("<f4").view("<u4").astype(np.int64)
+    return signals.ids_M << bits.amount | amounts_M
+
+
+def _probabilities(amounts_M: np.ndarray, identity: Identity) -> np.ndarray:
+    """Counts, or the bits of a probability, as float32 probabilities."""
+    if identity.kind == "sampled":
+        return amounts_M / np.float32(identity.draws)
+    unsigned, floating = ("<u2", "<f2") if identity.kind == "topk" else ("<u4", "<f4")
+    return amounts_M.astype(unsigned).view(floating).astype(np.float32)
 
 
 def write_shard(
@@ -71,15 +96,21 @@ def write_shard(
     """
     from safetensors.numpy import save_file
 
-    bits = entry_bits(manifest.vocabulary_size, manifest.draws)
     labelled_N = ~np.isnan(signals.next_logprob_N)
     tensors = {
-        "entropy": signals.entropy_N.astype("<f2"),
         "confidence": signals.confidence_N.astype("<f2"),
         "next_logprob": np.maximum(signals.next_logprob_N, _LOWEST).astype("<f2"),
-        "ids_per_position": signals.ids_per_position_N.astype(_count_dtype(manifest.draws)),
-        "packed": pack(signals.ids_M << bits.count | signals.counts_M, bits.width),
+        "ids_per_position": signals.ids_per_position_N.astype(_count_dtype(manifest)),
+        "packed": pack(_entries(signals, manifest), entry_bits(manifest).width),
     }
+    entropy_sum = float(signals.entropy_N.sum(dtype=np.float64))
+    bounds = None
+    if signals.entropy_high_N is None:
+        tensors["entropy"] = signals.entropy_N.astype("<f2")
+    else:
+        tensors["entropy_low"] = signals.entropy_N.astype("<f2")
+        tensors["entropy_high"] = signals.entropy_high_N.astype("<f2")
+        bounds = (entropy_sum, float(signals.entropy_high_N.sum(dtype=np.float64)))
     if manifest.temperature != 1.0:
         tensors["temperature_entropy"] = signals.temperature_entropy_N.astype("<f2")
     with atomic_file(folder / file) as temporary:
@@ -95,7 +126,8 @@ def write_shard(
         precision=precision,
         sums=Sums(
             ids=len(signals.ids_M),
-            entropy_nats=float(signals.entropy_N.sum(dtype=np.float64)),
+            entropy_nats=entropy_sum if bounds is None else None,
+            entropy_bounds_nats=bounds,
             confidence=float(signals.confidence_N.sum(dtype=np.float64)),
             labels=int(labelled_N.sum()),
             label_logprob_nats=float(np.maximum(signals.next_logprob_N[labelled_N], _LOWEST).sum(dtype=np.float64)),
@@ -103,8 +135,10 @@ def write_shard(
     )
 
 
-def _count_dtype(draws: int) -> str:
-    return "u1" if draws <= 255 else "<u2"
+def _count_dtype(identity: Identity) -> str:
+    if identity.kind == "full":
+        return "<u4"
+    return "u1" if (identity.draws or identity.top_k) <= 255 else "<u2"
 
 
 class Shard:
@@ -118,21 +152,22 @@ class Shard:
         """
         try:
             tensors = _map_safetensors(path)
-            self.entropy, self.confidence = tensors["entropy"], tensors["confidence"]
+            self.entropy = None if manifest.served else tensors["entropy"]
+            bounds = (tensors["entropy_low"], tensors["entropy_high"]) if manifest.served else (self.entropy,)
+            self.confidence = tensors["confidence"]
             self.next_logprob = tensors["next_logprob"]
             self.temperature_entropy = tensors["temperature_entropy"] if manifest.temperature != 1.0 else None
             self.ids_per_position, self.packed = tensors["ids_per_position"], tensors["packed"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(field, path, f"is damaged ({type(error).__name__}: {error})") from None
-        bits = entry_bits(manifest.vocabulary_size, manifest.draws)
         groups = np.pad(self.ids_per_position, (0, -entry.positions % _GROUP)).reshape(-1, _GROUP)
         ids_in_group = groups.sum(1, dtype=np.int64)
         self._group_begin = np.cumsum(ids_in_group) - ids_in_group
-        kept = [self.entropy, self.confidence, self.next_logprob, self.ids_per_position]
+        kept = [*bounds, self.confidence, self.next_logprob, self.ids_per_position]
         if (
             any(array.shape != (entry.positions,) for array in kept)
-            or self.ids_per_position.dtype != _count_dtype(manifest.draws)
-            or self.packed.shape != (packed_bytes(int(ids_in_group.sum()), bits.width),)
+            or self.ids_per_position.dtype != _count_dtype(manifest)
+            or self.packed.shape != (packed_bytes(int(ids_in_group.sum()), entry_bits(manifest).width),)
         ):
             raise UserError(field, path, "is damaged (its tensors don't fit together)")
 
@@ -219,8 +254,9 @@ class SignalStore:
             index_N: (N,) int64 positions (`Batch.index`); -1 for none.
 
         Returns:
-            TeacherSignals of CPU tensors: ids_NK int64 padded with -1, probs_NK float32 (count / draws, 0 at the
-            padding), entropy_N and confidence_N float32, temperature_entropy_N where the temperature is not 1.
+            TeacherSignals of CPU tensors: ids_NK int64 padded with -1, probs_NK float32 (count / draws, or
+            probabilities; 0 at the padding), entropy_N (None where a server only bounds it) and confidence_N float32,
+            temperature_entropy_N where the temperature is not 1.
             A position without signals has no ids and zeros.
 
         Raises:
@@ -249,36 +285,40 @@ class SignalStore:
             counts = shard.ids_per_position[places].astype(np.int64)
             counts_C[begin:end] = counts
             numbers.append(self._numbers(shard, places, counts))
-            scalars_3N[0, here], scalars_3N[1, here] = shard.entropy[places], shard.confidence[places]
+            if shard.entropy is not None:
+                scalars_3N[0, here] = shard.entropy[places]
+            scalars_3N[1, here] = shard.confidence[places]
             if tempered:
                 scalars_3N[2, here] = shard.temperature_entropy[places]
 
         ids_NK, probs_NK = self._pad(len(index_N), covered_C, counts_C, np.concatenate(numbers))
-        return TeacherSignals(torch.from_numpy(ids_NK), torch.from_numpy(probs_NK), *torch.from_numpy(scalars_3N))
+        entropy_N, *others = torch.from_numpy(scalars_3N)
+        if self.manifest.served:
+            entropy_N = None
+        return TeacherSignals(torch.from_numpy(ids_NK), torch.from_numpy(probs_NK), entropy_N, *others)
 
     def _numbers(self, shard: Shard, places_C: np.ndarray, counts_C: np.ndarray) -> np.ndarray:
         """The entries of the given positions of one shard, position after position."""
         ends_C = np.cumsum(counts_C)
         which_M = np.repeat(shard.first_entry(places_C) - (ends_C - counts_C), counts_C)
         which_M += np.arange(len(which_M))
-        width = entry_bits(self.manifest.vocabulary_size, self.manifest.draws).width
-        return unpack(shard.packed, which_M, width)
+        return unpack(shard.packed, which_M, entry_bits(self.manifest).width)
 
     def _pad(
         self, positions: int, covered_C: np.ndarray, counts_C: np.ndarray, numbers_M: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Entries into ids_NK and probs_NK."""
-        bits = entry_bits(self.manifest.vocabulary_size, self.manifest.draws)
+        bits = entry_bits(self.manifest)
         most = int(counts_C.max(initial=1))
-        place_M = np.repeat(covered_C * most - (np.cumsum(counts_C) - counts_C), counts_C)
-        place_M += np.arange(len(place_M))
-        ids_M = numbers_M >> bits.count
+        place_M = np.arange(len(numbers_M)) - np.repeat(np.cumsum(counts_C) - counts_C, counts_C)
+        ids_M = place_M.copy() if self.manifest.kind == "full" else numbers_M >> bits.amount
+        place_M += np.repeat(covered_C * most, counts_C)
         if ids_M.max(initial=0) >= self.manifest.vocabulary_size:
             raise UserError(self._field, self._folder, "is damaged (an id lies past the vocabulary)")
         ids_NK = np.full((positions, most), -1, np.int64)
         probs_NK = np.zeros((positions, most), np.float32)
         ids_NK.reshape(-1)[place_M] = ids_M
-        probs_NK.reshape(-1)[place_M] = (numbers_M & ((1 << bits.count) - 1)) / np.float32(self.manifest.draws)
+        probs_NK.reshape(-1)[place_M] = _probabilities(numbers_M & ((1 << bits.amount) - 1), self.manifest)
         return ids_NK, probs_NK
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     from indraquantum.data.dataset import Batch, PreparedDataset, Split
+    from indraquantum.teacher.sampling import PositionSignals
+    from indraquantum.teacher.shard_worker import Plan
 
 _REMEDY = "download the teacher (config.json, *.safetensors, tokenizer.json) and give its folder with --teacher FOLDER"
 _FILES = ["*.json", "*.safetensors", "tokenizer*"]
@@ -188,18 +190,74 @@ class Teacher:
         return not ((packed_MV - alone_MV).abs().mean() / spread < _LEAK[self.precision])
 
 
-def load_teacher(files: TeacherFiles, dataset: PreparedDataset, device: torch.device) -> Teacher:
+class ModelAsker:
+    """A loaded teacher that answers with signals.
+
+    Attributes:
+        precision: the number format it computes in.
+        packed: whether several documents go into one row.
+    """
+
+    def __init__(self, teacher: Teacher, dataset: PreparedDataset, plan: Plan) -> None:
+        """Ask `teacher` over the rows of `dataset` as `plan` says."""
+        self._teacher, self._dataset, self._settings, self._identity = teacher, dataset, plan.settings, plan.manifest
+        self.precision, self.packed = teacher.precision, teacher.packed
+
+    def signals(self, split: str, rows: np.ndarray) -> PositionSignals:
+        """The signals of all real positions of these rows, in their order.
+
+        Raises:
+            UserError: logits that are not finite, or too little memory.
+        """
+        import torch
+
+        from indraquantum.teacher.sampling import position_signals, row_uniforms
+
+        batch, identity = getattr(self._dataset, split).batch(rows), self._identity
+        real_B = (batch.segments >= 0).sum(1)
+        batch = type(batch)(*(array[:, : real_B.max()] for array in batch))
+        uniforms_Nn = None
+        if identity.kind == "sampled":
+            pairs = zip(rows.tolist(), real_B.tolist(), strict=True)
+            uniforms = [row_uniforms(identity.seed, split, row, real, identity.draws) for row, real in pairs]
+            uniforms_Nn = np.concatenate(uniforms)
+        places_N = np.flatnonzero(batch.segments.reshape(-1) >= 0)
+        try:
+            return position_signals(
+                self._teacher.logits(batch),
+                places_N,
+                batch.labels.reshape(-1)[places_N],
+                uniforms_Nn,
+                identity.vocabulary_size,
+                identity.temperature,
+                identity.top_k,
+            )
+        except FloatingPointError:
+            allowed = f"must give finite logits (nan or inf in {split} rows {rows[0]} to {rows[-1]})"
+            raise UserError("--teacher", self._settings.teacher, allowed) from None
+        except torch.OutOfMemoryError:
+            raise UserError("--batch-tokens", self._settings.batch_tokens, "must be smaller: out of memory") from None
+
+
+def load_teacher(
+    files: TeacherFiles, dataset: PreparedDataset, device: torch.device, precision: str = "auto"
+) -> Teacher:
     """Load the teacher and make sure that it can teach this dataset.
 
-    float32 on the CPU, whatever it was saved in; bfloat16 (float16 on old cards) on CUDA.
+    Args:
+        files: from `find_teacher`.
+        dataset: what it is to teach.
+        device: where it computes.
+        precision: float32, bfloat16, or auto: float32 on the CPU, whatever it was saved in; bfloat16 (float16 on old
+            cards) on CUDA.
 
     Raises:
         UserError: no causal LM, incomplete weights, fewer tokens than the dataset, or too short a context.
     """
     import torch
 
-    dtype = torch.float32
-    if device.type == "cuda":
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if device.type == "cuda" and precision == "auto":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     model = _load_model(files, dtype)
     vocabulary = model.get_output_embeddings().weight.shape[0]

@@ -116,6 +116,9 @@ def find_signals(settings: TrainSettings, dataset: PreparedDataset) -> SignalSto
         except UserError as error:
             raise UserError(error.field, error.value, f"{error.allowed}; or --no-teacher") from None
     store = verify_signals("--signals", folder, dataset)
+    if store.manifest.served and settings.phase_weight:
+        allowed = "must be 0 with the signals of a served teacher, whose entropy is not exact"
+        raise UserError("--phase-weight", settings.phase_weight, allowed)
     print(f"Teacher signals: {folder}, {100 * store.coverage:.1f} % of the training rows covered.")
     return store
 

@@ -1,0 +1,190 @@
+"""Who captures the shards: this process, several processes of this machine, or the machines of a Ray cluster.
+
+Every engine takes the same jobs and gives the same shards; what it gives back may come in any order. A worker that dies
+is replaced, and its successor goes on behind the journal's last batch.
+
+    indra capture --workers 4
+    indra capture --engine ray --workers 16
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any
+
+from indraquantum.config import CaptureSettings
+from indraquantum.errors import UserError
+from indraquantum.teacher.manifest import ShardEntry
+from indraquantum.teacher.served import ServedAsker
+from indraquantum.teacher.shard_worker import Asker, Job, Plan, ShardResult, ShardWorker
+from indraquantum.teacher.teacher_model import TeacherFiles, find_teacher
+
+if TYPE_CHECKING:
+    from indraquantum.data.dataset import PreparedDataset
+
+_DEATHS = 3  # in a row, without a shard finished between them
+
+
+def open_data(settings: CaptureSettings, files: TeacherFiles | None, verify: bool) -> PreparedDataset:
+    """The dataset of the settings; a pickle carries no tokenizer, the teacher's is the only one that may serve it."""
+    if files is None and settings.data.is_file():
+        raise UserError("--data", settings.data, "must be the packed folder: neither pickle nor server has a tokenizer")
+    from indraquantum.data.dataset import open_dataset
+
+    return open_dataset(
+        "--data", settings.data, str(files.folder) if files and settings.data.is_file() else None, verify=verify
+    )
+
+
+def run_jobs(
+    plan: Plan, files: TeacherFiles | None, dataset: PreparedDataset, jobs: list[Job], progress: Callable[[int], object]
+) -> Iterator[ShardResult]:
+    """Capture the jobs with the engine that the settings ask for.
+
+    Args:
+        plan: what every worker must know.
+        files: the teacher; None for a server.
+        dataset: open here; other processes open `plan.settings.data` themselves.
+        jobs: the shards still to capture.
+        progress: told of positions as they are done.
+
+    Yields:
+        A result for each job, in any order.
+
+    Raises:
+        UserError: what a worker could not do, workers that keep dying, or Ray that is not there.
+    """
+    settings = plan.settings
+    if settings.engine == "local" and settings.workers == 1:
+        worker = _worker(plan, files, dataset, 0, progress)
+        yield from map(worker.shard, jobs)
+        return
+    for result in _ray(plan, jobs) if settings.engine == "ray" else _processes(plan, jobs):
+        progress(result.entry.positions)
+        yield result
+
+
+def _worker(
+    plan: Plan, files: TeacherFiles | None, dataset: PreparedDataset, number: int, progress: Callable[[int], object]
+) -> ShardWorker:
+    def load() -> Asker:
+        if files is None:
+            return ServedAsker(plan, dataset)
+        import torch
+
+        from indraquantum.device import choose_device
+        from indraquantum.teacher.teacher_model import ModelAsker, load_teacher
+
+        settings = plan.settings
+        if settings.workers > 1 and not settings.threads:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
+        device = choose_device(settings)
+        if device.type == "cuda":
+            device = torch.device("cuda", number % torch.cuda.device_count())
+        return ModelAsker(load_teacher(files, dataset, device, settings.precision), dataset, plan)
+
+    return ShardWorker(plan, dataset, load, progress)
+
+
+def _remote_worker(plan: Plan, number: int) -> ShardWorker:
+    """A worker of a process of its own, which opens everything anew."""
+    files = find_teacher("--teacher", plan.settings.teacher)
+    dataset = open_data(plan.settings, files, verify=False)
+    if dataset.content_sha256 != plan.manifest.dataset_sha256:
+        raise UserError("--data", plan.settings.data, "must be the same dataset for every worker")
+    return _worker(plan, files, dataset, number, lambda positions: None)
+
+
+_process_worker: ShardWorker | None = None  # of this process, where it is one of `_processes`
+
+
+def _begin_process(plan: Plan, counter: Any) -> None:
+    """Make this process a worker that leaves when its parent does."""
+    global _process_worker
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    with counter.get_lock():
+        number = counter.value
+        counter.value += 1
+    _process_worker = _remote_worker(plan, number)
+
+
+def _do_job(job: Job) -> ShardResult:
+    return _process_worker.shard(job)
+
+
+def _processes(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
+    """Processes of this machine; when one dies all are replaced, and the jobs that are left begin anew."""
+    context, left, deaths = multiprocessing.get_context("spawn"), set(jobs), 0
+    while left:
+        counter = context.Value("i", 0)
+        pool = ProcessPoolExecutor(plan.settings.workers, context, _begin_process, (plan, counter))
+        try:
+            futures = {pool.submit(_do_job, job): job for job in jobs if job in left}
+            for future in as_completed(futures):
+                result = future.result()
+                left.discard(futures[future])
+                deaths = 0
+                yield result
+        except BrokenProcessPool:
+            deaths += 1
+            if deaths == _DEATHS:
+                allowed = "must be fewer: workers die before they finish a shard, perhaps for want of memory"
+                raise UserError("--workers", plan.settings.workers, allowed) from None
+            print("capture: a worker died; going on with what it left", file=sys.stderr)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _RayWorker:
+    """The same worker as an actor of Ray Data."""
+
+    def __init__(self, plan: Plan) -> None:
+        try:
+            self._worker = _remote_worker(plan, 0)  # Ray shows an actor its own devices only
+        except UserError as error:
+            self._worker, self._error = None, error
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One job in, one result out, as plain values: Ray would wrap an error beyond recognition."""
+        try:
+            if self._worker is None:
+                raise self._error
+            result = self._worker.shard(Job(row["split"], row["number"], row["first_row"], row["last_row"]))
+        except UserError as error:
+            return {"error": [error.field, str(error.value), error.allowed], "entry": "", "asked": 0, "packed": -1}
+        packed = -1 if result.packed is None else int(result.packed)
+        entry = result.entry.model_dump_json()
+        return {"error": [], "entry": entry, "asked": result.positions_asked, "packed": packed}
+
+
+def _ray(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
+    """Ray Data's actors, on the cluster of $RAY_ADDRESS or on this machine, bound to loopback."""
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--engine", "ray", "needs Ray: pip install 'indraquantum[ray]'") from None
+    settings = plan.settings
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False)
+        else:
+            ray.init(
+                address="local", _node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False,
+                num_cpus=max(settings.workers + 1, os.cpu_count() or 1),
+            )  # fmt: skip
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    resources = {"num_gpus": 1} if settings.device == "cuda" else {"num_cpus": 1}
+    rows = ray.data.from_items([job._asdict() for job in jobs], override_num_blocks=len(jobs))
+    results = rows.map(_RayWorker, fn_constructor_args=(plan,), concurrency=settings.workers, **resources)
+    for row in results.iter_rows():
+        if len(row["error"]):
+            raise UserError(*row["error"])
+        entry = ShardEntry.model_validate_json(row["entry"])
+        yield ShardResult(entry, row["asked"], None if row["packed"] < 0 else bool(row["packed"]))

@@ -1,0 +1,239 @@
+"""Kills and workers: whatever dies and whoever does the work, the same bytes, and no question asked twice."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from indraquantum.config import CaptureSettings
+from indraquantum.data.dataset import open_dataset
+from indraquantum.errors import UserError
+from indraquantum.teacher import capture as capture_module
+from indraquantum.teacher import engines
+from indraquantum.teacher.capture import capture
+from indraquantum.teacher.journal import Journal, Record, journal_path
+from indraquantum.teacher.sampling import PositionSignals
+from indraquantum.teacher.signals import open_signals
+from indraquantum.teacher.teacher_model import Teacher
+
+SHARD = 480  # ten rows of 48
+KILLED = """
+import os, signal, sys
+from indraquantum.config import CaptureSettings
+from indraquantum.teacher.capture import capture
+from indraquantum.teacher.teacher_model import Teacher
+
+answers, logits = [], Teacher.logits
+
+def mortal(self, batch):
+    if len(answers) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    answers.append(1)
+    return logits(self, batch)
+
+Teacher.logits = mortal
+capture(CaptureSettings.model_validate_json(sys.argv[1]), None, 480)
+"""
+
+
+@pytest.fixture
+def settings(world, tmp_path):
+    return CaptureSettings(
+        data=world.data, teacher=str(world.teacher), output=tmp_path / "signals", device="cpu",
+        batch_tokens=96, threads=1,
+    )  # fmt: skip
+
+
+def changed(settings, **changes):
+    return CaptureSettings(**settings.model_dump() | changes)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """The files of an undisturbed capture by one process."""
+    output = tmp_path_factory.mktemp("whole") / "signals"
+    capture(
+        CaptureSettings(data=world.data, teacher=str(world.teacher), output=output, batch_tokens=96, threads=1,
+                        device="cpu"), None, SHARD
+    )  # fmt: skip
+    files = files_of(output)
+    assert len(files) > 5
+    return files
+
+
+def test_a_capture_killed_within_its_second_shard_goes_on_with_the_next_question(settings, whole, monkeypatch):
+    dead = subprocess.run([sys.executable, "-c", KILLED, settings.model_dump_json()], capture_output=True, text=True)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    journals = list(settings.output.glob("*.journal"))
+    assert len(journals) == 1
+    content = journals[0].read_bytes()
+    batches, logits = [], Teacher.logits
+    monkeypatch.setattr(Teacher, "logits", lambda self, batch: batches.append(batch) or logits(self, batch))
+    report = capture(settings, None, SHARD)
+    assert files_of(settings.output) == whole
+    rows = [
+        open_dataset("--data", settings.data).train.num_rows,
+        open_dataset("--data", settings.data).validation.num_rows,
+    ]
+    all_batches = sum(-(-min(10, count - first) // 2) for count in rows for first in range(0, count, 10))
+    assert len(batches) == all_batches - 7
+    assert report.positions_asked == sum(int((batch.segments >= 0).sum()) for batch in batches)
+    assert content  # the seven answers were there
+
+
+def test_workers_give_the_same_bytes_and_one_may_be_killed(settings, whole, monkeypatch, capsys):
+    write, killed = capture_module.write_manifest, []
+
+    def murderous(folder, manifest):
+        write(folder, manifest)
+        if manifest.shards and not killed:
+            killed.append(multiprocessing.active_children()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(capture_module, "write_manifest", murderous)
+    report = capture(changed(settings, workers=2), None, SHARD)
+    assert killed
+    assert "a worker died" in capsys.readouterr().err
+    assert files_of(settings.output) == whole
+    assert report.packed is True
+    assert report.coverage == {"train": 1.0, "validation": 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 4])
+def test_ray_gives_the_same_bytes(settings, whole, workers):
+    pytest.importorskip("ray")
+    capture(changed(settings, workers=workers, engine="ray"), None, SHARD)
+    assert files_of(settings.output) == whole
+
+
+@pytest.mark.slow
+def test_four_workers_give_the_same_bytes(settings, whole):
+    capture(changed(settings, workers=4), None, SHARD)
+    assert files_of(settings.output) == whole
+
+
+def test_a_missing_ray_is_one_line(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"^--engine: got ray; needs Ray: pip install"):
+        capture(changed(settings, engine="ray"), None, SHARD)
+    assert files_of(settings.output) == {}
+
+
+def test_an_error_crosses_from_worker_to_parent(settings):
+    """As pickled by the pool: a class whose arguments were lost would break it."""
+    import pickle
+
+    error = pickle.loads(pickle.dumps(UserError("--teacher", Path("x"), "must be y")))
+    assert (str(error), error.field) == ("--teacher: got x; must be y", "--teacher")
+
+
+def test_workers_that_keep_dying_are_given_up(settings, monkeypatch):
+    class Dying:
+        def __init__(self, *arguments):
+            pass
+
+        def submit(self, *arguments):
+            raise engines.BrokenProcessPool
+
+        def shutdown(self, **options):
+            pass
+
+    monkeypatch.setattr(engines, "ProcessPoolExecutor", Dying)
+    with pytest.raises(UserError, match="--workers: got 2; must be fewer"):
+        capture(changed(settings, workers=2), None, SHARD)
+    assert files_of(settings.output) == {}
+
+
+def batch_of(first, last):
+    count = last - first
+    draw = np.random.default_rng(first)
+    figures = [draw.random(count, np.float32) for _ in range(4)]
+    return Record(first, last, "float32", PositionSignals(*draw.integers(0, 9, (3, count)), *figures))
+
+
+@pytest.mark.parametrize("spoil", ["cut", "flip"])
+def test_a_torn_journal_keeps_every_whole_record_before_the_tear(tmp_path, spoil):
+    records = [batch_of(3, 5), batch_of(5, 9), batch_of(9, 10)]
+    ends = [0]
+    journal = Journal(tmp_path, "train-000000.safetensors", 3, 11)
+    path = journal_path(tmp_path, "train-000000.safetensors")
+    for record in records:
+        journal.append(record)
+        ends.append(path.stat().st_size)
+    journal.close()
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        torn = (
+            content[:place] if spoil == "cut" else content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+        )
+        path.write_bytes(torn)
+        again = Journal(tmp_path, "train-000000.safetensors", 3, 11)
+        again.close()
+        whole = sum(end <= place for end in ends[1:])
+        assert [record[:3] for record in again.records] == [record[:3] for record in records[:whole]]
+        for ours, theirs in zip(again.records, records, strict=False):
+            for a, b in zip(ours.signals[:7], theirs.signals[:7], strict=True):
+                np.testing.assert_array_equal(a, b)
+        assert path.stat().st_size == ends[whole]  # what is appended next follows the last whole record
+
+
+@pytest.mark.parametrize(("first", "last"), [(4, 11), (3, 8)])
+def test_a_journal_of_other_rows_is_not_used(tmp_path, first, last):
+    journal = Journal(tmp_path, "x.safetensors", 3, 11)
+    journal.append(batch_of(3, 9))
+    journal.close()
+    other = Journal(tmp_path, "x.safetensors", first, last)
+    other.close()
+    assert other.records == []
+
+
+@pytest.mark.parametrize("kind", ["topk", "full"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kinds_against_the_teacher_itself(settings, kind, temperature):
+    """The likeliest tokens, or all, with the probabilities of the softmax, through the reader that training uses."""
+    import torch
+
+    capture(changed(settings, kind=kind, top_k=5, temperature=temperature), None, SHARD)
+    dataset = open_dataset("--data", settings.data)
+    signals = open_signals("--signals", settings.output, dataset).batch("train", np.arange(40))
+    vocabulary = dataset.tokenizer.vocabulary_size
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(settings.teacher)
+    batch = dataset.train.batch(np.arange(1))
+    first = int((batch.segments[0] == 0).sum())
+    with torch.inference_mode():
+        logits_TV = model(torch.from_numpy(batch.input_ids[:, :first])).logits[0, :, :vocabulary]
+    probs_TV = (logits_TV / temperature).softmax(-1)
+    for place in range(min(first, 40)):
+        ids, probs = signals.ids_NK[place], signals.probs_NK[place]
+        if kind == "full":
+            assert ids.tolist() == list(range(vocabulary))
+            torch.testing.assert_close(probs, probs_TV[place], rtol=1e-3, atol=1e-7)
+        else:
+            assert set(ids.tolist()) == set(probs_TV[place].topk(5).indices.tolist())
+            assert ids.tolist() == sorted(ids.tolist())
+            torch.testing.assert_close(probs, probs_TV[place][ids], rtol=2e-3, atol=1e-7)
+        assert probs.sum() <= 1 + 1e-5
+    entropy_T = torch.distributions.Categorical(logits=logits_TV).entropy()
+    torch.testing.assert_close(signals.entropy_N[:first], entropy_T[:40], rtol=2e-3, atol=1e-3)
+
+
+def test_another_kind_is_refused_and_k_must_fit(settings):
+    capture(changed(settings, kind="topk", top_k=5), None, SHARD)
+    with pytest.raises(UserError, match=r"^--kind: got sampled;.* kind topk, not sampled"):
+        capture(settings, None, SHARD)
+    with pytest.raises(UserError, match=r"^--top-k: got 6;.* top_k 5, not 6"):
+        capture(changed(settings, kind="topk", top_k=6), None, SHARD)
+    with pytest.raises(UserError, match=r"^--top-k: got 60000; must be at most"):
+        capture(changed(settings, kind="topk", top_k=60_000, output=settings.output / "other"), None, SHARD)
