@@ -40,7 +40,7 @@ def tinyllama(layers: int, dtype: torch.dtype, device: torch.device) -> Teacher:
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    rope = type(model.model.rotary_emb)(config, device=device)
+    rope = type(model.model.rotary_emb)(config).to(device)
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     model.model.rotary_emb = rope
     for parameter in model.parameters():

@@ -9,6 +9,7 @@ is replaced, and its successor goes on behind the journal's last batch.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -62,8 +63,8 @@ def run_jobs(
     """
     settings = plan.settings
     if settings.engine == "local" and settings.workers == 1:
-        worker = _worker(plan, files, dataset, 0, progress)
-        yield from map(worker.shard, jobs)
+        with contextlib.closing(_worker(plan, files, dataset, 0, progress)) as worker:
+            yield from map(worker.shard, jobs)
         return
     for result in _ray(plan, jobs) if settings.engine == "ray" else _processes(plan, jobs):
         progress(result.entry.positions)

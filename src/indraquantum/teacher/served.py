@@ -148,8 +148,17 @@ class ServedAsker:
     def __init__(self, plan: Plan, dataset: PreparedDataset) -> None:
         """Connect when first asked."""
         self._settings, self._dataset, self._k = plan.settings, dataset, plan.manifest.top_k
-        client = _client(plan.settings)
-        self._model, self._requests = served_model(plan.settings, client), _Requests(plan.settings, client)
+        self._client = _client(plan.settings)
+        self._requests = _Requests(plan.settings, self._client)
+        try:
+            self._model = served_model(plan.settings, self._client)
+        except UserError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leave the server."""
+        self._client.close()
 
     def signals(self, split: str, rows: np.ndarray) -> PositionSignals:
         """The signals of all real positions of these rows, in their order.
@@ -160,7 +169,11 @@ class ServedAsker:
         side = getattr(self._dataset, split)
         first, last = side.row_pieces[rows[0]], side.row_pieces[rows[-1] + 1]
         with ThreadPoolExecutor(self._settings.concurrency) as pool:
-            answers = list(pool.map(lambda piece: self._piece(side, piece), range(first, last)))
+            try:
+                answers = list(pool.map(lambda piece: self._piece(side, piece), range(first, last)))
+            except UserError:
+                pool.shutdown(cancel_futures=True)  # what waits is not asked for nothing
+                raise
         return PositionSignals(*map(np.concatenate, zip(*answers, strict=True)))
 
     def _piece(self, side: Any, piece: int) -> PositionSignals:

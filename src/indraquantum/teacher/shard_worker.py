@@ -69,6 +69,9 @@ class Asker(Protocol):
     def signals(self, split: str, rows: np.ndarray) -> PositionSignals:
         """The signals of all real positions of these rows of a split, in their order."""
 
+    def close(self) -> None:
+        """Let go of what it holds."""
+
 
 class ShardWorker:
     """Captures shards; the teacher is loaded when the first question is asked, not before."""
@@ -88,6 +91,11 @@ class ShardWorker:
             if self._asker.packed is False:
                 print("capture: this teacher mixes packed documents; asking one at a time", file=sys.stderr)
         return self._asker
+
+    def close(self) -> None:
+        """Let go of the teacher."""
+        if self._asker is not None:
+            self._asker.close()
 
     def shard(self, job: Job) -> ShardResult:
         """Capture one shard; what its journal knows is not asked again."""

@@ -203,6 +203,9 @@ class ModelAsker:
         self._teacher, self._dataset, self._settings, self._identity = teacher, dataset, plan.settings, plan.manifest
         self.precision, self.packed = teacher.precision, teacher.packed
 
+    def close(self) -> None:
+        """Nothing to let go of: memory goes with the object."""
+
     def signals(self, split: str, rows: np.ndarray) -> PositionSignals:
         """The signals of all real positions of these rows, in their order.
 
