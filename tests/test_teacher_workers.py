@@ -109,6 +109,7 @@ def test_workers_give_the_same_bytes_and_one_may_be_killed(settings, whole, monk
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 @pytest.mark.parametrize("workers", [1, 4])
 def test_ray_gives_the_same_bytes(settings, whole, workers):
     pytest.importorskip("ray")
