@@ -111,8 +111,8 @@ def test_kill_9_in_the_middle_of_a_write(world, whole, tmp_path, name):
 
 @pytest.mark.slow
 def test_kill_9_at_100_random_times(world, whole, tmp_path):
-    settings = survival.small_run(world, tmp_path, epochs=30)
-    untouched = survival.small_run(world, tmp_path / "untouched", epochs=30)
+    settings = survival.small_run(world, tmp_path, epochs=45)
+    untouched = survival.small_run(world, tmp_path / "untouched", epochs=45)
     assert survival.in_fork(lambda: survival.train_small(untouched)) == 0
     draw, kills = random.Random(0), 0
     for _ in range(100):
@@ -121,7 +121,7 @@ def test_kill_9_at_100_random_times(world, whole, tmp_path):
             survival.quiet()
             survival.train_small(settings)
             os._exit(0)
-        time.sleep(draw.uniform(0.1, 0.35))
+        time.sleep(draw.uniform(0.1, 0.3))
         os.kill(pid, signal.SIGKILL)
         kills += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert kills == 100
