@@ -18,7 +18,7 @@ from indraquantum.metrics import FIELDS, read_metrics
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.model.readout import wrapped_phase
-from indraquantum.teacher.signals import open_signals
+from indraquantum.teacher.signals import open_signals, verify_signals
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import load_checkpoint
 from indraquantum.training.step import optimizer_step
@@ -216,3 +216,15 @@ def test_phases_wrap_far_from_their_targets():
     wrapped = wrapped_phase(angles)
     expected = torch.tensor([0.0, 1.0, 3.1, 2 * torch.pi - 3.1, -1.5, 2 * torch.pi - 1.6])
     torch.testing.assert_close(wrapped, expected)
+
+
+def test_signals_without_a_training_row_are_refused(world, tmp_path, monkeypatch):
+    def stopped_early(*arguments):
+        store = verify_signals(*arguments)
+        store.coverage = 0.0
+        return store
+
+    monkeypatch.setattr(loop, "verify_signals", stopped_early)
+    with pytest.raises(UserError, match="must cover a training row"):
+        loop.train(settings(world, tmp_path))
+    assert not list((tmp_path / "run").glob("*.pt*"))

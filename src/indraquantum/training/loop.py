@@ -116,6 +116,9 @@ def find_signals(settings: TrainSettings, dataset: PreparedDataset) -> SignalSto
         except UserError as error:
             raise UserError(error.field, error.value, f"{error.allowed}; or --no-teacher") from None
     store = verify_signals("--signals", folder, dataset)
+    if store.coverage == 0:  # a capture that was stopped before its first shard
+        allowed = "must cover a training row: go on with `indra capture`, or train with --no-teacher"
+        raise UserError("--signals", folder, allowed)
     if store.manifest.served and settings.phase_weight:
         allowed = "must be 0 with the signals of a served teacher, whose entropy is not exact"
         raise UserError("--phase-weight", settings.phase_weight, allowed)
