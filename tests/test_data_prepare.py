@@ -289,6 +289,27 @@ def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
     assert large - small < 200 * 1000, "a thousand documents of 1 kB and 211 tokens, one a row"
 
 
+@pytest.mark.parametrize("amount", [{"wikitext_weight": 1}, {"wikitext_samples": 8_000}])
+def test_memory_for_each_document_is_bounded(tmp_path, monkeypatch, amount):
+    """5 GB of WikiText are 8.7 million paragraphs and must fit in 1 GiB: at 64 bytes each they take 0.56 GB."""
+    shrink(monkeypatch)
+    monkeypatch.setattr("indraquantum.data.padded.CHUNK_ROWS", 64)
+    chosen = settings(tmp_path, alpaca_samples=0, max_length=8, **amount)
+
+    def peak(documents):
+        (tmp_path / "wiki.tokens").write_text("".join(f"{n} the cat sat on\n" for n in range(documents)))
+        tracemalloc.start()
+        report = prepare(chosen)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert report.rows > report.sources[0].documents / 2, "rows take memory too"
+        return found
+
+    peak(10)  # imports are done
+    small, large = peak(1_000), peak(9_000)
+    assert large - small < 64 * 8_000, (large - small) / 8000
+
+
 # Ids from SentencePiece itself on the texts written out, BOS 1 before and EOS 2 behind; cut or padded with 2 to 24.
 SHARED_ROWS = {
     ("Add 2 and 3.", "", "5"): (

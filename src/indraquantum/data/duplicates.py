@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from indraquantum.data.large import first_places
+
 SHINGLE_WORDS = 5
 NEAR = 0.8
 BANDS, BAND_ROWS = 16, 4  # a pair at 0.8 is missed with probability (1 - 0.8^4)^16 = 0.0002
@@ -20,9 +22,7 @@ WORD = re.compile(r"\w+")
 
 def exact_duplicates(keys: np.ndarray) -> np.ndarray:
     """Which keys of texts, (documents,) uint64, equal an earlier one, (documents,) bool."""
-    found = np.ones(len(keys), dtype=bool)
-    found[np.unique(keys, return_index=True)[1]] = False
-    return found
+    return first_places(keys) != np.arange(len(keys))
 
 
 def near_duplicates(texts: Sequence[str]) -> np.ndarray:

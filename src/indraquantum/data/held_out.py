@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from indraquantum.data.large import first_places, key_parts
+
 FRACTION_PERCENT = 1
 AT_LEAST = 4
 
@@ -54,16 +56,17 @@ def hold_out(sources: Sequence[Keys]) -> list[np.ndarray]:
         For each source a boolean array, True where the document is held out.
     """
     starts = np.cumsum([0, *(len(source.documents) for source in sources)])
-    family = _families(sources, starts)
-    everything = np.concatenate([source.documents for source in sources])
-    different = np.unique(everything, return_index=True)[1]
-    sizes = np.bincount(family[different], minlength=len(everything))  # different documents of each family
-    chosen = np.zeros(len(everything), dtype=bool)  # by family
-    for start, stop in itertools.pairwise(starts):
-        places = start + np.unique(everything[start:stop], return_index=True)[1]  # in the order of their keys
-        wanted = min(max(-(-len(places) * FRACTION_PERCENT // 100), AT_LEAST), len(places) // 2)
+    first = first_places(_joined([source.documents for source in sources]))
+    family = _families(sources, starts, first)
+    different = first == np.arange(len(first))
+    sizes = np.bincount(family[different], minlength=len(first))  # different documents of each family
+    chosen = np.zeros(len(first), dtype=bool)  # by family
+    for source, start in zip(sources, starts, strict=False):
+        count = sum(len(part.first) for part in key_parts(source.documents))
+        wanted = min(max(-(-count * FRACTION_PERCENT // 100), AT_LEAST), count // 2)
+        by_key = (family[start + part.places[part.first]] for part in key_parts(source.documents))
         taken: set[int] = set()
-        for candidate in family[places]:
+        for candidate in itertools.chain.from_iterable(by_key):
             if wanted == 0:
                 break
             if candidate not in taken and sizes[candidate] <= wanted:
@@ -73,11 +76,19 @@ def hold_out(sources: Sequence[Keys]) -> list[np.ndarray]:
     return [chosen[family[start:stop]] for start, stop in itertools.pairwise(starts)]
 
 
-def _families(sources: Sequence[Keys], starts: np.ndarray) -> np.ndarray:
-    """The family of each document: the place of the first of all those that hang together by shared paragraphs."""
-    everything = np.concatenate([source.documents for source in sources])
-    _, first, family = np.unique(everything, return_index=True, return_inverse=True)
-    family = first[family]
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The parts end to end; no copy of a single one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _families(sources: Sequence[Keys], starts: np.ndarray, family: np.ndarray) -> np.ndarray:
+    """The family of each document: the place of the first of all those that hang together by shared paragraphs.
+
+    Args:
+        sources: The keys.
+        starts: The place of each source's first document among all, and one past the last.
+        family: The place of the first document that equals each.
+    """
     if not any(len(source.paragraphs) for source in sources):
         return family
     units = np.concatenate([part for source in sources for part in (source.documents, source.paragraphs)])
@@ -88,9 +99,9 @@ def _families(sources: Sequence[Keys], starts: np.ndarray) -> np.ndarray:
             for part in (np.arange(len(source.documents)), source.owners)
         ]
     )
-    _, units = np.unique(units, return_inverse=True)
+    units = first_places(units)
     while True:  # the smallest place spreads over shared paragraphs until nothing changes
-        smallest = np.full(units.max() + 1 if len(units) else 0, starts[-1])
+        smallest = np.full(len(units), starts[-1])
         np.minimum.at(smallest, units, family[owners])
         spread = family.copy()
         np.minimum.at(spread, owners, smallest[units])

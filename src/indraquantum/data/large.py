@@ -5,11 +5,12 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 CHUNK_ENTRIES = 1 << 20
+KEY_BITS = 4  # keys are sorted in this power of two of parts
 
 
 def release(values: np.ndarray) -> None:
@@ -24,6 +25,34 @@ def chunks(values: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(values), CHUNK_ENTRIES):
         yield np.ascontiguousarray(values[start : start + CHUNK_ENTRIES])
         release(values)
+
+
+class KeyPart(NamedTuple):
+    """The keys of one range of values, n of them, m different ones."""
+
+    places: np.ndarray  # (n,) int64: where they stand, ascending
+    first: np.ndarray  # (m,) int64: the first of each different one, among `places`, in the order of the keys
+    group: np.ndarray  # (n,) int64: which different one each is
+
+
+def key_parts(keys: np.ndarray) -> Iterator[KeyPart]:
+    """Find equal keys, (keys,) uint64, range by range in ascending order.
+
+    Keys are spread evenly, as hashes are, so that sorting takes memory for a sixteenth of them at a time.
+    """
+    part_of = (keys >> np.uint64(64 - KEY_BITS)).astype(np.uint8)
+    for number in range(1 << KEY_BITS):
+        places = np.flatnonzero(part_of == number)
+        _, first, group = np.unique(keys[places], return_index=True, return_inverse=True)
+        yield KeyPart(places, first, group)
+
+
+def first_places(keys: np.ndarray) -> np.ndarray:
+    """The place of the first key that equals each, (keys,) int64."""
+    places = np.empty(len(keys), np.int64)
+    for part in key_parts(keys):
+        places[part.places] = part.places[part.first[part.group]]
+    return places
 
 
 def save_npy(path: Path, values: np.ndarray) -> None:

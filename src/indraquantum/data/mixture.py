@@ -200,7 +200,7 @@ def _keys(documents: Iterator[_Document]) -> Keys:
         for paragraph in document.paragraphs:
             paragraphs.append(text_key(paragraph.encode()))
             owners.append(place)
-    return Keys(np.array(keys, np.uint64), np.array(paragraphs, np.uint64), np.array(owners, np.int64))
+    return Keys(np.asarray(keys), np.asarray(paragraphs), np.asarray(owners))  # views: nothing is copied
 
 
 def _sample_parts(sample: AlpacaSample) -> list[str]:
@@ -219,8 +219,9 @@ def _draw(usable: np.ndarray, option: SourceOption, seed: int) -> tuple[np.ndarr
     else:
         wanted = max(round(option.weight * count), 1)
         copies, rest = divmod(wanted, count) if count else (0, 0)
-    times = np.full(count, copies)
-    times[random_order(count, seed, SAMPLING, option.stream)[:rest]] += 1
+    times = np.full(count, copies + (rest == count), np.uint32)
+    if rest < count:
+        times[random_order(count, seed, SAMPLING, option.stream)[:rest]] += 1
     return np.repeat(usable, times), wanted if option.weight is None else min(wanted, count)
 
 
@@ -230,6 +231,9 @@ def _hold_out(first: SourceOption, drawn: list[DrawnSource], keys: list[Keys]) -
     for source, of_source in zip(drawn, keys, strict=True):
         is_used = np.zeros(len(of_source.documents), dtype=bool)
         is_used[source.numbers] = True
+        if is_used.all():
+            used.append(of_source)
+            continue
         new_place = np.cumsum(is_used) - 1
         kept = is_used[of_source.owners]
         used.append(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, make_folder
 
 WINDOW_DOCUMENTS = 1 << 17  # packed together
-CHUNK_ROWS = 1 << 16  # moved at once
+CHUNK_ROWS = 1 << 10  # moved at once; each may touch 64 kB of a mapped file, which stay in memory until released
 CHUNK_DOCUMENTS = 1024  # texts handed to the tokenizer at once: enough for all cores, little memory
 # Numbers of the independent random streams that a seed gives.
 ROW_ORDER, PICKLE_ORDER = 1, 2  # stream 0 draws the samples
@@ -117,7 +116,9 @@ def _report(
     mixture: Mixture,
 ) -> PrepareReport:
     train, validation = splits["train"], splits["validation"]
-    shares = _padded_shares(np.diff(train.document_offsets), settings.max_length)
+    lengths = np.diff(train.document_offsets)
+    kept = int(np.minimum(lengths, settings.max_length, out=lengths).sum())
+    shares = _padded_shares(train.num_documents * settings.max_length, train.num_tokens, kept)
     return PrepareReport(
         pickle=settings.output,
         folder=folder,
@@ -158,29 +159,31 @@ class _Side:
         self.folder, self.held_out = folder / name, name == "validation"
         self.folder.mkdir()
         self.tokens = Spool(self.folder / "tokens", dtype)
-        self.lengths, self.sources, self.numbers = array("q"), array("B"), array("q")
+        columns = {"lengths": np.int64, "sources": np.uint8, "numbers": np.int64}
+        self.lengths, self.sources, self.numbers = (Spool(self.folder / n, kind) for n, kind in columns.items())
 
     def add(self, documents: list[np.ndarray], source: int, numbers: np.ndarray) -> None:
         """Append encoded documents of one source, with their places in it."""
         self.tokens.add(np.concatenate(documents))
-        self.lengths.extend(map(len, documents))
-        self.sources.extend([source] * len(documents))
-        self.numbers.frombytes(numbers.astype(np.int64).tobytes())
+        self.lengths.add(np.array([len(document) for document in documents]))
+        self.sources.add(np.full(len(documents), source))
+        self.numbers.add(numbers)
 
     def pack(self, settings: PrepareSettings, padding_id: int) -> Split:
         """Pack the documents; rows come in random order, so that no part of them is of one kind."""
-        lengths = np.frombuffer(self.lengths, dtype=np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        lengths = self.lengths.array()
+        offsets = _offsets(lengths)
         packed, sizes = Spool(self.folder / "packed", np.int64, 2), []
         # By the window, because packing holds every piece as Python's own objects.
         for start in range(0, len(lengths), WINDOW_DOCUMENTS):
             packing = pack(lengths[start : start + WINDOW_DOCUMENTS], settings.max_length)
             places = offsets[start + packing.documents] + packing.pieces[:, 0]
             packed.add(np.stack([places, packing.pieces[:, 1]], axis=1))
-            sizes.append(np.diff(packing.row_pieces))
+            sizes.append(np.diff(packing.row_pieces).astype(np.int32))
+            release(lengths)
         pieces, sizes = packed.array(), np.concatenate(sizes)
         order = random_order(len(sizes), settings.seed, ROW_ORDER, int(self.held_out))
-        firsts = np.cumsum(sizes) - sizes
+        firsts = _offsets(sizes)[:-1]
         shuffled = Spool(self.folder / "pieces", np.int64, 2)
         for start in range(0, len(order), CHUNK_ROWS):
             rows = order[start : start + CHUNK_ROWS]
@@ -191,20 +194,27 @@ class _Side:
         return Split(
             tokens=self.tokens.array(),
             document_offsets=offsets,
-            document_sources=np.frombuffer(self.sources, dtype=np.uint8),
+            document_sources=self.sources.array(),
             pieces=shuffled.array(),
-            row_pieces=np.concatenate([[0], np.cumsum(sizes[order])]),
+            row_pieces=_offsets(sizes[order]),
             row_length=settings.max_length,
             padding_id=padding_id,
-            document_numbers=np.frombuffer(self.numbers, dtype=np.int64),
+            document_numbers=self.numbers.array(),
         )
+
+
+def _offsets(sizes: np.ndarray) -> np.ndarray:
+    """Where each part begins and the last one ends, (parts + 1,) int64."""
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets
 
 
 def _encode(
     drawn: DrawnSource, number: int, sides: dict[str, _Side], tokenizer: TextTokenizer, row_length: int
 ) -> SourceReport:
     """Encode a source's documents in chunks, with a progress bar that is silent where there is no terminal."""
-    done, lengths = 0, array("q")
+    done, tokens, kept = 0, 0, 0
     texts = drawn.read_texts()
     with tqdm(total=len(drawn.numbers), desc=f"tokenize {drawn.name}", unit=" documents", disable=None) as bar:
         while chunk := list(itertools.islice(texts, CHUNK_DOCUMENTS)):
@@ -214,10 +224,11 @@ def _encode(
                 places = np.flatnonzero(held_out == side.held_out)
                 if len(places):
                     side.add([documents[place] for place in places], number, numbers[places])
-            lengths.extend(map(len, documents))
+            tokens += sum(map(len, documents))
+            kept += sum(min(len(document), row_length) for document in documents)
             done += len(chunk)
             bar.update(len(chunk))
-    shares = _padded_shares(np.array(lengths, dtype=np.int64), row_length)
+    shares = _padded_shares(done * row_length, tokens, kept)
     return SourceReport(
         name=drawn.name,
         available=drawn.available,
@@ -225,7 +236,7 @@ def _encode(
         near_duplicates=drawn.near_duplicates,
         documents=done,
         validation_documents=int(drawn.held_out.sum()),
-        tokens=sum(lengths),
+        tokens=tokens,
         padding_share=shares.padding,
         cut_share=shares.cut,
     )
@@ -248,9 +259,6 @@ class _PaddedShares(NamedTuple):
     cut: float  # tokens that are cut off
 
 
-def _padded_shares(lengths: np.ndarray, row_length: int) -> _PaddedShares:
-    """What the padded layout wastes on documents of these lengths; nothing where there are none."""
-    kept = np.minimum(lengths, row_length).sum()
-    if not kept:
-        return _PaddedShares(0.0, 0.0)
-    return _PaddedShares(float(1 - kept / (len(lengths) * row_length)), float(1 - kept / lengths.sum()))
+def _padded_shares(positions: int, tokens: int, kept: int) -> _PaddedShares:
+    """What the padded layout wastes where it keeps `kept` of these tokens; nothing where there are none."""
+    return _PaddedShares(1 - kept / positions, 1 - kept / tokens) if kept else _PaddedShares(0.0, 0.0)
