@@ -12,6 +12,7 @@ import pytest
 from indraquantum import cli, config
 
 COMMANDS = {
+    "ablate": config.AblateSettings,
     "bench": config.BenchSettings,
     "demo": config.DemoSettings,
     "prepare": config.PrepareSettings,

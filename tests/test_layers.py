@@ -16,7 +16,7 @@ LEVELS = (
     {"data", "loss_v2"},
     {"learner", "teacher"},
     {"training", "evaluation", "monitor", "bench", "bench_step"},
-    {"demo"},
+    {"demo", "ablation"},
     {"cli"},
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -1,6 +1,6 @@
 """The command `indra`: each subcommand is one function over one settings class of config.py.
 
-    indra prepare | data | capture | teacher | train | test | eval | bench | demo
+    indra prepare | data | capture | teacher | train | test | eval | ablate | bench | demo
 
 Whatever a user can mend comes out as one line on stderr with exit status 2; work is imported where it is used, so that
 `indra --help` stays quick.
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from indraquantum import __version__
 from indraquantum.config import (
+    AblateSettings,
     BenchSettings,
     CaptureSettings,
     DemoSettings,
@@ -164,6 +165,25 @@ def evaluate(checkpoint: Path, /, *, settings: Annotated[EvalSettings, OPTIONS] 
     from indraquantum.evaluation.report import evaluate_checkpoint
 
     evaluate_checkpoint(checkpoint, settings)
+
+
+@app.command
+def ablate(plan: Path, /, *, settings: Annotated[AblateSettings, OPTIONS] = AblateSettings()) -> None:
+    """Compare variants over seeds at equal training tokens: runs what is left of a plan, then writes the report.
+
+    Parameters
+    ----------
+    plan:
+        A YAML file; see configs/ablations and docs/FORMATS.md.
+    """
+    from indraquantum.training.interrupts import Interrupts
+
+    with Interrupts():  # before the imports that take a while
+        from indraquantum.ablation.ablate import ablate as run
+
+        report = run(plan, settings)
+    if report is not None:
+        print(f"The report is {report}.")
 
 
 @app.command

@@ -261,6 +261,31 @@ class EvalSettings(DeviceSettings):
     """Write the figures here too."""
 
 
+class AblateSettings(DeviceSettings):
+    """Variants and seeds at equal training tokens, and one report of them all."""
+
+    data: Path | None = None
+    """The prepared dataset, in place of the plan's."""
+    signals: Path | None = None
+    """The teacher's signals, in place of the plan's."""
+    output: Path | None = None
+    """Folder for a JSON of each run and the report; by default results/<name of the plan>."""
+    work: Path | None = None
+    """Folder for checkpoints and logs of runs under way; by default runs/ablate/<name of the plan>."""
+    jobs: int = Field(default=1, ge=1, le=1024)
+    """Runs at the same time, each in a process of its own."""
+    threads: int = Field(default=1, ge=1, le=1024)
+    """CPU threads of each run. The same number gives the same bits."""
+    only: tuple[str, ...] | None = None
+    """A variant to run, and no other; may be repeated."""
+    keep_checkpoints: bool = False
+    """Leave the last checkpoint of each run in the work folder."""
+    dry_run: bool = False
+    """Print variants, parameters, steps and tokens, and run nothing."""
+    report_only: bool = False
+    """Make the report anew from the JSONs that are there, and run nothing."""
+
+
 class BenchSettings(Settings):
     """Speed and memory beside the machine's own limits."""
 

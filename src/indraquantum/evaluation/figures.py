@@ -110,14 +110,18 @@ def evaluate(
     start = time.perf_counter()
     found = predict(learner, split, device)
     seconds = time.perf_counter() - start
+    alignment = None if signals is None else alignment_with(found, signals)
+    parameters = sum(p.numel() for p in learner.parameters())
+    return Evaluation(figures_by_source(found, source_bytes), alignment, parameters, split.num_tokens / seconds)
+
+
+def figures_by_source(found: Predictions, source_bytes: dict[str, int]) -> dict[str, Figures]:
+    """The figures of each source that has any positions, and of `all`; `source_bytes` as for `evaluate`."""
     sources = {}
     for number, (name, size) in enumerate(source_bytes.items()):
         if (here_N := found.sources_N == number).any():
             sources[name] = _figures(found, here_N, size)
-    sources["all"] = _figures(found, np.ones_like(found.correct_N), sum(source_bytes.values()))
-    alignment = None if signals is None else _alignment(found, signals)
-    parameters = sum(p.numel() for p in learner.parameters())
-    return Evaluation(sources, alignment, parameters, split.num_tokens / seconds)
+    return sources | {"all": _figures(found, np.ones_like(found.correct_N), sum(source_bytes.values()))}
 
 
 def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
@@ -128,9 +132,13 @@ def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, 
         correct_N: whether it came.
         bins: how many.
     """
-    bin_N = np.clip(np.ceil(confidence_N * bins).astype(int) - 1, 0, bins - 1)  # (0, 1/bins], (1/bins, 2/bins], ...
-    gaps = np.bincount(bin_N, confidence_N - correct_N, bins)
+    gaps = np.bincount(bins_of(confidence_N, bins), confidence_N - correct_N, bins)
     return float(np.abs(gaps).sum() / len(confidence_N))
+
+
+def bins_of(share_N: np.ndarray, bins: int = CALIBRATION_BINS) -> np.ndarray:
+    """The bin of each share in [0, 1]: (0, 1/bins] is bin 0, (1/bins, 2/bins] bin 1, and so on."""
+    return np.clip(np.ceil(share_N * bins).astype(int) - 1, 0, bins - 1)
 
 
 def pearson(left_N: np.ndarray, right_N: np.ndarray) -> float:
@@ -173,7 +181,8 @@ def _figures(found: Predictions, here_N: np.ndarray, size: int) -> Figures:
     )
 
 
-def _alignment(found: Predictions, signals: SignalStore) -> Alignment:
+def alignment_with(found: Predictions, signals: SignalStore) -> Alignment:
+    """How `found`, of a dataset's held-out positions, goes with the teacher's exact figures there."""
     teacher = signals.batch("validation", found.index_N)
     known_N = (teacher.ids_NK >= 0).any(dim=1).numpy()
     entropy_N, confidence_N = (part.double().numpy()[known_N] for part in (teacher.entropy_N, teacher.confidence_N))

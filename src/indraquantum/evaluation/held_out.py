@@ -54,8 +54,8 @@ def per_source(losses_N: np.ndarray, sources_N: np.ndarray, names: tuple[str, ..
 
 
 def perplexity(cross_entropy: float) -> float:
-    """Perplexity of a cross-entropy in nats per token."""
-    return math.exp(cross_entropy)
+    """Perplexity of a cross-entropy in nats per token; infinity where no float holds it."""
+    return math.exp(cross_entropy) if cross_entropy < 709 else math.inf
 
 
 def batches(split: Split) -> Iterator[Batch]:

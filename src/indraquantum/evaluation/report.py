@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,8 +16,9 @@ from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
 from indraquantum.evaluation.figures import Alignment, Evaluation, evaluate
+from indraquantum.evaluation.halves import bytes_by_source
 from indraquantum.evaluation.write import load_model
-from indraquantum.files import atomic_file
+from indraquantum.files import atomic_file, without_nan
 from indraquantum.teacher.signals import SignalStore, open_signals
 
 
@@ -46,7 +45,7 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
     print(evaluation_table(found))
     if settings.json_file is not None:
         with atomic_file(settings.json_file) as temporary:
-            temporary.write_text(json.dumps(_finite(asdict(found)), indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(without_nan(asdict(found)), indent=2) + "\n", encoding="utf-8")
     return found
 
 
@@ -66,13 +65,8 @@ def text_split(name: str, tokenizer: TextTokenizer, row_length: int) -> tuple[Sp
 
 
 def held_out_bytes(dataset: PreparedDataset) -> dict[str, int]:
-    """UTF-8 bytes of the held-out documents of each source, as their tokens spell them."""
-    split, sizes = dataset.validation, dict.fromkeys(dataset.source_names, 0)
-    for number, source in enumerate(split.document_sources.tolist()):
-        start, stop = split.document_offsets[number : number + 2]
-        text = dataset.tokenizer.decode(split.tokens[start:stop].tolist())
-        sizes[dataset.source_names[source]] += len(text.encode())
-    return sizes
+    """UTF-8 bytes of the held-out documents of each source."""
+    return bytes_by_source(dataset, np.ones(dataset.validation.num_documents, dtype=bool))
 
 
 def evaluation_table(found: Evaluation) -> str:
@@ -108,10 +102,3 @@ def _find_signals(settings: EvalSettings, dataset: PreparedDataset) -> SignalSto
         return None
     store = open_signals("--signals", beside, dataset)
     return store if store.coverage_by_split["validation"] > 0 else None
-
-
-def _finite(value: Any) -> Any:
-    """NaN, which JSON has not, as null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,103 @@
+"""The command `indra ablate`: variants x seeds at equal training tokens, resumable, one report out."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from tqdm import tqdm
+
+from indraquantum.ablation.plan import Plan, load_plan
+from indraquantum.ablation.processes import run_tasks
+from indraquantum.ablation.report import write_report
+from indraquantum.ablation.search import best_setting, trial_tasks, trials_of
+from indraquantum.ablation.sizes import sizes_of
+from indraquantum.ablation.tasks import Bench, Task
+from indraquantum.config import AblateSettings
+from indraquantum.errors import UserError
+from indraquantum.files import folder_lock, make_folder
+
+
+def ablate(path: Path, settings: AblateSettings) -> Path | None:
+    """Do what is left of the plan at `path` and write the report.
+
+    Returns:
+        The report; None after a dry run.
+
+    Raises:
+        UserError: a plan, data or signals that don't fit, results of another plan, or runs that could not be done;
+            those that could have their JSONs and stand in the report.
+        Interrupted: by a signal; the same command goes on.
+    """
+    plan = load_plan(path)
+    plan = plan.model_copy(update={"data": settings.data or plan.data, "signals": settings.signals or plan.signals})
+    results = settings.output or Path("results") / plan.name
+    if settings.report_only:
+        return write_report(plan, results)
+    work = settings.work or Path("runs") / "ablate" / plan.name
+    variants = _variants(plan, settings.only)
+    bench = Bench(plan, settings, results, work, command_line(path, settings))
+    bench.check()
+    if settings.dry_run:
+        print(overview(bench, variants))
+        return None
+    make_folder("--output", results)
+    with folder_lock("--work", make_folder("--work", work)):
+        without = _run(bench, [task for variant in variants for task in trial_tasks(bench, variant)])
+        tasks = []
+        for variant in variants:
+            try:
+                chosen = best_setting(variant, trials_of(bench, variant))
+            except UserError as error:
+                without.append(str(error))
+                continue
+            tasks += [bench.run(variant, seed, chosen) for seed in plan.seeds]
+        # Seed by seed, so that a stopped ablation has whole pairs.
+        without += _run(bench, sorted(tasks, key=lambda task: plan.seeds.index(task.settings.seed)))
+    report = write_report(plan, results)
+    if without:
+        raise UserError("ablate", path, f"{len(without)} runs have no result; the first: {without[0]}")
+    return report
+
+
+def _variants(plan: Plan, only: tuple[str, ...] | None) -> list[str]:
+    for name in only or ():
+        if name not in plan.variants:
+            raise UserError("--only", name, f"must be one of the variants {', '.join(plan.variants)}")
+    return [variant for variant in plan.variants if not only or variant in only]
+
+
+def _run(bench: Bench, tasks: list[Task]) -> list[str]:
+    """Do those of `tasks` that have no JSON yet; a line for each that has none afterwards."""
+    left = [task for task in tasks if task.record() is None]
+    if len(left) < len(tasks):
+        print(f"{len(tasks) - len(left)} of {len(tasks)} runs are done already.")
+    return run_tasks(left, bench.settings.jobs, tqdm.write)
+
+
+def overview(bench: Bench, variants: list[str]) -> str:
+    """What would be run: a line for each variant with its size, steps and tokens."""
+    plan = bench.plan
+    first = sizes_of(bench.run(next(iter(plan.variants)), plan.seeds[0], {}).settings, bench.dataset)
+    lines = [
+        f"{'variant':<20}{'parameters':>12}{'of first':>10}{'in table':>10}{'MFLOP/token':>13}{'steps':>8}"
+        f"{'tokens':>14}{'trials':>8}{'runs':>6}"
+    ]
+    for variant in variants:
+        sizes = sizes_of(bench.run(variant, plan.seeds[0], {}).settings, bench.dataset)
+        lines.append(
+            f"{variant:<20}{sizes.parameters:>12,}{sizes.parameters / first.parameters:>10.3f}"
+            f"{sizes.table_parameters / sizes.parameters:>10.1%}{sizes.flops_per_token / 1e6:>13.3f}{sizes.steps:>8,}"
+            f"{sizes.tokens:>14,}{len(plan.grid_of(variant)):>8}{len(plan.seeds):>6}"
+        )
+    return "\n".join(lines)
+
+
+def command_line(path: Path, settings: AblateSettings) -> str:
+    """The command as it could be typed."""
+    words = ["indra", "ablate", str(path)]
+    for name in sorted(settings.model_fields_set):
+        value, option = getattr(settings, name), "--" + name.replace("_", "-")
+        for part in value if isinstance(value, tuple) else (value,):
+            words += [option] if part is True else [option, str(part)]
+    return shlex.join(words)

@@ -1,0 +1,110 @@
+"""One run from its first step to its JSON, in a process of its own; a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from indraquantum.ablation.results import Record, write_record
+from indraquantum.ablation.sizes import sizes_of
+from indraquantum.ablation.tasks import Task
+from indraquantum.bench import process_memory
+from indraquantum.config import TrainSettings
+from indraquantum.data.dataset import open_dataset
+from indraquantum.device import choose_device
+from indraquantum.errors import TrainingStopped
+from indraquantum.evaluation.binned import calibration_bins, readout_bins
+from indraquantum.evaluation.collapse import CollapseFigures
+from indraquantum.evaluation.figures import alignment_with, figures_by_source, predict
+from indraquantum.evaluation.halves import Half, bytes_by_source, documents_of_half, of_documents
+from indraquantum.evaluation.write import load_model
+from indraquantum.metrics import read_metrics
+from indraquantum.teacher.signals import open_signals
+from indraquantum.training.loop import train
+
+CURVE = ("step", "tokens", "held_out", *CollapseFigures._fields, "collapse")  # kept of the metrics
+
+
+def run_task(task: Task) -> None:
+    """Train, measure, write the JSON, and drop the checkpoints.
+
+    Raises:
+        UserError: settings, data or signals that don't fit, or a disk that is full; nothing is written.
+        Interrupted: by a signal; the same task again goes on.
+    """
+    settings, started = task.settings, time.monotonic()
+    metrics_path = settings.logs / settings.output.name / "metrics.jsonl"
+    steps_before = max((line["step"] for line in read_metrics(metrics_path)), default=0)
+    dataset = open_dataset("--data", settings.data)
+    record: Record = {**task.planned, **task.origin, "seed": settings.seed, **asdict(sizes_of(settings, dataset))}
+    try:
+        report = train(settings)
+    except TrainingStopped as stopped:
+        record |= {"status": "failed", "line": str(stopped), "curve": curve(metrics_path)}
+        write_record(task.result, record)
+    else:
+        peak = peak_memory() if report.steps > steps_before else None  # else another process did the work
+        timing = {
+            "tokens_per_second": tokens_per_second(metrics_path),
+            "peak_memory_bytes": peak,
+            "seconds_of_last_process": time.monotonic() - started,
+        }
+        figures = measure(report.checkpoint, settings, task.planned["half"], task.measured_with)
+        tokens = read_metrics(metrics_path)[-1]["tokens"]  # those that were seen, in place of those planned
+        record |= {"status": "finished", "tokens": tokens, **figures, "curve": curve(metrics_path), "timing": timing}
+        write_record(task.result, record)
+    drop_checkpoints(task)
+
+
+def measure(checkpoint: Path, settings: TrainSettings, half: Half, signals_path: Path | None) -> dict[str, Any]:
+    """The figures of a checkpoint on one half of the held-out documents, as plain values."""
+    device = choose_device(settings)
+    dataset = open_dataset("--data", settings.data)
+    documents_U = documents_of_half(dataset, half)
+    model, tokenizer = load_model(checkpoint, device)
+    found = of_documents(predict(model, dataset.validation, device), dataset.validation, documents_U)
+    sources = figures_by_source(found, bytes_by_source(dataset, documents_U))
+    result = {
+        "documents": int(documents_U.sum()),
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "sources": {name: asdict(figures) for name, figures in sources.items()},
+        "alignment": None,
+        "calibration": calibration_bins(found),
+        "readouts": None,
+    }
+    if signals_path is not None:
+        signals = open_signals("--signals", signals_path, dataset)
+        result["alignment"] = asdict(alignment_with(found, signals))
+        result["readouts"] = readout_bins(found, signals, tokenizer.vocabulary_size)
+    return result
+
+
+def curve(metrics_path: Path) -> list[dict[str, Any]]:
+    """The metrics lines with a held-out or a collapse figure, cut down to what the report draws."""
+    lines = ({name: line[name] for name in CURVE} for line in read_metrics(metrics_path))
+    return [line for line in lines if any(line[name] is not None for name in CURVE[2:])]
+
+
+def tokens_per_second(metrics_path: Path) -> float | None:
+    """The median over the steps, evaluations and checkpoints left out."""
+    rates = [line["tokens_per_second"] for line in read_metrics(metrics_path)]
+    return statistics.median([rate for rate in rates if rate is not None] or [float("nan")])
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes."""
+    try:
+        return process_memory("VmHWM")  # the process's own, where there is /proc
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def drop_checkpoints(task: Task) -> None:
+    """Remove the work folder of a run that has its JSON; its metrics and log stay."""
+    if not task.keep_checkpoint:
+        shutil.rmtree(task.settings.output, ignore_errors=True)

@@ -1,0 +1,164 @@
+"""The plan of an ablation, a YAML file: what is compared, with what in common, over which seeds.
+
+An example is configs/ablations/replica.yaml; paths are relative to the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from indraquantum.config import Settings, TrainSettings
+from indraquantum.errors import UserError
+from indraquantum.training.run import FREE_SETTINGS
+
+# What a plan may set of a run: all that decides it but its seed and data, and what counts as a failure.
+ALLOWED = (set(TrainSettings.model_fields) - FREE_SETTINGS - {"seed"}) | {"on_collapse"}
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=60)]
+Overrides = dict[str, bool | int | float | str | None]
+Checked = TypeVar("Checked")
+Grid = Annotated[tuple[Overrides, ...], Field(max_length=6)]
+
+
+class Search(Settings):
+    """A small search before the runs: the best setting of each variant on the choice half is the one it runs with."""
+
+    grid: Grid = ()
+    """Settings to try for every variant, each a set of overrides."""
+    variants: dict[Name, Grid] = {}
+    """Another grid for some variants; an empty one searches nothing there."""
+    fraction: float = Field(default=1 / 3, gt=0, le=1)
+    """Part of a run's steps that each trial takes."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the trials."""
+
+
+class Plan(Settings):
+    """What is compared."""
+
+    name: Name
+    """Names the folders of results and work."""
+    about: str = ""
+    """A sentence for the head of the report."""
+    data: Path
+    """The prepared dataset, relative to the plan."""
+    signals: Path | None = None
+    """The teacher's signals, relative to the plan: for training, and to correlate every variant's readouts with."""
+    base: Overrides = {}
+    """Options of `indra train` that all variants share."""
+    variants: Annotated[dict[Name, Overrides], Field(min_length=1)]
+    """Options of each variant, over those of the base; `signals` too, relative to the plan."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)] = (0,)
+    """A run for each variant and seed."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Variants whose difference at equal seeds decides: the first minus the second."""
+    equal_parameters: tuple[tuple[str, ...], ...] = ()
+    """Groups of variants whose numbers of parameters must agree within 1 %."""
+    search: Search | None = None
+    """The search for each variant's best setting."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("must all be different")
+        return seeds
+
+    def grid_of(self, variant: str) -> tuple[Overrides, ...]:
+        """The settings to try for `variant`; none without a search."""
+        return () if self.search is None else self.search.variants.get(variant, self.search.grid)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which the plain loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if isinstance(key, Hashable) and keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read and check a plan.
+
+    Raises:
+        UserError: naming the field, its value and what is allowed.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError("CONFIG", path, f"must be a file that can be read ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError("CONFIG", path, f"must be YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError("CONFIG", path, "must hold name, data and variants")
+    plan = _checked(lambda: Plan.model_validate(content), f"{path}: ")
+    _check_names(path, plan)
+    _check_overrides(path, plan)
+    return plan.model_copy(
+        update={
+            "data": path.parent / plan.data,
+            "signals": plan.signals and path.parent / plan.signals,
+            "base": _beside(path.parent, plan.base),
+            "variants": {name: _beside(path.parent, overrides) for name, overrides in plan.variants.items()},
+        }
+    )
+
+
+def resolved(plan: Plan, variant: str, chosen: Overrides, **common: Any) -> TrainSettings:
+    """The training settings of a run: base, variant and chosen setting, one over the other, and what all runs share.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    stated = plan.base | plan.variants[variant] | chosen
+    return _checked(lambda: TrainSettings(**(common | stated)), f"variants.{variant}: ")
+
+
+def _beside(folder: Path, overrides: Overrides) -> Overrides:
+    return overrides | {"signals": str(folder / str(overrides["signals"]))} if "signals" in overrides else overrides
+
+
+def _checked(make: Callable[[], Checked], where: str) -> Checked:
+    try:
+        return make()
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        allowed = first["msg"].replace("Input should", "must").removeprefix("Value error, ")
+        raise UserError(f"{where}{field}", first["input"], allowed) from None
+
+
+def _check_names(path: Path, plan: Plan) -> None:
+    groups = {"pairs": plan.pairs, "equal_parameters": plan.equal_parameters}
+    if plan.search is not None:
+        groups["search.variants"] = (tuple(plan.search.variants),)
+    for field, names in groups.items():
+        for name in (name for group in names for name in group):
+            if name not in plan.variants:
+                raise UserError(f"{path}: {field}", name, f"must be one of the variants {', '.join(plan.variants)}")
+
+
+def _check_overrides(path: Path, plan: Plan) -> None:
+    """Only settings that decide a run, each in range; and what a variant states is not searched for."""
+    for place, overrides in {"base": plan.base, **{f"variants.{n}": o for n, o in plan.variants.items()}}.items():
+        _check_fields(f"{path}: {place}", overrides, ALLOWED | {"signals"})
+    for variant, stated in plan.variants.items():
+        resolved(plan, variant, {}, data=plan.data)
+        for trial in plan.grid_of(variant):
+            _check_fields(f"{path}: search.grid", trial, ALLOWED)
+            resolved(plan, variant, trial, data=plan.data)
+            if both := sorted(trial.keys() & stated.keys()):
+                raise UserError(f"{path}: search.grid.{both[0]}", trial[both[0]], f"is stated by variants.{variant}")
+
+
+def _check_fields(where: str, overrides: Overrides, allowed: set[str]) -> None:
+    for field, value in overrides.items():
+        if field not in allowed:
+            raise UserError(f"{where}.{field}", value, f"must be an option of a run: {', '.join(sorted(allowed))}")

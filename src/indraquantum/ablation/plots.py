@@ -1,0 +1,105 @@
+"""The report's pictures, each a function from the runs' JSONs to a matplotlib figure; a colour is a variant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from indraquantum.ablation.intervals import interval
+from indraquantum.ablation.results import Record
+from indraquantum.evaluation.collapse import CollapseFigures
+
+Runs = dict[str, dict[int, Record]]  # finished runs by variant and seed
+
+
+class _Drawn(NamedTuple):
+    record: Record
+    style: dict[str, Any]  # colour of the variant; the label at its first seed only, so that the legend has it once
+
+
+def _each(runs: Runs) -> Iterator[_Drawn]:
+    for number, (variant, by_seed) in enumerate(runs.items()):
+        for place, seed in enumerate(sorted(by_seed)):
+            yield _Drawn(by_seed[seed], {"color": f"C{number % 10}", "label": None if place else variant})
+
+
+def draw_learning_curves(figure: Figure, runs: Runs) -> None:
+    """Held-out cross-entropy over the tokens seen, a line for each seed."""
+    axes = figure.subplots()
+    for record, style in _each(runs):
+        points = [(line["tokens"], line["held_out"]["all"]) for line in record["curve"] if line["held_out"]]
+        axes.plot(*zip(*points, strict=True), linewidth=1, **style)
+    _finish(axes, "Learning curves, all held-out documents", "tokens seen", "cross-entropy, nats per token")
+
+
+def draw_size_and_loss(figure: Figure, runs: Runs) -> None:
+    """Cross-entropy on the table half over the parameters, with 95 % intervals over seeds."""
+    axes = figure.subplots()
+    for number, (variant, by_seed) in enumerate(runs.items()):
+        loss = interval([record["sources"]["all"]["cross_entropy"] for record in by_seed.values()])
+        size = next(iter(by_seed.values()))["parameters"]
+        axes.errorbar(size, loss.mean, yerr=loss.half_width or 0, fmt="o", color=f"C{number % 10}", label=variant)
+    _finish(axes, "Parameters against loss, table half", "parameters", "cross-entropy, nats per token")
+
+
+def draw_calibration(figure: Figure, runs: Runs) -> None:
+    """Accuracy over confidence, a line for each seed; the dotted line is honest."""
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], ":", color="grey")
+    for record, style in _each(runs):
+        axes.plot(record["calibration"]["x"], record["calibration"]["y"], marker=".", linewidth=1, **style)
+    _finish(axes, "Calibration, table half", "confidence (max p)", "accuracy")
+
+
+def draw_readouts(figure: Figure, runs: Runs) -> None:
+    """The readouts over the teacher's figures; the dotted lines are the targets of the alignment terms."""
+    magnitude, phase = figure.subplots(1, 2)
+    known = {variant: {s: r for s, r in by_seed.items() if r["readouts"]} for variant, by_seed in runs.items()}
+    for record, style in _each(known):
+        top = math.log(record["vocabulary_size"])
+        phase.plot([0, top], [0, math.pi], ":", color="grey")
+        for axes, name in ((magnitude, "magnitude"), (phase, "phase")):
+            axes.plot(record["readouts"][name]["x"], record["readouts"][name]["y"], marker=".", linewidth=1, **style)
+    magnitude.plot([0, 1], [0, 1], ":", color="grey")
+    _finish(magnitude, "Readout magnitude, table half", "teacher's confidence", "mean |c|")
+    _finish(phase, "Readout phase, table half", "teacher's entropy, nats", "mean phase, radians")
+
+
+def draw_collapse(figure: Figure, runs: Runs) -> None:
+    """The collapse detectors' figures over the tokens seen."""
+    for axes, name in zip(figure.subplots(2, 2).flat, CollapseFigures._fields, strict=True):
+        for record, style in _each(runs):
+            points = [(line["tokens"], line[name]) for line in record["curve"] if line[name] is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), linewidth=1, **style)
+        _finish(axes, name.replace("_", " "), "tokens seen", "directions" if name == "effective_rank" else "nats")
+
+
+PICTURES: dict[str, Callable[[Figure, Runs], None]] = {
+    "learning_curves": draw_learning_curves,
+    "size_and_loss": draw_size_and_loss,
+    "calibration": draw_calibration,
+    "readouts": draw_readouts,
+    "collapse": draw_collapse,
+}
+
+
+def save_picture(folder: Path, name: str, runs: Runs) -> Path:
+    """Draw the picture `name` of PICTURES and write it into `folder`."""
+    figure = Figure(figsize=(10, 8) if name == "collapse" else (10, 5), layout="constrained")
+    PICTURES[name](figure, runs)
+    path = folder / f"report_{name}.png"
+    figure.savefig(path, dpi=90)
+    return path
+
+
+def _finish(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")

@@ -1,0 +1,129 @@
+"""Several runs at once, each in a process of its own that leaves with a checkpoint when its parent does.
+
+The processes are forked from one that has loaded everything and computed nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock
+
+from indraquantum.ablation.tasks import Task
+from indraquantum.errors import UserError
+from indraquantum.training.interrupts import Interrupts
+
+PATIENCE = 120  # seconds for a process whose parent was killed to take its checkpoint and leave
+
+
+def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], object]) -> list[str]:
+    """Do `tasks`, `jobs` of them at a time; one that fails does not keep the others from going on.
+
+    Args:
+        tasks: runs without a JSON.
+        jobs: processes at a time.
+        say: told in a line of each run that ends.
+
+    Returns:
+        A line for each run that has no JSON now, with its reason.
+
+    Raises:
+        Interrupted: a signal came; the runs under way have left with a checkpoint.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["indraquantum.ablation.one_run"])
+    waiting, running, without = deque(tasks), {}, []
+    with Interrupts() as interrupts:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    with interrupts.deferred():
+                        process = context.Process(target=_run_here, args=(waiting[0],), name=waiting[0].name)
+                        process.start()
+                        running[process] = waiting.popleft()
+                    interrupts.check()
+                for process in _ended(list(running)):
+                    outcome = _outcome(running.pop(process), process.exitcode, len(waiting) + len(running))
+                    say(outcome.line)
+                    if not outcome.recorded:
+                        without.append(outcome.line)
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.join()
+    return without
+
+
+class _Outcome(NamedTuple):
+    line: str
+    recorded: bool  # the run has its JSON
+
+
+def _ended(running: list[BaseProcess]) -> list[BaseProcess]:
+    ended = wait([process.sentinel for process in running])
+    found = [process for process in running if process.sentinel in ended]
+    for process in found:
+        process.join()
+    return found
+
+
+def _outcome(task: Task, exit_status: int | None, left: int) -> _Outcome:
+    record = task.record()
+    if record is None:
+        said = _last_line(log_path(task)) or f"exit status {exit_status}"
+        return _Outcome(f"{task.name}: not done ({said}); see {log_path(task)}", recorded=False)
+    if record["status"] == "failed":
+        return _Outcome(f"{task.name}: failed: {record['line']}", recorded=True)
+    loss = record["sources"]["all"]["cross_entropy"]
+    half = record["half"]
+    return _Outcome(f"{task.name}: {loss:.4f} nats/token on the {half} half; {left} runs left", recorded=True)
+
+
+def log_path(task: Task) -> Path:
+    """Where the output of a run's process goes."""
+    return task.settings.logs / task.settings.output.name / "output.txt"
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _run_here(task: Task) -> None:
+    """The life of a run's process."""
+    os.setsid()  # a Ctrl-C at the terminal is for the parent, which passes it on
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    log = log_path(task)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    from indraquantum.ablation.one_run import run_task
+
+    try:
+        with FileLock(log.with_name(".run-lock"), timeout=PATIENCE):
+            if task.record() is None:
+                run_task(task)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _leave_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,207 @@
+"""The report of an ablation: report.md, and report.html that holds its own pictures, from the runs' JSONs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from indraquantum.ablation.blocks import Block, Code, Heading, Paragraph, Picture, Table, html_page, markdown
+from indraquantum.ablation.intervals import Interval, interval, paired
+from indraquantum.ablation.plan import Plan
+from indraquantum.ablation.plots import PICTURES, Runs, save_picture
+from indraquantum.ablation.results import Record, read_record
+from indraquantum.ablation.sizes import FLOPS_FORMULA
+from indraquantum.errors import UserError
+from indraquantum.files import atomic_file
+
+FIGURES = {  # of a source: title, digits
+    "cross_entropy": ("nats/token", 4),
+    "perplexity": ("perplexity", 2),
+    "bits_per_byte": ("bits/byte", 4),
+    "calibration_error": ("ECE", 4),
+    "accuracy": ("accuracy", 4),
+}
+ALIGNMENT = {
+    "magnitude_confidence": "magnitude, confidence",
+    "softmax_confidence": "control: max p, confidence",
+    "phase_entropy": "phase, entropy",
+    "softmax_entropy": "control: own entropy, entropy",
+}
+
+
+def write_report(plan: Plan, folder: Path) -> Path:
+    """Write report.md and report.html of the JSONs in `folder`; the path of the latter.
+
+    Raises:
+        UserError: no run is finished.
+    """
+    records = {v: {s: r for s in plan.seeds if (r := read_record(folder / f"{v}-seed{s}.json"))} for v in plan.variants}
+    finished = {v: {s: r for s, r in by_seed.items() if r["status"] == "finished"} for v, by_seed in records.items()}
+    runs = {variant: by_seed for variant, by_seed in finished.items() if by_seed}
+    if not runs:
+        raise UserError("results", folder, "holds no finished run of this plan")
+    blocks = report_blocks(plan, folder, records, runs)
+    for name, text in (("report.md", markdown(blocks)), ("report.html", html_page(blocks))):
+        with atomic_file(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return folder / "report.html"
+
+
+def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs) -> list[Block]:
+    """Everything that the report says."""
+    blocks: list[Block] = [Heading(f"Ablation {plan.name}", 1), Paragraph(plan.about or "Variants at equal tokens.")]
+    blocks += [Heading("Held-out figures"), Paragraph(_about_figures(runs)), figures_table(runs)]
+    if plan.pairs:
+        said = "First minus second at equal seeds, nats per token: below 0 the first is better. * clear of 0."
+        blocks += [Heading("Pairs"), Paragraph(said), pairs_table(plan, runs)]
+    blocks += [Heading("Size and speed"), Paragraph(f"FLOPs per token = {FLOPS_FORMULA}."), sizes_table(runs)]
+    if any(record["alignment"] for record in _all(runs)):
+        said = "Pearson correlation on the table half; the controls are the student's own softmax."
+        blocks += [Heading("What the state knows of the teacher"), Paragraph(said), alignment_table(runs)]
+    blocks += [Heading("Pictures")]
+    for name, draw in PICTURES.items():
+        if name != "readouts" or any(record["readouts"] for record in _all(runs)):
+            blocks.append(Picture(save_picture(folder, name, runs), draw.__doc__.split("\n")[0]))
+    if plan.search is not None:
+        said = "Each setting's cross-entropy on the choice half, nats per token; the best is what the variant ran with."
+        blocks += [Heading("Search"), Paragraph(said), search_table(plan, folder)]
+    blocks += [Heading("Runs"), Paragraph(_about_runs(plan, records)), runs_table(records)]
+    return [*blocks, Heading("Where this comes from"), Code(_origin(records))]
+
+
+def figures_table(runs: Runs) -> Table:
+    """Mean and 95 % interval over seeds, for each variant and source."""
+    rows = []
+    for source in _first(runs)["sources"]:
+        for variant, by_seed in runs.items():
+            cells = [
+                _mean((record["sources"][source][name] for record in by_seed.values()), digits)
+                for name, (_, digits) in FIGURES.items()
+            ]
+            rows.append([variant, source, str(len(by_seed)), *cells])
+    return Table(["variant", "source", "seeds", *(title for title, _ in FIGURES.values())], rows)
+
+
+def pairs_table(plan: Plan, runs: Runs) -> Table:
+    """Paired differences of cross-entropy, and of the calibration error over all sources."""
+    rows = []
+    for first, second in plan.pairs:
+        for title, get in _differences(runs):
+            sides = ({seed: get(record) for seed, record in runs.get(name, {}).items()} for name in (first, second))
+            differences = paired(*sides)
+            if not differences:
+                rows.append([f"{first} - {second}", title, "0", "not run", ""])
+                continue
+            found = interval(list(differences.values()))
+            each = ", ".join(f"{seed}: {value:+.4f}" for seed, value in differences.items())
+            star = " *" if found.clear_of_zero() else ""
+            rows.append([f"{first} - {second}", title, str(found.count), _shown(found, 4, "+") + star, each])
+    return Table(["pair", "figure", "seeds", "difference", "each seed"], rows)
+
+
+def _differences(runs: Runs) -> Iterable[tuple[str, Callable[[Record], float]]]:
+    for source in _first(runs)["sources"]:
+        yield source, lambda record, source=source: record["sources"][source]["cross_entropy"]
+    yield "ECE, all", lambda record: record["sources"]["all"]["calibration_error"]
+
+
+def sizes_table(runs: Runs) -> Table:
+    """Parameters, work and speed of each variant."""
+    rows = []
+    for variant, by_seed in runs.items():
+        record = next(iter(by_seed.values()))
+        timings = [record["timing"] for record in by_seed.values()]
+        peaks = [timing["peak_memory_bytes"] for timing in timings]
+        rows.append([
+            variant, f"{record['parameters']:,}", f"{record['table_parameters'] / record['parameters']:.1%}",
+            f"{record['flops_per_token'] / 1e6:.3f}", f"{record['steps']:,}", f"{record['tokens']:,}",
+            _mean((timing["tokens_per_second"] for timing in timings), 0),
+            _mean((peak and peak / 2**20 for peak in peaks), 0),
+        ])  # fmt: skip
+    header = ["variant", "parameters", "in the table", "MFLOP/token", "steps", "tokens", "tokens/s", "peak MiB"]
+    return Table(header, rows)
+
+
+def alignment_table(runs: Runs) -> Table:
+    """Correlations of readouts and controls with the teacher."""
+    rows = []
+    for variant, by_seed in runs.items():
+        known = [record["alignment"] for record in by_seed.values() if record["alignment"]]
+        rows.append([variant, *(_mean((alignment[name] for alignment in known), 3) for name in ALIGNMENT)])
+    return Table(["variant", *ALIGNMENT.values()], rows)
+
+
+def search_table(plan: Plan, folder: Path) -> Table:
+    """What was tried for each variant, and what its runs took."""
+    rows = []
+    for variant in plan.variants:
+        trials = [read_record(folder / "search" / f"{variant}-try{i}.json") for i in range(len(plan.grid_of(variant)))]
+        losses = [r["sources"]["all"]["cross_entropy"] if r and r["status"] == "finished" else None for r in trials]
+        best = min((loss for loss in losses if loss is not None), default=None)
+        for setting, record, loss in zip(plan.grid_of(variant), trials, losses, strict=True):
+            told = "not done" if record is None else f"failed: {record.get('line')}" if loss is None else f"{loss:.4f}"
+            chosen = "chosen" if loss is not None and losses.index(best) == losses.index(loss) else ""
+            rows.append([variant, _setting(setting), told, chosen])
+    return Table(["variant", "setting", "nats/token, choice half", ""], rows)
+
+
+def runs_table(records: Runs) -> Table:
+    """How each run ended, with what was chosen for it and whether a collapse was seen."""
+    rows = []
+    for variant, by_seed in records.items():
+        for seed, record in by_seed.items():
+            seen = sorted({kind for line in record["curve"] for kind in line["collapse"] or ()})
+            told = record["status"] if record["status"] == "finished" else f"failed: {record['line']}"
+            rows.append([variant, str(seed), told, _setting(record["chosen"]), ", ".join(seen)])
+    return Table(["variant", "seed", "ended", "chosen setting", "collapse suspected"], rows)
+
+
+def _about_figures(runs: Runs) -> str:
+    record = _first(runs)
+    tokens = ", ".join(f"{name} {figures['tokens']:,}" for name, figures in record["sources"].items())
+    return (
+        f"On the table half of the held-out documents ({record['documents']} documents; predicted tokens: {tokens}), "
+        "which no choice has looked at. Mean ± half of the 95 % t-interval over seeds."
+    )
+
+
+def _about_runs(plan: Plan, records: Runs) -> str:
+    done, planned = sum(map(len, records.values())), len(plan.variants) * len(plan.seeds)
+    return f"{done} of {planned} runs are done. Suspected kinds of collapse are single looks, not confirmed ones."
+
+
+def _origin(records: Runs) -> str:
+    """Commits, commands, versions and hashes, each once."""
+    every = list(_all(records))
+    facts = {
+        "commit": [record["commit"] for record in every],
+        "command": [record["command"] for record in every],
+        "versions": [", ".join(f"{name} {number}" for name, number in r["versions"].items()) for r in every],
+        "data sha256": [record["settings"]["data"] for record in every],
+        "signals sha256": [record["settings"]["signals"] for record in every],
+    }
+    return "\n".join(f"{name}: {value}" for name, values in facts.items() for value in dict.fromkeys(values))
+
+
+def _mean(values: Iterable[float | None], digits: int) -> str:
+    """Mean and interval of those values that there are; a diverged run has some that no float holds."""
+    known = [value for value in values if value is not None]
+    return _shown(interval(known), digits) if known else "none"
+
+
+def _shown(found: Interval, digits: int, sign: str = "") -> str:
+    mean = f"{found.mean:{sign},.{digits}f}"
+    return mean if found.half_width is None else f"{mean} ± {found.half_width:,.{digits}f}"
+
+
+def _setting(overrides: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in overrides.items()) or "as planned"
+
+
+def _all(runs: Runs) -> Iterable[Record]:
+    return (record for by_seed in runs.values() for record in by_seed.values())
+
+
+def _first(runs: Runs) -> Record:
+    return next(iter(_all(runs)))

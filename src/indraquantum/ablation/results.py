@@ -1,0 +1,56 @@
+"""The JSON of a run: written once, when the run is done, and never again; one of other settings is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from indraquantum.config import TrainSettings
+from indraquantum.errors import UserError
+from indraquantum.files import read_json, without_nan, write_json
+
+FORMAT = "indraquantum-ablation-run"
+FORMAT_VERSION = 1
+Record = dict[str, Any]
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write the JSON of a run, as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, without_nan({"format": FORMAT, "format_version": FORMAT_VERSION, **record}))
+
+
+def read_record(path: Path) -> Record | None:
+    """The JSON of a run, or None where the run is still to be done.
+
+    Raises:
+        UserError: the file is none that `write_record` wrote.
+    """
+    if not path.exists():
+        return None
+    record = read_json("results", path)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError("results", path, "must be the JSON of a run; remove it, or give another --output")
+    if record.get("format_version") != FORMAT_VERSION:
+        found = record.get("format_version")
+        raise UserError("results", path, f"is of format version {found}; this program reads {FORMAT_VERSION}")
+    return record
+
+
+def check_record(path: Path, record: Record, planned: Record) -> None:
+    """Check that the run at `path` is the planned one: `planned` holds what decides it, its settings among it.
+
+    An option that the program did not have when the run was made stands at its default.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    then, now = ({**part, **part["settings"]} for part in (record, planned))
+    defaults = {name: field.default for name, field in TrainSettings.model_fields.items()}
+    for name in planned.keys() | then["settings"].keys() | now["settings"].keys():
+        if name == "settings":
+            continue
+        before, wanted = (part.get(name, defaults.get(name)) for part in (then, now))
+        if before != wanted:
+            where = f"{name} {wanted}, as planned, not {before}"
+            raise UserError("results", path, f"must be of a run with {where}; remove it, or give another --output")

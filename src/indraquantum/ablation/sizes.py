@@ -1,0 +1,80 @@
+"""How large a variant is and how much it sees, known before anything is run.
+
+Legend: T positions of a row, d `d_model`, D width of the transformer, m width of the MLP, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from indraquantum.config import TrainSettings
+from indraquantum.data.dataset import PreparedDataset
+from indraquantum.model.configuration import IndraQuantumConfig
+from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.training.run import rows_per_step
+from indraquantum.training.schedule import rows_of_step, steps_per_epoch
+
+FLOPS_FORMULA = (
+    "6 (L (4 D² + 3 D m + T D) + V D + V P / B): forward and backward, a multiply-add is 2, for rows of T positions "
+    "that each hold one document; P weights of the projector, applied to the whole table once a step of B positions"
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a run."""
+
+    parameters: int  # all, frozen ones too
+    table_parameters: int  # of them, the embedding table's
+    flops_per_token: float  # forward and backward, FLOPS_FORMULA
+    steps: int  # of the optimiser
+    tokens: int  # real ones that the run sees
+
+
+def sizes_of(settings: TrainSettings, dataset: PreparedDataset) -> Sizes:
+    """The sizes of a run by `settings`, without allocating its model.
+
+    Raises:
+        UserError: the model's settings contradict each other.
+    """
+    tokenizer = dataset.tokenizer
+    config = IndraQuantumConfig.from_settings(
+        settings, tokenizer.vocabulary_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id
+    )
+    with torch.device("meta"):
+        model = IndraQuantumPhase2(config)
+    steps = planned_steps(settings, dataset)
+    return Sizes(
+        parameters=sum(p.numel() for p in model.parameters()),
+        table_parameters=model.embedding.weight.numel(),
+        flops_per_token=flops_per_token(model, dataset.row_length, settings.batch_tokens),
+        steps=steps,
+        tokens=planned_tokens(settings, dataset, steps),
+    )
+
+
+def flops_per_token(model: IndraQuantumPhase2, row_length: int, batch_tokens: int) -> float:
+    """Floating-point operations of forward and backward for each trained token, by FLOPS_FORMULA."""
+    config = model.config
+    layers = sum(p.numel() for p in model.backbone.parameters() if p.ndim == 2)
+    attention = config.num_hidden_layers * row_length * config.hidden_size
+    projector = sum(p.numel() for p in model.projector.parameters() if p.ndim == 2)
+    head = config.vocab_size * config.hidden_size
+    return 6 * (layers + attention + head + config.vocab_size * projector / batch_tokens)
+
+
+def planned_steps(settings: TrainSettings, dataset: PreparedDataset) -> int:
+    """Optimiser steps of a run."""
+    per_epoch = steps_per_epoch(dataset.train.num_rows, rows_per_step(settings.batch_tokens, dataset.row_length))
+    return min(settings.epochs * per_epoch, settings.max_steps or settings.epochs * per_epoch)
+
+
+def planned_tokens(settings: TrainSettings, dataset: PreparedDataset, steps: int) -> int:
+    """Real tokens that `steps` steps see, row by row as the run draws them."""
+    split, rows = dataset.train, rows_per_step(settings.batch_tokens, dataset.row_length)
+    epochs, rest = divmod(steps, steps_per_epoch(split.num_rows, rows))
+    lengths = split.row_token_offsets[1:] - split.row_token_offsets[:-1]
+    drawn = [rows_of_step(split.num_rows, rows, settings.seed, steps - rest + step) for step in range(rest)]
+    return int(epochs * split.num_tokens + sum(lengths[part].sum() for part in drawn))

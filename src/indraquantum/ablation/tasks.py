@@ -1,0 +1,167 @@
+"""The runs of a plan, each with everything that decides it, so that any process can do it."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from indraquantum import __version__
+from indraquantum.ablation.plan import Overrides, Plan, resolved
+from indraquantum.ablation.results import Record, check_record, read_record
+from indraquantum.ablation.sizes import planned_steps, sizes_of
+from indraquantum.config import AblateSettings, TrainSettings
+from indraquantum.data.dataset import PreparedDataset, open_dataset
+from indraquantum.errors import UserError
+from indraquantum.evaluation.halves import Half
+from indraquantum.files import combined_sha256
+from indraquantum.teacher.signals import SignalStore, open_signals
+from indraquantum.training.run import rows_per_step, run_identity
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run."""
+
+    name: str  # of its JSON and its work folder
+    planned: Record  # what decides the run, as plain values: see results.check_record
+    settings: TrainSettings
+    result: Path  # the JSON to write
+    measured_with: Path | None  # signals to correlate the readouts with
+    origin: Record  # commit, command, versions
+    keep_checkpoint: bool
+
+    def record(self) -> Record | None:
+        """The run's JSON, or None where it is still to be done.
+
+        Raises:
+            UserError: there is one of another run.
+        """
+        record = read_record(self.result)
+        if record is not None:
+            check_record(self.result, record, self.planned)
+        return record
+
+
+class Bench:
+    """A plan with its data open: makes the tasks, and checks that they are fair.
+
+    Args:
+        plan: with `data` and `signals` to be opened.
+        settings: the command's.
+        results: folder for the JSONs.
+        work: folder for what runs need while they are under way.
+        command: the line that was typed, for the record.
+    """
+
+    def __init__(self, plan: Plan, settings: AblateSettings, results: Path, work: Path, command: str) -> None:
+        self.plan, self.settings, self.results, self.work = plan, settings, results, work
+        self.dataset: PreparedDataset = open_dataset("--data", plan.data)
+        self._stores: dict[Path, SignalStore] = {}
+        self.measured_with = self._covering_held_out(plan.signals)
+        self._origin = {"commit": commit(), "command": command, "versions": versions()}
+
+    def _covering_held_out(self, path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        store = self._store(path)
+        return path if store.coverage_by_split["validation"] > 0 and not store.manifest.served else None
+
+    def _store(self, path: Path) -> SignalStore:
+        if path not in self._stores:
+            self._stores[path] = open_signals("--signals", path, self.dataset)
+        return self._stores[path]
+
+    def run(self, variant: str, seed: int, chosen: Overrides) -> Task:
+        """The run of `variant` over `seed`, measured on the table half."""
+        return self._task(f"{variant}-seed{seed}", variant, seed, chosen, "table")
+
+    def trial(self, variant: str, number: int) -> Task:
+        """The trial of the search's setting `number` for `variant`, measured on the choice half."""
+        search, chosen = self.plan.search, self.plan.grid_of(variant)[number]
+        whole = planned_steps(self._train_settings("", variant, search.seed, chosen), self.dataset)
+        steps = max(1, round(whole * search.fraction))
+        return self._task(f"search/{variant}-try{number}", variant, search.seed, chosen, "choice", max_steps=steps)
+
+    def _train_settings(self, name: str, variant: str, seed: int, chosen: Overrides) -> TrainSettings:
+        return resolved(
+            self.plan, variant, chosen, data=self.plan.data, signals=self.plan.signals, seed=seed,
+            output=self.work / name, logs=(self.work / "logs" / name).parent, device=self.settings.device,
+            threads=self.settings.threads,
+        )  # fmt: skip
+
+    def _task(self, name: str, variant: str, seed: int, chosen: Overrides, half: Half, **changes: Any) -> Task:
+        settings = self._train_settings(name, variant, seed, chosen).model_copy(update=changes)
+        if settings.signals is None and not settings.no_teacher:
+            allowed = "must be given, or no_teacher: true"
+            raise UserError(f"variants.{variant}.signals", "none", allowed)
+        store = None if settings.no_teacher else self._store(settings.signals)
+        yardstick = self.measured_with and self._store(self.measured_with)
+        planned = {
+            "variant": variant,
+            "half": half,
+            "chosen": chosen,
+            "readouts_measured_with": yardstick and _held_out_sha256(yardstick),
+            "settings": run_identity(settings, self.dataset, store),
+        }
+        return Task(
+            name, planned, settings, self.results / f"{name}.json", self.measured_with, self._origin,
+            self.settings.keep_checkpoints,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Check that every variant can be built, sees the same rows, and that groups agree in size within 1 %.
+
+        Raises:
+            UserError: naming the variant.
+        """
+        runs = {variant: self.run(variant, self.plan.seeds[0], {}).settings for variant in self.plan.variants}
+        counts = {}
+        for variant, settings in runs.items():
+            try:
+                counts[variant] = sizes_of(settings, self.dataset).parameters
+            except UserError as error:
+                raise UserError(f"variants.{variant}: {error.field}", error.value, error.allowed) from None
+            if settings.head != "interference":
+                raise UserError(f"variants.{variant}.head", settings.head, "must be interference, which can be trained")
+        seen = {variant: self._rows_seen(settings) for variant, settings in runs.items()}
+        first = next(iter(seen))
+        for variant, rows in seen.items():
+            if rows != seen[first]:
+                allowed = f"must train on as many rows as variant {first} ({seen[first]:,}), not {rows:,}"
+                raise UserError("variants", variant, allowed)
+        for group in self.plan.equal_parameters:
+            if max(counts[variant] for variant in group) > 1.01 * min(counts[variant] for variant in group):
+                said = ", ".join(f"{variant} {counts[variant]:,}" for variant in group)
+                raise UserError("equal_parameters", " ".join(group), f"must agree within 1 %: {said}")
+
+    def _rows_seen(self, settings: TrainSettings) -> int:
+        rows = rows_per_step(settings.batch_tokens, self.dataset.row_length)
+        steps = planned_steps(settings, self.dataset)
+        return min(steps * rows, settings.epochs * self.dataset.train.num_rows)
+
+
+def _held_out_sha256(store: SignalStore) -> str:
+    """Stands for the signals of the held-out rows, whatever is still captured of the others."""
+    return combined_sha256(entry.sha256 for entry in store.manifest.shards if entry.split == "validation")
+
+
+def commit() -> str | None:
+    """The commit that the program runs from, with `+changes` where files differ from it; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--", "."])
+        head, changes = (
+            subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for command in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changes else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this program and of what computes."""
+    return {"indraquantum": __version__} | {name: version(name) for name in ("torch", "transformers", "numpy")}

@@ -1,0 +1,63 @@
+"""Two halves of the held-out documents: choices look at one, tables are made on the other.
+
+A document's half is decided by a hash of its text, so that neither order nor seed nor packing decides. A row may hold
+documents of both halves: positions are told apart by their document.
+
+Legend: U documents, N labelled positions, S real tokens in row order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import numpy as np
+
+from indraquantum.data.dataset import PreparedDataset, Split
+from indraquantum.evaluation.figures import Predictions
+
+Half = Literal["choice", "table"]
+
+
+def document_texts(dataset: PreparedDataset) -> list[bytes]:
+    """The held-out documents as UTF-8, as their tokens spell them."""
+    split = dataset.validation
+    bounds = zip(split.document_offsets[:-1].tolist(), split.document_offsets[1:].tolist(), strict=True)
+    return [dataset.tokenizer.decode(split.tokens[start:stop].tolist()).encode() for start, stop in bounds]
+
+
+def documents_of_half(dataset: PreparedDataset, half: Half) -> np.ndarray:
+    """Which held-out documents belong to `half`, (U,) bool.
+
+    The different documents of each source, in the order of their hashes, go to the table and to the choice in turn;
+    equal documents go the same way, as those of the first source that has them.
+    """
+    hashes = (hashlib.sha256(b"half\0" + text).digest()[:8] for text in document_texts(dataset))
+    keys_U = np.fromiter((int.from_bytes(key, "big") for key in hashes), dtype=np.uint64)
+    _, first, kind_U = np.unique(keys_U, return_index=True, return_inverse=True)
+    sources = dataset.validation.document_sources[first]  # of the different documents, in the order of their hashes
+    chosen = np.zeros(len(first), dtype=bool)
+    for source in np.unique(sources):
+        chosen[np.flatnonzero(sources == source)[1::2]] = True
+    return chosen[kind_U] if half == "choice" else ~chosen[kind_U]
+
+
+def positions_of_documents(split: Split, documents_U: np.ndarray) -> np.ndarray:
+    """Which real tokens of `split`, in row order, belong to the chosen documents: (S,) bool, indexed as signals are."""
+    return np.repeat(documents_U[split.piece_documents], split.pieces[:, 1])
+
+
+def of_documents(found: Predictions, split: Split, documents_U: np.ndarray) -> Predictions:
+    """Those of the predictions about `split` that belong to the chosen documents."""
+    here_N = positions_of_documents(split, documents_U)[found.index_N]
+    return Predictions(*(column[here_N] for column in found))
+
+
+def bytes_by_source(dataset: PreparedDataset, documents_U: np.ndarray) -> dict[str, int]:
+    """UTF-8 bytes of the chosen held-out documents of each source."""
+    sizes_U = np.array([len(text) for text in document_texts(dataset)], dtype=np.int64)
+    sources_U = dataset.validation.document_sources
+    return {
+        name: int(sizes_U[documents_U & (sources_U == number)].sum())
+        for number, name in enumerate(dataset.source_names)
+    }

@@ -1,0 +1,293 @@
+"""`indra ablate` at toy size: what is run, what is written, stops, refusals, failures."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from indraquantum import cli
+from indraquantum.ablation.ablate import command_line
+from indraquantum.ablation.one_run import run_task
+from indraquantum.ablation.plan import load_plan
+from indraquantum.ablation.tasks import Bench
+from indraquantum.config import AblateSettings, EvalSettings
+from indraquantum.evaluation.report import evaluate_checkpoint
+
+BASE = {
+    "layers": 1, "heads": 2, "mlp_width": 22, "batch_tokens": 480, "learning_rate": 5e-3, "evaluate_every": 5,
+    "max_steps": 20,
+}  # fmt: skip
+PLAN = {
+    "name": "toy",
+    "base": BASE,
+    "variants": {
+        "quantum": {"projector": "quantum", "d_model": 6},
+        "plain": {"projector": "none", "d_model": 8, "no_teacher": True},
+        # Each step multiplies the matrices by 1 - 10 * 10 and so ends in infinity.
+        "broken": {"projector": "linear", "d_model": 6, "learning_rate": 10, "weight_decay": 10},
+    },
+    "seeds": [3, 5],
+    "pairs": [["quantum", "plain"]],
+    "search": {
+        "grid": [{"table_rate": 1}, {"table_rate": 20}],
+        "variants": {"broken": [], "plain": [{"table_rate": 20, "learning_rate": 1e-6}, {"table_rate": 20}]},
+        "fraction": 0.25,
+    },
+}
+
+
+def write_plan(world, folder, **changes):
+    folder.mkdir(exist_ok=True)
+    path = folder / "plan.yaml"
+    content = {**PLAN, "data": os.path.relpath(world.data, folder), "signals": str(world.signals), **changes}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def indra(*arguments) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([str(argument) for argument in arguments])
+    return exit_.value.code
+
+
+def folders(folder):
+    return "--output", folder / "results", "--work", folder / "work"
+
+
+def record(folder, name):
+    return json.loads((folder / "results" / f"{name}.json").read_text())
+
+
+def without_timing(path):
+    """The bytes of a run's JSON but for what may differ between two runs of the same thing."""
+    content = json.loads(path.read_text())
+    return json.dumps({name: value for name, value in content.items() if name not in ("timing", "command")})
+
+
+def bench_of(plan, folder):
+    settings = AblateSettings(keep_checkpoints=True)
+    return Bench(load_plan(plan), settings, folder / "results", folder / "work", command_line(plan, settings))
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """The whole plan, two runs at a time."""
+    folder = tmp_path_factory.mktemp("ablation")
+    plan = write_plan(world, folder)
+    assert indra("ablate", plan, *folders(folder), "--jobs", 2) == 0
+    return folder, plan
+
+
+def test_every_run_has_its_json_with_the_settings_of_its_variant(finished):
+    folder, _ = finished
+    for variant, changes in PLAN["variants"].items():
+        for seed in PLAN["seeds"]:
+            run = record(folder, f"{variant}-seed{seed}")
+            stated = BASE | changes | run["chosen"]
+            assert {name: run["settings"][name] for name in stated if name != "on_collapse"} == stated
+            assert (run["variant"], run["seed"], run["settings"]["seed"], run["half"]) == (variant, seed, seed, "table")
+            assert run["settings"]["data"]
+            assert (run["settings"]["signals"] is None) == bool(changes.get("no_teacher"))
+            assert run["command"].startswith("indra ablate ")
+            assert run["versions"].keys() >= {"torch", "transformers"}
+    assert not list((folder / "work").rglob("*.pt"))
+
+
+def test_equal_tokens_and_exact_sizes(finished):
+    folder, _ = finished
+    runs = {v: record(folder, f"{v}-seed3") for v in ("quantum", "plain")}
+    assert runs["quantum"]["tokens"] == runs["plain"]["tokens"] > 0
+    assert runs["quantum"]["steps"] == runs["plain"]["steps"] == 20
+    assert [line["tokens"] for line in runs["plain"]["curve"]][-1] == runs["plain"]["tokens"]
+    # By hand: table, layer (4 squares, 3 of the MLP), norms, bias and scale, reference of the readout.
+    vocabulary, width, mlp = 320, 8, 22
+    parameters = vocabulary * width + 4 * width**2 + 3 * width * mlp + 3 * width + vocabulary + 1 + width
+    assert runs["plain"]["parameters"] == parameters
+    work = 4 * width**2 + 3 * width * mlp + 48 * width + vocabulary * width
+    assert runs["plain"]["flops_per_token"] == 6 * work
+    lifted = 4 * 12**2 + 3 * 12 * mlp + 48 * 12 + vocabulary * 12 + vocabulary * 2 * 6 * 6 / 480
+    assert runs["quantum"]["flops_per_token"] == pytest.approx(6 * lifted)
+
+
+def test_the_best_setting_of_the_choice_half_is_the_one_that_runs(finished):
+    folder, _ = finished
+    for variant in ("quantum", "plain"):
+        trials = [record(folder, f"search/{variant}-try{number}") for number in range(2)]
+        assert [trial["half"] for trial in trials] == ["choice"] * 2
+        assert [trial["settings"]["max_steps"] for trial in trials] == [5, 5]
+        losses = [trial["sources"]["all"]["cross_entropy"] for trial in trials]
+        assert losses[1] < losses[0]
+        assert record(folder, f"{variant}-seed5")["chosen"] == trials[1]["chosen"]
+    report = (folder / "results" / "report.md").read_text()
+    assert re.search(r"\| quantum \| table_rate 20 \| \d\.\d{4} \| chosen \|", report)
+    assert re.search(r"\| plain \| table_rate 20, learning_rate 1e-06 \| \d\.\d{4} \|  \|", report)
+
+
+def test_a_variant_that_fails_is_recorded_and_the_others_go_on(finished):
+    folder, _ = finished
+    run = record(folder, "broken-seed3")
+    assert run["status"] == "failed"
+    assert "not finite" in run["line"]
+    assert run["line"].startswith("step ")
+    assert "sources" not in run
+    assert f"failed: {run['line']}" in (folder / "results" / "report.md").read_text()
+
+
+def test_the_report_holds_its_pictures_and_is_made_anew_from_the_jsons(finished, tmp_path):
+    folder, plan = finished
+    page = (folder / "results" / "report.html").read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == 5
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    text = (folder / "results" / "report.md").read_text()
+    losses = [record(folder, f"quantum-seed{s}")["sources"]["all"]["cross_entropy"] for s in (3, 5)]
+    assert f"| quantum | all | 2 | {sum(losses) / 2:.4f} ± " in text
+    for name in ("report.md", "report.html"):
+        (folder / "results" / name).unlink()
+    assert indra("ablate", plan, "--output", folder / "results", "--report-only") == 0
+    assert (folder / "results" / "report.html").read_text() == page
+    assert (folder / "results" / "report.md").read_text() == text
+
+
+def test_a_finished_plan_runs_nothing_again_and_refuses_other_settings(world, finished, tmp_path, capsys):
+    folder, plan = finished
+    before = {path: path.stat().st_mtime_ns for path in (folder / "results").rglob("*.json")}
+    assert indra("ablate", plan, *folders(folder)) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    capsys.readouterr()
+    other = write_plan(world, tmp_path, base=BASE | {"warmup_fraction": 0.5})
+    assert indra("ablate", other, *folders(folder)) == 2
+    said = capsys.readouterr().err
+    assert "must be of a run with warmup_fraction 0.5, as planned, not 0.05" in said
+    assert "search/quantum-try0.json" in said
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_figures_are_those_of_the_checkpoint_on_half_of_the_documents(world, finished, tmp_path, monkeypatch):
+    """In this process, with the checkpoint kept: the same bytes, and the two halves make the whole."""
+    folder, plan = finished
+    bench = bench_of(plan, tmp_path)
+    task = bench.run("quantum", 3, {"table_rate": 20})
+    run_task(task)
+    assert without_timing(task.result) == without_timing(folder / "results" / "quantum-seed3.json")
+    from indraquantum.ablation.one_run import measure
+
+    checkpoint = next(task.settings.output.glob("*epoch_2.pt"))
+    halves = [measure(checkpoint, task.settings, half, world.signals) for half in ("choice", "table")]
+    whole = evaluate_checkpoint(checkpoint, EvalSettings(data=world.data, signals=world.signals))
+    for source, figures in whole.sources.items():
+        parts = [half["sources"][source] for half in halves]
+        assert sum(part["tokens"] for part in parts) == figures.tokens
+        total = sum(part["tokens"] * part["cross_entropy"] for part in parts)
+        assert total / figures.tokens == pytest.approx(figures.cross_entropy)
+    assert halves[1]["sources"] == record(folder, "quantum-seed3")["sources"]
+    assert sum(half["alignment"]["positions"] for half in halves) == whole.alignment.positions
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_plan_that_is_stopped_goes_on_to_the_same_bytes(world, finished, tmp_path, number):
+    _, steps = finished, 150
+    plan = write_plan(world, tmp_path, base=BASE | {"max_steps": steps, "epochs": 99}, seeds=[3], search=None)
+    command = [sys.executable, "-m", "indraquantum.cli", "ablate", plan, "--only", "plain", *folders(tmp_path)]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "work" / "logs" / "plain-seed3" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 5):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert process.wait() == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
+    assert indra(*command[3:]) == 0
+    said = (tmp_path / "work" / "logs" / "plain-seed3" / "output.txt").read_text()
+    assert re.search(rf"Left at step \d+ by SIGTERM.*Going on from step \d+ of {steps}", said, re.DOTALL)
+    undisturbed = bench_of(plan, tmp_path / "undisturbed").run("plain", 3, {})
+    run_task(undisturbed)
+    assert without_timing(undisturbed.result) == without_timing(tmp_path / "results" / "plain-seed3.json")
+
+
+def test_a_dry_run_lists_the_variants_and_writes_nothing(world, tmp_path, capsys):
+    plan = write_plan(world, tmp_path)
+    assert indra("ablate", plan, *folders(tmp_path), "--dry-run") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[1:4]] == ["quantum", "plain", "broken"]
+    assert lines[2][1] == "3,697"
+    assert lines[2][-4:] == ["20", lines[1][-3], "2", "2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value", "allowed"),
+    [
+        ({"variant": {}}, "variant", "", "Extra inputs are not permitted"),
+        ({"variants": {}}, "variants", "{}", "at least 1"),
+        ({"variants": {"a b": {}}}, "variants.a b.[key]", "a b", "match pattern"),
+        ({"variants": {"a": {"d_modl": 3}}}, "variants.a.d_modl", "3", "must be an option of a run: batch_tokens"),
+        ({"variants": {"a": {"seed": 3}}}, "variants.a.seed", "3", "must be an option of a run"),
+        ({"variants": {"a": {"d_model": 1}}}, "variants.a: d_model", "1", "greater than or equal to 2"),
+        ({"variants": {"a": {"heads": 5}}, "pairs": []}, "variants.a: --heads", "5", "must divide the width"),
+        ({"base": {"output": "x"}}, "base.output", "x", "must be an option of a run"),
+        ({"seeds": [1, 1]}, "seeds", "[1, 1]", "must all be different"),
+        ({"seeds": []}, "seeds", "[]", "at least 1"),
+        ({"pairs": [["quantum", "nobody"]]}, "pairs", "nobody", "one of the variants quantum, plain, broken"),
+        ({"search": {"grid": [{}] * 7}}, "search.grid", "", "at most 6"),
+        ({"search": {"grid": [{"d_model": 7}]}}, "search.grid.d_model", "7", "is stated by variants.quantum"),
+        ({"search": {"fraction": 0}}, "search.fraction", "0", "greater than 0"),
+        ({"equal_parameters": [["quantum", "plain"]]}, "equal_parameters", "quantum plain", "plain 3,697"),
+        ({"variants": {"a": {}, "b": {"max_steps": 19}}}, "variants", "b", "as many rows as variant a (200), not 190"),
+        ({"variants": {"a": {"head": "born"}}}, "variants.a.head", "born", "must be interference"),
+        ({"signals": None}, "variants.quantum.signals", "none", "or no_teacher: true"),
+        ({"data": "nowhere"}, "--data", "nowhere", "does not exist"),
+    ],
+)
+def test_a_bad_plan_is_one_line(world, tmp_path, capsys, changes, field, value, allowed):
+    if "variants" in changes:
+        changes = {"pairs": [], "search": None} | changes
+    if changes.get("search"):
+        changes["variants"] = {"quantum": {"d_model": 6}}
+        changes["pairs"] = []
+    plan = write_plan(world, tmp_path, **changes)
+    assert indra("ablate", plan, *folders(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{field}: got " in error
+    assert value in error
+    assert allowed in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a: [", "must be YAML"), ("- a", "must hold name, data and variants"), ("name: a\nname: b", "is given twice")],
+)
+def test_a_file_that_is_no_plan_is_one_line(tmp_path, capsys, text, said):
+    (tmp_path / "plan.yaml").write_text(text)
+    assert indra("ablate", tmp_path / "plan.yaml") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_the_shipped_plans_run(world, root, tmp_path):
+    """Every plan of configs/ablations, at toy size, a seed and two steps each."""
+    plans = sorted((root / "configs" / "ablations").glob("*.yaml"))
+    assert plans
+    for path in plans:
+        plan = load_plan(path)
+        toy = {"data": world.data, "signals": world.signals, "base": plan.base | {"max_steps": 2, "layers": 1}}
+        small = plan.model_copy(update={**toy, "equal_parameters": ()})  # equal at the plan's own vocabulary
+        settings = AblateSettings()
+        bench = Bench(small, settings, tmp_path / "results", tmp_path / "work", "")
+        bench.check()
+        for variant in plan.variants:
+            task = bench.run(variant, plan.seeds[0], {})
+            run_task(task)
+            assert task.record()["status"] == "finished"
