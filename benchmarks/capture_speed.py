@@ -127,11 +127,12 @@ def main() -> None:
     split = packed_rows(options.rows)
     dataset = SimpleNamespace(train=split, row_length=ROW)
     sha = dict.fromkeys(("teacher_sha256", "tokenizer_sha256", "dataset_sha256"), "0" * 64)
+    step = max(1, options.batch_tokens // ROW)
     manifest = Manifest(
         **sha, vocabulary_size=VOCABULARY, temperature=1.0, draws=50, seed=0, rows_per_shard=options.rows,
-        teacher="random", teacher_revision=None, shards=(), complete=False, statistics=statistics_of(()),
+        teacher="random", teacher_revision=None, batch_rows=step, shards=(), complete=False,
+        statistics=statistics_of(()),
     )  # fmt: skip
-    step = max(1, options.batch_tokens // ROW)
     batches = [split.batch(np.arange(i, min(i + step, options.rows))) for i in range(0, options.rows, step)]
 
     def bare() -> Clock:
@@ -145,7 +146,7 @@ def main() -> None:
 
     def captured() -> Clock:
         with tempfile.TemporaryDirectory() as folder:
-            settings = CaptureSettings(batch_tokens=options.batch_tokens)
+            settings = CaptureSettings()
             plan = Plan(settings, Path(folder), manifest, split.num_tokens, "")
             asker = ModelAsker(teacher, dataset, plan)
             worker = ShardWorker(plan, dataset, lambda: asker, lambda positions: None)

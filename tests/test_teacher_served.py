@@ -136,7 +136,7 @@ def test_served_signals_equal_local_ones_and_entropy_lies_between_its_bounds(set
 
 
 def test_a_server_that_goes_away_is_not_asked_again_for_what_it_gave(settings, server, tmp_path):
-    whole = changed(settings, output=tmp_path / "whole")
+    whole = changed(settings, output=tmp_path / "whole", batch_tokens=48)
     capture(whole, None, SHARD)
     everything = sorted(server.prompts)
     server.prompts.clear()
@@ -149,7 +149,7 @@ def test_a_server_that_goes_away_is_not_asked_again_for_what_it_gave(settings, s
         return answer(body)
 
     server.answer = dying
-    once = changed(settings, concurrency=1, batch_tokens=48)
+    once = changed(whole, concurrency=1, output=settings.output)
     with pytest.raises(UserError, match=r"--teacher: .*failed 8 times \(status 500.*goes on later"):
         capture(once, None, SHARD)
     assert list(settings.output.glob("*.journal"))

@@ -162,7 +162,7 @@ def change_manifest(folder, change):
     ("change", "message"),
     [
         (lambda page: page.update(format="else"), "format indraquantum-signals"),
-        (lambda page: page.update(format_version=3), "format_version 2 or lower, not 3"),
+        (lambda page: page.update(format_version=4), "format_version 3 or lower, not 4"),
         (lambda page: page.update(draws="many"), "damaged: draws"),
         (lambda page: page.pop("seed"), "damaged: seed"),
         (lambda page: page["shards"][0].update(file="../../etc/x.safetensors"), "damaged: shards.0.file"),

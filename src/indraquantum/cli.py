@@ -218,7 +218,8 @@ def one_line(error: CycloptsError) -> str:
     if isinstance(cause, ValidationError):
         first = cause.errors()[0]
         option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        return f"{option}: got {first['input']!s}; {first['msg'].replace('Input should', 'must')}"
+        allowed = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        return f"{option}: got {first['input']!s}; {allowed}"
     return " ".join(str(error).split())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 WIKITEXT = "Salesforce/wikitext"
@@ -107,8 +107,8 @@ class CaptureSettings(DeviceSettings):
     """Likeliest tokens kept at each position, for the kind topk."""
     temperature: float = Field(default=1.0, gt=0, le=100)
     """Temperature of the teacher's distribution when drawing."""
-    batch_tokens: int = Field(default=2048, ge=1)
-    """Tokens in one forward pass of the teacher; at least one row is taken."""
+    batch_tokens: int | Literal["auto"] = "auto"
+    """Tokens in one forward pass of the teacher, at least one row; auto takes what fits the free memory and helps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the teacher computes in; auto takes bfloat16 on CUDA (float16 on old cards) and float32 elsewhere."""
     workers: int = Field(default=1, ge=1, le=1024)
@@ -117,6 +117,13 @@ class CaptureSettings(DeviceSettings):
     """Where the workers run: on this machine, or on Ray's (pip install 'indraquantum[ray]')."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides the draws."""
+
+    @field_validator("batch_tokens", mode="before")
+    @classmethod
+    def _auto_or_positive(cls, value: object) -> object:
+        if value == "auto" or (str(value).isdecimal() and int(str(value)) > 0):
+            return value
+        raise ValueError("must be auto, or a whole number from 1 on")
 
 
 class ModelSettings(Settings):

@@ -23,9 +23,11 @@ import numpy as np
 from indraquantum.config import CaptureSettings
 from indraquantum.errors import UserError
 from indraquantum.files import make_folder, sha256_of
+from indraquantum.teacher.batch_size import choose_batch_rows
 from indraquantum.teacher.engines import open_data, run_jobs
 from indraquantum.teacher.journal import SUFFIX, journal_path
 from indraquantum.teacher.manifest import (
+    FORMAT_VERSION,
     MANIFEST_NAME,
     Identity,
     Manifest,
@@ -109,6 +111,7 @@ def capture(
         jobs = _jobs(dataset, manifest)
         asked, packed, began = 0, None, time.perf_counter()
         if jobs:
+            manifest = _with_batch(settings, files, dataset, manifest)
             manifest, asked, packed = _capture(settings, files, dataset, manifest, jobs, folder)
         seconds = time.perf_counter() - began
     return CaptureReport(
@@ -160,6 +163,19 @@ def _begin_or_continue(
         complete=False,
         statistics=statistics_of(()),
     )
+
+
+def _with_batch(
+    settings: CaptureSettings, files: TeacherFiles | None, dataset: PreparedDataset, manifest: Manifest
+) -> Manifest:
+    """The manifest with the rows of a batch: its own, unless `--batch-tokens` asks for others."""
+    rows = manifest.batch_rows
+    if rows is None or settings.batch_tokens != "auto":
+        rows = choose_batch_rows(settings, files, dataset.row_length)
+    if manifest.batch_rows not in (None, rows):
+        changed = f"batches of {rows} rows from here on, not {manifest.batch_rows}: the last bits may differ"
+        print(f"capture: {changed}", file=sys.stderr)
+    return manifest.model_copy(update={"batch_rows": rows, "format_version": FORMAT_VERSION})
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from indraquantum.errors import UserError
 from indraquantum.files import SEAL, read_json, write_manifest_json
 
 FORMAT = "indraquantum-signals"
-FORMAT_VERSION = 2  # 2 added top-k, full and served signals; version 1 is read as it is
-_READABLE = (1, 2)
+FORMAT_VERSION = 3  # 2 added top-k, full and served signals, 3 the rows of a batch; older ones are read as they are
+_READABLE = (1, 2, 3)
 MANIFEST_NAME = "manifest.json"
 _SHA256 = r"^[0-9a-f]{64}$"
 
@@ -97,6 +97,8 @@ class Manifest(Identity):
     format_version: int = FORMAT_VERSION
     teacher: str
     teacher_revision: str | None
+    batch_rows: int | None = Field(default=None, ge=1)
+    """Rows that the teacher read at once, which decide the last bits; None before version 3."""
     shards: tuple[ShardEntry, ...] = Field(strict=False)
     complete: bool
     statistics: Statistics

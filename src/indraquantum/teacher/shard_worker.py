@@ -1,6 +1,6 @@
 """Captures one shard at a time: the part of `indra capture` that runs in one process or in many.
 
-A shard is a pure function of the manifest's identity and of `--batch-tokens` and `--threads`; batches never cross a
+A shard is a pure function of the manifest's identity, of its `batch_rows` and of `--threads`; batches never cross a
 shard's ends, and what a stopped worker was told is in the shard's journal. So any worker may do any shard, and do it
 again, and the bytes are the same.
 """
@@ -47,7 +47,7 @@ class Plan:
 
     settings: CaptureSettings
     folder: Path
-    manifest: Manifest  # for its identity
+    manifest: Manifest  # for its identity and batch_rows
     positions: int  # of all jobs, for the estimate
     first_file: str  # the shard whose first batch makes the estimate
 
@@ -105,7 +105,7 @@ class ShardWorker:
             kept = sum(len(record.signals.entropy_N) for record in records)
             self._progress(kept)
             first = records[-1].last_row if records else job.first_row
-            step = max(1, self._plan.settings.batch_tokens // self._dataset.row_length)
+            step = self._plan.manifest.batch_rows
             for begin in range(first, job.last_row, step):
                 record = self._ask(job, begin, min(begin + step, job.last_row))
                 journal.append(record)

@@ -25,6 +25,7 @@ from indraquantum.files import read_json, sha256_of
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
     from indraquantum.data.dataset import Batch, PreparedDataset, Split
     from indraquantum.teacher.sampling import PositionSignals
@@ -239,7 +240,32 @@ class ModelAsker:
             allowed = f"must give finite logits (nan or inf in {split} rows {rows[0]} to {rows[-1]})"
             raise UserError("--teacher", self._settings.teacher, allowed) from None
         except torch.OutOfMemoryError:
-            raise UserError("--batch-tokens", self._settings.batch_tokens, "must be smaller: out of memory") from None
+            allowed = f"must be below {batch.input_ids.size}: {len(rows)} rows don't fit the memory"
+            raise UserError("--batch-tokens", self._settings.batch_tokens, allowed) from None
+
+
+def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """What `--precision` means on a device; see `load_teacher`."""
+    import torch
+
+    if device.type == "cuda" and precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def teacher_config(files: TeacherFiles) -> PretrainedConfig:
+    """The configuration of a causal LM.
+
+    Raises:
+        UserError: it is of something else.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    with _refused_in_one_line(files), _quiet_transformers():
+        config = AutoConfig.from_pretrained(files.folder, local_files_only=True)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"{config.model_type} is none")
+        return config
 
 
 def load_teacher(
@@ -257,11 +283,7 @@ def load_teacher(
     Raises:
         UserError: no causal LM, incomplete weights, fewer tokens than the dataset, or too short a context.
     """
-    import torch
-
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    if device.type == "cuda" and precision == "auto":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    dtype = compute_dtype(device, precision)
     model = _load_model(files, dtype)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     if vocabulary < dataset.tokenizer.vocabulary_size:
@@ -283,23 +305,30 @@ def _first_rows(split: Split) -> Batch:
 
 
 def _load_model(files: TeacherFiles, dtype: torch.dtype) -> torch.nn.Module:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-    try:
-        with _quiet_transformers():
-            try:
-                model, info = AutoModelForCausalLM.from_pretrained(files.folder, attn_implementation="sdpa", **options)
-            except (ValueError, ImportError):  # the architecture has no such attention
-                model, info = AutoModelForCausalLM.from_pretrained(files.folder, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(files.field, files.name, f"must be a causal LM that transformers can load ({reason})") from None
+    with _refused_in_one_line(files), _quiet_transformers():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(files.folder, attn_implementation="sdpa", **options)
+        except (ValueError, ImportError):  # the architecture has no such attention
+            model, info = AutoModelForCausalLM.from_pretrained(files.folder, **options)
     if missing := sorted(info["missing_keys"]):
         allowed = f"must have all of its weights; {len(missing)} are missing, such as {missing[0]}"
         raise UserError(files.field, files.name, allowed)
     return model
+
+
+@contextlib.contextmanager
+def _refused_in_one_line(files: TeacherFiles) -> Iterator[None]:
+    """Whatever transformers says of a teacher that it can't read."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(files.field, files.name, f"must be a causal LM that transformers can load ({reason})") from None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,190 @@
+"""Batches sized to memory: the estimate against every tensor that lives, and a choice that outlasts a stop."""
+
+import json
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from indraquantum.config import CaptureSettings
+from indraquantum.data.dataset import open_dataset
+from indraquantum.errors import UserError
+from indraquantum.teacher import batch_size
+from indraquantum.teacher import capture as capture_module
+from indraquantum.teacher.batch_size import choose_batch_rows, free_memory, teacher_size
+from indraquantum.teacher.capture import capture
+from indraquantum.teacher.teacher_model import Teacher, find_teacher, load_teacher
+from teacher_world import as_dataset, make_split, random_documents, write_tokenizer
+
+SHARD = 480  # ten rows of 48
+
+
+@pytest.fixture
+def settings(world, tmp_path):
+    return CaptureSettings(
+        data=world.data, teacher=str(world.teacher), output=tmp_path / "signals", device="cpu", threads=1
+    )
+
+
+def changed(settings, **changes):
+    return CaptureSettings(**settings.model_dump() | changes)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors that operations made and that lived at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.known.add(storage.data_ptr())
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.forget, storage.data_ptr(), storage.nbytes())
+        return result
+
+    def forget(self, address, size):
+        self.known.discard(address)
+        self.now -= size
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "mistral"])
+@pytest.mark.parametrize("vocabulary", [300, 5000])
+def test_the_estimate_covers_what_a_forward_pass_holds(tmp_path, kind, vocabulary):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    names = {"vocab_size": vocabulary, "num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 64,
+             "intermediate_size": 172, "max_position_embeddings": 64}  # fmt: skip
+    names |= {"num_key_value_heads": 1} if kind == "mistral" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **names))
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    files = find_teacher("--teacher", str(tmp_path))
+    size = teacher_size(files, 4)
+    assert size.weights == sum(parameter.numel() for parameter in model.parameters()) * 4
+    split = make_split(random_documents([20, 44] * 8, 0), row_length=64)
+    tokenizer = type("", (), {"vocabulary_size": 263, "sha256": ""})
+    teacher = load_teacher(files, as_dataset(split, split, tokenizer), torch.device("cpu"))
+    with LiveBytes() as live:
+        teacher.logits(split.batch(np.arange(8)))
+    assert live.peak <= size.token * 8 * 64 <= 3 * live.peak
+
+
+def test_the_batch_follows_the_free_memory(settings, monkeypatch):
+    files = find_teacher("--teacher", settings.teacher)
+    size = teacher_size(files, 4)
+
+    def rows(free, **changes):
+        monkeypatch.setattr(batch_size, "free_memory", lambda: free)
+        return choose_batch_rows(changed(settings, **changes), files, 48)
+
+    twelve = size.weights + 2 * 12 * 48 * size.token  # half of what lies beside the weights is twelve rows
+    assert rows(twelve) == 12
+    assert rows(3 * twelve, workers=3) == 12
+    assert rows(twelve - size.weights // 2, precision="bfloat16") == 24
+    assert rows(0) == 1
+    assert rows(1 << 50) == 2048 // 48
+    assert rows(0, batch_tokens=500) == 500 // 48
+
+
+def test_free_memory_is_the_least_of_machine_and_container(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal:  99 kB\nMemAvailable:   70 kB\nSwapFree: 5 kB\n")
+    monkeypatch.setattr(batch_size, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(batch_size, "_CGROUP", tmp_path)
+    assert free_memory() == 70 * 1024
+    for limit, used, free in (("max", 9, 70 << 10), (50_000, 9_000, 41_000), (10**9, 9, 70 << 10), (5, 9, 0)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+        assert free_memory() == free
+    monkeypatch.setattr(batch_size, "_MEMINFO", tmp_path / "none")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() > 1 << 28
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The rows of each forward pass."""
+    rows, logits = [], Teacher.logits
+    monkeypatch.setattr(Teacher, "logits", lambda self, batch: rows.append(len(batch.index)) or logits(self, batch))
+    return rows
+
+
+def stop_after_a_shard(settings, monkeypatch):
+    with monkeypatch.context() as context:
+        write = capture_module.write_manifest
+
+        def stopping(folder, manifest):
+            write(folder, manifest)
+            if manifest.shards:
+                raise KeyboardInterrupt
+
+        context.setattr(capture_module, "write_manifest", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            capture(settings, None, SHARD)
+
+
+def test_a_capture_that_goes_on_keeps_its_batch_whatever_memory_is_free(settings, monkeypatch, asked, tmp_path):
+    size = teacher_size(find_teacher("--teacher", settings.teacher), 4)
+    monkeypatch.setattr(batch_size, "free_memory", lambda: size.weights + 2 * 3 * 48 * size.token)
+    whole = changed(settings, output=tmp_path / "whole")
+    capture(whole, None, SHARD)
+    assert set(asked) <= {1, 2, 3}
+    assert json.loads((whole.output / "manifest.json").read_text())["batch_rows"] == 3
+    stop_after_a_shard(settings, monkeypatch)
+    monkeypatch.setattr(batch_size, "free_memory", lambda: 1 << 50)
+    capture(settings, None, SHARD)
+    assert set(asked) <= {1, 2, 3}
+    assert files_of(settings.output) == files_of(whole.output)
+
+
+def test_another_batch_may_be_asked_for_and_is_said(settings, monkeypatch, asked, capsys):
+    """A batch that the memory does not hold must not bind a capture for good."""
+    settings = changed(settings, batch_tokens=48 * 5)
+    stop_after_a_shard(settings, monkeypatch)
+    asked.clear()
+    capture(changed(settings, batch_tokens=48 * 2), None, SHARD)
+    assert max(asked) == 2
+    assert "batches of 2 rows from here on, not 5" in capsys.readouterr().err
+    page = json.loads((settings.output / "manifest.json").read_text())
+    assert (page["batch_rows"], page["complete"]) == (2, True)
+
+
+def test_signals_of_version_2_go_on(settings, monkeypatch):
+    from indraquantum.files import write_manifest_json
+    from indraquantum.teacher.signals import verify_signals
+
+    stop_after_a_shard(settings, monkeypatch)
+    path = settings.output / "manifest.json"
+    page = {name: value for name, value in json.loads(path.read_text()).items() if name != "manifest_sha256"}
+    page["format_version"] = 2
+    del page["batch_rows"]
+    write_manifest_json(path, page)
+    capture(settings, None, SHARD)
+    page = json.loads(path.read_text())
+    assert (page["format_version"], page["batch_rows"], page["complete"]) == (3, 2048 // 48, True)
+    verify_signals("--signals", settings.output, open_dataset("--data", settings.data))
+
+
+@pytest.mark.parametrize("value", [0, -3, "no", 1.5, True])
+def test_other_batches_are_refused(value):
+    with pytest.raises(ValueError, match=r"batch_tokens\n.*must be auto, or a whole number from 1 on"):
+        CaptureSettings(batch_tokens=value)
+
+
+def test_a_teacher_that_is_none_is_refused_before_it_is_sized(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match=r"^--teacher: .*causal LM"):
+        teacher_size(find_teacher("--teacher", str(tmp_path)), 4)
