@@ -20,10 +20,11 @@ from indraquantum.metrics import read_metrics
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import load_checkpoint
 
-# Two epochs with dropout and accumulated gradients (see `micro_batches`), saved and evaluated at different steps.
+# Two epochs with dropout and accumulated gradients (16 rows at a time), saved and evaluated at different steps.
 SMALL = {
     "d_model": 10, "layers": 1, "heads": 2, "mlp_width": 14, "batch_tokens": 1440, "learning_rate": 5e-3,
     "evaluate_every": 3, "save_every": 2, "epochs": 2, "dropout": 0.1, "threads": 1,
+    "micro_batch_tokens": 16 * 48,
 }  # fmt: skip
 
 
@@ -33,12 +34,8 @@ def small_run(world, folder: Path, **changes) -> TrainSettings:
 
 
 def train_small(settings: TrainSettings):
-    """The run in micro-batches of 16 rows, so that each step accumulates."""
-    before, loop.MICRO_BATCH_TOKENS = loop.MICRO_BATCH_TOKENS, 16 * 48
-    try:
-        return loop.train(settings)
-    finally:
-        loop.MICRO_BATCH_TOKENS = before
+    """The run, as the command line starts it."""
+    return loop.train(settings)
 
 
 def quiet(said: Path | None = None) -> None:

@@ -178,6 +178,15 @@ def test_each_weight_changes_the_gradient(world, alive):
     assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
 
 
+def test_the_micro_batch_option_changes_a_run_by_rounding_only(world, tmp_path):
+    lines = []
+    for micro_batch_tokens in (8192, 100):  # ten rows of 48 at a time, or two
+        run = settings(world, tmp_path / str(micro_batch_tokens), micro_batch_tokens=micro_batch_tokens, max_steps=3)
+        lines.append([line["loss"] for line in read_metrics(loop.train(run).metrics)[1:]])
+    assert lines[0] != lines[1]
+    assert lines[0] == pytest.approx(lines[1], rel=2e-5)
+
+
 def test_micro_batches_add_up_to_the_whole_step(world):
     results = []
     for micro_batch_rows in (11, 2):

@@ -133,6 +133,11 @@ def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings()) -> N
     """Train IndraQuantumPhase2 by semantic distillation: v4, the unified run."""
     from indraquantum.training.interrupts import Interrupts
 
+    if settings.dry_run:
+        from indraquantum.training.dry_run import dry_run
+
+        dry_run(settings)
+        return
     with Interrupts():  # before the imports that take a while
         from indraquantum.training.loop import train as run
 

@@ -154,6 +154,8 @@ class OptimizerSettings(Settings):
 
     batch_tokens: int = Field(default=4096, ge=1)
     """Token positions in one optimiser step; at least one row is taken."""
+    micro_batch_tokens: int = Field(default=8192, ge=1)
+    """Token positions in one forward pass, at least one row; a larger step adds up gradients, the same but rounded."""
     learning_rate: float = Field(default=2e-3, gt=0, le=10)
     """Peak learning rate."""
     table_rate: float = Field(default=10.0, gt=0, le=1000)
@@ -206,6 +208,8 @@ class TrainSettings(ModelSettings, OptimizerSettings, DeviceSettings):
     on_collapse: Literal["warn", "stop", "ignore"] = "warn"
     """When a term dies, predictions lose their context, or phases or magnitudes fall out of use: warn, or stop (exit
     status 3); ignore does not look."""
+    dry_run: bool = False
+    """Print shapes, parameters, memory, FLOPs and the time to finish, from real steps that are thrown away."""
     resume: str = "auto"
     """auto goes on from the newest whole checkpoint of the output folder, never refuses a folder that holds any;
     or the path of a checkpoint."""

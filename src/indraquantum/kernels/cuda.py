@@ -40,11 +40,16 @@ class Bfloat16Products(Products):
         return left.float() @ right.float()
 
 
+def cuda_plan_rows(vocabulary_size: int) -> int:
+    """Rows of a chunk: as many as the buffer holds in float32."""
+    return max(1, min(_MAX_ROWS, _BUFFER_BYTES // (4 * vocabulary_size)))
+
+
 def cuda_plan(inputs: LinearInputs, rows: int | None = None) -> Plan:
     """One tile over the whole vocabulary, and as many rows as the buffer holds; `rows` overrides."""
     vocabulary_size = inputs.table_VD.shape[0]
     if rows is None:
-        rows = max(1, min(_MAX_ROWS, _BUFFER_BYTES // (4 * vocabulary_size)))
+        rows = cuda_plan_rows(vocabulary_size)
     if inputs.states_ND.dtype == torch.bfloat16:
         return Plan(rows, vocabulary_size, 1, torch.float32, Bfloat16Products())
     dtype = torch.promote_types(inputs.states_ND.dtype, inputs.table_VD.dtype)

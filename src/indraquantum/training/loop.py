@@ -37,7 +37,7 @@ from indraquantum.training.checkpoint import (
 from indraquantum.training.collapse_guard import PROBE_EVERY, look_at
 from indraquantum.training.guards import require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
-from indraquantum.training.run import MICRO_BATCH_TOKENS, Run, resume, rows_per_step, start_run
+from indraquantum.training.run import Run, resume, start_run
 from indraquantum.training.schedule import linear_weight, rows_of_step
 from indraquantum.training.step import StepResult, optimizer_step, set_learning_rates
 
@@ -164,10 +164,7 @@ def take_step(run: Run) -> dict[str, Any]:
     # Dropout is the only randomness of a step: seeding it by the step makes resume exact without saving any state.
     torch.manual_seed(settings.seed * 1_000_003 + step)
     started = time.perf_counter()
-    row_length = run.dataset.row_length
-    rows = rows_of_step(
-        run.dataset.train.num_rows, rows_per_step(settings.batch_tokens, row_length), settings.seed, step
-    )
+    rows = rows_of_step(run.dataset.train.num_rows, run.rows_per_step, settings.seed, step)
     try:
         result = optimizer_step(
             run.model,
@@ -176,7 +173,7 @@ def take_step(run: Run) -> dict[str, Any]:
             run.dataset.train,
             rows,
             run.signals,
-            micro_batch_rows=max(1, MICRO_BATCH_TOKENS // row_length),
+            micro_batch_rows=run.micro_batch_rows,
             max_grad_norm=settings.max_grad_norm,
         )
     except TrainingStopped as error:

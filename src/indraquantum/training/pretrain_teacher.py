@@ -22,7 +22,7 @@ from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import atomic_folder, make_folder
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.masks import document_mask
-from indraquantum.training.run import BETAS, MICRO_BATCH_TOKENS, rows_per_step
+from indraquantum.training.run import BETAS, rows_per_step
 from indraquantum.training.schedule import rows_of_step
 from indraquantum.training.step import optimizer_step, set_learning_rates
 
@@ -135,7 +135,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
                 dataset.train,
                 rows,
                 None,
-                micro_batch_rows=max(1, MICRO_BATCH_TOKENS // dataset.row_length),
+                micro_batch_rows=rows_per_step(settings.micro_batch_tokens, dataset.row_length),
                 max_grad_norm=settings.max_grad_norm,
             )
             tokens += result.tokens

@@ -29,12 +29,11 @@ from indraquantum.training.checkpoint import (
 from indraquantum.training.collapse_guard import CollapseGuard
 from indraquantum.training.schedule import steps_per_epoch
 
-MICRO_BATCH_TOKENS = 8192  # positions in one forward pass; a larger step accumulates gradients
 BETAS = (0.9, 0.95)
 # What may change between two starts of one run without changing what it computes.
 FREE_SETTINGS = {
     "output", "logs", "device", "threads", "data", "signals", "teacher", "tokenizer",
-    "save_every", "keep_last", "resume", "on_collapse",
+    "save_every", "keep_last", "resume", "on_collapse", "dry_run",
 }  # fmt: skip
 
 
@@ -63,6 +62,16 @@ class Run:
     def finished(self) -> bool:
         """Whether the last step is done."""
         return self.step == self.total_steps
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a full optimiser step."""
+        return rows_per_step(self.settings.batch_tokens, self.dataset.row_length)
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """Rows of one forward pass."""
+        return rows_per_step(self.settings.micro_batch_tokens, self.dataset.row_length)
 
     @property
     def epoch_ends(self) -> bool:
@@ -120,7 +129,7 @@ def start_run(
 
 
 def rows_per_step(batch_tokens: int, row_length: int) -> int:
-    """Rows of one optimiser step; at least one."""
+    """Rows of so many positions; at least one."""
     return max(1, batch_tokens // row_length)
 
 

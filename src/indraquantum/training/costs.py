@@ -1,0 +1,66 @@
+"""What a model and its training step cost, counted: parameters by part, FLOPs, bytes.
+
+A multiply-add counts as two FLOPs, a backward pass as two forward ones; element-wise work is not counted.
+
+Legend: B rows, T positions, N labelled tokens, d complex width, D real width, V vocabulary, R reference states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from indraquantum.kernels.cpu import cpu_plan
+from indraquantum.kernels.cuda import cuda_plan_rows
+from indraquantum.model.modeling import IndraQuantumPhase2
+
+PARTS = {"table": "embedding", "projector": "projector", "layers": "backbone", "head": "head", "readout": "readout"}
+
+
+def parameter_counts(model: IndraQuantumPhase2) -> dict[str, int]:
+    """Parameters of each part and of all, frozen ones among them."""
+    counts = {part: sum(p.numel() for p in getattr(model, name).parameters()) for part, name in PARTS.items()}
+    return {**counts, "all": sum(counts.values())}
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """How much one optimiser step goes through."""
+
+    rows: int  # B
+    row_length: int  # T
+    labelled: int  # N, of the B * T positions
+
+
+def step_flops(model: IndraQuantumPhase2, size: StepSize) -> dict[str, int]:
+    """FLOPs of one optimiser step, forward and backward, by part and together.
+
+    Attention is counted over whole rows, as it is computed; the table is lifted once a step, whatever its rows.
+    """
+    config, width = model.config, model.config.hidden_size
+    positions = size.rows * size.row_length
+    forward = {
+        "lift": 2 * config.vocab_size * _matrix_elements(model.projector),
+        "layers": 2 * positions * _matrix_elements(model.backbone),
+        "attention": 4 * positions * size.row_length * width * config.num_hidden_layers,
+        "objective": 2 * size.labelled * config.vocab_size * width,
+        "readout": 2 * size.labelled * 2 * sum(p.numel() for p in model.readout.parameters()),
+    }
+    # A frozen projector passes the gradient on to the table, but takes none itself.
+    backward = {part: flops * 2 for part, flops in forward.items()}
+    if not any(p.requires_grad for p in model.projector.parameters()):
+        backward["lift"] = forward["lift"]
+    flops = {part: forward[part] + backward[part] for part in forward}
+    return {**flops, "all": sum(flops.values())}
+
+
+def _matrix_elements(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+
+
+def objective_bytes(model: IndraQuantumPhase2, labelled: int, device: torch.device) -> int:
+    """Bytes of the objective's buffer: the logits of one chunk, float32."""
+    vocabulary = model.config.vocab_size
+    rows = cpu_plan(vocabulary, torch.float32).rows if device.type == "cpu" else cuda_plan_rows(vocabulary)
+    return min(rows, max(1, labelled)) * vocabulary * torch.float32.itemsize

@@ -1,0 +1,158 @@
+"""What a run would cost, before it is started: the command `indra train --dry-run`.
+
+The counts are exact, the seconds are those of real steps that are thrown away; nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from indraquantum.config import TrainSettings
+from indraquantum.learner import to_tensors
+from indraquantum.training.costs import StepSize, objective_bytes, parameter_counts, step_flops
+from indraquantum.training.run import Run
+from indraquantum.training.schedule import rows_of_step
+from indraquantum.training.scratch import scratch_run, timed_step
+
+MEASURED_STEPS = 2  # the first one also warms up, the last one is the figure
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `indra train` would do and cost."""
+
+    size: StepSize  # of the first step
+    micro_batch_rows: int
+    step_tokens: int  # real tokens of the first step
+    total_steps: int
+    tensors: dict[str, tuple[tuple[int, ...], ...]]  # parameter shapes of each part
+    parameters: dict[str, int]
+    bytes: dict[str, int]
+    flops: dict[str, int]  # of one optimiser step
+    seconds_per_step: float
+    seconds_to_finish: float  # all steps and evaluations; no checkpoint, no capture
+
+
+def dry_run(settings: TrainSettings) -> DryRun:
+    """Build the run of `settings`, take a few steps, print what it would cost, leave nothing behind.
+
+    Raises:
+        UserError: settings, data or signals that don't fit.
+    """
+    run = scratch_run(settings)
+    found = measure(run)
+    print(report(found))
+    return found
+
+
+def measure(run: Run) -> DryRun:
+    """Count and time what `run`, at its first step, would do."""
+    rows = rows_of_step(run.dataset.train.num_rows, run.rows_per_step, run.settings.seed, 0)
+    batch = run.dataset.train.batch(rows)
+    size = StepSize(len(rows), run.dataset.row_length, int((batch.labels >= 0).sum()))
+    activations = activation_bytes(run, rows[: run.micro_batch_rows])
+    for _ in range(MEASURED_STEPS):
+        run.step = 0
+        seconds = timed_step(run).seconds
+    return DryRun(
+        size=size,
+        micro_batch_rows=run.micro_batch_rows,
+        step_tokens=int((batch.index >= 0).sum()),
+        total_steps=run.total_steps,
+        tensors=_shapes(run),
+        parameters=parameter_counts(run.model),
+        bytes=_memory(run, size, activations),
+        flops=step_flops(run.model, size),
+        seconds_per_step=seconds,
+        seconds_to_finish=run.total_steps * seconds + _evaluation_seconds(run, size, seconds),
+    )
+
+
+def activation_bytes(run: Run, rows: np.ndarray) -> int:
+    """Bytes that one forward pass over `rows` keeps for its backward pass, beside weights and lifted table."""
+    model, kept = run.model, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    table_VD = model.lift_table().detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        inputs = to_tensors(run.dataset.train.batch(rows), run.device)
+        states_BTD = model.hidden_states(**inputs, table_VD=table_VD)
+    kept[states_BTD.untyped_storage().data_ptr()] = states_BTD.untyped_storage().nbytes()
+    for tensor in (*model.parameters(), table_VD):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+def _memory(run: Run, size: StepSize, activations: int) -> dict[str, int]:
+    """Bytes by what they are for; the optimiser's are those that it holds after a step."""
+    model = run.model
+    state = [value for values in run.optimizer.state_dict()["state"].values() for value in values.values()]
+    lifted = model.config.vocab_size * model.config.hidden_size * torch.float32.itemsize
+    parts = {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        "optimiser": sum(value.nbytes for value in state if isinstance(value, torch.Tensor)),
+        "lifted table and its gradients": 3 * lifted,
+        "activations": activations,
+        "objective's buffer": objective_bytes(model, size.labelled, run.device),
+    }
+    return {**parts, "all": sum(parts.values())}
+
+
+def _evaluation_seconds(run: Run, size: StepSize, step_seconds: float) -> float:
+    """All evaluations: a forward pass takes a third of a step's time for each position."""
+    epochs = math.ceil(run.total_steps / run.steps_per_epoch)
+    count = 1 + epochs + run.total_steps // run.settings.evaluate_every
+    return count * step_seconds / 3 * run.dataset.validation.num_rows / size.rows
+
+
+def _shapes(run: Run) -> dict[str, tuple[tuple[int, ...], ...]]:
+    parts: dict[str, list[tuple[int, ...]]] = {}
+    for name, parameter in run.model.named_parameters():
+        parts.setdefault(name.split(".")[0], []).append(tuple(parameter.shape))
+    return {part: tuple(dict.fromkeys(shapes)) for part, shapes in parts.items()}
+
+
+def report(found: DryRun) -> str:
+    """The figures as plain lines."""
+    size, pieces = found.size, math.ceil(found.size.rows / found.micro_batch_rows)
+    lines = [
+        f"step: {size.rows:,} rows of {size.row_length:,} in {pieces:,} micro-batches, "
+        f"{found.step_tokens:,} real tokens, {size.labelled:,} with a label; {found.total_steps:,} steps",
+        *(f"{part}: {' '.join(map(_shape, shapes))}" for part, shapes in found.tensors.items()),
+        "parameters: " + _parts(found.parameters, lambda count: f"{count:,}"),
+        "memory: " + _parts(found.bytes, lambda count: f"{count / 2**20:,.1f} MiB"),
+        "FLOPs a step: " + _parts(found.flops, lambda count: f"{count / 1e9:,.3f} G"),
+        f"FLOPs a token: {found.flops['all'] / found.step_tokens / 1e6:,.3f} M",
+        f"time: {found.seconds_per_step:.3f} s a step ({found.step_tokens / found.seconds_per_step:,.0f} tokens/s), "
+        f"about {duration(found.seconds_to_finish)} to finish with evaluations",
+        "Nothing was written.",
+    ]
+    return "\n".join(lines)
+
+
+def _parts(values: Mapping[str, int], show: Callable[[int], str]) -> str:
+    parts = ", ".join(f"{name} {show(value)}" for name, value in values.items() if name != "all")
+    return f"{show(values['all'])} ({parts})"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as far as they matter."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

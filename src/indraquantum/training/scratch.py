@@ -1,0 +1,49 @@
+"""A run that leaves nothing behind: for looking at what a run would be, before it is started.
+
+It is built as `indra train` builds it, but no folder is made, no teacher is asked and no checkpoint is read.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from indraquantum.config import TrainSettings
+from indraquantum.data.dataset import open_dataset
+from indraquantum.device import choose_device
+from indraquantum.errors import UserError
+from indraquantum.training.loop import find_signals, take_step
+from indraquantum.training.run import Run, start_run
+
+
+def scratch_run(settings: TrainSettings) -> Run:
+    """A run at its first step; without signals where none are captured yet.
+
+    Raises:
+        UserError: settings, data or signals that don't fit.
+    """
+    if settings.head != "interference":
+        raise UserError("--head", settings.head, "must be interference: the objective does not serve the other")
+    device = choose_device(settings)
+    dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
+    beside = settings.data.parent / "teacher_signals" / "manifest.json"
+    captured = settings.signals is not None or beside.exists()
+    if not (captured or settings.no_teacher):
+        print(f"No teacher signals at {beside.parent}: going on without; `indra train` would capture them first.")
+    signals = find_signals(settings, dataset) if captured and not settings.no_teacher else None
+    return start_run(settings, dataset, signals, device)
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    """One optimiser step that was really taken."""
+
+    metrics: dict[str, float | None]
+    seconds: float
+
+
+def timed_step(run: Run) -> TimedStep:
+    """Take the next step of `run` and time it."""
+    started = time.perf_counter()
+    metrics = take_step(run)
+    return TimedStep(metrics, time.perf_counter() - started)

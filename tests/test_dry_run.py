@@ -1,0 +1,117 @@
+"""`indra train --dry-run`: counts against the built model and torch's own counters, and nothing on disk."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from indraquantum import cli
+from indraquantum.config import TrainSettings
+from indraquantum.kernels.onednn import is_exact
+from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
+from indraquantum.model.configuration import IndraQuantumConfig
+from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.training import scratch
+from indraquantum.training.costs import StepSize, parameter_counts, step_flops
+from indraquantum.training.dry_run import activation_bytes, dry_run, duration, measure
+
+SMALL = {"d_model": 14, "layers": 3, "heads": 2, "mlp_width": 22, "batch_tokens": 480}
+
+
+def settings(world, tmp_path, **changes) -> TrainSettings:
+    folders = {"data": world.data, "output": tmp_path / "run", "logs": tmp_path / "logs"}
+    return TrainSettings(**{**folders, "threads": 1, **SMALL, **changes})
+
+
+def model_of(vocab_size=331, attention="eager", **changes) -> IndraQuantumPhase2:
+    config = IndraQuantumConfig.from_settings(TrainSettings(**{**SMALL, **changes}), vocab_size, 1, 2)
+    config._attn_implementation = attention
+    return IndraQuantumPhase2(config).train()
+
+
+def test_parameters_by_hand():
+    assert parameter_counts(model_of()) == {
+        "table": 331 * 14,
+        "projector": 2 * (14 * 14 + 14),
+        "layers": 3 * (4 * 28 * 28 + 3 * 28 * 22 + 2 * 28) + 28,
+        "head": 331 + 1,
+        "readout": 28,
+        "all": sum(p.numel() for p in model_of().parameters()),
+    }
+
+
+@pytest.mark.parametrize("projector", ["quantum", "phase-only", "frozen", "linear", "mlp", "none"])
+def test_flops_are_what_torch_counts(projector):
+    model, rows, length = model_of(projector=projector, heads=1), 3, 37
+    ids_BT = torch.randint(3, 331, (rows, length))
+    labels_N = ids_BT.flatten().clone()[: rows * length - 11]
+    teacher = TeacherSignals(labels_N[:, None], torch.ones(len(labels_N), 1), *torch.rand(2, len(labels_N)))
+    objective = SemanticDistillationLoss(0.1, 0.1, 0.1, implementation="reference")
+    is_exact()  # its own products are not to be counted
+    with FlopCounterMode(display=False) as counter:
+        table_VD = model.lift_table()
+        leaf_VD = table_VD.detach().requires_grad_()
+        segments_BT = torch.zeros_like(ids_BT)
+        states_ND = model.hidden_states(ids_BT, None, segments_BT, leaf_VD).flatten(0, 1)[: len(labels_N)]
+        amplitude_N = model.amplitude(states_ND)
+        terms = objective(states_ND, leaf_VD, labels_N, model.bias_V, model.scale, teacher, amplitude_N)
+        terms.total.backward()
+        table_VD.backward(leaf_VD.grad)
+    expected = counter.get_total_flops()
+    found = step_flops(model, StepSize(rows, length, len(labels_N)))
+    assert found["all"] == expected
+    assert found["objective"] == 3 * 2 * len(labels_N) * 331 * model.config.hidden_size
+
+
+def test_a_dry_run_writes_nothing_and_counts_what_is_trained(world, tmp_path, capsys):
+    wanted = settings(world, tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", "--dry-run", f"--data={world.data}", f"--output={wanted.output}", f"--logs={wanted.logs}",
+                  "--d-model=14", "--layers=3", "--heads=2", "--mlp-width=22", "--batch-tokens=480"])  # fmt: skip
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    found = dry_run(wanted)
+    assert f"parameters: {found.parameters['all']:,}" in out
+    run = scratch.scratch_run(wanted)
+    assert found.total_steps == run.total_steps
+    assert found.size == StepSize(10, 48, found.size.labelled)
+    assert found.parameters == parameter_counts(run.model)
+    assert found.bytes["weights"] == found.bytes["gradients"] == 4 * found.parameters["all"]
+    # two moments of each parameter, and a float32 counter of steps for each tensor
+    assert found.bytes["optimiser"] == 8 * found.parameters["all"] + 4 * len(list(run.model.parameters()))
+    assert found.bytes["objective's buffer"] == found.size.labelled * run.model.config.vocab_size * 4
+    assert found.bytes["all"] == sum(value for name, value in found.bytes.items() if name != "all")
+    assert found.seconds_to_finish > run.total_steps * found.seconds_per_step > 0
+
+
+def test_activations_grow_with_rows_and_layers(world, tmp_path):
+    def kept(rows, **changes):
+        run = scratch.scratch_run(settings(world, tmp_path, **changes))
+        return activation_bytes(run, np.arange(rows))
+
+    one, two = kept(2, layers=1), kept(2, layers=2)
+    inputs = 2 * 48 * (28 * 4 + 8)  # each row's inputs and their token ids
+    assert one > inputs
+    assert kept(4, layers=1) == pytest.approx(2 * one, rel=0.05)
+    assert kept(2, layers=3) - two == pytest.approx(two - one, rel=0.01)
+
+
+def test_a_dry_run_goes_on_without_signals(world, tmp_path, capsys):
+    data = tmp_path / "mixed"
+    data.mkdir()
+    for path in world.data.rglob("*"):
+        target = data / path.relative_to(world.data)
+        target.mkdir() if path.is_dir() else target.write_bytes(path.read_bytes())
+    run = scratch.scratch_run(settings(world, tmp_path, data=data))
+    assert run.signals is None
+    assert "No teacher signals" in capsys.readouterr().out
+    assert measure(run).flops["readout"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["mixed"]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(59.4, "59 s"), (61, "1 min 1 s"), (3600 * 40 + 130, "40 h 2 min")])
+def test_durations_are_said_in_words(seconds, said):
+    assert duration(seconds) == said
