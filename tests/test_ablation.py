@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,19 @@ import time
 
 import pytest
 import yaml
+from filelock import FileLock
 
+import survival
 from indraquantum import cli
+from indraquantum.ablation import one_run, results
 from indraquantum.ablation.ablate import command_line
-from indraquantum.ablation.one_run import run_task
+from indraquantum.ablation.one_run import curve, measure, run_task
 from indraquantum.ablation.plan import load_plan
 from indraquantum.ablation.tasks import Bench
 from indraquantum.config import AblateSettings, EvalSettings
 from indraquantum.evaluation.report import evaluate_checkpoint
+from indraquantum.metrics import MetricsLog
+from indraquantum.training import loop
 
 BASE = {
     "layers": 1, "heads": 2, "mlp_width": 22, "batch_tokens": 480, "learning_rate": 5e-3, "evaluate_every": 5,
@@ -180,8 +186,6 @@ def test_the_figures_are_those_of_the_checkpoint_on_half_of_the_documents(world,
     task = bench.run("quantum", 3, {"table_rate": 20})
     run_task(task)
     assert without_timing(task.result) == without_timing(folder / "results" / "quantum-seed3.json")
-    from indraquantum.ablation.one_run import measure
-
     checkpoint = next(task.settings.output.glob("*epoch_2.pt"))
     halves = [measure(checkpoint, task.settings, half, world.signals) for half in ("choice", "table")]
     whole = evaluate_checkpoint(checkpoint, EvalSettings(data=world.data, signals=world.signals))
@@ -194,7 +198,79 @@ def test_the_figures_are_those_of_the_checkpoint_on_half_of_the_documents(world,
     assert sum(half["alignment"]["positions"] for half in halves) == whole.alignment.positions
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_run_that_could_not_be_done_leaves_no_json_and_does_not_stop_the_others(world, tmp_path, capsys):
+    signals = tmp_path / "signals"
+    shutil.copytree(world.signals, signals)
+    shard = next(signals.glob("train-*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    base = BASE | {"max_steps": 2}
+    plan = write_plan(world, tmp_path, signals=str(signals), seeds=[3], search=None, base=base)
+    assert indra("ablate", plan, *folders(tmp_path), "--only", "quantum", "--only", "plain") == 2
+    said = capsys.readouterr().err
+    assert "1 runs have no result; the first: quantum-seed3: not done" in said
+    assert "must have sha256" in said
+    assert sorted(path.name for path in (tmp_path / "results").glob("*.json")) == ["plain-seed3.json"]
+    assert "1 of 3 runs are done" in (tmp_path / "results" / "report.md").read_text()
+
+
+def test_a_second_ablation_on_the_same_work_is_refused(finished, capsys):
+    folder, plan = finished
+    with FileLock(folder / "work" / ".lock"):
+        assert indra("ablate", plan, *folders(folder)) == 2
+    assert "is in use by another run" in capsys.readouterr().err
+
+
+def test_a_long_run_keeps_all_held_out_figures_and_some_looks_for_collapse(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(0, 4001, 20):
+        held_out = {"all": 5.0} if step % 800 == 0 else None
+        kinds = ["phase_rise"] if step == 2140 else None
+        log.write({"step": step, "tokens": 10 * step, "held_out": held_out, "effective_rank": 3.0, "collapse": kinds})
+    log.close()
+    kept = curve(tmp_path / "metrics.jsonl")
+    assert 50 <= len(kept) <= 60
+    assert [line["step"] for line in kept if line["held_out"]] == [0, 800, 1600, 2400, 3200, 4000]
+    assert [line["step"] for line in kept if line["collapse"]] == [2140]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "when", "occurrence"),
+    [
+        (loop, "take_step", "after", 19),  # after the checkpoint of the first epoch, which has 18 steps
+        (one_run, "measure", "before", 1),
+        (results, "write_json", "before", 1),
+        (one_run, "drop_checkpoints", "before", 1),
+    ],
+)
+def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(finished, tmp_path, owner, name, when, occurrence):
+    folder, plan = finished
+
+    def killed():
+        survival.at(owner, name, when, occurrence, survival.die)
+        run_task(bench_of(plan, tmp_path).run("plain", 5, {"table_rate": 20}))
+
+    assert survival.in_fork(killed) == -signal.SIGKILL
+    written = (tmp_path / "results" / "plain-seed5.json").exists()
+    assert written == (name == "drop_checkpoints")
+    assert list((tmp_path / "work" / "plain-seed5").glob("*.pt"))
+    command = ("ablate", plan, "--only", "plain", *folders(tmp_path))
+    shutil.copytree(folder / "results" / "search", tmp_path / "results" / "search", dirs_exist_ok=True)
+    shutil.copy(folder / "results" / "plain-seed3.json", tmp_path / "results")
+    assert indra(*command) == 0
+    expected = folder / "results" / "plain-seed5.json"
+    assert without_timing(tmp_path / "results" / "plain-seed5.json") == without_timing(expected)
+    assert not list((tmp_path / "work").rglob("*.pt"))
+    output = tmp_path / "work" / "logs" / "plain-seed5" / "output.txt"
+    if name == "take_step":
+        assert "Going on from step 18 of 20." in output.read_text()
+    if name == "measure":  # this process did none of the training
+        assert record(tmp_path, "plain-seed5")["timing"]["peak_memory_bytes"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_plan_that_is_stopped_goes_on_to_the_same_bytes(world, finished, tmp_path, number):
     _, steps = finished, 150
     plan = write_plan(world, tmp_path, base=BASE | {"max_steps": steps, "epochs": 99}, seeds=[3], search=None)

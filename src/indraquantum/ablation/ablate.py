@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from indraquantum.ablation.one_run import drop_checkpoints
 from indraquantum.ablation.plan import Plan, load_plan
 from indraquantum.ablation.processes import run_tasks
 from indraquantum.ablation.report import write_report
@@ -72,6 +73,9 @@ def _run(bench: Bench, tasks: list[Task]) -> list[str]:
     left = [task for task in tasks if task.record() is None]
     if len(left) < len(tasks):
         print(f"{len(tasks) - len(left)} of {len(tasks)} runs are done already.")
+    for task in tasks:
+        if task not in left:
+            drop_checkpoints(task)  # of a process that was killed just before
     return run_tasks(left, bench.settings.jobs, tqdm.write)
 
 

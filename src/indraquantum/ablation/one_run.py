@@ -28,6 +28,7 @@ from indraquantum.teacher.signals import open_signals
 from indraquantum.training.loop import train
 
 CURVE = ("step", "tokens", "held_out", *CollapseFigures._fields, "collapse")  # kept of the metrics
+CURVE_POINTS = 60  # about as many looks for collapse are kept
 
 
 def run_task(task: Task) -> None:
@@ -85,9 +86,11 @@ def measure(checkpoint: Path, settings: TrainSettings, half: Half, signals_path:
 
 
 def curve(metrics_path: Path) -> list[dict[str, Any]]:
-    """The metrics lines with a held-out or a collapse figure, cut down to what the report draws."""
+    """Of the metrics what the report draws: every held-out figure, and the looks for collapse, in a long run some."""
     lines = ({name: line[name] for name in CURVE} for line in read_metrics(metrics_path))
-    return [line for line in lines if any(line[name] is not None for name in CURVE[2:])]
+    lines = [line for line in lines if any(line[name] is not None for name in CURVE[2:])]
+    every = -(-len(lines) // CURVE_POINTS)
+    return [line for i, line in enumerate(lines) if i % every == 0 or line["held_out"] or line["collapse"]]
 
 
 def tokens_per_second(metrics_path: Path) -> float | None:
