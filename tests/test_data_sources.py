@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import tracemalloc
 
 import pyarrow as pa
@@ -89,6 +90,20 @@ BAD_ALPACA = [
     (".json", b'[{"instruction": ["a"], "output": "b"}]', "item 1", "'instruction'", "a list"),
     (".json", b'[{"instruction": "a", "input": 3, "output": "b"}]', "item 1", "'input'", "a number"),
     (".json", b'[{"instruction": "a", "output": "\\ud800"}]', "item 1", "surrogate"),
+    (".json", b'[{"instruction": {"text": "a"}, "output": "b"}]', "item 1", "'instruction'", "an object"),
+    (".json", b'[{"instruction": null, "output": "b"}]', "item 1", "'instruction'", "null"),
+    (
+        ".json",
+        b'[{"id": 7, "instruction": "a", "output": "b"}, {"id": 7, "instruction": "c", "output": "d"}]',
+        "item 2 has the id of item 1: '7'",
+    ),
+    (".json", '[{"instruction": "a", "output": "b"}]'.encode("utf-16"), "must be UTF-8", "byte 0"),
+    (
+        ".jsonl",
+        b'{"instruction": "caf\xc3\xa9", "output": "b"}\n{"instruction": "caf\xe9", "output": "b"}\n',
+        "must be UTF-8",
+        "line 2",
+    ),
     (".json", b'[{"instruction": "a"', "must be JSON", "line 1"),
     (".json", b"[" * 100_000, "must be JSON"),
     (".json", b"[" + b"9" * 5000 + b"]", "must be JSON"),
@@ -121,6 +136,25 @@ def test_parquet_of_another_shape(tmp_path):
     refused(read_wikitext, "--wikitext", path, "must be a parquet file")
 
 
+def test_a_damaged_parquet_is_read_or_refused_in_one_line(tmp_path):
+    """One flipped bit anywhere, or a cut at any place: pages carry no checksum, so that some flips change text only."""
+    rows = {"instruction": [f"Do {n}" for n in range(40)], "output": [f"Done {n * n}" for n in range(40)]}
+    path, draw = tmp_path / "a.parquet", random.Random(0)
+    pq.write_table(pa.table(rows), path)
+    whole, refusals = path.read_bytes(), {"cut": [], "flip": []}
+    for number in range(120):
+        content, place = bytearray(whole), draw.randrange(len(whole))
+        content[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(content if number % 2 else whole[:place])
+        try:
+            read_alpaca("--alpaca", str(path))
+        except UserError as error:
+            refusals["flip" if number % 2 else "cut"].append(str(error))
+    assert len(refusals["cut"]) == 60
+    assert len(refusals["flip"]) > 20
+    assert all(line.startswith("--alpaca: ") and "\n" not in line for lines in refusals.values() for line in lines)
+
+
 def test_bad_wikitext(tmp_path):
     path = tmp_path / "wiki.tokens"
     refused(read_wikitext, "--wikitext", path, "does not exist", "--wikitext PATH")
@@ -130,6 +164,8 @@ def test_bad_wikitext(tmp_path):
     refused(read_wikitext, "--wikitext", path, "at least one paragraph")
     path.write_bytes(b"good\nb\xe4d\n")
     refused(read_wikitext, "--wikitext", path, "must be UTF-8 text (byte 6 is not)")
+    path.write_bytes("in UTF-16\n".encode("utf-16"))
+    refused(read_wikitext, "--wikitext", path, "must be UTF-8 text (byte 0 is not)")
     refused(read_wikitext, "--wikitext", tmp_path, "is a folder")
     path.rename(tmp_path / "wiki.doc")
     refused(read_wikitext, "--wikitext", tmp_path / "wiki.doc", "unknown ending '.doc'")
@@ -194,13 +230,16 @@ def test_any_bytes_are_text_or_refused(tmp_path_factory, lines):
     assert all(text == text.strip() != "" for text in texts or [])
 
 
-def test_a_long_line_is_never_read_whole(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "read", "field"), [("a.txt", read_wikitext, "--wikitext"), ("a.jsonl", read_alpaca, "--alpaca")]
+)
+def test_a_long_line_is_never_read_whole(tmp_path, name, read, field):
     """A line of 1 GB (a sparse file) is refused in a moment, whatever follows."""
-    path = tmp_path / "long.txt"
+    path = tmp_path / name
     with open(path, "wb") as file:
-        file.write(b"good\n")
+        file.write(b'{"instruction": "a", "output": "b"}\n')
         file.truncate(1 << 30)
     tracemalloc.start()
-    refused(read_wikitext, "--wikitext", path, "line 2 must be at most 16777216 bytes long")
+    refused(read, field, path, "line 2 must be at most 16777216 bytes long")
     assert tracemalloc.get_traced_memory()[1] < 100 << 20
     tracemalloc.stop()

@@ -103,6 +103,19 @@ def test_control_tokens_are_not_guessed(folder):
     assert load_tokenizer("-", str(folder)).eos_id == EOS  # <s> and </s> are there
 
 
+@pytest.mark.parametrize(("token", "key"), [("<s>", "bos_token"), ("</s>", "eos_token")])
+@pytest.mark.parametrize("config", [None, {"bos_token": None, "eos_token": None}])
+def test_a_tokenizer_without_bos_or_eos_is_refused(folder, token, key, config):
+    description = json.loads((folder / "tokenizer.json").read_text())
+    description["model"]["vocab"]["other"] = description["model"]["vocab"].pop(token)
+    description["added_tokens"] = [added for added in description["added_tokens"] if added["content"] != token]
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    (folder / "tokenizer_config.json").unlink()
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert key in refused(folder)
+
+
 def test_a_tokenizer_that_reads_control_tokens_from_text_is_refused(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
