@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 
@@ -68,6 +69,20 @@ def test_halves_are_disjoint_and_whole(dataset):
         rows_of_both += len({bool(choice[owners[int(i)]]) for i in index if i >= 0}) == 2
     assert rows_of_both > 3
     assert [bool(choice[owners[i]]) for i in range(split.num_tokens)] == parts[0].tolist()
+
+
+def test_the_hash_of_the_text_decides(dataset):
+    data, texts = dataset
+    for source in (0, 1):
+        here = sorted(
+            (hashlib.sha256(b"half\0" + text.encode()).digest()[:8], text)
+            for text in {text for text, s in zip(texts, data.validation.document_sources, strict=True) if s == source}
+            if not (source == 1 and text == texts[4])  # which is the first source's
+        )
+        chosen = {text for place, (_, text) in enumerate(here) if place % 2}
+        for number, (text, s) in enumerate(zip(texts, data.validation.document_sources, strict=True)):
+            if s == source and number != 22:
+                assert documents_of_half(data, "choice")[number] == (text in chosen)
 
 
 def test_a_document_keeps_its_half_whatever_its_place(dataset):

@@ -1,6 +1,6 @@
 """The command `indra`: each subcommand is one function over one settings class of config.py.
 
-    indra prepare | data | capture | teacher | train | test | eval | ablate | bench | demo
+    indra prepare | data | capture | teacher | train | test | eval | export | ablate | bench | demo
 
 Whatever a user can mend comes out as one line on stderr with exit status 2; work is imported where it is used, so that
 `indra --help` stays quick.
@@ -170,6 +170,23 @@ def evaluate(checkpoint: Path, /, *, settings: Annotated[EvalSettings, OPTIONS] 
     from indraquantum.evaluation.report import evaluate_checkpoint
 
     evaluate_checkpoint(checkpoint, settings)
+
+
+@app.command
+def export(checkpoint: Path, folder: Path, /) -> None:
+    """Write a checkpoint as a folder that transformers reads, with its tokenizer.
+
+    Parameters
+    ----------
+    checkpoint:
+        A checkpoint that training wrote.
+    folder:
+        A new folder.
+    """
+    from indraquantum.evaluation.export import export_checkpoint
+
+    export_checkpoint(checkpoint, folder)
+    print(f"The model is in {folder}. After `from indraquantum.model import IndraQuantumPhase2` transformers reads it.")
 
 
 @app.command

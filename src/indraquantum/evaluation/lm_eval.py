@@ -1,0 +1,54 @@
+"""EleutherAI's lm-evaluation-harness on a checkpoint, as its model `indraquantum`; pip install 'indraquantum[lm-eval]'.
+
+    python -m indraquantum.evaluation.lm_eval run --model indraquantum --model_args checkpoint=CHECKPOINT --tasks TASK
+
+All options are the harness's own; only this module tells it of the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from indraquantum.evaluation.export import transformers_tokenizer
+from indraquantum.evaluation.write import load_model
+
+
+@register_model("indraquantum")
+class IndraQuantumLM(HFLM):
+    """A checkpoint as the harness sees a model; every text begins with BOS, as in training.
+
+    Args:
+        checkpoint: that training wrote.
+        device: where to compute.
+        options: of HFLM, such as batch_size and max_length.
+    """
+
+    def __init__(self, checkpoint: str, device: str | None = None, **options: Any) -> None:
+        model, tokenizer = load_model(Path(checkpoint), torch.device(device or "cpu"))
+        options.setdefault("add_bos_token", True)
+        super().__init__(pretrained=model, tokenizer=transformers_tokenizer(tokenizer), **options)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """As HFLM's, which puts BOS before the first window itself: a second one would be predicted and counted."""
+        before, self.add_bos_token = self.add_bos_token, False
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.add_bos_token = before
+
+
+def main() -> None:
+    """Run the harness's own command line."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
