@@ -58,7 +58,7 @@ POINTS = [
     (owner, name, when)
     for owner, name in (
         (loop, "start_run"), (loop, "resume"), (loop, "take_step"), (loop, "rows_of_step"), (loop, "evaluate"),
-        (loop, "set_learning_rates"), (torch.Tensor, "backward"), (torch.nn.utils, "clip_grad_norm_"),
+        (loop, "set_learning_rates"), (torch.Tensor, "backward"), (torch.nn.utils, "clip_grads_with_norm_"),
         (torch.optim.AdamW, "step"), (MetricsLog, "write"), (MetricsLog, "sync"), (loop, "save"),
         (loop, "save_checkpoint"), (torch, "save"), (checkpoint.Path, "write_bytes"), (checkpoint.Path, "write_text"),
         (os, "fsync"), (os, "replace"), (files, "fsync_folder"), (checkpoint.Path, "unlink"),

@@ -21,6 +21,7 @@ from indraquantum.model.readout import wrapped_phase
 from indraquantum.teacher.signals import open_signals, verify_signals
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training.parallel import Alone
 from indraquantum.training.step import optimizer_step
 
 SMALL = {
@@ -172,7 +173,14 @@ def test_each_weight_changes_the_gradient(world, alive):
         dataset, model, optimizer, signals = step_parts(world)
         objective = SemanticDistillationLoss(**{"kd_weight": 0.0, alive: weight})
         optimizer_step(
-            model, objective, optimizer, dataset.train, np.arange(7), signals, micro_batch_rows=7, max_grad_norm=1e9
+            Alone(model),
+            objective,
+            optimizer,
+            dataset.train,
+            np.arange(7),
+            signals,
+            micro_batch_rows=7,
+            max_grad_norm=1e9,
         )
         gradients.append(model.embedding.weight.grad.clone())
     assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
@@ -193,7 +201,7 @@ def test_micro_batches_add_up_to_the_whole_step(world):
         dataset, model, optimizer, signals = step_parts(world)
         objective = SemanticDistillationLoss(kd_weight=0.3, phase_weight=0.2, magnitude_weight=0.1)
         result = optimizer_step(
-            model, objective, optimizer, dataset.train, np.arange(11), signals,
+            Alone(model), objective, optimizer, dataset.train, np.arange(11), signals,
             micro_batch_rows=micro_batch_rows, max_grad_norm=1e9,
         )  # fmt: skip
         results.append((result, {name: p.grad for name, p in model.named_parameters()}))
@@ -211,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(world):
     before = {name: p.clone() for name, p in model.named_parameters() if "embedding" not in name}
     with pytest.raises(TrainingStopped, match=r"not finite.*rows"):
         optimizer_step(
-            model, SemanticDistillationLoss(kd_weight=0.05), optimizer, dataset.train, np.arange(3), signals,
+            Alone(model), SemanticDistillationLoss(kd_weight=0.05), optimizer, dataset.train, np.arange(3), signals,
             micro_batch_rows=3, max_grad_norm=1.0,
         )  # fmt: skip
     for name, parameter in model.named_parameters():

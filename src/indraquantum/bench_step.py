@@ -32,6 +32,7 @@ from indraquantum.data.packing import packed_split
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.training.parallel import Alone
 from indraquantum.training.step import optimizer_step
 
 
@@ -113,7 +114,7 @@ def ours(shape: StepShape) -> Candidate:
     signals = RandomSignals(shape, split.num_tokens)
     objective = SemanticDistillationLoss(kd_weight=0.05, phase_weight=0.1, magnitude_weight=0.1)
     step = partial(
-        optimizer_step, model, objective, adamw(model), split, rows, signals,
+        optimizer_step, Alone(model), objective, adamw(model), split, rows, signals,
         micro_batch_rows=shape.rows, max_grad_norm=1.0,
     )  # fmt: skip
     return Candidate(step, int((batch.index >= 0).sum()), int((batch.labels >= 0).sum()))

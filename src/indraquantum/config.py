@@ -210,6 +210,9 @@ class TrainSettings(ModelSettings, OptimizerSettings, DeviceSettings):
     status 3); ignore does not look."""
     dry_run: bool = False
     """Print shapes, parameters, memory, FLOPs and the time to finish, from real steps that are thrown away."""
+    parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """How the processes that torchrun starts share the model: each holds all of it (ddp, which auto takes), or a shard
+    (fsdp2); one process needs neither."""
     resume: str = "auto"
     """auto goes on from the newest whole checkpoint of the output folder, never refuses a folder that holds any;
     or the path of a checkpoint."""

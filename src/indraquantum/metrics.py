@@ -51,6 +51,8 @@ class MetricsLog:
     def __init__(self, path: Path, resumed_step: int | None = None) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left_by_a_killed_process in path.parent.glob(f".{path.name}.*.tmp"):
+            left_by_a_killed_process.unlink()
         kept = [] if resumed_step is None else [m for m in read_metrics(path) if m["step"] <= resumed_step]
         content = "".join(_line(metrics) for metrics in kept)
         try:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from indraquantum.errors import TrainingStopped
 from indraquantum.loss_v2 import TeacherSignals
+from indraquantum.processes import whole
 
 
 def require_finite_weights(groups: Iterable[dict]) -> None:
@@ -22,8 +24,8 @@ def require_finite_weights(groups: Iterable[dict]) -> None:
         TrainingStopped: some are NaN or infinite.
     """
     weights = [parameter.detach() for group in groups for parameter in group["params"]]
-    if not math.isfinite(torch.nn.utils.get_total_norm(weights).item()):
-        bad = sum(int((~weight.isfinite()).sum()) for weight in weights)
+    if not math.isfinite(whole(torch.nn.utils.get_total_norm(weights)).item()):
+        bad = sum(int((~whole(weight).isfinite()).sum()) for weight in weights)
         if bad:  # the norm alone may overflow
             raise TrainingStopped(f"{bad:,} weights are not finite, whatever the rows")
 
@@ -55,14 +57,14 @@ def all_finite(loss: float, gradients: Iterable[Tensor | None]) -> bool:
     return math.isfinite(loss) and all(bool(g.isfinite().all()) for g in gradients if g is not None)
 
 
-def require_finite_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Check all that a checkpoint would hold.
+def require_finite_state(model: dict[str, Any], optimizer: dict[str, Any], step: int) -> None:
+    """Check the state_dicts that a checkpoint is to hold.
 
     Raises:
         TrainingStopped: a weight or a tensor of the optimiser's state is NaN or infinite; it is named.
     """
-    named = dict(model.state_dict())
-    for number, state in optimizer.state_dict()["state"].items():
+    named = dict(model)
+    for number, state in optimizer["state"].items():
         named |= {f"optimiser state {number}.{name}": value for name, value in state.items()}
     for name, value in named.items():
         if isinstance(value, Tensor) and not bool(value.isfinite().all()):

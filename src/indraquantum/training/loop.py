@@ -167,7 +167,7 @@ def take_step(run: Run) -> dict[str, Any]:
     rows = rows_of_step(run.dataset.train.num_rows, run.rows_per_step, settings.seed, step)
     try:
         result = optimizer_step(
-            run.model,
+            run.parallel,
             run.objective,
             run.optimizer,
             run.dataset.train,
@@ -244,15 +244,16 @@ def save(run: Run, path: Path, log: MetricsLog) -> None:
     Raises:
         TrainingStopped: a weight or the optimiser's state is not finite; nothing is written.
     """
-    require_finite_state(run.model, run.optimizer, run.step)
+    model, optimizer = run.model.state_dict(), run.optimizer.state_dict()
+    require_finite_state(model, optimizer, run.step)
     log.sync()
     tokenizer = run.dataset.tokenizer
     save_checkpoint(
         path,
         Checkpoint(
             model_config=run.model.config.to_dict(),
-            model=run.model.state_dict(),
-            optimizer=run.optimizer.state_dict(),
+            model=model,
+            optimizer=optimizer,
             step=run.step,
             tokens=run.tokens,
             finished=run.finished,

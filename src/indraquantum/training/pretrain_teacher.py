@@ -22,6 +22,7 @@ from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import atomic_folder, make_folder
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.masks import document_mask
+from indraquantum.training.parallel import Alone
 from indraquantum.training.run import BETAS, rows_per_step
 from indraquantum.training.schedule import rows_of_step
 from indraquantum.training.step import optimizer_step, set_learning_rates
@@ -121,7 +122,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
     learner = LlamaLearner(new_llama(settings, dataset)).to(device).train()
     optimizer = torch.optim.AdamW(parameter_groups(learner, settings), betas=BETAS, fused=True)
     objective = SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0)
-    tokens = 0
+    parallel, tokens = Alone(learner), 0
     with tqdm(total=settings.steps, unit="step", desc="teacher", disable=None) as bar:
         for step in range(settings.steps):
             set_learning_rates(optimizer, settings, step, settings.steps)
@@ -129,7 +130,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
                 dataset.train.num_rows, rows_per_step(settings.batch_tokens, dataset.row_length), settings.seed, step
             )
             result = optimizer_step(
-                learner,
+                parallel,
                 objective,
                 optimizer,
                 dataset.train,

@@ -16,6 +16,7 @@ from indraquantum.files import combined_sha256
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.processes import ALONE, Processes
 from indraquantum.teacher.signals import SignalStore
 from indraquantum.training.checkpoint import (
     Checkpoint,
@@ -27,13 +28,14 @@ from indraquantum.training.checkpoint import (
     set_aside,
 )
 from indraquantum.training.collapse_guard import CollapseGuard
+from indraquantum.training.parallel import Alone, make_parallel
 from indraquantum.training.schedule import steps_per_epoch
 
 BETAS = (0.9, 0.95)
 # What may change between two starts of one run without changing what it computes.
 FREE_SETTINGS = {
     "output", "logs", "device", "threads", "data", "signals", "teacher", "tokenizer",
-    "save_every", "keep_last", "resume", "on_collapse", "dry_run",
+    "save_every", "keep_last", "resume", "on_collapse", "dry_run", "parallel",
 }  # fmt: skip
 
 
@@ -45,6 +47,7 @@ class Run:
     dataset: PreparedDataset
     signals: SignalStore | None
     model: IndraQuantumPhase2
+    parallel: Alone  # the model in the hands of this process and the others
     optimizer: torch.optim.Optimizer
     device: torch.device
     objective: SemanticDistillationLoss
@@ -85,9 +88,13 @@ class Run:
 
 
 def start_run(
-    settings: TrainSettings, dataset: PreparedDataset, signals: SignalStore | None, device: torch.device
+    settings: TrainSettings,
+    dataset: PreparedDataset,
+    signals: SignalStore | None,
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> Run:
-    """A run at its first step: seeded weights, fresh optimiser.
+    """A run at its first step: seeded weights, fresh optimiser; the same in each of `processes`.
 
     Raises:
         UserError: the model's settings contradict each other.
@@ -102,6 +109,8 @@ def start_run(
     )
     torch.manual_seed(settings.seed)
     model = IndraQuantumPhase2(config).to(device).train()
+    # Without signals nothing looks at the readout.
+    parallel = make_parallel(settings.parallel, model, processes, device, unused=signals is None)
     per_epoch = steps_per_epoch(dataset.train.num_rows, rows_per_step(settings.batch_tokens, dataset.row_length))
     total_steps = settings.epochs * per_epoch
     distil = signals is not None
@@ -110,6 +119,7 @@ def start_run(
         dataset=dataset,
         signals=signals,
         model=model,
+        parallel=parallel,
         optimizer=torch.optim.AdamW(
             model.parameter_groups(settings.learning_rate, settings.table_rate, settings.weight_decay),
             betas=BETAS,

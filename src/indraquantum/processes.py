@@ -1,0 +1,171 @@
+"""One process among those of a run: its share of the work, and what all of them agree on.
+
+    torchrun --nproc-per-node 2 -m indraquantum.cli train
+
+What is exchanged here is small (counts, sums, errors, signals of the system) and goes over gloo, also where the
+gradients go over NCCL; those are carried by DDP or FSDP2 (training/parallel.py), never from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from indraquantum.errors import TrainingStopped, UserError
+
+T = TypeVar("T")
+# The first process may prepare or capture for hours while the others wait; torchrun sees to it that none waits for one
+# that has died.
+PATIENCE = datetime.timedelta(days=30)
+# What one process meets and all of them raise. SystemExit: a signal that asks to leave.
+SHARED_ERRORS = (UserError, TrainingStopped, SystemExit)
+
+
+class Processes:
+    """One process of `world`, numbered `rank`; by default it is alone."""
+
+    def __init__(self, rank: int = 0, world: int = 1, group: Any = None) -> None:
+        self.rank, self.world = rank, world
+        self._group = group
+        self.agreed = False  # whether the error that is on its way is every process's
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.world == 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    def share(self, items: np.ndarray) -> np.ndarray:
+        """The part of `items` that is its own: all parts in the order of ranks are `items`; some may be empty."""
+        return np.array_split(items, self.world)[self.rank]
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all processes, in float64."""
+        if self.alone:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(total, group=self._group)
+        return total.tolist()
+
+    def largest(self, value: int) -> int:
+        """The largest value of all processes."""
+        if self.alone:
+            return value
+        largest = torch.tensor(value)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(largest)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        values = [value] * self.world
+        if not self.alone:
+            torch.distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    def first(self, action: Callable[[], T]) -> T:
+        """Run `action` in the first process while the others wait; all get its value, or raise its error."""
+        if self.alone:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = action()
+            except SHARED_ERRORS as error:
+                outcome[1] = error
+        # A process that the same signal has ended already is not told.
+        with contextlib.suppress(*([RuntimeError] if isinstance(outcome[1], SystemExit) else [])):
+            torch.distributed.broadcast_object_list(outcome, src=0, group=self._group)
+        self._raise(outcome[1])
+        return outcome[0]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, an error of one process becomes the error of all, so that none goes on and waits for ever.
+
+        What is inside must not wait for other processes itself, except where all of them meet the same errors.
+        """
+        if self.alone:
+            yield
+            return
+        own = None
+        try:
+            yield
+        except SHARED_ERRORS as error:
+            own = error
+        if self.largest(own is not None):
+            self._raise(next(error for error in self.gather(own) if error is not None))
+
+    def _raise(self, error: BaseException | None) -> None:
+        if error is not None:
+            self.agreed = True
+            raise error
+
+
+ALONE = Processes()
+
+
+@contextlib.contextmanager
+def joined_processes(device: torch.device) -> Iterator[Processes]:
+    """Meet the other processes that torchrun has started, if any; inside, only the first one prints.
+
+    An error that all of them share is reported by the first one alone; the others leave with its exit status.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ:
+        yield ALONE
+        return
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world) and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: nothing of it can be reached from outside
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend)
+    rank = torch.distributed.get_rank()
+    processes = Processes(rank, world, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
+    try:
+        with contextlib.ExitStack() as stack:
+            if rank:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            yield processes
+    except (UserError, TrainingStopped) as error:
+        if rank and processes.agreed:
+            raise SystemExit(error.exit_status) from None
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def own_device(device: torch.device) -> torch.device:
+    """`device`, or where torchrun has started several processes on this machine, the accelerator of this one.
+
+    Raises:
+        UserError: there are more processes than accelerators, or the device serves one process only.
+    """
+    there = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if there == 1 and os.environ.get("WORLD_SIZE", "1") == "1":
+        return device
+    if device.type == "mps":
+        raise UserError("--device", device, "must be cpu where there is more than one process")
+    if device.type == "cuda":
+        if there > torch.cuda.device_count():
+            allowed = f"must be at most {torch.cuda.device_count()}, one process for each GPU; or --device cpu"
+            raise UserError("--nproc-per-node", there, allowed)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return device
+
+
+def whole(value: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes, which must all ask for it; any other as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value

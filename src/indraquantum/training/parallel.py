@@ -1,0 +1,220 @@
+"""One optimiser step over several processes: DDP and FSDP2 around the pass of one micro-batch.
+
+Both reduce gradients in hooks of a module's forward and backward. What a step does to a model is several calls on one
+lifted table, so the pass as a whole is the module that they wrap (`MicroBatchPass`): one forward and one backward for
+each micro-batch, the reduction with the last one. That is their own documented way to accumulate gradients, and their
+buckets overlap with the backward; gradients reduced by hand after the step would be shorter by some lines, could not
+shard, and would not overlap.
+
+Gradients are summed, not averaged: each term is already divided by the labelled tokens of the whole global step. So
+ranks may have different shares, none at all included, which take part with an `idle` batch.
+
+Legend: B rows, T positions, N labelled tokens of a micro-batch, D real width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from indraquantum.data.dataset import Batch
+from indraquantum.learner import Learner, to_tensors
+from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
+from indraquantum.processes import ALONE, Processes, whole
+
+
+class PassResult(NamedTuple):
+    """What the pass of one micro-batch brings."""
+
+    terms: LossTerms  # its `total` carries the gradient
+    amplitude_N: Tensor | None  # complex readouts, detached; None where the model has none
+
+
+class MicroBatchPass(nn.Module):
+    """The objective on one micro-batch, from rows to terms."""
+
+    def __init__(self, learner: Learner) -> None:
+        super().__init__()
+        self.learner = learner
+
+    def lift_table(self) -> Tensor:
+        """The lifted table (V, D), as the learner gives it."""
+        return self.learner.lift_table()
+
+    def forward(
+        self,
+        batch: Batch,
+        teacher: TeacherSignals | None,
+        objective: SemanticDistillationLoss,
+        token_count: int,
+        leaf_VD: Tensor | None = None,
+        collected_VD: Tensor | None = None,
+    ) -> PassResult:
+        """Compute the terms of `batch`.
+
+        Args:
+            batch: rows.
+            teacher: signals at the labelled positions of `batch`.
+            objective: the loss.
+            token_count: labelled tokens of the whole step, in all processes.
+            leaf_VD: (V, D) the lifted table as a leaf that collects its gradient; None lifts the table here, so that
+                its gradient goes on through the projector.
+            collected_VD: (V, D) what a leaf has collected before; goes through the projector too.
+        """
+        table_VD = self.lift_table() if leaf_VD is None else leaf_VD
+        if collected_VD is not None:
+            table_VD.register_hook(lambda gradient_VD: gradient_VD + collected_VD)
+        device = table_VD.device
+        states_BTD = self.learner.hidden_states(**to_tensors(batch, device), table_VD=table_VD)
+        labelled = batch.labels.reshape(-1) >= 0
+        states_ND = states_BTD.flatten(0, 1)[torch.from_numpy(np.flatnonzero(labelled)).to(device)]
+        labels_N = torch.from_numpy(batch.labels.reshape(-1)[labelled]).to(device)
+        amplitude_N = self.learner.amplitude(states_ND)
+        bias_V, scale = self.learner.bias_V, self.learner.scale
+        terms = objective(states_ND, table_VD, labels_N, bias_V, scale, teacher, amplitude_N, token_count=token_count)
+        return PassResult(terms, None if amplitude_N is None else amplitude_N.detach())
+
+
+def idle(batch: Batch) -> Batch:
+    """`batch` with nothing in it that counts: the share of a process that has no row."""
+    return batch._replace(labels=np.full_like(batch.labels, -100), index=np.full_like(batch.index, -1))
+
+
+class Alone:
+    """One process: nothing to share."""
+
+    rows_stand_alone = True  # whether one process may run a row by itself, to see what it does
+
+    def __init__(self, learner: Learner, processes: Processes = ALONE) -> None:
+        self.processes = processes
+        self.device = next(learner.parameters()).device
+        self.bare = MicroBatchPass(learner)
+        self.run_pass: nn.Module = self.bare
+
+    def lifted_leaf(self) -> Tensor:
+        """The lifted table as a leaf that collects gradients."""
+        with torch.no_grad():
+            return self.bare.lift_table().detach().requires_grad_()
+
+    def part(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch; the gradients of all processes are summed with the last."""
+        return contextlib.nullcontext()
+
+    def readable(self) -> AbstractContextManager[None]:
+        """Inside, all weights of the model can be used outside of a step; all processes must do so together."""
+        return contextlib.nullcontext()
+
+
+class DataParallel(Alone):
+    """DDP: each process holds the whole model."""
+
+    def __init__(self, learner: Learner, processes: Processes, *, unused: bool) -> None:
+        super().__init__(learner, processes)
+        self.run_pass = nn.parallel.DistributedDataParallel(self.bare, find_unused_parameters=unused)
+        self.run_pass.register_comm_hook(None, _sum_bucket)
+
+    def part(self, *, last: bool) -> AbstractContextManager[None]:
+        """As in `Alone`."""
+        return contextlib.nullcontext() if last else self.run_pass.no_sync()
+
+
+def _sum_bucket(_, bucket):  # DDP refuses annotations that are strings, as they are in this file
+    """DDP's own all-reduce without its division by the number of processes."""
+    work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+class FullyShardedParallel(Alone):
+    """FSDP2: weights, gradients and optimiser state lie in shards; each layer is gathered where it is used."""
+
+    rows_stand_alone = False
+
+    def __init__(self, learner: Learner, processes: Processes, device: torch.device) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+        super().__init__(learner, processes)
+        mesh = init_device_mesh(device.type, (processes.world,))
+        for layer in learner.backbone.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.bare, mesh=mesh)
+        register_fsdp_forward_method(self.bare, "lift_table")
+        for module in self.bare.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        self.lifted_leaf()  # the first call decides which module is the root
+        self.bare.reshard()
+
+    @contextlib.contextmanager
+    def part(self, *, last: bool) -> Iterator[None]:
+        """As in `Alone`."""
+        self.bare.set_requires_gradient_sync(last)
+        yield
+
+    @contextlib.contextmanager
+    def readable(self) -> Iterator[None]:
+        """As in `Alone`; the layers are gathered as they are used."""
+        self.bare.unshard()
+        try:
+            yield
+        finally:
+            self.bare.reshard()
+
+
+def make_parallel(
+    kind: Literal["auto", "ddp", "fsdp2"], learner: Learner, processes: Processes, device: torch.device, *, unused: bool
+) -> Alone:
+    """Share `learner` among `processes`; before its optimiser is made, which must hold the weights as they then are.
+
+    Args:
+        kind: auto takes DDP; one process needs neither.
+        learner: on `device`, with the same weights in each process.
+        processes: those of the run.
+        device: this process's.
+        unused: some weights get no gradient.
+    """
+    if processes.alone:
+        return Alone(learner)
+    if kind == "fsdp2":
+        return FullyShardedParallel(learner, processes, device)
+    return DataParallel(learner, processes, unused=unused)
+
+
+def gathered(state: Any) -> Any:
+    """A state_dict with plain tensors on the CPU in place of shards, as one process has it; all must ask for it."""
+    return tree_map(lambda value: whole(value).cpu() if hasattr(value, "full_tensor") else value, state)
+
+
+def scattered(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The shards of `state` that this process holds, laid out as the tensors of the same name in `like`."""
+    return {name: _shard(value, like[name]) if name in like else value for name, value in state.items()}
+
+
+def scattered_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state_dict, each tensor that has its parameter's shape sharded as that parameter is."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shards = {
+        number: {
+            name: _shard(value, parameters[number]) if value.shape == parameters[number].shape else value
+            for name, value in entry.items()
+        }
+        for number, entry in state["state"].items()
+    }
+    return {**state, "state": shards}
+
+
+def _shard(value: Tensor, like: Tensor) -> Tensor:
+    if not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # src_data_rank=None: each process takes its part of what it has read and verified itself.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,133 @@
+"""What processes agree on: sums, errors, who writes. And the optimiser step that they share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import forked
+from indraquantum.data.dataset import open_dataset
+from indraquantum.errors import TrainingStopped, UserError
+from indraquantum.loss_v2 import SemanticDistillationLoss
+from indraquantum.model.configuration import IndraQuantumConfig
+from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.processes import ALONE, Processes, own_device
+from indraquantum.teacher.signals import open_signals
+from indraquantum.training.parallel import gathered, make_parallel
+from indraquantum.training.step import optimizer_step
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_shares_are_the_whole_in_order(world):
+    rows = np.array([5, 3, 11, 2, 7])
+    shares = [Processes(rank, world).share(rows) for rank in range(world)]
+    assert np.concatenate(shares).tolist() == rows.tolist()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_sums_largest_and_gather(tmp_path):
+    def act(processes):
+        rank = processes.rank
+        return (
+            processes.sums([rank + 0.5, float("nan") if rank == 2 else 1.0]),
+            processes.largest(10 - rank),
+            processes.gather(f"r{rank}"),
+            processes.first(lambda: f"from {rank}"),
+            processes.is_first,
+        )
+
+    found = forked.values(3, act, tmp_path)
+    for rank, (sums, largest, everyone, first, is_first) in enumerate(found):
+        assert sums[0] == 4.5
+        assert np.isnan(sums[1])
+        assert (largest, everyone, first) == (10, ["r0", "r1", "r2"], "from 0")
+        assert is_first == (rank == 0)
+    assert (ALONE.sums([2.5]), ALONE.largest(3), ALONE.gather(1), ALONE.first(lambda: 4)) == ([2.5], 3, [1], 4)
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+@pytest.mark.parametrize(("error", "status"), [(UserError("--x", 1, "must be 2"), 2), (TrainingStopped("NaN"), 3)])
+def test_an_error_of_one_is_every_ones_and_said_once(tmp_path, guilty, error, status):
+    def act(rank):
+        with forked.joined_processes(torch.device("cpu")) as processes, processes.together():
+            if rank == guilty:
+                raise error
+
+    assert forked.run(2, act, tmp_path) == [status, status]
+    assert forked.said(tmp_path).count("indra: error") == 1
+
+
+def test_an_error_of_the_first_reaches_those_who_wait(tmp_path):
+    def act(rank):
+        def refuse():
+            raise UserError("--x", rank, "must be 2")
+
+        with forked.joined_processes(torch.device("cpu")) as processes:
+            processes.first(refuse)
+
+    assert forked.run(2, act, tmp_path) == [2, 2]
+    assert forked.said(tmp_path).strip() == "indra: error: --x: got 0; must be 2"
+
+
+def test_devices_of_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert own_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(UserError, match="--device"):
+        own_device(torch.device("mps"))
+    with pytest.raises(UserError, match=r"--nproc-per-node.*at most 0"):
+        own_device(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_device(torch.device("cuda")) == torch.device("cuda", 1)
+
+
+# Rows of the steps: several micro-batches, shares of different sizes, and fewer rows than processes.
+STEPS = (np.arange(11), np.array([14]), np.arange(20, 26), np.array([3, 1]))
+
+
+def fifty_steps(world_of_tests, processes, kind, teacher):
+    """Losses, norms and readouts of 50 steps, and the weights and optimiser state that they end in."""
+    dataset = open_dataset("--data", world_of_tests.data)
+    config = IndraQuantumConfig(
+        vocab_size=dataset.tokenizer.vocabulary_size, d_model=6, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=10, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = IndraQuantumPhase2(config).train()
+    parallel = make_parallel(kind, model, processes, torch.device("cpu"), unused=not teacher)
+    optimizer = torch.optim.AdamW(model.parameter_groups(3e-3, 10.0, 0.1), fused=True)
+    signals = open_signals("--signals", world_of_tests.signals, dataset) if teacher else None
+    objective = SemanticDistillationLoss(*((0.3, 0.2, 0.1) if teacher else (0.0, 0.0, 0.0)))
+    results = [
+        optimizer_step(
+            parallel, objective, optimizer, dataset.train, STEPS[step % len(STEPS)], signals,
+            micro_batch_rows=3, max_grad_norm=1.0,
+        )
+        for step in range(50)
+    ]  # fmt: skip
+    return results, gathered(model.state_dict()), gathered(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "teacher"), [("ddp", 2, True), ("ddp", 3, False), ("fsdp2", 2, True), ("fsdp2", 3, False)]
+)
+def test_fifty_steps_are_those_of_one_process(world, tmp_path, kind, ranks, teacher):
+    results, weights, state = fifty_steps(world, ALONE, "auto", teacher)
+    assert results[0].terms["ce"] - results[48].terms["ce"] > 0.5
+    for others, their_weights, their_state in forked.values(
+        ranks, lambda processes: fifty_steps(world, processes, kind, teacher), tmp_path
+    ):
+        for one, several in zip(results, others, strict=True):
+            assert several.tokens == one.tokens
+            assert several.terms == pytest.approx(one.terms, abs=1e-4)
+            assert several.readout == pytest.approx(one.readout, abs=1e-3)
+            assert several.grad_norm == pytest.approx(one.grad_norm, rel=1e-2)
+        torch.testing.assert_close(their_weights, weights, rtol=1e-3, atol=1e-3)
+        assert their_state["param_groups"] == state["param_groups"]
+        for number, entry in state["state"].items():
+            torch.testing.assert_close(their_state["state"][number], entry, rtol=1e-2, atol=1e-3)
