@@ -20,11 +20,16 @@ import survival
 from indraquantum import cli
 from indraquantum.ablation import one_run, results
 from indraquantum.ablation.ablate import command_line
+from indraquantum.ablation.blocks import markdown
 from indraquantum.ablation.one_run import curve, measure, run_task
 from indraquantum.ablation.plan import load_plan
+from indraquantum.ablation.report import report_blocks
+from indraquantum.ablation.results import check_record
 from indraquantum.ablation.tasks import Bench
-from indraquantum.config import AblateSettings, EvalSettings
+from indraquantum.config import AblateSettings, EvalSettings, TestSettings
+from indraquantum.errors import UserError
 from indraquantum.evaluation.report import evaluate_checkpoint
+from indraquantum.evaluation.write import write_text
 from indraquantum.metrics import MetricsLog
 from indraquantum.training import loop
 
@@ -194,6 +199,9 @@ def test_the_figures_are_those_of_the_checkpoint_on_half_of_the_documents(world,
         assert sum(part["tokens"] for part in parts) == figures.tokens
         total = sum(part["tokens"] * part["cross_entropy"] for part in parts)
         assert total / figures.tokens == pytest.approx(figures.cross_entropy)
+    instruction = {"instruction": "Translate the sentence into French.", "input": "The cat sleeps."}
+    written = write_text(checkpoint, TestSettings(**instruction)).text
+    assert halves[1]["samples"]["texts"][-1] == written == record(folder, "quantum-seed3")["samples"]["texts"][-1]
     assert halves[1]["sources"] == record(folder, "quantum-seed3")["sources"]
     assert sum(half["alignment"]["positions"] for half in halves) == whole.alignment.positions
 
@@ -233,6 +241,29 @@ def test_a_long_run_keeps_all_held_out_figures_and_some_looks_for_collapse(tmp_p
     assert 50 <= len(kept) <= 60
     assert [line["step"] for line in kept if line["held_out"]] == [0, 800, 1600, 2400, 3200, 4000]
     assert [line["step"] for line in kept if line["collapse"]] == [2140]
+
+
+def test_a_json_of_before_an_option_came_counts_at_its_default(finished):
+    folder, _ = finished
+    path = folder / "results" / "plain-seed3.json"
+    now, before = record(folder, "plain-seed3"), record(folder, "plain-seed3")
+    planned = {name: now[name] for name in ("variant", "half", "chosen", "readouts_measured_with", "settings")}
+    del before["settings"]["dropout"]
+    check_record(path, before, planned)
+    with pytest.raises(UserError, match=r"dropout 0\.1, as planned, not 0\.0"):
+        check_record(path, before, {**planned, "settings": planned["settings"] | {"dropout": 0.1}})
+    before["settings"]["gone"] = 3
+    with pytest.raises(UserError, match="gone None, as planned, not 3"):
+        check_record(path, before, planned)
+
+
+def test_unequal_tokens_are_told(finished):
+    folder, plan = finished
+    runs = {name: {3: record(folder, f"{name}-seed3")} for name in ("quantum", "plain")}
+    assert "NOT AT EQUAL" not in markdown(report_blocks(load_plan(plan), folder / "results", runs, runs))
+    runs["plain"][3]["tokens"] += 1
+    said = markdown(report_blocks(load_plan(plan), folder / "results", runs, runs))
+    assert "NOT AT EQUAL TOKENS: seeds 3." in said
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,10 @@ def _markdown(block: Block) -> str:
         case Paragraph(text):
             return text
         case Code(text):
-            return f"```\n{text}\n```"
+            fence = "```"
+            while fence in text:
+                fence += "`"
+            return f"{fence}\n{text}\n{fence}"
         case Picture(path, caption):
             return f"![{caption}]({path.name})"
         case Table(header, rows):

@@ -22,6 +22,7 @@ from indraquantum.evaluation.binned import calibration_bins, readout_bins
 from indraquantum.evaluation.collapse import CollapseFigures
 from indraquantum.evaluation.figures import alignment_with, figures_by_source, predict
 from indraquantum.evaluation.halves import Half, bytes_by_source, documents_of_half, of_documents
+from indraquantum.evaluation.samples import write_samples
 from indraquantum.evaluation.write import load_model
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher.signals import open_signals
@@ -56,8 +57,8 @@ def run_task(task: Task) -> None:
             "seconds_of_last_process": time.monotonic() - started,
         }
         figures = measure(report.checkpoint, settings, task.planned["half"], task.measured_with)
-        tokens = read_metrics(metrics_path)[-1]["tokens"]  # those that were seen, in place of those planned
-        record |= {"status": "finished", "tokens": tokens, **figures, "curve": curve(metrics_path), "timing": timing}
+        done = {"steps": report.steps, "tokens": read_metrics(metrics_path)[-1]["tokens"]}  # in place of those planned
+        record |= {"status": "finished", **done, **figures, "curve": curve(metrics_path), "timing": timing}
         write_record(task.result, record)
     drop_checkpoints(task)
 
@@ -77,6 +78,7 @@ def measure(checkpoint: Path, settings: TrainSettings, half: Half, signals_path:
         "alignment": None,
         "calibration": calibration_bins(found),
         "readouts": None,
+        "samples": asdict(write_samples(model, tokenizer)) if half == "table" else None,
     }
     if signals_path is not None:
         signals = open_signals("--signals", signals_path, dataset)

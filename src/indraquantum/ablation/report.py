@@ -13,6 +13,7 @@ from indraquantum.ablation.plots import PICTURES, Runs, save_picture
 from indraquantum.ablation.results import Record, read_record
 from indraquantum.ablation.sizes import FLOPS_FORMULA
 from indraquantum.errors import UserError
+from indraquantum.evaluation.samples import PROMPTS
 from indraquantum.files import atomic_file
 
 FIGURES = {  # of a source: title, digits
@@ -21,6 +22,12 @@ FIGURES = {  # of a source: title, digits
     "bits_per_byte": ("bits/byte", 4),
     "calibration_error": ("ECE", 4),
     "accuracy": ("accuracy", 4),
+}
+SAMPLES = {
+    "words": ("words", 1),
+    "distinct_1": ("distinct-1", 3),
+    "distinct_2": ("distinct-2", 3),
+    "repetition_4": ("repeated 4-grams", 3),
 }
 ALIGNMENT = {
     "magnitude_confidence": "magnitude, confidence",
@@ -55,7 +62,7 @@ def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs) -> list[B
     if plan.pairs:
         said = "First minus second at equal seeds, nats per token: below 0 the first is better. * clear of 0."
         blocks += [Heading("Pairs"), Paragraph(said), pairs_table(plan, runs)]
-    blocks += [Heading("Size and speed"), Paragraph(f"FLOPs per token = {FLOPS_FORMULA}."), sizes_table(runs)]
+    blocks += [Heading("Size and speed"), Paragraph(_about_sizes(runs)), sizes_table(runs)]
     if any(record["alignment"] for record in _all(runs)):
         said = "Pearson correlation on the table half; the controls are the student's own softmax."
         blocks += [Heading("What the state knows of the teacher"), Paragraph(said), alignment_table(runs)]
@@ -63,6 +70,8 @@ def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs) -> list[B
     for name, draw in PICTURES.items():
         if name != "readouts" or any(record["readouts"] for record in _all(runs)):
             blocks.append(Picture(save_picture(folder, name, runs), draw.__doc__.split("\n")[0]))
+    said = "At fixed prompts and a fixed seed; below the table what the first seed of each variant writes."
+    blocks += [Heading("Samples"), Paragraph(said), samples_table(runs), *sample_texts(runs)]
     if plan.search is not None:
         said = "Each setting's cross-entropy on the choice half, nats per token; the best is what the variant ran with."
         blocks += [Heading("Search"), Paragraph(said), search_table(plan, folder)]
@@ -132,6 +141,22 @@ def alignment_table(runs: Runs) -> Table:
     return Table(["variant", *ALIGNMENT.values()], rows)
 
 
+def samples_table(runs: Runs) -> Table:
+    """How varied the samples are."""
+    rows = []
+    for variant, by_seed in runs.items():
+        samples = [record["samples"] for record in by_seed.values()]
+        rows.append([variant, *(_mean((s[name] for s in samples), digits) for name, (_, digits) in SAMPLES.items())])
+    return Table(["variant", *(title for title, _ in SAMPLES.values())], rows)
+
+
+def sample_texts(runs: Runs) -> Iterable[Block]:
+    """Each prompt with what each variant makes of it."""
+    for number, prompt in enumerate(PROMPTS):
+        texts = [f"[{v}] {next(iter(by_seed.values()))['samples']['texts'][number]}" for v, by_seed in runs.items()]
+        yield Code("\n\n".join([prompt, *texts]))
+
+
 def search_table(plan: Plan, folder: Path) -> Table:
     """What was tried for each variant, and what its runs took."""
     rows = []
@@ -164,6 +189,14 @@ def _about_figures(runs: Runs) -> str:
         f"On the table half of the held-out documents ({record['documents']} documents; predicted tokens: {tokens}), "
         "which no choice has looked at. Mean ± half of the 95 % t-interval over seeds."
     )
+
+
+def _about_sizes(runs: Runs) -> str:
+    said = f"FLOPs per token = {FLOPS_FORMULA}."
+    seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
+    seen = {seed: {by_seed[seed]["tokens"] for by_seed in runs.values() if seed in by_seed} for seed in seeds}
+    unequal = [str(seed) for seed, tokens in seen.items() if len(tokens) > 1]
+    return f"{said} NOT AT EQUAL TOKENS: seeds {', '.join(unequal)}." if unequal else said
 
 
 def _about_runs(plan: Plan, records: Runs) -> str:
