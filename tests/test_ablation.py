@@ -22,7 +22,7 @@ from indraquantum.ablation import one_run, results
 from indraquantum.ablation.ablate import command_line
 from indraquantum.ablation.blocks import markdown
 from indraquantum.ablation.one_run import curve, measure, run_task
-from indraquantum.ablation.plan import load_plan
+from indraquantum.ablation.plan import load_plan, resolved
 from indraquantum.ablation.report import report_blocks
 from indraquantum.ablation.results import check_record
 from indraquantum.ablation.tasks import Bench
@@ -381,6 +381,20 @@ def test_a_file_that_is_no_plan_is_one_line(tmp_path, capsys, text, said):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert said in error
+
+
+def test_anchors_and_paths_beside_the_plan(tmp_path):
+    (tmp_path / "plan.yaml").write_text(
+        "name: a\ndata: up/data\nsignals: ../s\nbase: &shared {learning_rate: 1e-3, signals: null}\n"
+        "variants:\n  x: {<<: *shared, signals: other}\n  y: {}\n"
+    )
+    plan = load_plan(tmp_path / "plan.yaml")
+    assert (plan.data, plan.signals) == (tmp_path / "up" / "data", tmp_path / ".." / "s")
+    assert plan.variants["x"] == {"learning_rate": "1e-3", "signals": str(tmp_path / "other")}
+    settings = resolved(plan, "x", {"table_rate": 3}, data=plan.data, signals=plan.signals, seed=4)
+    assert (settings.learning_rate, settings.table_rate, settings.seed) == (1e-3, 3, 4)
+    assert settings.signals == tmp_path / "other"
+    assert resolved(plan, "y", {}, data=plan.data, signals=plan.signals).signals is None
 
 
 def test_the_shipped_plans_run(world, root, tmp_path):

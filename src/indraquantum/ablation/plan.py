@@ -18,6 +18,7 @@ from indraquantum.training.run import FREE_SETTINGS
 
 # What a plan may set of a run: all that decides it but its seed and data, and what counts as a failure.
 ALLOWED = (set(TrainSettings.model_fields) - FREE_SETTINGS - {"seed"}) | {"on_collapse"}
+MERGE = "tag:yaml.org,2002:merge"  # `<<: *anchor`
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=60)]
 Overrides = dict[str, bool | int | float | str | None]
 Checked = TypeVar("Checked")
@@ -77,7 +78,7 @@ class _Loader(yaml.SafeLoader):
     """YAML that refuses a key given twice, of which the plain loader silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
         for key in keys:
             if isinstance(key, Hashable) and keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
@@ -122,7 +123,8 @@ def resolved(plan: Plan, variant: str, chosen: Overrides, **common: Any) -> Trai
 
 
 def _beside(folder: Path, overrides: Overrides) -> Overrides:
-    return overrides | {"signals": str(folder / str(overrides["signals"]))} if "signals" in overrides else overrides
+    signals = overrides.get("signals")
+    return overrides if signals is None else overrides | {"signals": str(folder / str(signals))}
 
 
 def _checked(make: Callable[[], Checked], where: str) -> Checked:

@@ -61,10 +61,10 @@ def draw_readouts(figure: Figure, runs: Runs) -> None:
     magnitude, phase = figure.subplots(1, 2)
     known = {variant: {s: r for s, r in by_seed.items() if r["readouts"]} for variant, by_seed in runs.items()}
     for record, style in _each(known):
-        top = math.log(record["vocabulary_size"])
-        phase.plot([0, top], [0, math.pi], ":", color="grey")
         for axes, name in ((magnitude, "magnitude"), (phase, "phase")):
             axes.plot(record["readouts"][name]["x"], record["readouts"][name]["y"], marker=".", linewidth=1, **style)
+    top = math.log(next(_each(known)).record["vocabulary_size"])
+    phase.plot([0, top], [0, math.pi], ":", color="grey")
     magnitude.plot([0, 1], [0, 1], ":", color="grey")
     _finish(magnitude, "Readout magnitude, table half", "teacher's confidence", "mean |c|")
     _finish(phase, "Readout phase, table half", "teacher's entropy, nats", "mean phase, radians")
