@@ -237,6 +237,19 @@ def test_the_seed_changes_the_draws_only(settings, dataset, tmp_path):
     assert not torch.equal(ours["ids_per_position"], theirs["ids_per_position"])
 
 
+def test_bfloat16_is_recorded_and_near_float32(settings, dataset, tmp_path):
+    capture(settings, dataset, SHARD)
+    half = changed(settings, output=tmp_path / "half", precision="bfloat16")
+    capture(half, dataset, SHARD)
+    page = json.loads((half.output / "manifest.json").read_text())
+    assert {shard["precision"] for shard in page["shards"]} == {"bfloat16"}
+    index = np.arange(dataset.train.num_tokens)
+    ours, theirs = (open_signals("--signals", one.output, dataset).batch("train", index) for one in (half, settings))
+    difference = (ours.entropy_N - theirs.entropy_N).abs()
+    assert 0 < difference.mean() < 0.03 * theirs.entropy_N.mean()  # 8 bits of mantissa
+    assert (ours.confidence_N - theirs.confidence_N).abs().mean() < 0.03
+
+
 def test_two_captures_into_one_folder(settings, dataset):
     settings.output.mkdir()
     with capture_module._only_writer(settings.output, new=True):  # noqa: SIM117 - two different things
