@@ -114,6 +114,21 @@ def test_half_precision_files_are_computed_in_float32(copy, dataset):
     assert all(parameter.dtype == torch.float32 for parameter in teacher.model.parameters())
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_faster_products_are_used_where_they_are_exact(folder, dataset, monkeypatch, packed, exact):
+    from indraquantum.kernels import onednn
+
+    teacher, seen = load(folder, dataset), set()
+    teacher.packed = packed
+    settings, before = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
+    teacher.model.register_forward_hook(lambda *_: seen.add(settings.fp32_precision))
+    monkeypatch.setattr(onednn, "is_exact", lambda: exact)
+    teacher.logits(dataset.train.batch(np.arange(2)))
+    assert seen == {"bf16" if exact else before}
+    assert settings.fp32_precision == before
+
+
 def test_padded_vocabulary_is_accepted_and_a_smaller_one_refused(copy, dataset):
     write_teacher(copy, vocabulary=VOCABULARY + 6)
     assert load(copy, dataset).logits(dataset.train.batch(np.arange(2))).shape[-1] == VOCABULARY + 6

@@ -142,7 +142,10 @@ class Teacher:
         Returns:
             (B, T, V') on the teacher's device, in its precision.
         """
-        return self._packed_logits(batch) if self.packed else self._lone_logits(batch)
+        from indraquantum.kernels.onednn import onednn_products
+
+        with onednn_products():
+            return self._packed_logits(batch) if self.packed else self._lone_logits(batch)
 
     def _packed_logits(self, batch: Batch) -> torch.Tensor:
         import torch
