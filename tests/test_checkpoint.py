@@ -23,8 +23,8 @@ from indraquantum.training.checkpoint import (
 
 def example(step: int = 3) -> Checkpoint:
     return Checkpoint(
-        model_config={"d_model": 2}, model={"w": torch.arange(35.0).reshape(5, 7)}, optimizer={"state": {}},
-        step=step, tokens=11, finished=False, pending=None, guard={}, settings={"seed": 0},
+        model_config={"d_model": 2}, model={"w": torch.arange(35.0).reshape(5, 7)}, average={}, optimizer={"state": {}},
+        step=step, tokens=11, finished=False, pending=None, guard={}, best={}, loss_scale={}, settings={"seed": 0},
         tokenizer={"json": "{}", "bos_id": 0, "eos_id": 1},
     )  # fmt: skip
 

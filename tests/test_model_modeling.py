@@ -267,20 +267,27 @@ def test_a_lifted_table_is_not_used_where_gradients_are_wanted():
 
 def test_parameter_groups_cover_every_trainable_parameter_once():
     model = make(projector="quantum")
-    groups = {group["name"]: group for group in model.parameter_groups(2e-3, 10.0, 0.05)}
+    chosen = model.parameter_groups(2e-3, 10.0, 0.05, projector_rate=3.0, table_weight_decay=0.125)
+    groups = {group["name"]: group for group in chosen}
     listed = [id(p) for group in groups.values() for p in group["params"]]
     assert sorted(listed) == sorted(id(p) for p in model.parameters())
     assert [id(p) for p in groups["table"]["params"]] == [id(model.embedding.weight)]
-    assert groups["table"]["lr"] == pytest.approx(2e-2)
     assert {name: (g["rate"], g["weight_decay"]) for name, g in groups.items()} == {
-        "table": (10.0, 0.0),
-        "matrices": (1.0, 0.05),
+        "table": (10.0, 0.125),
+        "projector": (3.0, 0.05),
+        "layers": (1.0, 0.05),
+        "projector biases": (3.0, 0.0),
         "others": (1.0, 0.0),
     }
-    assert groups["matrices"]["lr"] == groups["others"]["lr"] == pytest.approx(2e-3)
-    # seven matrices a layer and the projector's two; two norms a layer, the last one, two biases, head,
-    # reference
-    assert (len(groups["matrices"]["params"]), len(groups["others"]["params"])) == (7 * LAYERS + 2, 2 * LAYERS + 6)
+    assert {name: g["lr"] for name, g in groups.items()} == pytest.approx(
+        {"table": 2e-2, "projector": 6e-3, "layers": 2e-3, "projector biases": 6e-3, "others": 2e-3}
+    )
+    of_projector = [id(p) for name in ("projector", "projector biases") for p in groups[name]["params"]]
+    assert of_projector == [id(p) for _, p in sorted(model.projector.named_parameters(), key=lambda x: "bias" in x[0])]
+    # seven matrices a layer; two norms a layer, the last one, head (2) and reference
+    assert (len(groups["layers"]["params"]), len(groups["others"]["params"])) == (7 * LAYERS, 2 * LAYERS + 4)
+    plain = {group["name"]: group["rate"] for group in model.parameter_groups(2e-3, 10.0, 0.05)}
+    assert plain == {"table": 10.0, "projector": 1.0, "layers": 1.0, "projector biases": 1.0, "others": 1.0}
     torch.optim.AdamW(groups.values(), lr=2e-3)
 
 

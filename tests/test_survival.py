@@ -17,7 +17,7 @@ from indraquantum.errors import UserError
 from indraquantum.files import read_json
 from indraquantum.metrics import MetricsLog, read_metrics
 from indraquantum.training import checkpoint, loop
-from indraquantum.training.checkpoint import checkpoint_path, step_checkpoint_path
+from indraquantum.training.checkpoint import checkpoint_path, load_checkpoint, step_checkpoint_path
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
 
@@ -152,6 +152,28 @@ def test_a_chain_of_five_resumes_is_exact(world, whole, tmp_path):
     for _ in range(5):
         assert survival.in_fork(killed) == -signal.SIGKILL
     assert end_of(settings) == whole[1]
+
+
+def test_a_chain_of_resumes_is_exact_with_every_state_there_is(world, tmp_path):
+    """Muon's momenta, the average, the best evaluation and float16's loss scale go through the checkpoint."""
+    options = {
+        "optimizer": "muon", "ema_decay": 0.9, "patience": 2, "keep_best": True, "precision": "float16",
+        "learning_rate": 0.05, "evaluate_every": 2,
+    }  # fmt: skip
+    untouched = survival.small_run(world, tmp_path / "untouched", **options)
+    assert survival.in_fork(lambda: survival.train_small(untouched)) == 0
+    settings = survival.small_run(world, tmp_path, **options)
+
+    def killed():
+        survival.at(loop, "take_step", "after", 3, survival.die)
+        survival.train_small(settings)
+
+    for _ in range(3):
+        assert survival.in_fork(killed) == -signal.SIGKILL
+    assert end_of(settings) == survival.result(untouched)
+    best = [load_checkpoint("", run.output / checkpoint.BEST_NAME) for run in (untouched, settings)]
+    assert best[0].step == best[1].step
+    assert all(torch.equal(weight, best[1].average[name]) for name, weight in best[0].average.items())
 
 
 STRIKES = {

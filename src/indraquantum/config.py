@@ -163,12 +163,37 @@ class OptimizerSettings(Settings):
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Part of the run over which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.05, ge=0, le=10)
-    """Decoupled weight decay of the matrices; the table, biases and norms have none."""
+    """Decoupled weight decay of the matrices but the table; biases and norms have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
 
 
-class TrainSettings(ModelSettings, OptimizerSettings, DeviceSettings):
+class TrainerSettings(Settings):
+    """What a run does beside its plain steps."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest."""
+    muon_rate: float = Field(default=1.0, gt=0, le=1000)
+    """Muon's learning rate as a multiple of the rest's; its updates are scaled to be as large as AdamW's."""
+    projector_rate: float = Field(default=1.0, gt=0, le=1000)
+    """The projector's learning rate, as a multiple of the rest's."""
+    table_weight_decay: float = Field(default=0.0, ge=0, le=10)
+    """Decoupled weight decay of the embedding table."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Format of the layers' products, weights and objective stay float32; auto takes 16 bits on CUDA alone."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input and compute the rest again in the backward pass: less memory, a third more work."""
+    compile: bool = False
+    """Compile the layers with torch.compile, where a compiler works."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of a moving average of the weights, which is then what is evaluated, say 0.999; 0 keeps none."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best held-out cross-entropy too, as checkpoint_v4_best.pt."""
+    patience: int = Field(default=0, ge=0)
+    """Stop after so many evaluations in a row without a better held-out cross-entropy; 0 never does."""
+
+
+class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSettings):
     """One unified run of semantic distillation (v4)."""
 
     data: Path = Path("data/mixed_train")
@@ -237,7 +262,14 @@ class TeacherSettings(OptimizerSettings, DeviceSettings):
     """Decides the initial weights and the order of the rows."""
 
 
-class TestSettings(DeviceSettings):
+class WeightsSettings(Settings):
+    """Which of a checkpoint's weights to use."""
+
+    weights: Literal["auto", "ema", "last"] = "auto"
+    """The moving average of the weights, or the last ones; auto takes the average where the checkpoint has one."""
+
+
+class TestSettings(WeightsSettings, DeviceSettings):
     """Writes text with a trained checkpoint."""
 
     __test__ = False  # not a test class, whatever pytest thinks of the name
@@ -262,7 +294,7 @@ class TestSettings(DeviceSettings):
     """Print each token's confidence and uncertainty, read from the model's own state."""
 
 
-class EvalSettings(DeviceSettings):
+class EvalSettings(WeightsSettings, DeviceSettings):
     """One checkpoint's figures on held-out text."""
 
     data: Path = Path("data/mixed_train")

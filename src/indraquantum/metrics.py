@@ -34,7 +34,7 @@ FIELDS = {
     "phase_mean": "mean readout phase over the batch, radians in (-pi/2, 3pi/2]",
     "phase_std": "its standard deviation",
     "learning_rate": "learning rate of the backbone at this step",
-    "grad_norm": "global norm of the gradients before clipping",
+    "grad_norm": "global norm of the gradients before clipping; null where float16 left the update out",
     "tokens_per_second": "real tokens per second of this step",
     "held_out": "cross-entropy per source on held-out text, nats per token, or null",
     "context_divergence": "mean KL of the predictions from their own mean, nats; 0 where they ignore the context",

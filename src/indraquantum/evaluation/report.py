@@ -29,7 +29,7 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
         UserError: no checkpoint, another tokenizer than the dataset's, nothing to predict.
     """
     device = choose_device(settings)
-    model, tokenizer = load_model(path, device)
+    model, tokenizer = load_model(path, device, settings.weights)
     if settings.text is not None:
         if settings.signals is not None:
             raise UserError("--signals", settings.signals, "belongs to --data; a text file has no signals")

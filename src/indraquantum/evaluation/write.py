@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,16 +18,25 @@ from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.training.checkpoint import load_checkpoint
 
 
-def load_model(path: Path, device: torch.device) -> tuple[IndraQuantumPhase2, TextTokenizer]:
+def load_model(
+    path: Path, device: torch.device, weights: Literal["auto", "ema", "last"] = "auto"
+) -> tuple[IndraQuantumPhase2, TextTokenizer]:
     """The model and the tokenizer of a checkpoint, ready to write.
 
+    Args:
+        path: the checkpoint.
+        device: where to put the model.
+        weights: the moving average or the last weights; auto takes the average where there is one.
+
     Raises:
-        UserError: `path` is no whole checkpoint, or its weights don't fit its own configuration.
+        UserError: `path` is no whole checkpoint, its weights don't fit its own configuration, or it has no average.
     """
     checkpoint = load_checkpoint("CHECKPOINT", path)
+    if weights == "ema" and not checkpoint.average:
+        raise UserError("--weights", weights, "must be last or auto: the checkpoint keeps no average")
     model = IndraQuantumPhase2(IndraQuantumConfig.from_dict(checkpoint.model_config))
     try:
-        model.load_state_dict(checkpoint.model)
+        model.load_state_dict(checkpoint.model if weights == "last" else checkpoint.model | checkpoint.average)
     except RuntimeError as error:
         raise UserError("CHECKPOINT", path, f"must hold weights of its own shape ({_mismatch(error)})") from None
     tokenizer = checkpoint.tokenizer
@@ -51,7 +61,7 @@ def prompt_text(settings: TestSettings) -> str:
 def write_text(path: Path, settings: TestSettings) -> GeneratedText:
     """Load the checkpoint at `path`, continue the prompt and print the result."""
     text = prompt_text(settings)
-    model, tokenizer = load_model(path, choose_device(settings))
+    model, tokenizer = load_model(path, choose_device(settings), settings.weights)
     generated = generate_text(model, tokenizer, settings, text)
     print(text + generated.text)
     if settings.show_state:

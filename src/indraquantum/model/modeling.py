@@ -79,6 +79,7 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer"]
 
     def __init__(self, config: IndraQuantumConfig) -> None:
@@ -280,32 +281,52 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
         with self.lifted():
             return super().generate(*args, **kwargs)
 
-    def parameter_groups(self, learning_rate: float, table_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Split the trainable parameters for AdamW.
+    def parameter_groups(
+        self,
+        learning_rate: float,
+        table_rate: float,
+        weight_decay: float,
+        projector_rate: float = 1.0,
+        table_weight_decay: float = 0.0,
+    ) -> list[dict[str, Any]]:
+        """Split the trainable parameters for an optimiser.
 
         Args:
-            learning_rate: rate of everything but the table.
+            learning_rate: rate of everything but table and projector.
             table_rate: the embedding table's rate as a multiple of learning_rate.
-            weight_decay: decoupled decay of the matrices; table, biases, norms, scale and references have
-                none.
+            weight_decay: decoupled decay of the matrices; biases, norms, scale and references have none.
+            projector_rate: the projector's rate as a multiple of learning_rate.
+            table_weight_decay: the table's decay.
 
         Returns:
-            The groups, each with "name", "params", "lr", "weight_decay" and the constant "rate", so that a
-            schedule sets lr = base * rate.
+            The groups that are not empty, each with "name", "params", "lr", "weight_decay" and the constant
+            "rate", so that a schedule sets lr = base * rate.
         """
-        table, matrices, others = [self.embedding.weight], [], []
         undecayed = {id(parameter) for module in (self.head, self.readout) for parameter in module.parameters()}
+        of_projector = {id(parameter) for parameter in self.projector.parameters()}
+        groups: dict[str, dict[str, Any]] = {
+            "table": {"rate": table_rate, "weight_decay": table_weight_decay},
+            "projector": {"rate": projector_rate, "weight_decay": weight_decay},
+            "layers": {"rate": 1.0, "weight_decay": weight_decay},
+            "projector biases": {"rate": projector_rate, "weight_decay": 0.0},
+            "others": {"rate": 1.0, "weight_decay": 0.0},
+        }
+        members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
         for parameter in self.parameters():
-            if parameter is self.embedding.weight or not parameter.requires_grad:
-                continue
             matrix = parameter.ndim >= 2 and id(parameter) not in undecayed
-            (matrices if matrix else others).append(parameter)
-        groups = [
-            {"name": "table", "params": table, "rate": table_rate, "weight_decay": 0.0},
-            {"name": "matrices", "params": matrices, "rate": 1.0, "weight_decay": weight_decay},
-            {"name": "others", "params": others, "rate": 1.0, "weight_decay": 0.0},
+            if parameter is self.embedding.weight:
+                name = "table"
+            elif id(parameter) in of_projector:
+                name = "projector" if matrix else "projector biases"
+            else:
+                name = "layers" if matrix else "others"
+            if parameter.requires_grad:
+                members[name].append(parameter)
+        return [
+            {"name": name, "params": members[name], **group, "lr": learning_rate * group["rate"]}
+            for name, group in groups.items()
+            if members[name]
         ]
-        return [{**group, "lr": learning_rate * group["rate"]} for group in groups]
 
 
 AutoModelForCausalLM.register(IndraQuantumConfig, IndraQuantumPhase2)

@@ -28,7 +28,8 @@ from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, fsync_folder, sha256_of
 
 FORMAT = "indraquantum-checkpoint"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+BEST_NAME = "checkpoint_v4_best.pt"
 NAME = re.compile(r"checkpoint_v4_(epoch|step)_(\d+)\.pt")
 # What zipfile and torch.load raise for files that are cut, damaged or none of ours.
 MALFORMED = (
@@ -44,12 +45,15 @@ class Checkpoint:
 
     model_config: dict[str, Any]  # IndraQuantumConfig.to_dict()
     model: dict[str, torch.Tensor]  # state_dict
+    average: dict[str, torch.Tensor]  # moving average of the trainable weights; empty where none is kept
     optimizer: dict[str, Any]  # state_dict
     step: int  # optimiser steps done
     tokens: int  # real tokens seen
     finished: bool  # the run had come to its end
     pending: dict[str, Any] | None  # metrics of this step where its evaluation was cut short, to be done on resume
     guard: dict[str, Any]  # what the collapse guard has seen
+    best: dict[str, Any]  # the best evaluation so far, see best.BestHeldOut
+    loss_scale: dict[str, Any]  # state of float16's loss scale; empty for the other formats
     settings: dict[str, Any]  # what decides the run, see run.run_identity
     tokenizer: dict[str, Any]  # json, bos_id, eos_id
 

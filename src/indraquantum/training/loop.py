@@ -8,9 +8,12 @@ from its newest checkpoint exactly as if it had not been.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from indraquantum.metrics import MetricsLog
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.signals import SignalStore, verify_signals
 from indraquantum.training.checkpoint import (
+    BEST_NAME,
     Checkpoint,
     prune_step_checkpoints,
     remove_leftovers,
@@ -141,11 +145,14 @@ def continue_run(run: Run, log: MetricsLog, interrupts: Interrupts) -> None:
                     bar.update()
                     bar.set_postfix_str(postfix(run.pending))
                     watch_for_collapse(run)
+                is_best = False
                 if run.epoch_ends or run.step % run.settings.evaluate_every == 0:
-                    with interrupts.at_once():
-                        run.pending["held_out"] = evaluate(run)
+                    run.pending["held_out"] = evaluate(run, interrupts.at_once)
+                    is_best = judge(run)
                 log.write(run.pending)
                 run.pending = None
+                if is_best and run.step and run.settings.keep_best:  # before the one to resume from: it is never behind
+                    write_checkpoint(run, run.settings.output / BEST_NAME, log)
                 save_where_due(run, log)
                 interrupts.check()
             save_where_due(run, log)
@@ -179,6 +186,7 @@ def take_step(run: Run) -> dict[str, Any]:
     except TrainingStopped as error:
         raise TrainingStopped(f"step {step + 1}: {error}") from None
     run.step += 1
+    run.average.update(run.model, run.step)
     run.tokens += result.tokens
     run.saved = False
     return metrics_of(run, result, learning_rate, time.perf_counter() - started)
@@ -219,14 +227,36 @@ def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: floa
     }
 
 
-def evaluate(run: Run) -> dict[str, float]:
-    """Held-out cross-entropy now, kept, printed and returned."""
-    figures = run.held_out = held_out_cross_entropy(run.model, run.dataset, run.device)
+def evaluate(
+    run: Run, interruptible: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+) -> dict[str, float]:
+    """Held-out cross-entropy now, of the averaged weights where they are kept; printed and returned.
+
+    Args:
+        run: the run.
+        interruptible: around the evaluation, but not around the exchange of the weights.
+
+    Raises:
+        TrainingStopped: it is not finite.
+    """
+    with run.average.in_place_of(run.model), interruptible():
+        figures = held_out_cross_entropy(run.model, run.dataset, run.device)
+    run.held_out = figures
     if not all(map(math.isfinite, figures.values())):
         raise TrainingStopped(f"step {run.step}: the held-out cross-entropy is not finite: {figures}")
     text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
     tqdm.write(f"step {run.step}/{run.total_steps}: held-out cross-entropy (nats/token) {text}")
     return figures
+
+
+def judge(run: Run) -> bool:
+    """Take in the evaluation that was just done; whether it is the best so far. May end the run."""
+    best = run.best
+    is_best = best.take(run.step, run.held_out["all"], run.settings.patience)
+    if best.stopped:
+        waited = f"{best.evaluations_since} evaluations without a better held-out cross-entropy"
+        tqdm.write(f"step {run.step}: stopped early, {waited} than {best.cross_entropy:.4f} at step {best.step}")
+    return is_best
 
 
 def save_where_due(run: Run, log: MetricsLog) -> None:
@@ -239,7 +269,18 @@ def save_where_due(run: Run, log: MetricsLog) -> None:
 
 
 def save(run: Run, path: Path, log: MetricsLog) -> None:
-    """Write a checkpoint of `run` as it stands, after the metrics up to it, and drop the step checkpoints of old.
+    """Write a checkpoint to resume from, and drop the step checkpoints of old.
+
+    Raises:
+        TrainingStopped: a weight or the optimiser's state is not finite; nothing is written.
+    """
+    write_checkpoint(run, path, log)
+    run.saved = True
+    prune_step_checkpoints(run.settings.output, run.settings.keep_last)
+
+
+def write_checkpoint(run: Run, path: Path, log: MetricsLog) -> None:
+    """Write a checkpoint of `run` as it stands, after the metrics up to it.
 
     Raises:
         TrainingStopped: a weight or the optimiser's state is not finite; nothing is written.
@@ -253,18 +294,19 @@ def save(run: Run, path: Path, log: MetricsLog) -> None:
         Checkpoint(
             model_config=run.model.config.to_dict(),
             model=model,
+            average=run.average.weights,
             optimizer=optimizer,
             step=run.step,
             tokens=run.tokens,
             finished=run.finished,
             pending=run.pending,
             guard=vars(run.guard),
+            best=vars(run.best),
+            loss_scale=run.parallel.precision.scaler.state_dict(),
             settings=run.identity,
             tokenizer={"json": tokenizer.to_json(), "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
         ),
     )
-    run.saved = True
-    prune_step_checkpoints(run.settings.output, run.settings.keep_last)
     tqdm.write(f"wrote {path}")
 
 

@@ -28,6 +28,7 @@ from indraquantum.data.dataset import Batch
 from indraquantum.learner import Learner, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
 from indraquantum.processes import ALONE, Processes, whole
+from indraquantum.training.precision import Precision
 
 
 class PassResult(NamedTuple):
@@ -40,9 +41,9 @@ class PassResult(NamedTuple):
 class MicroBatchPass(nn.Module):
     """The objective on one micro-batch, from rows to terms."""
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: Learner, precision: Precision) -> None:
         super().__init__()
-        self.learner = learner
+        self.learner, self.precision = learner, precision
 
     def lift_table(self) -> Tensor:
         """The lifted table (V, D), as the learner gives it."""
@@ -72,7 +73,8 @@ class MicroBatchPass(nn.Module):
         if collected_VD is not None:
             table_VD.register_hook(lambda gradient_VD: gradient_VD + collected_VD)
         device = table_VD.device
-        states_BTD = self.learner.hidden_states(**to_tensors(batch, device), table_VD=table_VD)
+        with self.precision.autocast():
+            states_BTD = self.learner.hidden_states(**to_tensors(batch, device), table_VD=table_VD)
         labelled = batch.labels.reshape(-1) >= 0
         states_ND = states_BTD.flatten(0, 1)[torch.from_numpy(np.flatnonzero(labelled)).to(device)]
         labels_N = torch.from_numpy(batch.labels.reshape(-1)[labelled]).to(device)
@@ -92,10 +94,10 @@ class Alone:
 
     rows_stand_alone = True  # whether one process may run a row by itself, to see what it does
 
-    def __init__(self, learner: Learner, processes: Processes = ALONE) -> None:
-        self.processes = processes
+    def __init__(self, learner: Learner, processes: Processes = ALONE, precision: Precision | None = None) -> None:
+        self.processes, self.precision = processes, precision or Precision()
         self.device = next(learner.parameters()).device
-        self.bare = MicroBatchPass(learner)
+        self.bare = MicroBatchPass(learner, self.precision)
         self.run_pass: nn.Module = self.bare
 
     def lifted_leaf(self) -> Tensor:
@@ -115,8 +117,8 @@ class Alone:
 class DataParallel(Alone):
     """DDP: each process holds the whole model."""
 
-    def __init__(self, learner: Learner, processes: Processes, *, unused: bool) -> None:
-        super().__init__(learner, processes)
+    def __init__(self, learner: Learner, processes: Processes, precision: Precision, *, unused: bool) -> None:
+        super().__init__(learner, processes, precision)
         self.run_pass = nn.parallel.DistributedDataParallel(self.bare, find_unused_parameters=unused)
         self.run_pass.register_comm_hook(None, _sum_bucket)
 
@@ -136,11 +138,11 @@ class FullyShardedParallel(Alone):
 
     rows_stand_alone = False
 
-    def __init__(self, learner: Learner, processes: Processes, device: torch.device) -> None:
+    def __init__(self, learner: Learner, processes: Processes, precision: Precision, device: torch.device) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-        super().__init__(learner, processes)
+        super().__init__(learner, processes, precision)
         mesh = init_device_mesh(device.type, (processes.world,))
         for layer in learner.backbone.layers:
             fully_shard(layer, mesh=mesh)
@@ -170,7 +172,13 @@ class FullyShardedParallel(Alone):
 
 
 def make_parallel(
-    kind: Literal["auto", "ddp", "fsdp2"], learner: Learner, processes: Processes, device: torch.device, *, unused: bool
+    kind: Literal["auto", "ddp", "fsdp2"],
+    learner: Learner,
+    processes: Processes,
+    device: torch.device,
+    *,
+    unused: bool,
+    precision: Precision | None = None,
 ) -> Alone:
     """Share `learner` among `processes`; before its optimiser is made, which must hold the weights as they then are.
 
@@ -180,12 +188,14 @@ def make_parallel(
         processes: those of the run.
         device: this process's.
         unused: some weights get no gradient.
+        precision: of the layers; float32 by default.
     """
     if processes.alone:
-        return Alone(learner)
+        return Alone(learner, precision=precision)
+    precision = precision or Precision()
     if kind == "fsdp2":
-        return FullyShardedParallel(learner, processes, device)
-    return DataParallel(learner, processes, unused=unused)
+        return FullyShardedParallel(learner, processes, precision, device)
+    return DataParallel(learner, processes, precision, unused=unused)
 
 
 def gathered(state: Any) -> Any:

@@ -22,8 +22,9 @@ from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import atomic_folder, make_folder
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.masks import document_mask
+from indraquantum.training.optimizers import BETAS
 from indraquantum.training.parallel import Alone
-from indraquantum.training.run import BETAS, rows_per_step
+from indraquantum.training.run import rows_per_step
 from indraquantum.training.schedule import rows_of_step
 from indraquantum.training.step import optimizer_step, set_learning_rates
 

@@ -18,6 +18,9 @@ from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.processes import ALONE, Processes
 from indraquantum.teacher.signals import SignalStore
+from indraquantum.training.acceleration import accelerate
+from indraquantum.training.average import WeightAverage
+from indraquantum.training.best import BestHeldOut
 from indraquantum.training.checkpoint import (
     Checkpoint,
     Found,
@@ -28,14 +31,15 @@ from indraquantum.training.checkpoint import (
     set_aside,
 )
 from indraquantum.training.collapse_guard import CollapseGuard
+from indraquantum.training.optimizers import new_optimizer
 from indraquantum.training.parallel import Alone, make_parallel
+from indraquantum.training.precision import choose_precision
 from indraquantum.training.schedule import steps_per_epoch
 
-BETAS = (0.9, 0.95)
 # What may change between two starts of one run without changing what it computes.
 FREE_SETTINGS = {
     "output", "logs", "device", "threads", "data", "signals", "teacher", "tokenizer",
-    "save_every", "keep_last", "resume", "on_collapse", "dry_run", "parallel",
+    "save_every", "keep_last", "resume", "on_collapse", "dry_run", "parallel", "gradient_checkpointing", "keep_best",
 }  # fmt: skip
 
 
@@ -51,6 +55,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     device: torch.device
     objective: SemanticDistillationLoss
+    average: WeightAverage
     identity: dict[str, Any]
     total_steps: int
     steps_per_epoch: int
@@ -58,13 +63,14 @@ class Run:
     tokens: int = 0
     held_out: dict[str, float] | None = None  # of the last evaluation
     pending: dict[str, Any] | None = None  # metrics of `step` that are not written yet
+    best: BestHeldOut = field(default_factory=BestHeldOut)
     guard: CollapseGuard = field(default_factory=CollapseGuard)
     saved: bool = False  # a checkpoint holds the run as it stands
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done."""
-        return self.step == self.total_steps
+        """Whether the last step is done, or the run was stopped early."""
+        return self.step == self.total_steps or self.best.stopped
 
     @property
     def rows_per_step(self) -> int:
@@ -97,7 +103,7 @@ def start_run(
     """A run at its first step: seeded weights, fresh optimiser; the same in each of `processes`.
 
     Raises:
-        UserError: the model's settings contradict each other.
+        UserError: settings contradict each other, or ask for a compiler where none works.
     """
     tokenizer = dataset.tokenizer
     config = IndraQuantumConfig.from_settings(
@@ -109,8 +115,10 @@ def start_run(
     )
     torch.manual_seed(settings.seed)
     model = IndraQuantumPhase2(config).to(device).train()
+    accelerate(model, settings, device)
     # Without signals nothing looks at the readout.
-    parallel = make_parallel(settings.parallel, model, processes, device, unused=signals is None)
+    precision, unused = choose_precision(settings, device), signals is None
+    parallel = make_parallel(settings.parallel, model, processes, device, unused=unused, precision=precision)
     per_epoch = steps_per_epoch(dataset.train.num_rows, rows_per_step(settings.batch_tokens, dataset.row_length))
     total_steps = settings.epochs * per_epoch
     distil = signals is not None
@@ -120,11 +128,8 @@ def start_run(
         signals=signals,
         model=model,
         parallel=parallel,
-        optimizer=torch.optim.AdamW(
-            model.parameter_groups(settings.learning_rate, settings.table_rate, settings.weight_decay),
-            betas=BETAS,
-            fused=True,
-        ),
+        optimizer=new_optimizer(model, settings, sharded=not parallel.rows_stand_alone),
+        average=WeightAverage(model, settings.ema_decay),
         device=device,
         objective=SemanticDistillationLoss(
             kd_weight=0.0,  # set at each step by the curriculum
@@ -202,4 +207,6 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.model.load_state_dict(checkpoint.model)
     run.optimizer.load_state_dict(checkpoint.optimizer)
     run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True
-    run.guard = CollapseGuard(**checkpoint.guard)
+    run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
+    run.average.load(checkpoint.average)
+    run.parallel.precision.scaler.load_state_dict(checkpoint.loss_scale)

@@ -31,7 +31,7 @@ class StepResult:
     """What one step brought: the objective's terms averaged over its labelled tokens, and how the update went."""
 
     tokens: int  # real tokens, labelled or not
-    grad_norm: float  # before clipping
+    grad_norm: float | None  # before clipping; None where float16 overflowed, the update is left out then
     terms: dict[str, float | None]  # loss, ce, kd, kd_estimate, phase, magnitude; None where absent
     readout: dict[str, float | None]  # mean and standard deviation of magnitude and phase
 
@@ -90,12 +90,15 @@ def optimizer_step(
     for result in _passes(parallel, objective, work, token_count):
         totals.add(result)
     terms, readout = totals.over(processes)
+    parallel.precision.scaler.unscale_(optimizer)
     grad_norm = clip_gradients(optimizer, max_grad_norm)
-    if not (math.isfinite(terms["loss"]) and math.isfinite(grad_norm)):
+    if not (math.isfinite(terms["loss"]) and (math.isfinite(grad_norm) or parallel.precision.may_overflow)):
         guilty = _guilty_rows(parallel, objective, optimizer, split, rows, signals, token_count)
         found = f"loss {terms['loss']}, gradient norm {grad_norm}: not finite by rows {guilty}"
         raise TrainingStopped(f"{found}; the weights were not updated")
-    optimizer.step()
+    parallel.precision.scaler.step(optimizer)  # leaves the weights alone where a gradient overflowed
+    parallel.precision.scaler.update()
+    grad_norm = grad_norm if math.isfinite(grad_norm) else None
     return StepResult(tokens=int(tokens), grad_norm=grad_norm, terms=terms, readout=readout)
 
 
@@ -107,15 +110,16 @@ def _passes(
     for part in work[:-1]:
         with parallel.part(last=False):
             teacher = _on(parallel.device, part.teacher)
-            yield _backward(parallel.run_pass(part.batch, teacher, objective, token_count, leaf_VD))
+            yield _backward(parallel, parallel.run_pass(part.batch, teacher, objective, token_count, leaf_VD))
     with parallel.part(last=True):
         teacher = _on(parallel.device, work[-1].teacher)
         collected_VD = None if leaf_VD is None else leaf_VD.grad
-        yield _backward(parallel.run_pass(work[-1].batch, teacher, objective, token_count, None, collected_VD))
+        result = parallel.run_pass(work[-1].batch, teacher, objective, token_count, None, collected_VD)
+        yield _backward(parallel, result)
 
 
-def _backward(result: PassResult) -> PassResult:
-    result.terms.total.backward()
+def _backward(parallel: Alone, result: PassResult) -> PassResult:
+    parallel.precision.scaler.scale(result.terms.total).backward()
     return result
 
 
@@ -162,9 +166,8 @@ def _guilty_rows(
         optimizer.zero_grad(set_to_none=True)
         work = _work(split, np.array([row]), signals)
         with parallel.part(last=False):  # nothing is reduced
-            result = _backward(
-                parallel.run_pass(work.batch, _on(parallel.device, work.teacher), objective, token_count)
-            )
+            teacher = _on(parallel.device, work.teacher)
+            result = _backward(parallel, parallel.run_pass(work.batch, teacher, objective, token_count))
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         if not all_finite(result.terms.total.item(), gradients):
             guilty.append(int(row))

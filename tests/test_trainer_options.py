@@ -1,0 +1,296 @@
+"""Precision, averaged weights, early stopping, Muon, gradient checkpointing: each does what it says, no more."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from indraquantum import cli
+from indraquantum.config import TrainSettings
+from indraquantum.errors import TrainingStopped, UserError
+from indraquantum.evaluation.held_out import held_out_cross_entropy
+from indraquantum.evaluation.write import load_model
+from indraquantum.metrics import read_metrics
+from indraquantum.training import acceleration, loop
+from indraquantum.training.average import WeightAverage
+from indraquantum.training.best import BestHeldOut
+from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint
+from indraquantum.training.dry_run import activation_bytes
+from indraquantum.training.optimizers import new_optimizer
+from indraquantum.training.precision import choose_precision
+from indraquantum.training.scratch import scratch_run
+
+SMALL = {
+    "d_model": 14, "layers": 2, "heads": 2, "mlp_width": 22, "batch_tokens": 480, "learning_rate": 5e-3, "epochs": 1,
+    "device": "cpu", "threads": 1,
+}  # fmt: skip
+
+
+def settings(world, tmp_path, **changes) -> TrainSettings:
+    return TrainSettings(
+        **{"data": world.data, "output": tmp_path / "run", "logs": tmp_path / "logs", **SMALL, **changes}
+    )
+
+
+def losses(run, steps: int) -> list[float]:
+    return [loop.take_step(run)["loss"] for _ in range(steps)]
+
+
+# --- precision
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_16_bits_stay_near_float32_and_weights_stay_float32(world, tmp_path, precision):
+    exact = losses(scratch_run(settings(world, tmp_path)), 6)
+    run = scratch_run(settings(world, tmp_path, precision=precision))
+    rounded = losses(run, 6)
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=5e-3)
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_only_the_layers_products_are_16_bits(world, tmp_path, name, dtype):
+    run = scratch_run(settings(world, tmp_path, precision=name))
+    seen = {}
+    run.model.backbone.layers[0].mlp.down_proj.register_forward_hook(lambda *call: seen.update(layer=call[2].dtype))
+    original = run.objective.__class__.__call__
+
+    def objective(self, states_ND, table_VD, *arguments, **options):
+        seen.update(
+            table=table_VD.dtype, loss=(terms := original(self, states_ND, table_VD, *arguments, **options)).total.dtype
+        )
+        return terms
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.objective.__class__, "__call__", objective)
+        loop.take_step(run)
+    assert seen == {"layer": dtype, "table": torch.float32, "loss": torch.float32}
+
+
+def test_auto_is_float32_on_a_cpu(world, tmp_path):
+    chosen = choose_precision(settings(world, tmp_path, precision="auto"), torch.device("cpu"))
+    assert (chosen.dtype, chosen.scaler.is_enabled(), chosen.may_overflow) == (torch.float32, False, False)
+
+
+def test_a_loss_scale_that_is_too_large_leaves_the_update_out_and_halves(world, tmp_path):
+    run = scratch_run(settings(world, tmp_path, precision="float16"))
+    run.parallel.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    metrics = loop.take_step(run)
+    assert metrics["grad_norm"] is None
+    assert math.isfinite(metrics["loss"])
+    assert run.parallel.precision.scaler.get_scale() == 2.0**119
+    assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+
+
+def test_gradients_that_overflow_at_any_scale_stop_the_run(world, tmp_path):
+    run = scratch_run(settings(world, tmp_path, precision="float16"))
+    run.parallel.precision.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    run.model.head.bias_V.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingStopped, match="gradient norm inf: not finite by rows"):
+        loop.take_step(run)
+
+
+# --- averaged weights
+
+
+def test_the_average_by_hand():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(8.0)
+    average = WeightAverage(model, 0.4)
+    for step, value in ((1, 4.0), (2, 2.0), (9, 0.0)):  # decays (1+s)/(10+s): 2/11, 3/12, then 0.4 at most
+        model.weight.data.fill_(value)
+        average.update(model, step)
+        expected = {1: 4 + 4 * 2 / 11, 2: 2 + 0.25 * (2 + 4 * 2 / 11), 9: 0.4 * (2 + 0.25 * (2 + 4 * 2 / 11))}[step]
+        assert average.weights["weight"].item() == pytest.approx(expected, rel=1e-6)
+    with contextlib.suppress(RuntimeError), average.in_place_of(model):
+        assert model.weight.item() == pytest.approx(expected)
+        raise RuntimeError("the weights come back whatever happens")
+    assert model.weight.item() == 0.0
+
+
+def test_the_average_is_evaluated_kept_and_used(world, tmp_path):
+    report = loop.train(settings(world, tmp_path, ema_decay=0.9, max_steps=5))
+    plain = loop.train(settings(world, tmp_path / "plain", max_steps=5))
+    checkpoint = load_checkpoint("", report.checkpoint)
+    for name, weight in load_checkpoint("", plain.checkpoint).model.items():
+        assert torch.equal(weight, checkpoint.model[name]), "averaging must not change what is trained"
+    dataset = scratch_run(settings(world, tmp_path)).dataset
+    found = {}
+    for weights in ("auto", "ema", "last"):
+        model, _ = load_model(report.checkpoint, torch.device("cpu"), weights)
+        found[weights] = held_out_cross_entropy(model, dataset, torch.device("cpu"))
+    assert found["auto"] == found["ema"] == report.held_out
+    assert found["last"] == plain.held_out
+    assert found["last"] != found["ema"]
+
+
+def test_weights_that_are_not_there_are_refused(world, tmp_path, capsys):
+    report = loop.train(settings(world, tmp_path, max_steps=1))
+    capsys.readouterr()
+    words = ["test", str(report.checkpoint), "--prompt", "the cat", "--weights", "ema"]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(words)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "--weights: got ema; must be last or auto: the checkpoint keeps no average" in error
+    assert error.count("\n") == 1
+    cli.app(
+        ["eval", str(report.checkpoint), "--data", str(world.data), "--weights", "last"], result_action="return_value"
+    )
+
+
+# --- best and early stopping
+
+
+def test_patience_by_hand():
+    best = BestHeldOut()
+    taken = [best.take(step, value, 2) for step, value in enumerate((5.0, 4.0, 4.0, 3.0, 3.5))]
+    assert taken == [True, True, False, True, False]
+    assert (best.cross_entropy, best.step, best.evaluations_since, best.stopped) == (3.0, 3, 1, False)
+    assert not best.take(5, 3.0, 2)
+    assert best.stopped
+    endless = BestHeldOut()
+    for step in range(50):
+        endless.take(step, step, 0)
+    assert (endless.evaluations_since, endless.stopped) == (49, False)
+
+
+def test_a_run_stops_early_and_keeps_its_best(world, tmp_path, monkeypatch, capsys):
+    script = iter([9.0, 7.0, 6.0, 6.5, 6.25, 1.0])  # steps 0, 2, 4, 6, 8
+    monkeypatch.setattr(loop, "held_out_cross_entropy", lambda *_: {"all": next(script)})
+    wanted = settings(
+        world, tmp_path, epochs=9, evaluate_every=2, keep_best=True, patience=2, save_every=1, keep_last=99
+    )
+    assert scratch_run(wanted).steps_per_epoch > 8  # no epoch ends in between
+    report = loop.train(wanted)
+    assert report.steps == 8
+    assert (
+        "stopped early, 2 evaluations without a better held-out cross-entropy than 6.0000 at step 4"
+        in capsys.readouterr().out
+    )
+    last, best = load_checkpoint("", report.checkpoint), load_checkpoint("", wanted.output / BEST_NAME)
+    assert (last.step, last.finished, best.step, best.finished) == (8, True, 4, False)
+    same = load_checkpoint("", wanted.output / "checkpoint_v4_step_4.pt")
+    assert all(torch.equal(weight, same.model[name]) for name, weight in best.model.items())
+    monkeypatch.undo()
+    assert loop.train(wanted).steps == 8
+    assert "This run is finished: 8 steps" in capsys.readouterr().out
+    assert read_metrics(report.metrics)[-1]["step"] == 8
+
+
+# --- optimisers
+
+
+def test_muon_turns_the_layers_matrices_and_adamw_the_rest(world, tmp_path):
+    runs = [scratch_run(settings(world, tmp_path, optimizer=name, muon_rate=rate, weight_decay=0, warmup_fraction=0))
+            for name, rate in (("muon", 3.0), ("adamw", 1.0))]  # fmt: skip
+    for run in runs:
+        run.before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        loop.take_step(run)
+    muon, adamw = runs
+    groups = {group["name"]: group["lr"] for group in muon.optimizer.param_groups}
+    assert groups == pytest.approx(
+        {"table": 5e-2, "projector": 5e-3, "projector biases": 5e-3, "others": 5e-3, "layers": 15e-3}
+    )
+    turned = 0
+    for name, parameter in muon.model.named_parameters():
+        other = adamw.model.get_parameter(name)
+        if "layers" in name and parameter.ndim == 2:
+            change = (muon.before[name] - parameter.detach()) / (15e-3 * 0.2 * math.sqrt(max(parameter.shape)))
+            singular = torch.linalg.svdvals(change)
+            assert 0.5 < singular.median() < 1.3, name
+            # the change lies along U V^T of the first gradient
+            u, _, v = torch.linalg.svd(parameter.grad, full_matrices=False)
+            assert (change * (u @ v)).sum() / change.norm() / (u @ v).norm() > 0.9, name
+            turned += 1
+        else:
+            assert torch.equal(parameter, other), name
+    assert turned == 2 * 7
+
+
+def test_muon_state_goes_through_its_state_dict(world, tmp_path):
+    wanted = settings(world, tmp_path, optimizer="muon")
+    run, again = scratch_run(wanted), scratch_run(wanted)
+    losses(run, 2)
+    again.model.load_state_dict(run.model.state_dict())
+    again.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    again.step = run.step
+    assert losses(run, 2) == losses(again, 2)
+    assert all(torch.equal(p, again.model.get_parameter(name)) for name, p in run.model.named_parameters())
+
+
+def test_the_tables_decay_is_decoupled(world, tmp_path):
+    tables = []
+    for decay in (0.0, 0.5):
+        run = scratch_run(settings(world, tmp_path, table_weight_decay=decay, warmup_fraction=0))
+        start = run.model.embedding.weight.detach().clone()
+        loop.take_step(run)
+        tables.append(run.model.embedding.weight.detach())
+    torch.testing.assert_close(tables[0] - tables[1], start * 0.5 * 5e-2, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"muon_rate": 2.0}, "--muon-rate: got 2.0; must be 1 without --optimizer muon"),
+        (
+            {"projector_rate": 2.0, "projector": "none", "heads": 1},
+            "--projector-rate: got 2.0; must be 1 with --projector none",
+        ),
+        (
+            {"projector_rate": 2.0, "projector": "frozen"},
+            "--projector-rate: got 2.0; must be 1 with --projector frozen",
+        ),
+    ],
+)
+def test_rates_of_what_is_not_there_are_refused(world, tmp_path, changes, said):
+    with pytest.raises(UserError, match=said):
+        loop.train(settings(world, tmp_path, **changes))
+    assert not list((tmp_path / "run").glob("*.pt"))
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_muon_is_refused_where_matrices_lie_in_shards(world, tmp_path):
+    run = scratch_run(settings(world, tmp_path))
+    with pytest.raises(UserError, match="--optimizer: got muon; must be adamw with --parallel fsdp2"):
+        new_optimizer(run.model, settings(world, tmp_path, optimizer="muon"), sharded=True)
+
+
+# --- memory and speed of the layers
+
+
+def test_gradient_checkpointing_gives_the_same_bits_from_less_memory(world, tmp_path):
+    plain, kept = (
+        scratch_run(settings(world, tmp_path, gradient_checkpointing=on, dropout=0.1)) for on in (False, True)
+    )
+    rows = np.arange(10)
+    assert activation_bytes(kept, rows) < 0.3 * activation_bytes(plain, rows)
+    assert losses(kept, 3) == losses(plain, 3)
+    assert all(torch.equal(p, kept.model.get_parameter(name)) for name, p in plain.model.named_parameters())
+
+
+def test_without_a_compiler_there_is_one_line(world, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(
+        UserError, match=r"--compile: got True; needs a compiler that works here \(InvalidCxx.*found\); leave"
+    ):
+        acceleration.require_compiler(torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_compiled_layers_give_the_same_loss(world, tmp_path):
+    plain, compiled = (scratch_run(settings(world, tmp_path, compile=on)) for on in (False, True))
+    assert losses(compiled, 3) == pytest.approx(losses(plain, 3), rel=1e-5)
+    assert set(compiled.model.state_dict()) == set(plain.model.state_dict())
+    assert compiled.model.backbone.layers[0]._compiled_call_impl is not None
