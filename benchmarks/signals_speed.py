@@ -95,8 +95,8 @@ def main() -> None:
     wall, cpu = ({name: statistics.median(values) for name, values in table.items()} for table in (walls, cpus))
     print(f"{options.threads} threads, {options.rounds} rounds, {shape.step_tokens:,} positions a step")
     for name in wall:
-        shares = f"{wall[name] / wall['step']:7.3%} of the step, by CPU time {cpu[name] / cpu['step']:.3%}"
-        print(f"{name:8} {wall[name] * 1e3:9.2f} ms {shares} (goal 1 %)")
+        shares = f"{wall[name] / wall['step']:8.3%} and {cpu[name] / cpu['step']:8.3%} of the step's"
+        print(f"{name:8} {wall[name] * 1e3:9.2f} ms, {cpu[name] * 1e3:9.2f} ms of CPU: {shares} (goal 1 %)")
 
 
 if __name__ == "__main__":
