@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 from indraquantum.ablation.one_run import drop_checkpoints
 from indraquantum.ablation.plan import Plan, load_plan
@@ -76,7 +75,7 @@ def _run(bench: Bench, tasks: list[Task]) -> list[str]:
     for task in tasks:
         if task not in left:
             drop_checkpoints(task)  # of a process that was killed just before
-    return run_tasks(left, bench.settings.jobs, tqdm.write)
+    return run_tasks(left, bench.settings.jobs, partial(print, flush=True))
 
 
 def overview(bench: Bench, variants: list[str]) -> str:
