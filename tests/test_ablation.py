@@ -25,6 +25,7 @@ from indraquantum.ablation.one_run import curve, measure, run_task
 from indraquantum.ablation.plan import load_plan, resolved
 from indraquantum.ablation.report import report_blocks
 from indraquantum.ablation.results import check_record
+from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Bench
 from indraquantum.config import AblateSettings, EvalSettings, TestSettings
 from indraquantum.errors import UserError
@@ -127,6 +128,23 @@ def test_equal_tokens_and_exact_sizes(finished):
     assert runs["plain"]["flops_per_token"] == 6 * work
     lifted = 4 * 12**2 + 3 * 12 * mlp + 48 * 12 + vocabulary * 12 + vocabulary * 2 * 6 * 6 / 480
     assert runs["quantum"]["flops_per_token"] == pytest.approx(6 * lifted)
+
+
+def test_the_planned_tokens_are_those_that_are_seen(finished, tmp_path):
+    folder, plan = finished
+    bench = bench_of(plan, tmp_path)
+    for seed in PLAN["seeds"]:  # 20 steps are an epoch of 18 and two of the next
+        planned = sizes_of(bench.run("quantum", seed, {}).settings, bench.dataset)
+        assert planned.tokens == record(folder, f"quantum-seed{seed}")["tokens"]
+
+
+def test_a_trial_is_measured_on_the_choice_half(finished, tmp_path):
+    folder, plan = finished
+    trial = bench_of(plan, tmp_path).trial("plain", 1)
+    run_task(trial)
+    (checkpoint,) = trial.settings.output.glob("*epoch_1.pt")
+    choice, table = (measure(checkpoint, trial.settings, half, None)["sources"] for half in ("choice", "table"))
+    assert record(folder, "search/plain-try1")["sources"] == choice != table
 
 
 def test_the_best_setting_of_the_choice_half_is_the_one_that_runs(finished):
