@@ -19,6 +19,8 @@ COMMANDS = {
     "data show": config.ShowSettings,
     "capture": config.CaptureSettings,
     "teacher": config.TeacherSettings,
+    "runs": config.RunsSettings,
+    "runs compare": config.RunsSettings,
     "train": config.TrainSettings,
     "test": config.TestSettings,
     "eval": config.EvalSettings,

@@ -184,7 +184,7 @@ STRIKES = {
     "during evaluation": (loop, "held_out_cross_entropy", "after", 2),
     "while logging": (MetricsLog, "write", "before", 3),
     "during a save": (torch, "save", "after", 1),
-    "between the renames of a save": (os, "replace", "after", 2),
+    "between the renames of a save": (os, "replace", "after", 3),
 }
 
 

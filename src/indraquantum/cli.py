@@ -1,6 +1,6 @@
 """The command `indra`: each subcommand is one function over one settings class of config.py.
 
-    indra prepare | data | capture | teacher | train | test | eval | export | ablate | bench | demo
+    indra prepare | data | capture | teacher | train | test | eval | export | ablate | bench | runs | demo
 
 Whatever a user can mend comes out as one line on stderr with exit status 2; work is imported where it is used, so that
 `indra --help` stays quick.
@@ -25,6 +25,7 @@ from indraquantum.config import (
     DemoSettings,
     EvalSettings,
     PrepareSettings,
+    RunsSettings,
     ShowSettings,
     TeacherSettings,
     TestSettings,
@@ -230,6 +231,34 @@ def bench(*, settings: Annotated[BenchSettings, OPTIONS] = BenchSettings()) -> N
     if settings.json_file:
         with atomic_file(settings.json_file) as temporary:
             temporary.write_text(figures_json(figures) + "\n", encoding="utf-8")
+
+
+runs = App(name="runs", help="List the runs below a folder of logs, or compare some.", help_format="plaintext")
+app.command(runs)
+
+
+@runs.default
+def list_(*, settings: Annotated[RunsSettings, OPTIONS] = RunsSettings()) -> None:
+    """List runs: state, steps, last loss, last and best held-out cross-entropy of each source."""
+    from indraquantum.monitor.run_table import list_runs
+
+    list_runs(settings.logs)
+
+
+@runs.command
+def compare(run: str, /, *others: str, settings: Annotated[RunsSettings, OPTIONS] = RunsSettings()) -> None:
+    """Compare runs: where their settings differ, and their held-out figures side by side.
+
+    Parameters
+    ----------
+    run:
+        Name of a run below the logs, or its folder.
+    others:
+        The runs to compare it with.
+    """
+    from indraquantum.monitor.run_table import compare_runs
+
+    compare_runs(settings.logs, (run, *others))
 
 
 def one_line(error: CycloptsError) -> str:

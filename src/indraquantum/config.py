@@ -187,6 +187,8 @@ class TrainerSettings(Settings):
     """Compile the layers with torch.compile, where a compiler works."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decay of a moving average of the weights, which is then what is evaluated, say 0.999; 0 keeps none."""
+    log_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Where metrics go beside metrics.jsonl, by an extra package (pip install 'indraquantum[tensorboard]')."""
     keep_best: bool = False
     """Keep the checkpoint with the best held-out cross-entropy too, as checkpoint_v4_best.pt."""
     patience: int = Field(default=0, ge=0)
@@ -330,6 +332,13 @@ class AblateSettings(DeviceSettings):
     """Print variants, parameters, steps and tokens, and run nothing."""
     report_only: bool = False
     """Make the report anew from the JSONs that are there, and run nothing."""
+
+
+class RunsSettings(Settings):
+    """Where the runs are."""
+
+    logs: Path = Path("logs")
+    """The folder of the logs; every folder below it that holds a metrics.jsonl is a run."""
 
 
 class BenchSettings(Settings):

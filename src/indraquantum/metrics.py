@@ -1,7 +1,7 @@
 """The metrics of a run: one JSON object a line, append-only, the one contract between training and every reader.
 
-Every line has the same keys (FIELDS); a figure that does not exist at that step is null. The notebook, the plots and
-`indra runs` read these files and nothing else.
+Every line has the same keys (FIELDS); a figure that does not exist at that step is null. The notebook and the plots
+read these files and nothing else; `indra runs` also reads the settings in `run.json` beside them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file
+from indraquantum.trackers import NullTracker
 
+RECORD_NAME = "run.json"  # beside the metrics: what the run is
 FIELDS = {
     "step": "optimiser steps done; 0 is before training",
     "tokens": "real tokens seen so far",
@@ -46,10 +48,16 @@ FIELDS = {
 
 
 class MetricsLog:
-    """Appends lines to a metrics file; a resumed run keeps the lines up to its step and drops the rest."""
+    """Appends lines to a metrics file; a resumed run keeps the lines up to its step and drops the rest.
 
-    def __init__(self, path: Path, resumed_step: int | None = None) -> None:
-        self.path = path
+    Args:
+        path: the file.
+        resumed_step: the last step whose line is kept; None begins a new file.
+        tracker: gets every line too.
+    """
+
+    def __init__(self, path: Path, resumed_step: int | None = None, tracker: NullTracker | None = None) -> None:
+        self.path, self._tracker = path, tracker or NullTracker()
         path.parent.mkdir(parents=True, exist_ok=True)
         for left_by_a_killed_process in path.parent.glob(f".{path.name}.*.tmp"):
             left_by_a_killed_process.unlink()
@@ -81,6 +89,7 @@ class MetricsLog:
         if written != len(line):  # the disk is full: what a later start would take for a torn line goes
             self._file.truncate(end)
             raise self._not_written(len(line), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        self._tracker.log(metrics)
 
     def _not_written(self, size: int, error: OSError) -> UserError:
         free = shutil.disk_usage(self.path.parent).free
@@ -101,6 +110,7 @@ class MetricsLog:
             self.sync()
         finally:
             self._file.close()
+            self._tracker.close()
 
 
 def _line(metrics: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from indraquantum.files import folder_lock, make_folder
 from indraquantum.metrics import MetricsLog
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.signals import SignalStore, verify_signals
+from indraquantum.trackers import open_tracker, require_tracker
 from indraquantum.training.checkpoint import (
     BEST_NAME,
     Checkpoint,
@@ -41,6 +42,7 @@ from indraquantum.training.checkpoint import (
 from indraquantum.training.collapse_guard import PROBE_EVERY, look_at
 from indraquantum.training.guards import require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
+from indraquantum.training.record import write_record
 from indraquantum.training.run import Run, resume, start_run
 from indraquantum.training.schedule import linear_weight, rows_of_step
 from indraquantum.training.step import StepResult, optimizer_step, set_learning_rates
@@ -71,6 +73,7 @@ def train(settings: TrainSettings) -> TrainReport:
     """
     if settings.head != "interference":
         raise UserError("--head", settings.head, "must be interference: the objective does not serve the other")
+    require_tracker(settings.log_to)
     device = choose_device(settings)
     dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
     metrics_path = settings.logs / settings.output.resolve().name / "metrics.jsonl"
@@ -90,9 +93,12 @@ def train(settings: TrainSettings) -> TrainReport:
         if not resumed:
             run.pending = {"step": 0, "tokens": 0, "epoch": 0.0}
         last_written = run.step - (run.pending is not None)
-        log = MetricsLog(metrics_path, last_written if resumed else None)
+        tracker = open_tracker(settings.log_to, metrics_path.parent, run.identity, max(0, last_written))
+        log = MetricsLog(metrics_path, last_written if resumed else None, tracker)
         try:
+            write_record(metrics_path.parent, run)
             continue_run(run, log, interrupts)
+            write_record(metrics_path.parent, run)
         except Interrupted as interrupted:
             print(f"Left at step {run.step} by {interrupted.name}; the same command goes on.", file=sys.stderr)
             raise

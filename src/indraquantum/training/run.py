@@ -40,6 +40,7 @@ from indraquantum.training.schedule import steps_per_epoch
 FREE_SETTINGS = {
     "output", "logs", "device", "threads", "data", "signals", "teacher", "tokenizer",
     "save_every", "keep_last", "resume", "on_collapse", "dry_run", "parallel", "gradient_checkpointing", "keep_best",
+    "log_to",
 }  # fmt: skip
 
 

@@ -1,0 +1,37 @@
+"""What a run is, beside its metrics: `run.json`, so that `indra runs` can list and compare runs without checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from indraquantum.errors import UserError
+from indraquantum.files import atomic_file
+from indraquantum.metrics import RECORD_NAME
+from indraquantum.training.run import Run
+
+
+def write_record(folder: Path, run: Run) -> None:
+    """Write `folder`/run.json: settings, the data's and signals' hashes, steps in all, and whether `run` has finished.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    for leftover in folder.glob(".*.tmp"):  # of a process that was killed: the folder is locked
+        leftover.unlink()
+    record = {
+        "settings": run.settings.model_dump(mode="json"),
+        "data": run.identity["data"],
+        "signals": run.identity["signals"],
+        "total_steps": run.total_steps,
+        "finished": run.finished,
+    }
+    content = json.dumps(record, indent=2) + "\n"
+    try:
+        with atomic_file(folder / RECORD_NAME) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    except OSError as error:
+        free = shutil.disk_usage(folder).free
+        can = f"could not be written: {error.strerror} ({len(content):,} bytes needed, {free:,} free)"
+        raise UserError("--logs", folder / RECORD_NAME, can) from None

@@ -1,0 +1,114 @@
+"""`indra runs`: what it says of a run is what the run's own files say."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+
+from indraquantum import cli
+from indraquantum.config import TrainSettings
+from indraquantum.files import folder_lock
+from indraquantum.metrics import MetricsLog
+from indraquantum.monitor import run_table
+from indraquantum.monitor.runs import all_runs, named_runs
+from indraquantum.training import loop
+from indraquantum.training.checkpoint import load_checkpoint
+
+HELD_OUT = [{"wiki": 5.0, "all": 6.0}, {"wiki": 4.5, "all": 5.5}, {"wiki": 4.25, "all": 5.75}]
+
+
+def write_run(folder, settings=None, finished=False, steps=(0, 10, 20), held_out=HELD_OUT):
+    log = MetricsLog(folder / "metrics.jsonl")
+    for step, figures in zip(steps, held_out, strict=True):
+        log.write({"step": step, "tokens": 100 * step, "loss": 7.0 - step / 10 if step else None, "held_out": figures})
+    log.close()
+    if settings is not None:
+        record = {"settings": settings, "data": "ab" * 32, "signals": None, "total_steps": 20, "finished": finished}
+        (folder / "run.json").write_text(json.dumps(record))
+
+
+@pytest.fixture
+def logs(tmp_path):
+    write_run(tmp_path / "a", {"seed": 0, "epochs": 1, "output": "x", "strategy": "stage1"}, finished=True)
+    write_run(tmp_path / "deep" / "b", {"seed": 1, "epochs": 1, "output": "y"})
+    write_run(tmp_path / "old")  # before there were records
+    return tmp_path
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["runs", *map(str, words)])
+    out, err = capsys.readouterr()
+    return exit_.value.code, out, err
+
+
+def test_the_list_by_hand(logs, capsys):
+    status, out, _ = run(capsys, f"--logs={logs}")
+    assert status == 0
+    assert out.splitlines() == [
+        "run\tstrategy\tstate\tsteps\ttokens\tloss\twiki (best)\tall (best)",
+        "a\tstage1\tfinished\t20/20\t2,000\t5.0000\t4.2500 (4.5000)\t5.7500 (5.5000)",
+        "deep/b\t-\tstopped\t20/20\t2,000\t5.0000\t4.2500 (4.5000)\t5.7500 (5.5000)",
+        "old\t-\tstopped\t20/-\t2,000\t5.0000\t4.2500 (4.5000)\t5.7500 (5.5000)",
+    ]
+
+
+def test_a_run_whose_folder_is_locked_is_running(logs):
+    with folder_lock("--logs", logs / "deep" / "b"):
+        assert [found.state for found in all_runs(logs)] == ["finished", "running", "stopped"]
+    assert all_runs(logs)[1].state == "stopped"
+
+
+def test_the_comparison_shows_what_differs_and_the_figures(logs, capsys):
+    status, out, _ = run(capsys, "compare", "a", logs / "deep" / "b", f"--logs={logs}")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[:3] == ["\ta\tdeep/b", "--seed\t0\t1", "--strategy\tstage1\t-"]
+    assert lines[3:] == [
+        "state\tfinished\tstopped", "steps\t20\t20", "tokens\t2,000\t2,000", "loss\t5.0000\t5.0000",
+        "wiki, last\t4.2500\t4.2500", "wiki, best\t4.5000\t4.5000", "all, last\t5.7500\t5.7500",
+        "all, best\t5.5000\t5.5000",
+    ]  # fmt: skip
+
+
+def test_in_a_terminal_it_is_a_table(logs, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "140")
+    run_table.list_runs(logs)
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "┃ strategy ┃" in out
+    assert "4.2500 (4.5000)" in out
+
+
+def test_what_is_no_run_is_one_line(logs, capsys, tmp_path_factory):
+    status, _, err = run(capsys, "compare", "a", "nothing", f"--logs={logs}")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "RUNS: got nothing; must be a run below" in err
+    assert "(a, deep/b, old)" in err
+    status, _, err = run(capsys, f"--logs={tmp_path_factory.mktemp('empty')}")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "must hold runs" in err
+
+
+def test_a_damaged_run_does_not_hide_the_others(logs):
+    (logs / "old" / "metrics.jsonl").write_text("{nothing\n")
+    (logs / "a" / "run.json").write_text("[]")
+    assert [found.state for found in all_runs(logs)] == ["unreadable", "stopped", "unreadable"]
+
+
+def test_a_real_run_is_told_as_it_was(world, tmp_path):
+    settings = TrainSettings(
+        data=world.data, output=tmp_path / "one", logs=tmp_path / "logs", threads=1, d_model=6, layers=1, heads=2,
+        mlp_width=10, batch_tokens=480, max_steps=3,
+    )  # fmt: skip
+    report = loop.train(settings)
+    (found,) = named_runs(tmp_path / "logs", ("one",))
+    checkpoint = load_checkpoint("", report.checkpoint)
+    assert (found.state, found.steps, found.total_steps, found.tokens) == ("finished", 3, 3, checkpoint.tokens)
+    assert found.last_held_out == report.held_out
+    assert {name: found.settings[name] for name in ("max_steps", "data")} == {
+        "max_steps": 3, "data": checkpoint.settings["data"],
+    }  # fmt: skip

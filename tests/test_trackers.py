@@ -1,0 +1,87 @@
+"""Trackers get what the JSONL gets, by the calls that the packages have."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from indraquantum.config import TrainSettings
+from indraquantum.errors import UserError
+from indraquantum.metrics import read_metrics
+from indraquantum.trackers import numbers, open_tracker, require_tracker
+from indraquantum.training import loop
+
+
+def settings(world, tmp_path, **changes) -> TrainSettings:
+    return TrainSettings(
+        data=world.data, output=tmp_path / "run", logs=tmp_path / "logs", threads=1, d_model=6, layers=1, heads=2,
+        mlp_width=10, batch_tokens=480, max_steps=3, no_teacher=True, **changes,
+    )  # fmt: skip
+
+
+def fake_package(name: str, calls: list) -> ModuleType:
+    """The calls of wandb and trackio that are used here, with the names of their parameters."""
+    package = ModuleType(name)
+
+    def init(project=None, name=None, config=None, resume=None, **options):
+        calls.append(("init", project, name, config["seed"], resume, options))
+
+    def log(data, step=None):
+        calls.append(("log", step, data))
+
+    package.init, package.log, package.finish = init, log, lambda: calls.append(("finish",))
+    package.__spec__ = object()
+    return package
+
+
+@pytest.mark.parametrize("kind", ["wandb", "trackio"])
+def test_a_run_is_tracked_line_by_line(world, tmp_path, monkeypatch, kind):
+    calls: list = []
+    monkeypatch.setitem(sys.modules, kind, fake_package(kind, calls))
+    report = loop.train(settings(world, tmp_path, log_to=kind))
+    options = {"id": "run", "dir": str(tmp_path / "logs" / "run")} if kind == "wandb" else {}
+    assert calls[0] == ("init", "indraquantum", "run", 0, "allow", options)
+    assert calls[-1] == ("finish",)
+    lines = read_metrics(report.metrics)
+    assert [call[1] for call in calls[1:-1]] == [line["step"] for line in lines] == [0, 1, 2, 3]
+    for call, line in zip(calls[1:-1], lines, strict=True):
+        assert call[2].get("ce") == line["ce"]
+        assert call[2].get("held_out/all") == (line["held_out"]["all"] if line["held_out"] else None)
+    plain = loop.train(settings(world, tmp_path / "plain"))
+    assert plain.held_out == report.held_out
+
+
+def test_only_numbers_are_tracked():
+    metrics = {"step": 3, "ce": 1.5, "kd": None, "collapse": ["phase_rise"], "held_out": {"all": 2.5}, "on": True}
+    assert numbers(metrics) == {"step": 3, "ce": 1.5, "held_out/all": 2.5}
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "trackio", "wandb"])
+def test_without_the_package_there_is_one_line_and_nothing_is_written(world, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(
+        UserError, match=rf"--log-to: got {kind}; needs a package: pip install 'indraquantum\[{kind}\]'"
+    ):
+        loop.train(settings(world, tmp_path, log_to=kind))
+    assert list(tmp_path.iterdir()) == []
+    require_tracker("none")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_holds_what_was_logged(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = open_tracker("tensorboard", tmp_path, {}, 0)
+    for step in (1, 2, 3):
+        first.log({"step": step, "ce": 10.0 - step, "held_out": {"all": 5.5} if step == 2 else None})
+    first.close()
+    again = open_tracker("tensorboard", tmp_path, {}, 2)  # went on from step 2
+    again.log({"step": 3, "ce": 1.25})
+    again.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("ce")] == [(1, 9.0), (2, 8.0), (3, 1.25)]
+    assert [(event.step, event.value) for event in events.Scalars("held_out/all")] == [(2, 5.5)]
