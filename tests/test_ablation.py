@@ -181,6 +181,10 @@ def test_the_report_holds_its_pictures_and_is_made_anew_from_the_jsons(finished,
     text = (folder / "results" / "report.md").read_text()
     losses = [record(folder, f"quantum-seed{s}")["sources"]["all"]["cross_entropy"] for s in (3, 5)]
     assert f"| quantum | all | 2 | {sum(losses) / 2:.4f} ± " in text
+    others = [record(folder, f"plain-seed{s}")["sources"]["all"]["cross_entropy"] for s in (3, 5)]
+    first, second = (ours - theirs for ours, theirs in zip(losses, others, strict=True))
+    pair = rf"\| quantum - plain \| all \| 2 \| {re.escape(f'{(first + second) / 2:+.4f}')} ± \S+( \*)? \| "
+    assert re.search(pair + re.escape(f"3: {first:+.4f}, 5: {second:+.4f} |"), text)
     for name in ("report.md", "report.html"):
         (folder / "results" / name).unlink()
     assert indra("ablate", plan, "--output", folder / "results", "--report-only") == 0
