@@ -19,6 +19,7 @@ COMMANDS = {
     "data show": config.ShowSettings,
     "capture": config.CaptureSettings,
     "teacher": config.TeacherSettings,
+    "lr-test": config.LrTestSettings,
     "runs": config.RunsSettings,
     "runs compare": config.RunsSettings,
     "train": config.TrainSettings,

@@ -1,6 +1,6 @@
 """The command `indra`: each subcommand is one function over one settings class of config.py.
 
-    indra prepare | data | capture | teacher | train | test | eval | export | ablate | bench | runs | demo
+    indra prepare | data | capture | teacher | train | lr-test | test | eval | export | ablate | bench | runs | demo
 
 Whatever a user can mend comes out as one line on stderr with exit status 2; work is imported where it is used, so that
 `indra --help` stays quick.
@@ -24,6 +24,7 @@ from indraquantum.config import (
     CaptureSettings,
     DemoSettings,
     EvalSettings,
+    LrTestSettings,
     PrepareSettings,
     RunsSettings,
     ShowSettings,
@@ -143,6 +144,14 @@ def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings()) -> N
         from indraquantum.training.loop import train as run
 
         run(settings)
+
+
+@app.command(name="lr-test")
+def lr_test(*, settings: Annotated[LrTestSettings, OPTIONS] = LrTestSettings()) -> None:
+    """Find a learning rate: let it rise over real steps of a run that is thrown away, and draw the loss."""
+    from indraquantum.training.lr_range import lr_range_test
+
+    lr_range_test(settings)
 
 
 @app.command

@@ -245,6 +245,19 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSet
     or the path of a checkpoint."""
 
 
+class LrTestSettings(TrainSettings):
+    """The run to test learning rates for, with the options of train."""
+
+    steps: int = Field(default=100, ge=10, le=100_000)
+    """Optimiser steps at most; the test ends where the loss has clearly risen."""
+    lowest_rate: float = Field(default=1e-5, gt=0, le=10)
+    """Learning rate of the first step."""
+    highest_rate: float = Field(default=1.0, gt=0, le=100)
+    """Learning rate of the last step; in between it rises by equal ratios."""
+    picture: Path = Path("lr_test.png")
+    """Where to draw the loss over the rate: .png, .pdf or .svg."""
+
+
 class TeacherSettings(OptimizerSettings, DeviceSettings):
     """Trains a small Llama teacher from scratch on a prepared dataset."""
 

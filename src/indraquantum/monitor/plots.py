@@ -70,6 +70,22 @@ def save_overview(path: Path, metrics: Metrics, title: str) -> None:
     figure.savefig(path, dpi=110)
 
 
+def save_range_test(
+    path: Path, kind: str, rates: list[float], losses: list[float], smoothed: list[float], suggested: float | None
+) -> None:
+    """Write the loss over the learning rate to `path` as a `kind` of picture; the suggested rate is a line."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rates, losses, color="C0", alpha=0.25, linewidth=0.8)
+    axes.plot(rates, smoothed, color="C0", label="total loss, smoothed")
+    if suggested is not None:
+        axes.axvline(suggested, color="C1", linestyle="--", label=f"suggested: {suggested:.1e}")
+    axes.set_xscale("log")
+    _finish(axes, "Learning-rate range test", "nats per token")
+    axes.set_xlabel("learning rate")
+    figure.savefig(path, format=kind, dpi=110)
+
+
 def _curve(axes: Axes, metrics: Metrics, name: str, label: str, colour: str) -> None:
     """Draw a metric faintly, and its exponential mean over it; a metric that the run lacks draws nothing."""
     points = [(m["step"], m[name]) for m in metrics if m[name] is not None]

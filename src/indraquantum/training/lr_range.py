@@ -1,0 +1,136 @@
+"""A learning-rate range test (Smith 2017, arXiv 1506.01186): the rate rises until the loss does; `indra lr-test`.
+
+    indra lr-test --data data/mixed_train --steps 100
+
+Each step takes the next batch of the run that `indra train` would start, at the next of the exponentially rising
+rates. What is left is a picture and a suggestion: the rate at which the loss falls most steeply.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from indraquantum.config import LrTestSettings
+from indraquantum.errors import TrainingStopped, UserError
+from indraquantum.files import atomic_file, make_folder
+from indraquantum.training.run import Run
+from indraquantum.training.schedule import rows_of_step
+from indraquantum.training.scratch import scratch_run
+from indraquantum.training.step import optimizer_step
+
+SUFFIXES = (".png", ".pdf", ".svg")
+SMOOTHING = 0.8  # of the exponential mean over the steps' losses
+DIVERGED = 1.5  # times the first loss: the test ends there
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """What a range test found."""
+
+    rates: list[float]  # of the steps that were taken
+    losses: list[float]
+    smoothed: list[float]
+    suggested: float | None  # None where no rate lowers the loss
+
+
+def lr_range_test(settings: LrTestSettings) -> RangeTest:
+    """Run the test, print the suggestion, write the picture, leave no run behind.
+
+    Raises:
+        UserError: settings, data or signals that don't fit, or a picture of no known kind.
+    """
+    if settings.picture.suffix not in SUFFIXES:
+        raise UserError("--picture", settings.picture, f"must end in {', '.join(SUFFIXES)}")
+    if settings.highest_rate <= settings.lowest_rate:
+        allowed = f"must be above --lowest-rate {settings.lowest_rate:g}"
+        raise UserError("--highest-rate", f"{settings.highest_rate:g}", allowed)
+    run = scratch_run(settings)
+    make_folder("--picture", settings.picture.parent)
+    found = climb(run, rising_rates(settings.lowest_rate, settings.highest_rate, settings.steps))
+    _draw(settings, found)
+    if found.suggested is None:
+        print(f"No rate lowers the loss within {len(found.rates)} steps; see {settings.picture}.")
+    else:
+        print(f"Suggested: --learning-rate {found.suggested:.1e}, where the loss falls most steeply; wrote "
+              f"{settings.picture}. {len(found.rates)} steps, lowest loss at {lowest(found):.1e}.")  # fmt: skip
+    return found
+
+
+def rising_rates(lowest_rate: float, highest_rate: float, steps: int) -> list[float]:
+    """Rates from the lowest to the highest in equal ratios."""
+    return np.geomspace(lowest_rate, highest_rate, steps).tolist()
+
+
+def climb(run: Run, rates: Sequence[float]) -> RangeTest:
+    """Take a step of `run` at each of `rates`, until the loss has clearly risen or is not finite."""
+    taken, losses, smooth = [], [], []
+    if run.signals is not None:
+        run.objective.kd_weight = run.settings.kd_weight_start
+    for rate in tqdm(rates, unit="step", disable=None):
+        try:
+            loss = _loss_at(run, rate)
+        except TrainingStopped:
+            break
+        taken.append(rate)
+        losses.append(loss)
+        smooth.append(smoothed(losses)[-1])
+        if smooth[-1] > DIVERGED * losses[0]:
+            break
+    return RangeTest(taken, losses, smooth, suggested_rate(taken, smooth))
+
+
+def _loss_at(run: Run, rate: float) -> float:
+    """The loss of the next step, which is then taken at `rate`; each group keeps its multiple."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group["rate"]
+    torch.manual_seed(run.settings.seed + run.step)
+    result = optimizer_step(
+        run.parallel,
+        run.objective,
+        run.optimizer,
+        run.dataset.train,
+        rows_of_step(run.dataset.train.num_rows, run.rows_per_step, run.settings.seed, run.step),
+        run.signals,
+        micro_batch_rows=run.micro_batch_rows,
+        max_grad_norm=run.settings.max_grad_norm,
+    )
+    run.step += 1
+    return result.terms["loss"]
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Exponential means that don't favour the first value."""
+    mean, means = 0.0, []
+    for count, loss in enumerate(losses, start=1):
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        means.append(mean / (1 - SMOOTHING**count))
+    return means
+
+
+def suggested_rate(rates: Sequence[float], losses: Sequence[float]) -> float | None:
+    """The rate, before the lowest of `losses`, at which they fall most steeply over the rate's logarithm."""
+    end = int(np.argmin(losses)) + 1 if losses else 0
+    if end < 3:
+        return None
+    slopes = np.gradient(np.array(losses[:end]), np.log(rates[:end]))
+    steepest = int(np.argmin(slopes))
+    return rates[steepest] if slopes[steepest] < 0 and math.isfinite(slopes[steepest]) else None
+
+
+def lowest(found: RangeTest) -> float:
+    """The rate at which the smoothed loss was lowest."""
+    return found.rates[int(np.argmin(found.smoothed))]
+
+
+def _draw(settings: LrTestSettings, found: RangeTest) -> None:
+    from indraquantum.monitor.plots import save_range_test
+
+    with atomic_file(settings.picture) as temporary:
+        kind = settings.picture.suffix.removeprefix(".")
+        save_range_test(temporary, kind, found.rates, found.losses, found.smoothed, found.suggested)

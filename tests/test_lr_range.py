@@ -1,0 +1,99 @@
+"""`indra lr-test`: the rates rise as they should, the suggestion is where the loss falls, only a picture stays."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from indraquantum import cli
+from indraquantum.config import LrTestSettings
+from indraquantum.errors import TrainingStopped
+from indraquantum.training import lr_range
+from indraquantum.training.lr_range import lr_range_test, rising_rates, smoothed, suggested_rate
+from indraquantum.training.scratch import scratch_run
+
+
+def settings(world, tmp_path, **changes) -> LrTestSettings:
+    common = {
+        "data": world.data, "output": tmp_path / "run", "logs": tmp_path / "logs", "picture": tmp_path / "found.png",
+        "threads": 1, "d_model": 6, "layers": 1, "heads": 2, "mlp_width": 10, "batch_tokens": 480, "steps": 40,
+    }  # fmt: skip
+    return LrTestSettings(**{**common, **changes})
+
+
+def test_rates_rise_by_equal_ratios():
+    assert rising_rates(1e-4, 1.0, 5) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+
+
+def test_the_suggestion_is_the_middle_of_the_fall():
+    rates = rising_rates(1e-5, 1.0, 101)
+    # a sigmoid whose steepest place is 1e-3, and a rise from 0.1 on that is steeper than the fall
+    losses = [6 - 2 / (1 + (1e-3 / rate) ** 2) + 40 * max(0.0, math.log10(rate / 0.1)) for rate in rates]
+    assert suggested_rate(rates, losses) == pytest.approx(1e-3, rel=0.15)
+    assert suggested_rate(rates, [5 + rate for rate in rates]) is None
+    assert suggested_rate([], []) is None
+
+
+def test_smoothing_by_hand():
+    assert smoothed([5.0, 5.0, 5.0]) == pytest.approx([5.0, 5.0, 5.0])
+    assert smoothed([2.0, 8.0])[1] == pytest.approx((0.8 * 2 + 8) / 1.8)
+
+
+def test_a_test_leaves_a_picture_and_nothing_else(world, tmp_path, capsys):
+    wanted = settings(world, tmp_path)
+    found = lr_range_test(wanted)
+    out = capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["found.png"]
+    assert wanted.picture.read_bytes().startswith(b"\x89PNG")
+    assert found.rates == rising_rates(1e-5, 1.0, 40)[: len(found.rates)]
+    assert found.suggested in found.rates
+    assert f"Suggested: --learning-rate {found.suggested:.1e}" in out
+    at = found.rates.index(found.suggested)
+    assert found.smoothed[at] < found.smoothed[0]
+    assert min(found.smoothed) < found.smoothed[0] - 0.3
+
+
+def test_each_group_keeps_its_multiple_and_updates_follow_the_rate(world, tmp_path):
+    moved = {}
+    for rate in (1e-4, 1e-2):
+        run = scratch_run(settings(world, tmp_path, table_rate=7.0))
+        before = run.model.embedding.weight.detach().clone()
+        lr_range.climb(run, [rate])
+        assert {g["name"]: g["lr"] for g in run.optimizer.param_groups}["table"] == pytest.approx(7 * rate)
+        moved[rate] = (run.model.embedding.weight.detach() - before).norm().item()
+    assert moved[1e-2] == pytest.approx(100 * moved[1e-4], rel=1e-3)
+
+
+@pytest.mark.parametrize("end", ["rises", "is not finite"])
+def test_it_ends_where_the_loss(monkeypatch, world, tmp_path, end):
+    run = scratch_run(settings(world, tmp_path, no_teacher=True))
+
+    def loss_at(_, rate):
+        if rate > 5e-3 and end == "is not finite":
+            raise TrainingStopped("loss nan")
+        return 6.0 - 2 * np.log10(rate / 1e-5) / 3 if rate <= 5e-3 else 60.0
+
+    monkeypatch.setattr(lr_range, "_loss_at", loss_at)
+    found = lr_range.climb(run, rising_rates(1e-5, 1.0, 40))
+    assert len(found.rates) == (23 if end == "rises" else 22)
+    assert found.suggested <= 5e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--picture=x.txt"], "--picture: got x.txt; must end in .png, .pdf, .svg"),
+        (["--lowest-rate=0.1", "--highest-rate=0.01"], "--highest-rate: got 0.01; must be above --lowest-rate 0.1"),
+        (["--steps=3"], "--steps: got 3"),
+    ],
+)
+def test_what_is_wrong_is_one_line(world, tmp_path, capsys, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["lr-test", f"--data={world.data}", *words])
+    error = capsys.readouterr().err
+    assert (exit_.value.code, error.count("\n")) == (2, 1)
+    assert said in error
+    assert list(tmp_path.iterdir()) == []
