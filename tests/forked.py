@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from indraquantum import cli
 from indraquantum.processes import Processes, joined_processes
 from survival import quiet
@@ -85,7 +83,7 @@ def values(world: int, action: Callable[[Processes], Any], folder: Path) -> list
     """What `action` returns in each of `world` processes that have met."""
 
     def act(rank: int) -> None:
-        with joined_processes(torch.device("cpu")) as processes:
+        with joined_processes() as processes:
             (folder / f"value.{rank}").write_bytes(pickle.dumps(action(processes)))
 
     assert run(world, act, folder) == [0] * world, said(folder)

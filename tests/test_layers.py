@@ -17,7 +17,7 @@ LEVELS = (
     {"learner", "teacher"},
     {"training", "evaluation", "monitor", "bench", "bench_step"},
     {"demo", "ablation"},
-    {"cli"},
+    {"cli", "__main__"},
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 # The model's forward computes its own loss when it is given labels, as transformers' models do.

@@ -52,7 +52,7 @@ def test_sums_largest_and_gather(tmp_path):
 @pytest.mark.parametrize(("error", "status"), [(UserError("--x", 1, "must be 2"), 2), (TrainingStopped("NaN"), 3)])
 def test_an_error_of_one_is_every_ones_and_said_once(tmp_path, guilty, error, status):
     def act(rank):
-        with forked.joined_processes(torch.device("cpu")) as processes, processes.together():
+        with forked.joined_processes() as processes, processes.together():
             if rank == guilty:
                 raise error
 
@@ -65,7 +65,7 @@ def test_an_error_of_the_first_reaches_those_who_wait(tmp_path):
         def refuse():
             raise UserError("--x", rank, "must be 2")
 
-        with forked.joined_processes(torch.device("cpu")) as processes:
+        with forked.joined_processes() as processes:
             processes.first(refuse)
 
     assert forked.run(2, act, tmp_path) == [2, 2]

@@ -8,6 +8,7 @@ Whatever a user can mend comes out as one line on stderr with exit status 2; wor
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -270,6 +271,17 @@ def compare(run: str, /, *others: str, settings: Annotated[RunsSettings, OPTIONS
     compare_runs(settings.logs, (run, *others))
 
 
+def require_one_process(tokens: Sequence[str]) -> None:
+    """Only a training run is shared by the processes that torchrun starts; other commands would write over each other.
+
+    Raises:
+        UserError: there are several, and the command is another.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and world != "1" and (tokens[:1] != ["train"] or "--dry-run" in tokens):
+        raise UserError("torchrun", f"{world} processes", "must be 1: only `indra train` runs in several")
+
+
 def one_line(error: CycloptsError) -> str:
     """What is wrong with the command line, in one line: the option, the value, what is allowed."""
     cause = error.__cause__
@@ -304,7 +316,12 @@ def run_guarded(action: Callable[[], object]) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `indra` with `arguments` (default: those of the process) and exit with its status."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run_guarded(lambda: app(tokens, exit_on_error=False, print_error=False)))
+
+    def action() -> None:
+        require_one_process(tokens)
+        app(tokens, exit_on_error=False, print_error=False)
+
+    sys.exit(run_guarded(action))
 
 
 if __name__ == "__main__":

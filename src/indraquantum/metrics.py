@@ -59,8 +59,6 @@ class MetricsLog:
     def __init__(self, path: Path, resumed_step: int | None = None, tracker: NullTracker | None = None) -> None:
         self.path, self._tracker = path, tracker or NullTracker()
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left_by_a_killed_process in path.parent.glob(f".{path.name}.*.tmp"):
-            left_by_a_killed_process.unlink()
         kept = [] if resumed_step is None else [m for m in read_metrics(path) if m["step"] <= resumed_step]
         content = "".join(_line(metrics) for metrics in kept)
         try:
@@ -111,6 +109,19 @@ class MetricsLog:
         finally:
             self._file.close()
             self._tracker.close()
+
+
+class NoLog:
+    """The log of a process that writes none."""
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def _line(metrics: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """One process among those of a run: its share of the work, and what all of them agree on.
 
-    torchrun --nproc-per-node 2 -m indraquantum.cli train
+    torchrun --nproc-per-node 2 -m indraquantum train
 
 What is exchanged here is small (counts, sums, errors, signals of the system) and goes over gloo, also where the
 gradients go over NCCL; those are carried by DDP or FSDP2 (training/parallel.py), never from here.
@@ -117,7 +117,7 @@ ALONE = Processes()
 
 
 @contextlib.contextmanager
-def joined_processes(device: torch.device) -> Iterator[Processes]:
+def joined_processes() -> Iterator[Processes]:
     """Meet the other processes that torchrun has started, if any; inside, only the first one prints.
 
     An error that all of them share is reported by the first one alone; the others leave with its exit status.
@@ -128,8 +128,7 @@ def joined_processes(device: torch.device) -> Iterator[Processes]:
         return
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world) and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: nothing of it can be reached from outside
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     rank = torch.distributed.get_rank()
     processes = Processes(rank, world, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
     try:

@@ -37,7 +37,7 @@ class CollapseFigures(NamedTuple):
     effective_rank: float  # exp of the entropy of Z's normalised squared singular values
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, which FSDP2 does not bear
 def collapse_figures(model: IndraQuantumPhase2, batch: Batch) -> CollapseFigures:
     """Measure `model` on the rows of `batch`."""
     table_VD = model.lift_table()

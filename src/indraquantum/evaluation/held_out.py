@@ -6,7 +6,7 @@ Legend: N labelled positions, D real width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,23 +15,42 @@ import torch.nn.functional as F
 from indraquantum.data.dataset import Batch, PreparedDataset, Split
 from indraquantum.kernels.onednn import onednn_products
 from indraquantum.learner import Learner, to_tensors
+from indraquantum.processes import ALONE, Processes
 
 ROWS_PER_BATCH = 16
 LOGIT_ROWS = 256  # positions whose logits exist at a time
 
 
 @onednn_products()
-def held_out_cross_entropy(learner: Learner, dataset: PreparedDataset, device: torch.device) -> dict[str, float]:
-    """Mean cross-entropy of `learner` on the validation split, nats per token, for each source and for `all`."""
+def held_out_cross_entropy(
+    learner: Learner,
+    dataset: PreparedDataset,
+    device: torch.device,
+    processes: Processes = ALONE,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Mean cross-entropy of `learner` on the validation split, nats per token, for each source and for `all`.
+
+    Each of `processes` takes some batches, the losses are put together in their order: the same as of one process.
+    `between` is called before each batch, equally often in all of them.
+    """
     training = getattr(learner, "training", False)
     learner.eval()
-    with torch.inference_mode():
+    split, losses_N, sources_N = dataset.validation, [], []
+    starts = np.arange(0, split.num_rows, ROWS_PER_BATCH)
+    own = processes.share(starts)
+    with torch.no_grad():  # not inference_mode: FSDP2 would keep its tensors, of which autograd can't make use
         table_VD = learner.lift_table()
-        losses, sources = [], []
-        for batch in batches(dataset.validation):
-            losses.append(_losses(learner, table_VD, batch, device))
-            sources.append(batch.sources[batch.labels >= 0])
+        for place in range(math.ceil(len(starts) / processes.world)):
+            between()
+            batch = batch_at(split, own[place] if place < len(own) else 0)
+            losses_n = _losses(learner, table_VD, batch, device)
+            if place < len(own):
+                losses_N.append(losses_n)
+                sources_N.append(batch.sources[batch.labels >= 0])
     learner.train(training)
+    parts = [part for parts in processes.gather(list(zip(losses_N, sources_N, strict=True))) for part in parts]
+    losses, sources = zip(*parts, strict=True)
     return per_source(np.concatenate(losses), np.concatenate(sources), dataset.source_names)
 
 
@@ -61,7 +80,12 @@ def perplexity(cross_entropy: float) -> float:
 def batches(split: Split) -> Iterator[Batch]:
     """All rows of `split`, a few at a time."""
     for start in range(0, split.num_rows, ROWS_PER_BATCH):
-        yield split.batch(np.arange(start, min(start + ROWS_PER_BATCH, split.num_rows)))
+        yield batch_at(split, start)
+
+
+def batch_at(split: Split, start: int) -> Batch:
+    """The rows of `split` from `start`, ROWS_PER_BATCH at most."""
+    return split.batch(np.arange(start, min(start + ROWS_PER_BATCH, split.num_rows)))
 
 
 def _losses(learner: Learner, table_VD: torch.Tensor, batch: Batch, device: torch.device) -> np.ndarray:

@@ -4,6 +4,9 @@
         with interrupts.deferred():         # ... but here it waits for `check`, so that a step or a save is not cut
             interrupts.check()
 
+Several processes of one run leave together: once they are joined, a signal to any of them waits for the next `check`,
+which all of them come to.
+
 Imports nothing heavy: the command line installs it before torch is loaded.
 """
 
@@ -13,7 +16,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -24,7 +27,11 @@ class Interrupted(SystemExit):
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
-        self.name = signal.Signals(number).name
+        self.number, self.name = number, signal.Signals(number).name
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        """Cross to the other processes of a run."""
+        return type(self), (self.number,)
 
 
 class Interrupts:
@@ -33,6 +40,7 @@ class Interrupts:
     def __init__(self) -> None:
         self._requested: int | None = None
         self._at_once = True
+        self._largest: Callable[[int], int] | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
@@ -51,10 +59,17 @@ class Interrupts:
         if self._at_once:
             raise Interrupted(number)
 
+    def join(self, largest: Callable[[int], int]) -> None:
+        """Leave together with other processes, which `check` as often: `largest` gives the largest of their numbers."""
+        self._largest, self._at_once = largest, False
+
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
-        if self._requested is not None:
-            raise Interrupted(self._requested)
+        """Raise Interrupted if a signal has come, to this process or to one that it is joined with."""
+        requested = self._requested or 0
+        if self._largest is not None:
+            requested = self._largest(requested)
+        if requested:
+            raise Interrupted(requested)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -64,8 +79,11 @@ class Interrupts:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, also one that came before, a signal raises where it strikes: for what may be cut anywhere."""
-        with self._mode(at_once=True):
+        """Inside, also one that came before, a signal raises where it strikes: for what may be cut anywhere.
+
+        Joined processes look on entry only: what is inside should `check` now and then.
+        """
+        with self._mode(at_once=self._largest is None):
             self.check()
             yield
 

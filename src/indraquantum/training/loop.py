@@ -12,8 +12,6 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,8 @@ from indraquantum.device import choose_device
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import folder_lock, make_folder
-from indraquantum.metrics import MetricsLog
+from indraquantum.metrics import MetricsLog, NoLog
+from indraquantum.processes import ALONE, Processes, joined_processes, own_device
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.signals import SignalStore, verify_signals
 from indraquantum.trackers import open_tracker, require_tracker
@@ -42,6 +41,7 @@ from indraquantum.training.checkpoint import (
 from indraquantum.training.collapse_guard import PROBE_EVERY, look_at
 from indraquantum.training.guards import require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
+from indraquantum.training.parallel import gathered
 from indraquantum.training.record import write_record
 from indraquantum.training.run import Run, resume, start_run
 from indraquantum.training.schedule import linear_weight, rows_of_step
@@ -71,45 +71,68 @@ def train(settings: TrainSettings) -> TrainReport:
         TrainingStopped: the loss or a gradient is not finite.
         Interrupted: by a signal.
     """
-    if settings.head != "interference":
-        raise UserError("--head", settings.head, "must be interference: the objective does not serve the other")
-    require_tracker(settings.log_to)
-    device = choose_device(settings)
-    dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
     metrics_path = settings.logs / settings.output.resolve().name / "metrics.jsonl"
-    make_folder("--output", settings.output)
-    make_folder("--logs", metrics_path.parent)
-    with (
-        Interrupts() as interrupts,
-        folder_lock("--output", settings.output),
-        folder_lock("--logs", metrics_path.parent),
-    ):
-        remove_leftovers(settings.output)
-        signals = None if settings.no_teacher else find_signals(settings, dataset)
-        run = start_run(settings, dataset, signals, device)
+    with Interrupts() as interrupts, joined_processes() as processes, contextlib.ExitStack() as stack:
+        with processes.together():
+            if settings.head != "interference":
+                raise UserError("--head", settings.head, "must be interference: the objective does not serve the other")
+            require_tracker(settings.log_to)
+            device = own_device(choose_device(settings))
+            dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
+            if processes.is_first:
+                hold_folders(settings.output, metrics_path.parent, stack)
+        signals = None if settings.no_teacher else find_signals(settings, dataset, processes)
+        with processes.together():
+            run = start_run(settings, dataset, signals, device, processes)
         resumed = resume(run)
         if run.finished:
             print(f"This run is finished: {run.step} steps, {run.tokens:,} tokens; see {settings.output}.")
         if not resumed:
             run.pending = {"step": 0, "tokens": 0, "epoch": 0.0}
         last_written = run.step - (run.pending is not None)
-        tracker = open_tracker(settings.log_to, metrics_path.parent, run.identity, max(0, last_written))
-        log = MetricsLog(metrics_path, last_written if resumed else None, tracker)
+        with processes.together():
+            log = NoLog()
+            if processes.is_first:
+                tracker = open_tracker(settings.log_to, metrics_path.parent, run.identity, max(0, last_written))
+                log = MetricsLog(metrics_path, last_written if resumed else None, tracker)
+        if not processes.alone:
+            interrupts.join(processes.largest)
         try:
-            write_record(metrics_path.parent, run)
+            processes.first(lambda: write_record(metrics_path.parent, run))
             continue_run(run, log, interrupts)
-            write_record(metrics_path.parent, run)
+            processes.first(lambda: write_record(metrics_path.parent, run))
         except Interrupted as interrupted:
-            print(f"Left at step {run.step} by {interrupted.name}; the same command goes on.", file=sys.stderr)
+            if processes.is_first:
+                print(f"Left at step {run.step} by {interrupted.name}; the same command goes on.", file=sys.stderr)
             raise
         finally:
             log.close()
         return TrainReport(run.epoch_path, metrics_path, run.step, run.held_out or evaluate(run))
 
 
-def find_signals(settings: TrainSettings, dataset: PreparedDataset) -> SignalStore:
-    """The teacher's signals for `dataset`: those there are, or captured now from the teacher."""
+def hold_folders(output: Path, logs: Path, stack: contextlib.ExitStack) -> None:
+    """Make the folders that a run writes to and keep others out of them for as long as `stack` is open.
+
+    Raises:
+        UserError: they can't be written, or another run has them.
+    """
+    make_folder("--output", output)
+    make_folder("--logs", logs)
+    stack.enter_context(folder_lock("--output", output))
+    stack.enter_context(folder_lock("--logs", logs))
+    remove_leftovers(output)
+
+
+def find_signals(settings: TrainSettings, dataset: PreparedDataset, processes: Processes = ALONE) -> SignalStore:
+    """The teacher's signals for `dataset`: those there are, or captured now from the teacher by the first process."""
     folder = settings.signals or settings.data.parent / "teacher_signals"
+    processes.first(lambda: capture_missing(settings, dataset, folder))
+    with processes.together():
+        return open_found_signals(settings, dataset, folder)
+
+
+def capture_missing(settings: TrainSettings, dataset: PreparedDataset, folder: Path) -> None:
+    """Capture the signals in `folder` if they are to be there by default and are not."""
     if settings.signals is None and not (folder / "manifest.json").exists():
         print(f"No teacher signals at {folder}: capturing from {settings.teacher}.")
         try:
@@ -125,6 +148,14 @@ def find_signals(settings: TrainSettings, dataset: PreparedDataset) -> SignalSto
             )
         except UserError as error:
             raise UserError(error.field, error.value, f"{error.allowed}; or --no-teacher") from None
+
+
+def open_found_signals(settings: TrainSettings, dataset: PreparedDataset, folder: Path) -> SignalStore:
+    """The signals in `folder`, verified.
+
+    Raises:
+        UserError: they are damaged, don't belong to `dataset`, or are not what the settings need.
+    """
     store = verify_signals("--signals", folder, dataset)
     if store.coverage == 0:  # a capture that was stopped before its first shard
         allowed = "must cover a training row: go on with `indra capture`, or train with --no-teacher"
@@ -136,26 +167,28 @@ def find_signals(settings: TrainSettings, dataset: PreparedDataset) -> SignalSto
     return store
 
 
-def continue_run(run: Run, log: MetricsLog, interrupts: Interrupts) -> None:
+def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts) -> None:
     """Take `run` from where it stands to its end, or to where a signal asks to leave, with a checkpoint there.
 
     Raises:
         Interrupted: a signal came.
     """
     # disable=None: no bar where there is no terminal
-    with interrupts.deferred(), tqdm(total=run.total_steps, initial=run.step, unit="step", disable=None) as bar:
+    silent = None if run.processes.is_first else True
+    with interrupts.deferred(), tqdm(total=run.total_steps, initial=run.step, unit="step", disable=silent) as bar:
         try:
             while run.pending is not None or not run.finished:
-                if run.pending is None:
-                    run.pending = take_step(run)
-                    bar.update()
-                    bar.set_postfix_str(postfix(run.pending))
-                    watch_for_collapse(run)
                 is_best = False
-                if run.epoch_ends or run.step % run.settings.evaluate_every == 0:
-                    run.pending["held_out"] = evaluate(run, interrupts.at_once)
-                    is_best = judge(run)
-                log.write(run.pending)
+                with run.processes.together():
+                    if run.pending is None:
+                        run.pending = take_step(run)
+                        bar.update()
+                        bar.set_postfix_str(postfix(run.pending))
+                        watch_for_collapse(run)
+                    if run.epoch_ends or run.step % run.settings.evaluate_every == 0:
+                        run.pending["held_out"] = evaluate(run, interrupts)
+                        is_best = judge(run)
+                    log.write(run.pending)
                 run.pending = None
                 if is_best and run.step and run.settings.keep_best:  # before the one to resume from: it is never behind
                     write_checkpoint(run, run.settings.output / BEST_NAME, log)
@@ -175,7 +208,8 @@ def take_step(run: Run) -> dict[str, Any]:
     if run.signals is not None:
         run.objective.kd_weight = linear_weight(settings.kd_weight_start, settings.kd_weight_end, step, run.total_steps)
     # Dropout is the only randomness of a step: seeding it by the step makes resume exact without saving any state.
-    torch.manual_seed(settings.seed * 1_000_003 + step)
+    processes = run.processes
+    torch.manual_seed((settings.seed * 1_000_003 + step) * processes.world + processes.rank)
     started = time.perf_counter()
     rows = rows_of_step(run.dataset.train.num_rows, run.rows_per_step, settings.seed, step)
     try:
@@ -207,7 +241,9 @@ def watch_for_collapse(run: Run) -> None:
     if run.step % PROBE_EVERY or run.settings.on_collapse == "ignore":
         return
     dataset = run.dataset
-    look = look_at(run.guard, run.model, run.objective, dataset.train, dataset.validation, run.signals)
+    with run.parallel.readable():
+        look = look_at(run.guard, run.model, run.objective, dataset.train, dataset.validation, run.signals)
+    look = run.processes.gather(look)[0]  # should they differ in the last digit, all do as the first one does
     run.pending |= look.figures
     if look.confirmed:
         said = f"step {run.step}: collapse ({', '.join(look.confirmed)}); see these figures in the metrics"
@@ -233,20 +269,21 @@ def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: floa
     }
 
 
-def evaluate(
-    run: Run, interruptible: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-) -> dict[str, float]:
+def evaluate(run: Run, interrupts: Interrupts | None = None) -> dict[str, float]:
     """Held-out cross-entropy now, of the averaged weights where they are kept; printed and returned.
 
     Args:
         run: the run.
-        interruptible: around the evaluation, but not around the exchange of the weights.
+        interrupts: what may cut the evaluation, but not the exchange of the weights.
 
     Raises:
         TrainingStopped: it is not finite.
+        Interrupted: by a signal.
     """
-    with run.average.in_place_of(run.model), interruptible():
-        figures = held_out_cross_entropy(run.model, run.dataset, run.device)
+    interrupts = interrupts or Interrupts()  # one that is not open, so that none comes
+    # The weights are exchanged where they lie, in shards maybe, before they are gathered.
+    with run.average.in_place_of(run.model), run.parallel.readable(), interrupts.at_once():
+        figures = held_out_cross_entropy(run.model, run.dataset, run.device, run.processes, interrupts.check)
     run.held_out = figures
     if not all(map(math.isfinite, figures.values())):
         raise TrainingStopped(f"step {run.step}: the held-out cross-entropy is not finite: {figures}")
@@ -265,16 +302,16 @@ def judge(run: Run) -> bool:
     return is_best
 
 
-def save_where_due(run: Run, log: MetricsLog) -> None:
+def save_where_due(run: Run, log: MetricsLog | NoLog) -> None:
     """Write the checkpoint of the epoch that ends here, or that of the step if its turn has come."""
     if run.step and run.epoch_ends:
-        if not (run.saved and run.epoch_path.exists()):
+        if run.processes.largest(not (run.saved and run.epoch_path.exists())):
             save(run, run.epoch_path, log)
     elif run.step % run.settings.save_every == 0 and run.step and not run.saved:
         save(run, step_checkpoint_path(run.settings.output, run.step), log)
 
 
-def save(run: Run, path: Path, log: MetricsLog) -> None:
+def save(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
     """Write a checkpoint to resume from, and drop the step checkpoints of old.
 
     Raises:
@@ -282,38 +319,47 @@ def save(run: Run, path: Path, log: MetricsLog) -> None:
     """
     write_checkpoint(run, path, log)
     run.saved = True
-    prune_step_checkpoints(run.settings.output, run.settings.keep_last)
+    if run.processes.is_first:
+        prune_step_checkpoints(run.settings.output, run.settings.keep_last)
 
 
-def write_checkpoint(run: Run, path: Path, log: MetricsLog) -> None:
+def write_checkpoint(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
     """Write a checkpoint of `run` as it stands, after the metrics up to it.
+
+    Whatever the number of processes, the first one writes what one process would.
 
     Raises:
         TrainingStopped: a weight or the optimiser's state is not finite; nothing is written.
     """
-    model, optimizer = run.model.state_dict(), run.optimizer.state_dict()
-    require_finite_state(model, optimizer, run.step)
-    log.sync()
+    checkpoint = checkpoint_of(run)
+
+    def write() -> None:
+        require_finite_state(checkpoint.model, checkpoint.optimizer, run.step)
+        log.sync()
+        save_checkpoint(path, checkpoint)
+        tqdm.write(f"wrote {path}")
+
+    run.processes.first(write)
+
+
+def checkpoint_of(run: Run) -> Checkpoint:
+    """All that `run` needs to go on, with whole tensors where they lie in shards."""
     tokenizer = run.dataset.tokenizer
-    save_checkpoint(
-        path,
-        Checkpoint(
-            model_config=run.model.config.to_dict(),
-            model=model,
-            average=run.average.weights,
-            optimizer=optimizer,
-            step=run.step,
-            tokens=run.tokens,
-            finished=run.finished,
-            pending=run.pending,
-            guard=vars(run.guard),
-            best=vars(run.best),
-            loss_scale=run.parallel.precision.scaler.state_dict(),
-            settings=run.identity,
-            tokenizer={"json": tokenizer.to_json(), "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
-        ),
+    return Checkpoint(
+        model_config=run.model.config.to_dict(),
+        model=gathered(run.model.state_dict()),
+        average=gathered(run.average.weights),
+        optimizer=gathered(run.optimizer.state_dict()),
+        step=run.step,
+        tokens=run.tokens,
+        finished=run.finished,
+        pending=run.pending,
+        guard=vars(run.guard),
+        best=vars(run.best),
+        loss_scale=run.parallel.precision.scaler.state_dict(),
+        settings=run.identity,
+        tokenizer={"json": tokenizer.to_json(), "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
     )
-    tqdm.write(f"wrote {path}")
 
 
 def postfix(metrics: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from indraquantum.data.dataset import Batch
+from indraquantum.errors import UserError
 from indraquantum.learner import Learner, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
 from indraquantum.processes import ALONE, Processes, whole
@@ -189,10 +190,16 @@ def make_parallel(
         device: this process's.
         unused: some weights get no gradient.
         precision: of the layers; float32 by default.
+
+    Raises:
+        UserError: FSDP2 is to work with a loss scale.
     """
     if processes.alone:
         return Alone(learner, precision=precision)
     precision = precision or Precision()
+    if kind == "fsdp2" and precision.scaler.is_enabled():
+        # Each process would see the overflow of its own shards only.
+        raise UserError("--precision", "float16", "must be float32 or bfloat16 with --parallel fsdp2")
     if kind == "fsdp2":
         return FullyShardedParallel(learner, processes, precision, device)
     return DataParallel(learner, processes, precision, unused=unused)

@@ -32,7 +32,7 @@ from indraquantum.training.checkpoint import (
 )
 from indraquantum.training.collapse_guard import CollapseGuard
 from indraquantum.training.optimizers import new_optimizer
-from indraquantum.training.parallel import Alone, make_parallel
+from indraquantum.training.parallel import Alone, make_parallel, scattered, scattered_optimizer
 from indraquantum.training.precision import choose_precision
 from indraquantum.training.schedule import steps_per_epoch
 
@@ -67,6 +67,11 @@ class Run:
     best: BestHeldOut = field(default_factory=BestHeldOut)
     guard: CollapseGuard = field(default_factory=CollapseGuard)
     saved: bool = False  # a checkpoint holds the run as it stands
+
+    @property
+    def processes(self) -> Processes:
+        """Those of the run, seen from here."""
+        return self.parallel.processes
 
     @property
     def finished(self) -> bool:
@@ -167,28 +172,44 @@ def resume(run: Run) -> bool:
     Raises:
         UserError: that checkpoint is damaged or of a run with other settings, or the folder should hold none.
     """
-    output, wanted = run.settings.output, run.settings.resume
-    if wanted == "never":
-        if there := checkpoints_in(output, run.steps_per_epoch):
-            raise UserError("--resume", wanted, f"must be auto: {output} holds {there[0][1].name}; or another --output")
+    processes, read = run.processes, []
+
+    def choose() -> Path | None:
+        read.append(_wanted_checkpoint(run))
+        return read[0] and read[0].path
+
+    path = processes.first(choose)
+    if path is None:
         return False
-    if wanted == "auto":
-        found = newest_checkpoint(output, run.steps_per_epoch)
-    else:
-        found = Found(Path(wanted), load_checkpoint("--resume", Path(wanted)))
-    if found is None:
-        return False
-    restore(run, found.checkpoint)
-    # After going back on purpose: the later ones would be ahead of the metrics.
-    set_aside(path for step, path in checkpoints_in(output, run.steps_per_epoch) if _is_later(run, step, path, found))
+    with processes.together():  # the others read and verify the file too
+        field = "--output" if run.settings.resume == "auto" else "--resume"
+        restore(run, read[0].checkpoint if read else load_checkpoint(field, path))
+    processes.first(lambda: _set_later_ones_aside(run, path))
     if not run.finished:
         print(f"Going on from step {run.step} of {run.total_steps}.")
     return True
 
 
-def _is_later(run: Run, step: int, path: Path, found: Found) -> bool:
-    """Whether the checkpoint at `path` lies after the one that `run` goes on from."""
-    return min(step, run.total_steps) > run.step and path.resolve() != found.path.resolve()
+def _wanted_checkpoint(run: Run) -> Found | None:
+    """The checkpoint that the settings ask for, None to start afresh."""
+    output, wanted = run.settings.output, run.settings.resume
+    if wanted == "never":
+        if there := checkpoints_in(output, run.steps_per_epoch):
+            raise UserError("--resume", wanted, f"must be auto: {output} holds {there[0][1].name}; or another --output")
+        return None
+    if wanted == "auto":
+        return newest_checkpoint(output, run.steps_per_epoch)
+    return Found(Path(wanted), load_checkpoint("--resume", Path(wanted)))
+
+
+def _set_later_ones_aside(run: Run, used: Path) -> None:
+    """After going back on purpose: later checkpoints would be ahead of the metrics."""
+    later = (
+        path
+        for step, path in checkpoints_in(run.settings.output, run.steps_per_epoch)
+        if min(step, run.total_steps) > run.step and path.resolve() != used.resolve()
+    )
+    set_aside(later)
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
@@ -205,9 +226,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
                 value,
                 f"must be {then}, as in the run that {run.settings.output} holds, or give another --output",
             )
-    run.model.load_state_dict(checkpoint.model)
-    run.optimizer.load_state_dict(checkpoint.optimizer)
+    run.model.load_state_dict(scattered(checkpoint.model, run.model.state_dict()))
+    run.optimizer.load_state_dict(scattered_optimizer(checkpoint.optimizer, run.optimizer))
     run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True
     run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
-    run.average.load(checkpoint.average)
+    run.average.load(scattered(checkpoint.average, run.average.weights))
     run.parallel.precision.scaler.load_state_dict(checkpoint.loss_scale)
