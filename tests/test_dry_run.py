@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from indraquantum import cli
 from indraquantum.config import TrainSettings
+from indraquantum.errors import UserError
 from indraquantum.kernels.onednn import is_exact
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.configuration import IndraQuantumConfig
@@ -32,6 +33,7 @@ def model_of(vocab_size=331, attention="eager", **changes) -> IndraQuantumPhase2
 
 
 def test_parameters_by_hand():
+    assert parameter_counts(model_of(ends="separate"))["projector"] == 4 * (14 * 14 + 14)
     assert parameter_counts(model_of()) == {
         "table": 331 * 14,
         "projector": 2 * (14 * 14 + 14),
@@ -42,9 +44,14 @@ def test_parameters_by_hand():
     }
 
 
+@pytest.mark.parametrize("ends", ["shared", "separate"])
 @pytest.mark.parametrize("projector", ["quantum", "phase-only", "frozen", "linear", "mlp", "none"])
-def test_flops_are_what_torch_counts(projector):
-    model, rows, length = model_of(projector=projector, heads=1), 3, 37
+def test_flops_are_what_torch_counts(projector, ends):
+    if (projector, ends) == ("none", "separate"):
+        with pytest.raises(UserError, match="--ends"):
+            model_of(projector=projector, ends=ends)
+        return
+    model, rows, length = model_of(projector=projector, heads=1, ends=ends), 3, 37
     ids_BT = torch.randint(3, 331, (rows, length))
     labels_N = ids_BT.flatten().clone()[: rows * length - 11]
     teacher = TeacherSignals(labels_N[:, None], torch.ones(len(labels_N), 1), *torch.rand(2, len(labels_N)))

@@ -64,7 +64,11 @@ def test_layers_are_drawn_by_width_and_scale_and_bias_start_as_stated():
     assert not model.bias_V.any()
 
 
-@pytest.mark.parametrize("options", [{"projector": name} for name in VARIANTS] + [{"readout": "mean", "head": "born"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"projector": name} for name in VARIANTS]
+    + [{"readout": "mean", "head": "born"}, {"ends": "separate", "magnitude": "linear", "table_std": 0.25}],
+)
 def test_save_and_load_give_the_same_bits(tmp_path, options):
     model = make(**options)
     model.save_pretrained(tmp_path)
@@ -174,6 +178,25 @@ def test_lifted_rows_equal_projected_rows_and_share_their_gradient():
     torch.testing.assert_close(from_table, from_rows)
 
 
+def test_separate_ends_have_a_projector_each_over_one_table():
+    model, ids = make(ends="separate"), tokens(2, 7)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in make().parameters()) + 2 * (
+        D_MODEL**2 + D_MODEL
+    )
+    shared = make()
+    shared.load_state_dict(model.state_dict(), strict=False)
+    assert not torch.allclose(model(ids).logits, shared(ids).logits)
+    model.input_projector.load_state_dict(model.projector.state_dict())
+    torch.testing.assert_close(model(ids).logits, shared(ids).logits)
+    torch.testing.assert_close(model.hidden_states(ids, table_VD=model.lift_table()), shared.hidden_states(ids))
+
+
+def test_a_table_starts_with_the_given_standard_deviation():
+    for options, expected in (({}, 1.0), ({"projector": "linear"}, 0.5), ({"table_std": 0.125}, 0.125)):
+        assert make(d_model=62, **options).embedding.weight.std().item() == pytest.approx(expected, rel=0.05)
+    assert phase_spread(make(d_model=62, table_std=0.125)) == pytest.approx(3.0, rel=0.1)
+
+
 def test_amplitude_magnitude_and_phase_agree():
     model, ids = make(), tokens(2, 7)
     amplitude = model.amplitude(model.hidden_states(ids))
@@ -209,9 +232,9 @@ def sharpened(**options):
     return model
 
 
-@pytest.mark.parametrize("projector", ["quantum", "none"])
-def test_greedy_generation_equals_argmax_step_by_step(projector):
-    model, ids = sharpened(projector=projector), tokens(2, 5)
+@pytest.mark.parametrize("options", [{}, {"projector": "none"}, {"ends": "separate"}])
+def test_greedy_generation_equals_argmax_step_by_step(options):
+    model, ids = sharpened(**options), tokens(2, 5)
     expected = ids
     for _ in range(9):
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
@@ -289,6 +312,13 @@ def test_parameter_groups_cover_every_trainable_parameter_once():
     plain = {group["name"]: group["rate"] for group in model.parameter_groups(2e-3, 10.0, 0.05)}
     assert plain == {"table": 10.0, "projector": 1.0, "layers": 1.0, "projector biases": 1.0, "others": 1.0}
     torch.optim.AdamW(groups.values(), lr=2e-3)
+
+
+def test_both_projectors_move_at_the_projector_rate():
+    model = make(ends="separate")
+    groups = model.parameter_groups(2e-3, 10.0, 0.05, projector_rate=3.0)
+    listed = {id(p) for group in groups if group["name"].startswith("projector") for p in group["params"]}
+    assert listed == {id(p) for part in (model.projector, model.input_projector) for p in part.parameters()}
 
 
 def test_a_frozen_projector_is_not_optimised():

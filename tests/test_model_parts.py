@@ -42,7 +42,8 @@ def built(module_class, **options):
     ("options", "activation"),
     [
         ({}, lambda x: torch.log1p(torch.exp(x))),
-        ({"magnitude_activation": "exp"}, torch.exp),
+        ({"magnitude": "exp"}, torch.exp),
+        ({"magnitude": "linear"}, lambda x: x),
         ({"projector": "phase-only"}, None),
     ],
 )
@@ -53,15 +54,17 @@ def test_states_equal_torch_polar(options, activation):
     magnitude = torch.ones_like(phase)
     if activation is not None:
         magnitude = activation(embeddings @ projector.magnitude.weight.T + projector.magnitude.bias)
-    torch.testing.assert_close(to_complex(projector(embeddings)), torch.polar(magnitude, phase))
+    # A negative magnitude turns the phase by pi, which torch.polar leaves undefined.
+    expected = torch.polar(magnitude.abs(), phase + torch.pi * (magnitude < 0))
+    torch.testing.assert_close(to_complex(projector(embeddings)), expected)
     torch.testing.assert_close(projector.polar(embeddings)[0], magnitude)
     torch.testing.assert_close(projector.polar(embeddings)[1], phase)
 
 
-@pytest.mark.parametrize("spread", [0.5, 3.0])
-def test_phases_start_with_the_given_spread(spread):
-    projector = initialised(QuantumProjector(IndraQuantumConfig(**SIZES, phase_spread=spread)))
-    phase = projector.polar(torch.randn(2003, 20))[1]
+@pytest.mark.parametrize(("spread", "table_std"), [(0.5, None), (3.0, None), (0.5, 0.25)])
+def test_phases_start_with_the_given_spread(spread, table_std):
+    projector = initialised(QuantumProjector(IndraQuantumConfig(**SIZES, phase_spread=spread, table_std=table_std)))
+    phase = projector.polar((table_std or 1.0) * torch.randn(2003, 20))[1]
     assert phase.std().item() == pytest.approx(spread, rel=0.12)
 
 

@@ -143,8 +143,14 @@ class ModelSettings(Settings):
     """How a state becomes logits; born is for study only, the objective does not serve it."""
     readout: Literal["reference", "mean"] = "reference"
     """How magnitude and phase are read: against learned reference states, or the prototype's mean."""
+    magnitude: Literal["softplus", "exp", "linear"] = "softplus"
+    """What makes a magnitude of its linear map; a linear one may be negative, which turns the phase by pi."""
     phase_spread: float = Field(default=3.0, ge=0, le=100)
     """Standard deviation of the phases at the start, in radians."""
+    table_std: float | None = Field(default=None, gt=0, le=100)
+    """Standard deviation of the embedding table at the start; by default 1, or 0.5 for projectors linear and none."""
+    ends: Literal["shared", "separate"] = "shared"
+    """One projector for inputs and head, or one for each, over the same table."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of the attention weights while training."""
 

@@ -17,8 +17,9 @@ from indraquantum.training.run import rows_per_step
 from indraquantum.training.schedule import rows_of_step, steps_per_epoch
 
 FLOPS_FORMULA = (
-    "6 (L (4 D² + 3 D m + T D) + V D + V P / B): forward and backward, a multiply-add is 2, for rows of T positions "
-    "that each hold one document; P weights of the projector, applied to the whole table once a step of B positions"
+    "6 (L (4 D² + 3 D m + T D) + V D + V P / B + I): forward and backward, a multiply-add is 2, for rows of T "
+    "positions that each hold one document; P weights of the projector, applied to the whole table once a step of B "
+    "positions; I weights of the inputs' own projector, if there is one"
 )
 
 
@@ -62,7 +63,8 @@ def flops_per_token(model: IndraQuantumPhase2, row_length: int, batch_tokens: in
     attention = config.num_hidden_layers * row_length * config.hidden_size
     projector = sum(p.numel() for p in model.projector.parameters() if p.ndim == 2)
     head = config.vocab_size * config.hidden_size
-    return 6 * (layers + attention + head + config.vocab_size * projector / batch_tokens)
+    inputs = 0 if model.input_projector is None else projector
+    return 6 * (layers + attention + head + config.vocab_size * projector / batch_tokens + inputs)
 
 
 def planned_steps(settings: TrainSettings, dataset: PreparedDataset) -> int:

@@ -37,7 +37,9 @@ class IndraQuantumConfig(PreTrainedConfig):
     readout: Literal["reference", "mean"] = "reference"
     readout_references: int = 1
     phase_spread: float = 3.0
-    magnitude_activation: Literal["softplus", "exp"] = "softplus"
+    magnitude: Literal["softplus", "exp", "linear"] = "softplus"
+    table_std: float | None = None  # None: by the projector
+    ends: Literal["shared", "separate"] = "shared"
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = None
@@ -112,8 +114,10 @@ class IndraQuantumConfig(PreTrainedConfig):
             max_position_embeddings: longest text in tokens that the model is built for.
 
         Raises:
-            UserError: the heads don't divide the width into even parts.
+            UserError: the heads don't divide the width into even parts, or there is no projector to be separate.
         """
+        if settings.projector == "none" and settings.ends == "separate":
+            raise UserError("--ends", settings.ends, "must be shared where --projector is none")
         width = settings.d_model if settings.projector == "none" else 2 * settings.d_model
         if width % (2 * settings.heads):
             raise UserError("--heads", settings.heads, f"must divide the width {width} into even parts")
@@ -129,6 +133,9 @@ class IndraQuantumConfig(PreTrainedConfig):
             head=settings.head,
             readout=settings.readout,
             phase_spread=settings.phase_spread,
+            magnitude=settings.magnitude,
+            table_std=settings.table_std,
+            ends=settings.ends,
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
         )

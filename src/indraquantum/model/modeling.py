@@ -86,6 +86,7 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.projector = PROJECTORS[config.projector](config)
+        self.input_projector = PROJECTORS[config.projector](config) if config.ends == "separate" else None
         self.backbone = Backbone(config.backbone())
         self.head = HEADS[config.head](config)
         self.readout = READOUTS[config.readout](config)
@@ -96,7 +97,7 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
         # transformers calls this for every module, also for those a checkpoint lacks; its default would draw
         # every Linear and Embedding with std 0.02, which puts all phases near 0.
         if module is self.embedding:
-            init.normal_(module.weight, std=self.projector.table_std)
+            init.normal_(module.weight, std=self.config.table_std or self.projector.table_std)
         elif isinstance(module, LiftLinear | PhaseLinear | InterferenceHead | ReferenceReadout):
             module.initialise()
 
@@ -136,7 +137,12 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
         return self.lift_table()
 
     def _embed(self, input_ids_BT: Tensor, table_VD: Tensor | None) -> Tensor:
-        """Return the input states (B, T, D), from the lifted table or from the needed rows alone."""
+        """Return the input states (B, T, D), from the lifted table or from the needed rows alone.
+
+        A projector of the inputs' own has another table than the head's.
+        """
+        if self.input_projector is not None:
+            return self.input_projector(self.embedding(input_ids_BT))
         if table_VD is not None:
             return F.embedding(input_ids_BT, table_VD)
         return self.projector(self.embedding(input_ids_BT))
@@ -161,7 +167,8 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
             segment_ids_BT: (B, T) document number within the row, -1 on padding; a position attends only to
                 earlier ones of its own document. By default there is no padding and a document begins where
                 positions restart.
-            table_VD: (V, D) the lifted table, where the caller has it; the inputs are then gathered from it.
+            table_VD: (V, D) the lifted table, where the caller has it; the inputs are then gathered from it, unless
+                they have a projector of their own.
 
         Returns:
             (B, T, D) the states psi.
@@ -303,7 +310,12 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
             "rate", so that a schedule sets lr = base * rate.
         """
         undecayed = {id(parameter) for module in (self.head, self.readout) for parameter in module.parameters()}
-        of_projector = {id(parameter) for parameter in self.projector.parameters()}
+        of_projector = {
+            id(parameter)
+            for module in (self.projector, self.input_projector)
+            if module is not None
+            for parameter in module.parameters()
+        }
         groups: dict[str, dict[str, Any]] = {
             "table": {"rate": table_rate, "weight_decay": table_weight_decay},
             "projector": {"rate": projector_rate, "weight_decay": weight_decay},

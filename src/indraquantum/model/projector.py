@@ -43,38 +43,43 @@ class LiftLinear(nn.Linear):
 
 
 class PhaseLinear(nn.Linear):
-    """A linear layer whose outputs, for inputs of unit variance, start with standard deviation `spread` (radians)."""
+    """A linear layer whose outputs, for inputs of standard deviation `input_std`, start with `spread` (radians)."""
 
-    def __init__(self, width: int, spread: float) -> None:
+    def __init__(self, width: int, spread: float, input_std: float) -> None:
         super().__init__(width, width)
-        self.spread = spread
+        self.initial_std = spread / (input_std * math.sqrt(width))
 
     def initialise(self) -> None:
         """Draw the weights."""
-        init.normal_(self.weight, std=self.spread / math.sqrt(self.in_features))
+        init.normal_(self.weight, std=self.initial_std)
         init.zeros_(self.bias)
 
 
+MAGNITUDES = {"softplus": F.softplus, "exp": torch.exp, "linear": lambda magnitude: magnitude}
+
+
 class QuantumProjector(nn.Module):
-    """Z = M exp(iP) with M = softplus(E W_m + b_m) >= 0 and P = E W_p + b_p, an angle without bounds.
+    """Z = M exp(iP) with M = activation(E W_m + b_m) and P = E W_p + b_p, an angle without bounds.
+
+    Softplus and exp keep M >= 0. A linear M may be negative, which turns the phase by pi; with phases near 0 it makes
+    the projector a linear lift that the phases bend.
 
     Args:
-        config: gives d_model, phase_spread, magnitude_activation; `projector` "phase-only" fixes M = 1,
+        config: gives d_model, phase_spread, magnitude, table_std; `projector` "phase-only" fixes M = 1,
             "frozen" keeps the projector's weights as they were drawn.
     """
 
-    # Embeddings of unit variance make the phases' spread equal to config.phase_spread.
     table_std = 1.0
 
     def __init__(self, config: IndraQuantumConfig) -> None:
         super().__init__()
-        self.magnitude_of = {"softplus": F.softplus, "exp": torch.exp}[config.magnitude_activation]
+        self.magnitude_of = MAGNITUDES[config.magnitude]
         self.magnitude = None if config.projector == "phase-only" else LiftLinear(config.d_model, config.d_model)
-        self.phase = PhaseLinear(config.d_model, config.phase_spread)
+        self.phase = PhaseLinear(config.d_model, config.phase_spread, config.table_std or self.table_std)
         self.requires_grad_(config.projector != "frozen")
 
     def polar(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Return magnitudes >= 0 and phases in radians, both (..., d), of `embeddings` (..., d)."""
+        """Return magnitudes and phases in radians, both (..., d), of `embeddings` (..., d)."""
         phase = self.phase(embeddings)
         if self.magnitude is None:
             return torch.ones_like(phase), phase

@@ -15,12 +15,21 @@ from indraquantum.kernels.cpu import cpu_plan
 from indraquantum.kernels.cuda import cuda_plan_rows
 from indraquantum.model.modeling import IndraQuantumPhase2
 
-PARTS = {"table": "embedding", "projector": "projector", "layers": "backbone", "head": "head", "readout": "readout"}
+# The modules of each part, by their names in the model.
+PARTS = {
+    "table": ("embedding",),
+    "projector": ("projector", "input_projector"),
+    "layers": ("backbone",),
+    "head": ("head",),
+    "readout": ("readout",),
+}
 
 
 def parameter_counts(model: IndraQuantumPhase2) -> dict[str, int]:
     """Parameters of each part and of all, frozen ones among them."""
-    counts = {part: sum(p.numel() for p in getattr(model, name).parameters()) for part, name in PARTS.items()}
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        counts[next(part for part, modules in PARTS.items() if name.split(".")[0] in modules)] += parameter.numel()
     return {**counts, "all": sum(counts.values())}
 
 
@@ -37,11 +46,13 @@ def step_flops(model: IndraQuantumPhase2, size: StepSize) -> dict[str, int]:
     """FLOPs of one optimiser step, forward and backward, by part and together.
 
     Attention is counted over whole rows, as it is computed; the table is lifted once a step, whatever its rows.
+    `inputs` is 0 where the inputs come from that table.
     """
     config, width = model.config, model.config.hidden_size
     positions = size.rows * size.row_length
     forward = {
         "lift": 2 * config.vocab_size * _matrix_elements(model.projector),
+        "inputs": 2 * positions * _matrix_elements(model.input_projector),
         "layers": 2 * positions * _matrix_elements(model.backbone),
         "attention": 4 * positions * size.row_length * width * config.num_hidden_layers,
         "objective": 2 * size.labelled * config.vocab_size * width,
@@ -50,13 +61,13 @@ def step_flops(model: IndraQuantumPhase2, size: StepSize) -> dict[str, int]:
     # A frozen projector passes the gradient on to the table, but takes none itself.
     backward = {part: flops * 2 for part, flops in forward.items()}
     if not any(p.requires_grad for p in model.projector.parameters()):
-        backward["lift"] = forward["lift"]
+        backward |= {part: forward[part] for part in ("lift", "inputs")}
     flops = {part: forward[part] + backward[part] for part in forward}
     return {**flops, "all": sum(flops.values())}
 
 
-def _matrix_elements(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+def _matrix_elements(module: torch.nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
 def objective_bytes(model: IndraQuantumPhase2, labelled: int, device: torch.device) -> int:
