@@ -103,7 +103,8 @@ def at_every(owner, name, strike):
 def result(settings: TrainSettings) -> tuple[str, list[dict]]:
     """What two runs must have in common to the bit: weights, optimiser state and position; and every metrics line."""
     checkpoint = load_checkpoint("", max(settings.output.glob("*_epoch_*.pt")))
-    digest = hashlib.sha256(repr((checkpoint.step, checkpoint.tokens, checkpoint.finished, checkpoint.best)).encode())
+    state = (checkpoint.step, checkpoint.tokens, checkpoint.finished, checkpoint.best, checkpoint.loss_scale)
+    digest = hashlib.sha256(repr(state).encode())
     states = sorted(checkpoint.optimizer["state"].items())
     for part in (checkpoint.model, checkpoint.average, *(state for _, state in states)):
         for name, tensor in sorted(part.items()):
