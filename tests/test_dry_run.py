@@ -87,6 +87,12 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_trained(world, tmp_path, ca
     assert found.size == StepSize(10, 48, found.size.labelled)
     assert found.parameters == parameter_counts(run.model)
     assert found.bytes["weights"] == found.bytes["gradients"] == 4 * found.parameters["all"]
+    assert found.bytes["averaged weights"] == 0
+    averaged = measure(scratch.scratch_run(settings(world, tmp_path, ema_decay=0.9, optimizer="muon")))
+    assert averaged.bytes["averaged weights"] == 4 * found.parameters["all"]
+    # Muon keeps one momentum of each matrix of the layers and no counter
+    matrices = 3 * (4 * 28 * 28 + 3 * 28 * 22)
+    assert averaged.bytes["optimiser"] == found.bytes["optimiser"] - 4 * matrices - 4 * 3 * 7
     # two moments of each parameter, and a float32 counter of steps for each tensor
     assert found.bytes["optimiser"] == 8 * found.parameters["all"] + 4 * len(list(run.model.parameters()))
     assert found.bytes["objective's buffer"] == found.size.labelled * run.model.config.vocab_size * 4

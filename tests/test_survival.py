@@ -155,20 +155,24 @@ def test_a_chain_of_five_resumes_is_exact(world, whole, tmp_path):
 
 
 def test_a_chain_of_resumes_is_exact_with_every_state_there_is(world, tmp_path):
-    """Muon's momenta, the average, the best evaluation and float16's loss scale go through the checkpoint."""
+    """Muon's momenta, the average, the wait for a better evaluation and float16's loss scale: all are kept."""
     options = {
-        "optimizer": "muon", "ema_decay": 0.9, "patience": 2, "keep_best": True, "precision": "float16",
-        "learning_rate": 0.05, "evaluate_every": 2,
+        "optimizer": "muon", "ema_decay": 0.9, "patience": 3, "keep_best": True, "precision": "float16",
+        "learning_rate": 0.3, "evaluate_every": 1, "epochs": 3, "on_collapse": "ignore",
     }  # fmt: skip
     untouched = survival.small_run(world, tmp_path / "untouched", **options)
     assert survival.in_fork(lambda: survival.train_small(untouched)) == 0
     settings = survival.small_run(world, tmp_path, **options)
+    last = load_checkpoint("", max(untouched.output.glob("*_epoch_*.pt")))
+    assert last.best["stopped"]
+    assert last.best["step"] > 4
+    # Killed early, then, gone on from step 4, in the step whose evaluation is to end the wait.
+    for occurrence in (5, last.step - 4):
 
-    def killed():
-        survival.at(loop, "take_step", "after", 3, survival.die)
-        survival.train_small(settings)
+        def killed(occurrence=occurrence):
+            survival.at(loop, "take_step", "after", occurrence, survival.die)
+            survival.train_small(settings)
 
-    for _ in range(3):
         assert survival.in_fork(killed) == -signal.SIGKILL
     assert end_of(settings) == survival.result(untouched)
     best = [load_checkpoint("", run.output / checkpoint.BEST_NAME) for run in (untouched, settings)]

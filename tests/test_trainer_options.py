@@ -116,11 +116,17 @@ def test_the_average_by_hand():
 
 
 def test_the_average_is_evaluated_kept_and_used(world, tmp_path):
-    report = loop.train(settings(world, tmp_path, ema_decay=0.9, max_steps=5))
+    report = loop.train(settings(world, tmp_path, ema_decay=0.3, max_steps=5, save_every=1, keep_last=9))
     plain = loop.train(settings(world, tmp_path / "plain", max_steps=5))
     checkpoint = load_checkpoint("", report.checkpoint)
     for name, weight in load_checkpoint("", plain.checkpoint).model.items():
         assert torch.equal(weight, checkpoint.model[name]), "averaging must not change what is trained"
+    passed = [load_checkpoint("", tmp_path / "run" / f"checkpoint_v4_step_{step}.pt").model for step in (1, 2, 3, 4)]
+    name, average = "embedding.weight", scratch_run(settings(world, tmp_path)).model.embedding.weight.detach()
+    for step, model in enumerate([*passed, checkpoint.model], start=1):
+        decay = min(0.3, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * model[name]
+    torch.testing.assert_close(checkpoint.average[name], average)
     dataset = scratch_run(settings(world, tmp_path)).dataset
     found = {}
     for weights in ("auto", "ema", "last"):

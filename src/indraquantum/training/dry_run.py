@@ -101,6 +101,7 @@ def _memory(run: Run, size: StepSize, activations: int) -> dict[str, int]:
         "weights": sum(p.nbytes for p in model.parameters()),
         "gradients": sum(p.nbytes for p in model.parameters() if p.requires_grad),
         "optimiser": sum(value.nbytes for value in state if isinstance(value, torch.Tensor)),
+        "averaged weights": sum(weight.nbytes for weight in run.average.weights.values()),
         "lifted table and its gradients": 3 * lifted,
         "activations": activations,
         "objective's buffer": objective_bytes(model, size.labelled, run.device),
