@@ -73,6 +73,13 @@ def test_only_the_layers_products_are_16_bits(world, tmp_path, name, dtype):
     assert seen == {"layer": dtype, "table": torch.float32, "loss": torch.float32}
 
 
+def test_phases_of_the_inputs_own_projector_stay_float32(world, tmp_path):
+    run, seen = scratch_run(settings(world, tmp_path, precision="bfloat16", ends="separate")), []
+    run.model.input_projector.phase.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    loop.take_step(run)
+    assert seen == [torch.float32]
+
+
 def test_auto_is_float32_on_a_cpu(world, tmp_path):
     chosen = choose_precision(settings(world, tmp_path, precision="auto"), torch.device("cpu"))
     assert (chosen.dtype, chosen.scaler.is_enabled(), chosen.may_overflow) == (torch.float32, False, False)

@@ -142,7 +142,9 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
         A projector of the inputs' own has another table than the head's.
         """
         if self.input_projector is not None:
-            return self.input_projector(self.embedding(input_ids_BT))
+            # A phase of several radians loses its digits in 16 bits.
+            with torch.autocast(input_ids_BT.device.type, enabled=False):
+                return self.input_projector(self.embedding(input_ids_BT))
         if table_VD is not None:
             return F.embedding(input_ids_BT, table_VD)
         return self.projector(self.embedding(input_ids_BT))
