@@ -1,0 +1,33 @@
+"""Averages, early stopping and the best checkpoint over several processes: what one process has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import forked
+import survival
+from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "options"),
+    [("ddp", {"optimizer": "muon"}), ("fsdp2", {"gradient_checkpointing": True})],
+)
+def test_two_processes_end_where_one_does(world, tmp_path, parallel, options):
+    common = {"ema_decay": 0.9, "patience": 3, "keep_best": True, "max_steps": 6, "evaluate_every": 2, "dropout": 0.0}
+    alone = survival.small_run(world, tmp_path / "alone", **common, **options)
+    assert survival.in_fork(lambda: survival.train_small(alone)) == 0
+    both = survival.small_run(world, tmp_path / "both", parallel=parallel, **common, **options)
+    said = tmp_path / "said"
+    assert forked.run(2, lambda _: survival.train_small(both), said) == [0, 0], forked.said(said)
+    for name in ("checkpoint_v4_epoch_1.pt", BEST_NAME):
+        expected, found = (load_checkpoint("", run.output / name) for run in (alone, both))
+        assert found.step == expected.step
+        assert found.best["step"] == expected.best["step"]
+        assert found.best["cross_entropy"] == pytest.approx(expected.best["cross_entropy"], abs=1e-4)
+        assert found.average.keys() == expected.average.keys()
+        for weight, average in expected.average.items():
+            torch.testing.assert_close(found.average[weight], average, rtol=1e-3, atol=1e-4)
