@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -307,3 +308,19 @@ def test_compiled_layers_give_the_same_loss(world, tmp_path):
     assert losses(compiled, 3) == pytest.approx(losses(plain, 3), rel=1e-5)
     assert set(compiled.model.state_dict()) == set(plain.model.state_dict())
     assert compiled.model.backbone.layers[0]._compiled_call_impl is not None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_compiled_run_that_was_stopped_goes_on_to_the_same_bits(world, tmp_path):
+    options = {"compile": True, "epochs": 2, "batch_tokens": 1440, "save_every": 1, "keep_last": 99}
+    whole, again = settings(world, tmp_path / "whole", **options), settings(world, tmp_path / "again", **options)
+    report = loop.train(whole)
+    step = whole.output / f"checkpoint_v4_step_{report.steps - 2}.pt"  # after an epoch's smaller last batch
+    assert report.steps // 2 < report.steps - 2
+    again.output.mkdir(parents=True)
+    for path in (step, step.with_suffix(".json")):
+        shutil.copy(path, again.output)
+    torch._dynamo.reset()  # as in a new process
+    found, expected = (load_checkpoint("", run.checkpoint) for run in (loop.train(again), report))
+    assert all(torch.equal(weight, found.model[name]) for name, weight in expected.model.items())

@@ -8,6 +8,8 @@ from indraquantum.config import TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.model.modeling import IndraQuantumPhase2
 
+MOST_SHAPES = 256  # rows of micro-batches and evaluations, times layers
+
 
 def accelerate(model: IndraQuantumPhase2, settings: TrainSettings, device: torch.device) -> None:
     """Apply what `settings` ask for to the layers of `model`, in place.
@@ -19,8 +21,11 @@ def accelerate(model: IndraQuantumPhase2, settings: TrainSettings, device: torch
         model.backbone.activation_checkpointing_enable()
     if settings.compile:
         require_compiler(device)
+        # What is compiled for a shape must not depend on the shapes before it, or a resumed run would have other bits:
+        # so no shape is left open, and none is one too many (then torch would go on without compiling).
+        torch.compiler.config.recompile_limit = MOST_SHAPES
         for layer in model.backbone.layers:  # alike, so that one compilation serves all
-            layer.compile()
+            layer.compile(dynamic=False)
 
 
 def require_compiler(device: torch.device) -> None:
