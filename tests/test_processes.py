@@ -114,7 +114,13 @@ def fifty_steps(world_of_tests, processes, kind, teacher):
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks", "teacher"), [("ddp", 2, True), ("ddp", 3, False), ("fsdp2", 2, True), ("fsdp2", 3, False)]
+    ("kind", "ranks", "teacher"),
+    [
+        ("ddp", 2, True),
+        ("fsdp2", 3, False),
+        pytest.param("ddp", 3, False, marks=pytest.mark.slow),
+        pytest.param("fsdp2", 2, True, marks=pytest.mark.slow),
+    ],
 )
 def test_fifty_steps_are_those_of_one_process(world, tmp_path, kind, ranks, teacher):
     results, weights, state = fifty_steps(world, ALONE, "auto", teacher)

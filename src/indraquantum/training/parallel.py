@@ -72,6 +72,7 @@ class MicroBatchPass(nn.Module):
         """
         table_VD = self.lift_table() if leaf_VD is None else leaf_VD
         if collected_VD is not None:
+            table_VD = table_VD.view_as(table_VD)  # without a projector it is the weight itself, which keeps its hooks
             table_VD.register_hook(lambda gradient_VD: gradient_VD + collected_VD)
         device = table_VD.device
         with self.precision.autocast():

@@ -1,0 +1,69 @@
+"""Options of the trainer in several processes: each does there what it does in one, or is refused by name."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+
+import forked
+import survival
+from indraquantum.metrics import read_metrics
+from indraquantum.training import checkpoint
+from indraquantum.training.checkpoint import load_checkpoint
+from test_parallel_runs import stop_after
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
+
+LENGTH = {"dropout": 0.0, "epochs": 100, "max_steps": 12, "evaluate_every": 5, "save_every": 4, "layers": 2}
+AVERAGED = {"ema_decay": 0.9, "keep_best": True}
+OPTIONS = [
+    (AVERAGED, 1e-5), ({"precision": "bfloat16"}, 2e-3), ({"gradient_checkpointing": True}, 1e-5),
+    ({"optimizer": "muon"}, 1e-3), ({"compile": True}, 1e-5), ({"precision": "float16"}, 1e-3),
+    ({"projector": "frozen"}, 1e-5), ({"projector": "none", "heads": 1, "no_teacher": True}, 1e-5),
+    ({"readout": "mean", "no_teacher": True}, 1e-5),
+]  # fmt: skip
+REFUSED = [{"optimizer": "muon"}, {"precision": "float16"}]  # by FSDP2
+CASES = [
+    pytest.param(kind, changes, near, marks=() if kind == "fsdp2" and changes is AVERAGED else pytest.mark.slow)
+    for kind in ("ddp", "fsdp2")
+    for changes, near in OPTIONS
+    if kind == "ddp" or changes not in REFUSED
+]
+
+
+@pytest.mark.filterwarnings("default")  # the compiler has some of its own
+@pytest.mark.parametrize(("kind", "changes", "near"), CASES)
+def test_an_option_does_what_it_does_in_one_process(world, tmp_path, kind, changes, near):
+    one = survival.small_run(world, tmp_path / "one", **LENGTH, **changes)
+    two = survival.small_run(world, tmp_path / "two", **LENGTH, **changes, parallel=kind)
+    if survival.in_fork(lambda: survival.train_small(one), tmp_path / "said"):
+        assert "needs a compiler" in (tmp_path / "said").read_text()
+        pytest.skip("no compiler here")
+
+    def stopped(_):
+        stop_after(7, 1, signal.SIGTERM)
+        survival.train_small(two)
+
+    assert forked.run(2, stopped, tmp_path / "stopped") == [143, 143], forked.said(tmp_path / "stopped")
+    assert forked.run(2, lambda _: survival.train_small(two), tmp_path / "again") == [0, 0]
+    lines, expected = (read_metrics(s.logs / "run" / "metrics.jsonl") for s in (two, one))
+    for line, other in zip(lines, expected, strict=True):
+        assert line["loss"] == (other["loss"] and pytest.approx(other["loss"], abs=near))
+        assert line["held_out"] == (other["held_out"] and pytest.approx(other["held_out"], abs=near))
+    name = checkpoint.BEST_NAME if changes is AVERAGED else "checkpoint_v4_epoch_2.pt"
+    a, b = (load_checkpoint("", s.output / name) for s in (two, one))
+    torch.testing.assert_close((a.model, a.average), (b.model, b.average), rtol=0.01, atol=0.01)
+    assert a.best.keys() == b.best.keys()
+    assert a.best["step"] == b.best["step"]
+
+
+@pytest.mark.parametrize("changes", REFUSED)
+def test_what_shards_cannot_do_is_refused(world, tmp_path, changes):
+    settings = survival.small_run(world, tmp_path, **LENGTH, **changes, parallel="fsdp2")
+    assert forked.run(2, lambda _: survival.train_small(settings), tmp_path) == [2, 2]
+    (name,) = changes
+    assert forked.said(tmp_path).count(f"indra: error: --{name}: ") == 1
+    assert "with --parallel fsdp2" in forked.said(tmp_path)
+    assert not list(settings.output.glob("*.pt"))
