@@ -43,12 +43,12 @@ def test_the_newest_is_by_number_not_by_name(tmp_path):
         save_checkpoint(checkpoint_path(tmp_path, epoch), example(step=epoch))
     (tmp_path / "checkpoint_v4_epoch_99.pt.tmp").write_text("")
     save_checkpoint(step_checkpoint_path(tmp_path, 29), example(step=29))
-    assert newest_checkpoint(tmp_path, steps_per_epoch=3).path.name == "checkpoint_v4_epoch_10.pt"
-    assert newest_checkpoint(tmp_path, steps_per_epoch=2).path.name == "checkpoint_v4_step_29.pt"
+    assert newest_checkpoint(tmp_path, lambda epoch: epoch * 3).path.name == "checkpoint_v4_epoch_10.pt"
+    assert newest_checkpoint(tmp_path, lambda epoch: epoch * 2).path.name == "checkpoint_v4_step_29.pt"
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert newest_checkpoint(tmp_path, 1) is None
+    assert newest_checkpoint(tmp_path, int) is None
 
 
 def test_flipped_bits_in_the_weights_of_a_lone_file_are_caught(tmp_path):

@@ -43,7 +43,7 @@ def artefacts(settings) -> list[tuple[Path, Callable[[], object]]]:
     """Every file of checkpoint, data and signals, and what reads it before a run uses it."""
     data, signals = settings.data, settings.data.parent / "teacher_signals"
     dataset = open_dataset("--data", data)
-    newest = newest_checkpoint(settings.output, 10**6).path
+    newest = newest_checkpoint(settings.output, lambda epoch: epoch * 10**6).path
     return [
         *[(path, lambda: load_checkpoint("--resume", newest)) for path in (newest, manifest_path(newest))],
         *[(p, lambda: open_dataset("--data", data, verify=True)) for p in sorted(data.rglob("*")) if p.is_file()],
@@ -104,7 +104,7 @@ def test_automatic_resume_falls_back_with_one_warning_and_an_explicit_one_never(
     settings = survival.small_run(world, tmp_path, data=run.data, epochs=1, keep_last=9)
     shutil.copytree(run.output, settings.output)
     shutil.copytree(run.logs, settings.logs)
-    newest = newest_checkpoint(run.output, 10**6).path.name
+    newest = newest_checkpoint(run.output, lambda epoch: epoch * 10**6).path.name
     for name in (newest, "checkpoint_v4_step_4.pt"):
         (settings.output / name).write_bytes(b"damaged")
     explicit = settings.model_copy(update={"resume": str(settings.output / newest)})
@@ -165,7 +165,7 @@ def test_a_write_that_fails_harms_nothing(world, run, tmp_path, owner, name, cod
     assert os.strerror(code) in line
     assert "bytes needed" in line
     assert str(tmp_path) in line
-    assert newest_checkpoint(settings.output, 10**6).checkpoint.step >= 2
+    assert newest_checkpoint(settings.output, lambda epoch: epoch * 10**6).checkpoint.step >= 2
     survival.train_small(settings)
     assert survival.result(settings) == survival.result(run)
 
@@ -184,7 +184,7 @@ def test_a_disk_that_is_really_full(world, run, tmp_path):
 
     assert survival.in_fork(limited, tmp_path / "said") == 2
     assert "could not be written: File too large" in (tmp_path / "said").read_text()
-    assert newest_checkpoint(settings.output, 10**6).checkpoint.step == 2
+    assert newest_checkpoint(settings.output, lambda epoch: epoch * 10**6).checkpoint.step == 2
     survival.train_small(settings)
     assert survival.result(settings) == survival.result(run)
 
@@ -239,7 +239,7 @@ def hostile(canary: Path) -> list[bytes]:
 def test_a_hostile_checkpoint_runs_nothing(run, tmp_path, number):
     canary, path = tmp_path / "canary", tmp_path / "checkpoint_v4_epoch_1.pt"
     payload = hostile(canary)[number]
-    source = newest_checkpoint(run.output, 10**6).path
+    source = newest_checkpoint(run.output, lambda epoch: epoch * 10**6).path
     with zipfile.ZipFile(source) as whole, zipfile.ZipFile(path, "w") as archive:
         for part in whole.namelist():  # a real checkpoint but for its pickle
             archive.writestr(part, payload if part.endswith("data.pkl") else whole.read(part))

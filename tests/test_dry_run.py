@@ -119,7 +119,7 @@ def test_a_dry_run_goes_on_without_signals(world, tmp_path, capsys):
         target = data / path.relative_to(world.data)
         target.mkdir() if path.is_dir() else target.write_bytes(path.read_bytes())
     run = scratch.scratch_run(settings(world, tmp_path, data=data))
-    assert run.signals is None
+    assert run.stage.signals is None
     assert "No teacher signals" in capsys.readouterr().out
     assert measure(run).flops["readout"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["mixed"]

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from indraquantum.training.schedule import (
-    FINAL_RATE,
     learning_rate_factor,
-    linear_weight,
     rows_of_step,
     steps_per_epoch,
 )
@@ -31,16 +29,36 @@ def test_order_changes_with_epoch_and_seed_only():
     assert (first != rows_of_step(101, 101, 4, 0)).any()
 
 
-def test_learning_rate_rises_then_falls_along_the_cosine():
-    factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
-    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert factors[55] == pytest.approx(FINAL_RATE + (1 - FINAL_RATE) / 2)  # half way down: 10 + 90/2
-    assert factors[99] == pytest.approx(FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * 89 / 90)))
-    assert max(factors) == 1.0
+def test_each_stage_has_its_own_order():
+    first, second = (rows_of_step(101, 101, 3, 0, stage) for stage in (0, 1))
+    assert (first != second).any()
+    assert sorted(second) == list(range(101))
+    assert (rows_of_step(101, 101, 3, 1, 0) != second).any()
 
 
-def test_linear_weight_goes_from_start_to_end():
-    assert linear_weight(0.01, 0.05, 0, 5) == 0.01
-    assert linear_weight(0.01, 0.05, 2, 5) == pytest.approx(0.03)
-    assert linear_weight(0.01, 0.05, 4, 5) == 0.05
-    assert linear_weight(0.01, 0.05, 0, 1) == 0.01
+def factors(*, steps=100, warmup=0.1, **options):
+    return [learning_rate_factor(step, steps, warmup, **options) for step in range(steps)]
+
+
+def test_cosine_rises_then_falls_along_half_a_cosine():
+    found = factors()
+    assert found[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert found[10] == max(found) == 1.0
+    assert found[55] == pytest.approx(0.1 + 0.9 / 2)  # half way down: 10 + 90/2
+    assert found[40] == pytest.approx(0.1 + 0.9 * 0.75)  # a third of the way: (1 + cos 60 degrees) / 2
+    assert found[99] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 89 / 90)))
+    assert factors(final_rate=0.0)[55] == pytest.approx(0.5)
+    assert learning_rate_factor(100, 100, 0.1, final_rate=0.3) == pytest.approx(0.3)
+
+
+def test_wsd_rises_stays_and_decays_in_a_straight_line():
+    found = factors(schedule="wsd", decay_fraction=0.4, final_rate=0.2)
+    assert found[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert found[10:61] == [1.0] * 51  # the decay begins at step 60, still at the peak
+    assert found[61:] == pytest.approx([1 - 0.8 * step / 40 for step in range(1, 40)])
+    assert learning_rate_factor(100, 100, 0.1, "wsd", 0.4, 0.2) == pytest.approx(0.2)
+
+
+def test_constant_rises_and_stays():
+    assert factors(schedule="constant", warmup=0.02) == [0.5] + [1.0] * 99
+    assert factors(schedule="constant", warmup=0.0) == [1.0] * 100

@@ -125,7 +125,7 @@ def test_kill_9_at_100_random_times(world, whole, tmp_path):
         os.kill(pid, signal.SIGKILL)
         kills += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert kills == 100
-    assert checkpoint.newest_checkpoint(settings.output, 6).checkpoint.step > 10
+    assert checkpoint.newest_checkpoint(settings.output, lambda epoch: epoch * 6).checkpoint.step > 10
     assert end_of(settings) == survival.result(untouched)
 
 
@@ -214,7 +214,7 @@ def test_a_signal_leaves_after_the_step_in_hand(world, whole, tmp_path, where, n
 
     assert survival.in_fork(struck, tmp_path / "said") == 128 + number, (tmp_path / "said").read_text()
     done = steps.read_text().count("\n") if steps.exists() else 0
-    found = checkpoint.newest_checkpoint(settings.output, 10**9)
+    found = checkpoint.newest_checkpoint(settings.output, lambda epoch: epoch * 10**9)
     assert (found.checkpoint.step if found else 0) == done
     assert done < last_step(whole)
     assert not done or len(read_metrics(log)) >= done
@@ -233,7 +233,7 @@ def test_a_second_signal_leaves_at_once(world, whole, tmp_path, number):
         survival.train_small(settings)
 
     assert survival.in_fork(struck) == 128 + number
-    found = checkpoint.newest_checkpoint(settings.output, 10**9)
+    found = checkpoint.newest_checkpoint(settings.output, lambda epoch: epoch * 10**9)
     assert found.checkpoint.step == 2  # the save that was cut left nothing, the one before it is whole
     assert end_of(settings) == whole[1]
 

@@ -182,7 +182,7 @@ def test_a_run_stops_early_and_keeps_its_best(world, tmp_path, monkeypatch, caps
     wanted = settings(
         world, tmp_path, epochs=9, evaluate_every=2, keep_best=True, patience=2, save_every=1, keep_last=99
     )
-    assert scratch_run(wanted).steps_per_epoch > 8  # no epoch ends in between
+    assert scratch_run(wanted).stage.steps_per_epoch > 8  # no epoch ends in between
     report = loop.train(wanted)
     assert report.steps == 8
     assert (

@@ -156,7 +156,7 @@ class ModelSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """How any model here is optimised: AdamW with warm-up and cosine decay."""
+    """How any model here is optimised."""
 
     batch_tokens: int = Field(default=4096, ge=1)
     """Token positions in one optimiser step; at least one row is taken."""
@@ -167,7 +167,13 @@ class OptimizerSettings(Settings):
     table_rate: float = Field(default=10.0, gt=0, le=1000)
     """The embedding table's learning rate, as a multiple of the rest's."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Part of the run over which the learning rate rises from 0."""
+    """Part of the run, or of a strategy's stage, over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """What follows: a cosine down to the end, wsd (stable, then a straight decay), or the peak as it is."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Last part of the run, or of a stage, over which wsd decays."""
+    final_rate: float = Field(default=0.1, ge=0, le=1)
+    """Where cosine and wsd end, as a part of the peak."""
     weight_decay: float = Field(default=0.05, ge=0, le=10)
     """Decoupled weight decay of the matrices but the table; biases and norms have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -202,8 +208,17 @@ class TrainerSettings(Settings):
 
 
 class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSettings):
-    """One unified run of semantic distillation (v4)."""
+    """One run of semantic distillation, by default the unified one (v4).
 
+    Options that are given replace the strategy's values; where its stages differ in them, or they contradict it, they
+    are refused.
+    """
+
+    strategy: str = "v4-unified"
+    """What is trained on what with which weights: v4-unified, stage1, stage2-v2-aggressive, stage2-v3-gentle, or a YAML
+    file of your own (docs/FORMATS.md)."""
+    start_from: Path | None = None
+    """A checkpoint whose weights to start from; a stage2 strategy then leaves its stage 1 out."""
     data: Path = Path("data/mixed_train")
     """The prepared dataset: the packed folder, or a pickle."""
     tokenizer: str | None = None
@@ -219,13 +234,13 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSet
     logs: Path = Path("logs")
     """Folder of the logs; metrics go to <logs>/<name of output>/metrics.jsonl."""
     epochs: int = Field(default=3, ge=1, le=100_000)
-    """Passes over the training rows."""
+    """Passes over the training rows; the length of the run for strategies whose stages are fractions of it."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimiser steps; the schedules then end there."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides the initial weights and the order of the rows."""
     kd_weight_start: float = Field(default=0.01, ge=0, le=100)
-    """Weight of the distillation term at the start of the run."""
+    """Weight of the distillation term at the start of the run, where the strategy is v4-unified or this is given."""
     kd_weight_end: float = Field(default=0.05, ge=0, le=100)
     """Weight of the distillation term at its end; linear in between."""
     phase_weight: float = Field(default=0.1, ge=0, le=100)

@@ -21,6 +21,7 @@ RECORD_NAME = "run.json"  # beside the metrics: what the run is
 FIELDS = {
     "step": "optimiser steps done; 0 is before training",
     "tokens": "real tokens seen so far",
+    "stage": "name of the strategy's stage; null before training",
     "epoch": "epochs done, a fraction",
     "loss": "the whole objective, nats per labelled token",
     "ce": "cross-entropy of the batch, nats per token",

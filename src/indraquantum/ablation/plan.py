@@ -5,23 +5,20 @@ An example is configs/ablations/replica.yaml; paths are relative to the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from indraquantum.config import Settings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.training.run import FREE_SETTINGS
+from indraquantum.yaml_settings import checked, read_yaml
 
 # What a plan may set of a run: all that decides it but its seed and data, and what counts as a failure.
 ALLOWED = (set(TrainSettings.model_fields) - FREE_SETTINGS - {"seed"}) | {"on_collapse"}
-MERGE = "tag:yaml.org,2002:merge"  # `<<: *anchor`
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=60)]
 Overrides = dict[str, bool | int | float | str | None]
-Checked = TypeVar("Checked")
 Grid = Annotated[tuple[Overrides, ...], Field(max_length=6)]
 
 
@@ -74,32 +71,14 @@ class Plan(Settings):
         return () if self.search is None else self.search.variants.get(variant, self.search.grid)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which the plain loader silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
-        for key in keys:
-            if isinstance(key, Hashable) and keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def load_plan(path: Path) -> Plan:
     """Read and check a plan.
 
     Raises:
         UserError: naming the field, its value and what is allowed.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError("CONFIG", path, f"must be a file that can be read ({error.strerror})") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError("CONFIG", path, f"must be YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise UserError("CONFIG", path, "must hold name, data and variants")
-    plan = _checked(lambda: Plan.model_validate(content), f"{path}: ")
+    content = read_yaml("CONFIG", path, "name, data and variants")
+    plan = checked(lambda: Plan.model_validate(content), f"{path}: ")
     _check_names(path, plan)
     _check_overrides(path, plan)
     return plan.model_copy(
@@ -119,22 +98,12 @@ def resolved(plan: Plan, variant: str, chosen: Overrides, **common: Any) -> Trai
         UserError: a value is out of range.
     """
     stated = plan.base | plan.variants[variant] | chosen
-    return _checked(lambda: TrainSettings(**(common | stated)), f"variants.{variant}: ")
+    return checked(lambda: TrainSettings(**(common | stated)), f"variants.{variant}: ")
 
 
 def _beside(folder: Path, overrides: Overrides) -> Overrides:
     signals = overrides.get("signals")
     return overrides if signals is None else overrides | {"signals": str(folder / str(signals))}
-
-
-def _checked(make: Callable[[], Checked], where: str) -> Checked:
-    try:
-        return make()
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        allowed = first["msg"].replace("Input should", "must").removeprefix("Value error, ")
-        raise UserError(f"{where}{field}", first["input"], allowed) from None
 
 
 def _check_names(path: Path, plan: Plan) -> None:

@@ -13,8 +13,7 @@ from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import PreparedDataset
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
-from indraquantum.training.run import rows_per_step
-from indraquantum.training.schedule import rows_of_step, steps_per_epoch
+from indraquantum.training.stages import RunStage, plan_stages
 
 FLOPS_FORMULA = (
     "6 (L (4 D² + 3 D m + T D) + V D + V P / B + I): forward and backward, a multiply-add is 2, for rows of T "
@@ -46,13 +45,12 @@ def sizes_of(settings: TrainSettings, dataset: PreparedDataset) -> Sizes:
     )
     with torch.device("meta"):
         model = IndraQuantumPhase2(config)
-    steps = planned_steps(settings, dataset)
     return Sizes(
         parameters=sum(p.numel() for p in model.parameters()),
         table_parameters=model.embedding.weight.numel(),
         flops_per_token=flops_per_token(model, dataset.row_length, settings.batch_tokens),
-        steps=steps,
-        tokens=planned_tokens(settings, dataset, steps),
+        steps=planned_steps(settings, dataset),
+        tokens=planned_tokens(settings, dataset),
     )
 
 
@@ -69,14 +67,17 @@ def flops_per_token(model: IndraQuantumPhase2, row_length: int, batch_tokens: in
 
 def planned_steps(settings: TrainSettings, dataset: PreparedDataset) -> int:
     """Optimiser steps of a run."""
-    per_epoch = steps_per_epoch(dataset.train.num_rows, rows_per_step(settings.batch_tokens, dataset.row_length))
-    return min(settings.epochs * per_epoch, settings.max_steps or settings.epochs * per_epoch)
+    return plan_stages(settings, dataset).total_steps
 
 
-def planned_tokens(settings: TrainSettings, dataset: PreparedDataset, steps: int) -> int:
-    """Real tokens that `steps` steps see, row by row as the run draws them."""
-    split, rows = dataset.train, rows_per_step(settings.batch_tokens, dataset.row_length)
-    epochs, rest = divmod(steps, steps_per_epoch(split.num_rows, rows))
-    lengths = split.row_token_offsets[1:] - split.row_token_offsets[:-1]
-    drawn = [rows_of_step(split.num_rows, rows, settings.seed, steps - rest + step) for step in range(rest)]
-    return int(epochs * split.num_tokens + sum(lengths[part].sum() for part in drawn))
+def planned_tokens(settings: TrainSettings, dataset: PreparedDataset) -> int:
+    """Real tokens that a run sees, row by row as it draws them."""
+    return sum(_tokens_seen(stage) for stage in plan_stages(settings, dataset).stages)
+
+
+def _tokens_seen(stage: RunStage) -> int:
+    offsets = stage.dataset.train.row_token_offsets
+    lengths = offsets[1:] - offsets[:-1]
+    epochs, rest = divmod(stage.steps, stage.steps_per_epoch)
+    drawn = [stage.rows_of(step) for step in range(stage.end - rest, stage.end)]
+    return int(epochs * lengths[stage.rows].sum() + sum(lengths[rows].sum() for rows in drawn))

@@ -18,7 +18,8 @@ from indraquantum.errors import UserError
 from indraquantum.evaluation.halves import Half
 from indraquantum.files import combined_sha256
 from indraquantum.teacher.signals import SignalStore, open_signals
-from indraquantum.training.run import rows_per_step, run_identity
+from indraquantum.training.run import run_identity
+from indraquantum.training.stages import plan_stages, with_signals
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,19 @@ class Bench:
             "half": half,
             "chosen": chosen,
             "readouts_measured_with": yardstick and _held_out_sha256(yardstick),
-            "settings": run_identity(settings, self.dataset, store),
+            "settings": self._identity(settings, store),
         }
         return Task(
             name, planned, settings, self.results / f"{name}.json", self.measured_with, self._origin,
             self.settings.keep_checkpoints,
         )  # fmt: skip
+
+    def _identity(self, settings: TrainSettings, store: SignalStore | None) -> Record:
+        """What decides a run; its stages where they are not those of the default strategy, as in older JSONs."""
+        identity = run_identity(settings, with_signals(plan_stages(settings, self.dataset), lambda *_: store))
+        if settings.strategy == TrainSettings.model_fields["strategy"].default:
+            del identity["stages"]
+        return identity | {"strategy": settings.strategy}
 
     def check(self) -> None:
         """Check that every variant can be built, sees the same rows, and that groups agree in size within 1 %.
@@ -138,9 +146,11 @@ class Bench:
                 raise UserError("equal_parameters", " ".join(group), f"must agree within 1 %: {said}")
 
     def _rows_seen(self, settings: TrainSettings) -> int:
-        rows = rows_per_step(settings.batch_tokens, self.dataset.row_length)
-        steps = planned_steps(settings, self.dataset)
-        return min(steps * rows, settings.epochs * self.dataset.train.num_rows)
+        """Rows that a run visits, each as often as it does, as if the last step of each epoch were a full one."""
+        plan = plan_stages(settings, self.dataset)
+        rows = sum(stage.steps * stage.rows_per_step for stage in plan.stages)
+        fractions = plan.strategy.stages[0].fraction is not None
+        return min(rows, settings.epochs * self.dataset.train.num_rows) if fractions else rows
 
 
 def _held_out_sha256(store: SignalStore) -> str:

@@ -16,7 +16,7 @@ import re
 import shutil
 import struct
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -159,24 +159,27 @@ class Found:
     checkpoint: Checkpoint
 
 
-def checkpoints_in(folder: Path, steps_per_epoch: int) -> list[tuple[int, Path]]:
-    """The checkpoints of `folder`, whole or not, by the step that their names tell, newest first."""
+def checkpoints_in(folder: Path, step_of_epoch: Callable[[int], int]) -> list[tuple[int, Path]]:
+    """The checkpoints of `folder`, whole or not, by the step that their names tell, newest first.
+
+    `step_of_epoch` tells at which step an epoch, from 1, ends.
+    """
     found = []
     for path in folder.glob("checkpoint_v4_*.pt"):
         if match := NAME.fullmatch(path.name):
-            epoch = match[1] == "epoch"
-            found.append((int(match[2]) * (steps_per_epoch if epoch else 1), epoch, path))
+            epoch, number = match[1] == "epoch", int(match[2])
+            found.append((step_of_epoch(number) if epoch else number, epoch, path))
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
-def newest_checkpoint(folder: Path, steps_per_epoch: int) -> Found | None:
+def newest_checkpoint(folder: Path, step_of_epoch: Callable[[int], int]) -> Found | None:
     """The newest whole checkpoint of `folder`, or None where there is none at all; warns once of damaged ones.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
     """
     passed: list[tuple[Path, UserError]] = []
-    for _, path in checkpoints_in(folder, steps_per_epoch):
+    for _, path in checkpoints_in(folder, step_of_epoch):
         try:
             found = Found(path, load_checkpoint("--output", path))
         except UserError as error:
@@ -204,7 +207,7 @@ def set_aside(paths: Iterable[Path]) -> None:
 
 def prune_step_checkpoints(folder: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints of steps; those of epochs stay."""
-    steps = [path for _, path in checkpoints_in(folder, 1) if "_step_" in path.name]
+    steps = [path for _, path in checkpoints_in(folder, int) if "_step_" in path.name]
     for path in steps[keep_last:]:
         manifest_path(path).unlink(missing_ok=True)
         path.unlink()

@@ -16,7 +16,6 @@ from indraquantum.config import TrainSettings
 from indraquantum.learner import to_tensors
 from indraquantum.training.costs import StepSize, objective_bytes, parameter_counts, step_flops
 from indraquantum.training.run import Run
-from indraquantum.training.schedule import rows_of_step
 from indraquantum.training.scratch import scratch_run, timed_step
 
 MEASURED_STEPS = 2  # the first one also warms up, the last one is the figure
@@ -52,16 +51,17 @@ def dry_run(settings: TrainSettings) -> DryRun:
 
 def measure(run: Run) -> DryRun:
     """Count and time what `run`, at its first step, would do."""
-    rows = rows_of_step(run.dataset.train.num_rows, run.rows_per_step, run.settings.seed, 0)
-    batch = run.dataset.train.batch(rows)
-    size = StepSize(len(rows), run.dataset.row_length, int((batch.labels >= 0).sum()))
-    activations = activation_bytes(run, rows[: run.micro_batch_rows])
+    stage = run.plan.at(0)
+    rows = stage.rows_of(0)
+    batch = stage.dataset.train.batch(rows)
+    size = StepSize(len(rows), stage.dataset.row_length, int((batch.labels >= 0).sum()))
+    activations = activation_bytes(run, rows[: stage.micro_batch_rows])
     for _ in range(MEASURED_STEPS):
         run.step = 0
         seconds = timed_step(run).seconds
     return DryRun(
         size=size,
-        micro_batch_rows=run.micro_batch_rows,
+        micro_batch_rows=stage.micro_batch_rows,
         step_tokens=int((batch.index >= 0).sum()),
         total_steps=run.total_steps,
         tensors=_shapes(run),
@@ -84,7 +84,7 @@ def activation_bytes(run: Run, rows: np.ndarray) -> int:
 
     table_VD = model.lift_table().detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        inputs = to_tensors(run.dataset.train.batch(rows), run.device)
+        inputs = to_tensors(run.plan.at(0).dataset.train.batch(rows), run.device)
         states_BTD = model.hidden_states(**inputs, table_VD=table_VD)
     kept[states_BTD.untyped_storage().data_ptr()] = states_BTD.untyped_storage().nbytes()
     for tensor in (*model.parameters(), table_VD):
@@ -111,7 +111,7 @@ def _memory(run: Run, size: StepSize, activations: int) -> dict[str, int]:
 
 def _evaluation_seconds(run: Run, size: StepSize, step_seconds: float) -> float:
     """All evaluations: a forward pass takes a third of a step's time for each position."""
-    epochs = math.ceil(run.total_steps / run.steps_per_epoch)
+    epochs = run.plan.epoch_of(run.total_steps)
     count = 1 + epochs + run.total_steps // run.settings.evaluate_every
     return count * step_seconds / 3 * run.dataset.validation.num_rows / size.rows
 

@@ -1,4 +1,4 @@
-"""The unified run (v4): cross-entropy, distillation and phase/magnitude alignment from the first step to the last.
+"""The run: cross-entropy, distillation and phase/magnitude alignment, by default together from first step to last (v4).
 
     indra train --data data/mixed_train --signals data/teacher_signals
 
@@ -44,7 +44,7 @@ from indraquantum.training.interrupts import Interrupted, Interrupts
 from indraquantum.training.parallel import gathered
 from indraquantum.training.record import write_record
 from indraquantum.training.run import Run, resume, start_run
-from indraquantum.training.schedule import linear_weight, rows_of_step
+from indraquantum.training.stages import plan_stages, with_signals
 from indraquantum.training.step import StepResult, optimizer_step, set_learning_rates
 
 
@@ -78,12 +78,12 @@ def train(settings: TrainSettings) -> TrainReport:
                 raise UserError("--head", settings.head, "must be interference: the objective does not serve the other")
             require_tracker(settings.log_to)
             device = own_device(choose_device(settings))
-            dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
+            plan = plan_stages(settings, open_dataset("--data", settings.data, settings.tokenizer, verify=True))
             if processes.is_first:
                 hold_folders(settings.output, metrics_path.parent, stack)
-        signals = None if settings.no_teacher else find_signals(settings, dataset, processes)
+        plan = with_signals(plan, lambda own, dataset: find_signals(own, dataset, processes), processes)
         with processes.together():
-            run = start_run(settings, dataset, signals, device, processes)
+            run = start_run(settings, plan, device, processes)
         resumed = resume(run)
         if run.finished:
             print(f"This run is finished: {run.step} steps, {run.tokens:,} tokens; see {settings.output}.")
@@ -160,9 +160,6 @@ def open_found_signals(settings: TrainSettings, dataset: PreparedDataset, folder
     if store.coverage == 0:  # a capture that was stopped before its first shard
         allowed = "must cover a training row: go on with `indra capture`, or train with --no-teacher"
         raise UserError("--signals", folder, allowed)
-    if store.manifest.served and settings.phase_weight:
-        allowed = "must be 0 with the signals of a served teacher, whose entropy is not exact"
-        raise UserError("--phase-weight", settings.phase_weight, allowed)
     print(f"Teacher signals: {folder}, {100 * store.coverage:.1f} % of the training rows covered.")
     return store
 
@@ -203,24 +200,25 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts) -> N
 
 def take_step(run: Run) -> dict[str, Any]:
     """One optimiser step at `run.step`, with the schedules' values of that step; its metrics."""
-    settings, step = run.settings, run.step
-    learning_rate = set_learning_rates(run.optimizer, settings, step, run.total_steps)
-    if run.signals is not None:
-        run.objective.kd_weight = linear_weight(settings.kd_weight_start, settings.kd_weight_end, step, run.total_steps)
+    settings, step, stage = run.settings, run.step, run.plan.at(run.step)
+    learning_rate = set_learning_rates(run.optimizer, stage.settings, step - stage.first, stage.steps)
+    for term, weight in stage.weights_of(step).items():
+        setattr(run.objective, f"{term}_weight", weight)
+    run.objective.temperature = 1.0 if stage.signals is None else stage.signals.manifest.temperature
     # Dropout is the only randomness of a step: seeding it by the step makes resume exact without saving any state.
     processes = run.processes
     torch.manual_seed((settings.seed * 1_000_003 + step) * processes.world + processes.rank)
     started = time.perf_counter()
-    rows = rows_of_step(run.dataset.train.num_rows, run.rows_per_step, settings.seed, step)
+    rows = stage.rows_of(step)
     try:
         result = optimizer_step(
             run.parallel,
             run.objective,
             run.optimizer,
-            run.dataset.train,
+            stage.dataset.train,
             rows,
-            run.signals,
-            micro_batch_rows=run.micro_batch_rows,
+            stage.signals,
+            micro_batch_rows=stage.micro_batch_rows,
             max_grad_norm=settings.max_grad_norm,
         )
     except TrainingStopped as error:
@@ -240,9 +238,9 @@ def watch_for_collapse(run: Run) -> None:
     """
     if run.step % PROBE_EVERY or run.settings.on_collapse == "ignore":
         return
-    dataset = run.dataset
+    stage, held_out = run.stage, run.dataset.validation
     with run.parallel.readable():
-        look = look_at(run.guard, run.model, run.objective, dataset.train, dataset.validation, run.signals)
+        look = look_at(run.guard, run.model, run.objective, stage.dataset.train, held_out, stage.signals)
     look = run.processes.gather(look)[0]  # should they differ in the last digit, all do as the first one does
     run.pending |= look.figures
     if look.confirmed:
@@ -257,7 +255,8 @@ def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: floa
     return {
         "step": run.step,
         "tokens": run.tokens,
-        "epoch": run.step / run.steps_per_epoch,
+        "stage": run.stage.about.name,
+        "epoch": run.plan.epochs_done(run.step),
         **result.terms,
         "kd_weight": run.objective.kd_weight,
         "phase_weight": run.objective.phase_weight,

@@ -24,8 +24,8 @@ from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.masks import document_mask
 from indraquantum.training.optimizers import BETAS
 from indraquantum.training.parallel import Alone
-from indraquantum.training.run import rows_per_step
 from indraquantum.training.schedule import rows_of_step
+from indraquantum.training.stages import rows_per_step
 from indraquantum.training.step import optimizer_step, set_learning_rates
 
 LINE_EVERY = 100  # steps between two lines of progress, which a log file keeps where a bar is not shown

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import PreparedDataset
 from indraquantum.errors import UserError
-from indraquantum.files import combined_sha256
+from indraquantum.files import combined_sha256, sha256_of
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
@@ -34,7 +33,7 @@ from indraquantum.training.collapse_guard import CollapseGuard
 from indraquantum.training.optimizers import new_optimizer
 from indraquantum.training.parallel import Alone, make_parallel, scattered, scattered_optimizer
 from indraquantum.training.precision import choose_precision
-from indraquantum.training.schedule import steps_per_epoch
+from indraquantum.training.stages import RunStage, StagePlan
 
 # What may change between two starts of one run without changing what it computes.
 FREE_SETTINGS = {
@@ -43,14 +42,20 @@ FREE_SETTINGS = {
     "log_to",
 }  # fmt: skip
 
+# What two models must share for the weights of one to fit the other: option, and its name in the model's configuration.
+SHAPE = {
+    "d-model": "d_model", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "mlp-width": "intermediate_size", "projector": "projector", "magnitude": "magnitude", "ends": "ends", "head": "head",
+    "readout": "readout",
+}  # fmt: skip
+
 
 @dataclass
 class Run:
     """Everything that one run carries from step to step."""
 
     settings: TrainSettings
-    dataset: PreparedDataset
-    signals: SignalStore | None
+    plan: StagePlan
     model: IndraQuantumPhase2
     parallel: Alone  # the model in the hands of this process and the others
     optimizer: torch.optim.Optimizer
@@ -58,8 +63,6 @@ class Run:
     objective: SemanticDistillationLoss
     average: WeightAverage
     identity: dict[str, Any]
-    total_steps: int
-    steps_per_epoch: int
     step: int = 0
     tokens: int = 0
     held_out: dict[str, float] | None = None  # of the last evaluation
@@ -74,96 +77,116 @@ class Run:
         return self.parallel.processes
 
     @property
+    def dataset(self) -> PreparedDataset:
+        """The dataset of the run, whose validation side is held out."""
+        return self.plan.dataset
+
+    @property
+    def stage(self) -> RunStage:
+        """The stage of the step that was done last."""
+        return self.plan.before(self.step)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the run."""
+        return self.plan.total_steps
+
+    @property
     def finished(self) -> bool:
         """Whether the last step is done, or the run was stopped early."""
         return self.step == self.total_steps or self.best.stopped
 
     @property
-    def rows_per_step(self) -> int:
-        """Rows of a full optimiser step."""
-        return rows_per_step(self.settings.batch_tokens, self.dataset.row_length)
-
-    @property
-    def micro_batch_rows(self) -> int:
-        """Rows of one forward pass."""
-        return rows_per_step(self.settings.micro_batch_tokens, self.dataset.row_length)
-
-    @property
     def epoch_ends(self) -> bool:
-        """Whether `step` is the last of an epoch, or of the run."""
-        return self.step % self.steps_per_epoch == 0 or self.finished
+        """Whether `step` is the last of an epoch, of a stage, or of the run."""
+        return self.plan.epoch_ends(self.step) or self.finished
 
     @property
     def epoch_path(self) -> Path:
         """Where the checkpoint of the epoch that `step` is in stands."""
-        return checkpoint_path(self.settings.output, max(1, math.ceil(self.step / self.steps_per_epoch)))
+        return checkpoint_path(self.settings.output, self.plan.epoch_of(self.step))
 
 
-def start_run(
-    settings: TrainSettings,
-    dataset: PreparedDataset,
-    signals: SignalStore | None,
-    device: torch.device,
-    processes: Processes = ALONE,
-) -> Run:
+def start_run(settings: TrainSettings, plan: StagePlan, device: torch.device, processes: Processes = ALONE) -> Run:
     """A run at its first step: seeded weights, fresh optimiser; the same in each of `processes`.
 
     Raises:
         UserError: settings contradict each other, or ask for a compiler where none works.
     """
-    tokenizer = dataset.tokenizer
+    tokenizer = plan.dataset.tokenizer
     config = IndraQuantumConfig.from_settings(
         settings,
         vocab_size=tokenizer.vocabulary_size,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
-        max_position_embeddings=max(2048, dataset.row_length),
+        max_position_embeddings=max(2048, *(stage.dataset.row_length for stage in plan.stages)),
     )
     torch.manual_seed(settings.seed)
     model = IndraQuantumPhase2(config).to(device).train()
+    start = plan.strategy.start_from
+    if start is not None:
+        start_from(start, model, plan.dataset)
     accelerate(model, settings, device)
     # Without signals nothing looks at the readout.
-    precision, unused = choose_precision(settings, device), signals is None
+    precision, unused = choose_precision(settings, device), any(stage.signals is None for stage in plan.stages)
     parallel = make_parallel(settings.parallel, model, processes, device, unused=unused, precision=precision)
-    per_epoch = steps_per_epoch(dataset.train.num_rows, rows_per_step(settings.batch_tokens, dataset.row_length))
-    total_steps = settings.epochs * per_epoch
-    distil = signals is not None
     return Run(
         settings=settings,
-        dataset=dataset,
-        signals=signals,
+        plan=plan,
         model=model,
         parallel=parallel,
         optimizer=new_optimizer(model, settings, sharded=not parallel.rows_stand_alone),
         average=WeightAverage(model, settings.ema_decay),
         device=device,
-        objective=SemanticDistillationLoss(
-            kd_weight=0.0,  # set at each step by the curriculum
-            phase_weight=settings.phase_weight if distil else 0.0,
-            magnitude_weight=settings.magnitude_weight if distil else 0.0,
-            temperature=signals.manifest.temperature if distil else 1.0,
-        ),
-        identity=run_identity(settings, dataset, signals),
-        total_steps=min(total_steps, settings.max_steps or total_steps),
-        steps_per_epoch=per_epoch,
+        # Its weights and temperature are set at each step.
+        objective=SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0),
+        identity=run_identity(settings, plan),
     )
 
 
-def rows_per_step(batch_tokens: int, row_length: int) -> int:
-    """Rows of so many positions; at least one."""
-    return max(1, batch_tokens // row_length)
+def start_from(path: Path, model: IndraQuantumPhase2, dataset: PreparedDataset) -> None:
+    """Give `model` the weights of the checkpoint at `path`, and nothing else of it.
+
+    Raises:
+        UserError: it is damaged, or of a model of another shape or tokenizer.
+    """
+    checkpoint = load_checkpoint("--start-from", path)
+    if checkpoint.tokenizer["json"] != dataset.tokenizer.to_json():
+        raise UserError("--start-from", path, "must have the tokenizer of --data")
+    config = model.config.to_dict()
+    for option, name in SHAPE.items():
+        if (theirs := checkpoint.model_config.get(name)) != config[name]:
+            allowed = f"must be of a model with --{option} {config[name]}, not {theirs}"
+            raise UserError("--start-from", path, allowed)
+    model.load_state_dict(checkpoint.model)
 
 
-def run_identity(
-    settings: TrainSettings, dataset: PreparedDataset, signals: SignalStore | None
-) -> dict[str, str | int | float | bool | None]:
-    """What decides a run's result, as plain values: its settings and the content of its data and signals."""
-    chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS)
+def run_identity(settings: TrainSettings, plan: StagePlan) -> dict[str, Any]:
+    """What decides a run's result, as plain values: options, content of data and signals, the resolved strategy."""
+    # In place of the strategy's and the checkpoint's names stands what they hold.
+    chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS | {"strategy", "start_from"})
+    start = plan.strategy.start_from
+    own = [stage.signals for stage in plan.stages if stage.dataset is plan.dataset and stage.signals is not None]
     return {
         **chosen,
-        "data": dataset.content_sha256,
-        "signals": combined_sha256(entry.sha256 for entry in signals.manifest.shards) if signals else None,
+        "data": plan.dataset.content_sha256,
+        "signals": _signals_sha256(own[0]) if own else None,
+        "start_from": start and sha256_of(start),
+        "stages": {stage.about.name: _stage_identity(stage, plan) for stage in plan.stages},
     }
+
+
+def _stage_identity(stage: RunStage, plan: StagePlan) -> dict[str, Any]:
+    lengths = {"fraction", "epochs", "steps"}  # what came of them is `steps`
+    stated = stage.about.model_dump(mode="json", exclude={"name", "only_from_scratch", "data", "signals", *lengths})
+    if stage.dataset is not plan.dataset:
+        signals = None if stage.signals is None else _signals_sha256(stage.signals)
+        stated |= {"data": stage.dataset.content_sha256, "signals": signals}
+    return {**stated, "steps": stage.steps}
+
+
+def _signals_sha256(signals: SignalStore) -> str:
+    return combined_sha256(entry.sha256 for entry in signals.manifest.shards)
 
 
 def resume(run: Run) -> bool:
@@ -194,11 +217,11 @@ def _wanted_checkpoint(run: Run) -> Found | None:
     """The checkpoint that the settings ask for, None to start afresh."""
     output, wanted = run.settings.output, run.settings.resume
     if wanted == "never":
-        if there := checkpoints_in(output, run.steps_per_epoch):
+        if there := checkpoints_in(output, run.plan.step_of_epoch):
             raise UserError("--resume", wanted, f"must be auto: {output} holds {there[0][1].name}; or another --output")
         return None
     if wanted == "auto":
-        return newest_checkpoint(output, run.steps_per_epoch)
+        return newest_checkpoint(output, run.plan.step_of_epoch)
     return Found(Path(wanted), load_checkpoint("--resume", Path(wanted)))
 
 
@@ -206,7 +229,7 @@ def _set_later_ones_aside(run: Run, used: Path) -> None:
     """After going back on purpose: later checkpoints would be ahead of the metrics."""
     later = (
         path
-        for step, path in checkpoints_in(run.settings.output, run.steps_per_epoch)
+        for step, path in checkpoints_in(run.settings.output, run.plan.step_of_epoch)
         if min(step, run.total_steps) > run.step and path.resolve() != used.resolve()
     )
     set_aside(later)
@@ -218,17 +241,36 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: the checkpoint is of a run with other settings; the first that differs is named.
     """
-    for name, value in run.identity.items():
-        then = checkpoint.settings.get(name)
-        if then != value:
-            raise UserError(
-                f"--{name.replace('_', '-')}",
-                value,
-                f"must be {then}, as in the run that {run.settings.output} holds, or give another --output",
-            )
+    if (found := first_difference(run.identity, checkpoint.settings)) is not None:
+        allowed = f"must be {found.then}, as in the run that {run.settings.output} holds, or give another --output"
+        raise UserError(*found.option_and_value(), allowed)
     run.model.load_state_dict(scattered(checkpoint.model, run.model.state_dict()))
     run.optimizer.load_state_dict(scattered_optimizer(checkpoint.optimizer, run.optimizer))
     run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True
     run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
     run.average.load(scattered(checkpoint.average, run.average.weights))
     run.parallel.precision.scaler.load_state_dict(checkpoint.loss_scale)
+
+
+class Difference(NamedTuple):
+    """Where two trees of plain values differ."""
+
+    path: tuple[str, ...]  # names on the way there
+    now: Any
+    then: Any
+
+    def option_and_value(self) -> tuple[str, str]:
+        """What to tell a user to have given."""
+        name, *place = self.path
+        if name == "stages":
+            return "--strategy", f"{'.'.join(place)} {self.now}"
+        return f"--{name.replace('_', '-')}", str(self.now)
+
+
+def first_difference(now: Any, then: Any, path: tuple[str, ...] = ()) -> Difference | None:
+    """Where `now` first differs from `then`; None where it does not."""
+    if isinstance(now, dict) and isinstance(then, dict):
+        names = (*now, *(name for name in then if name not in now))
+        found = (first_difference(now.get(name), then.get(name), (*path, name)) for name in names)
+        return next((difference for difference in found if difference is not None), None)
+    return None if now == then else Difference(path, now, then)

@@ -9,11 +9,13 @@ import time
 from dataclasses import dataclass
 
 from indraquantum.config import TrainSettings
-from indraquantum.data.dataset import open_dataset
+from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
+from indraquantum.teacher.signals import SignalStore
 from indraquantum.training.loop import find_signals, take_step
 from indraquantum.training.run import Run, start_run
+from indraquantum.training.stages import plan_stages, with_signals
 
 
 def scratch_run(settings: TrainSettings) -> Run:
@@ -26,12 +28,16 @@ def scratch_run(settings: TrainSettings) -> Run:
         raise UserError("--head", settings.head, "must be interference: the objective does not serve the other")
     device = choose_device(settings)
     dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
+    plan = with_signals(plan_stages(settings, dataset), _captured_signals)
+    return start_run(settings, plan, device)
+
+
+def _captured_signals(settings: TrainSettings, dataset: PreparedDataset) -> SignalStore | None:
     beside = settings.data.parent / "teacher_signals" / "manifest.json"
-    captured = settings.signals is not None or beside.exists()
-    if not (captured or settings.no_teacher):
-        print(f"No teacher signals at {beside.parent}: going on without; `indra train` would capture them first.")
-    signals = find_signals(settings, dataset) if captured and not settings.no_teacher else None
-    return start_run(settings, dataset, signals, device)
+    if settings.signals is not None or beside.exists():
+        return find_signals(settings, dataset)
+    print(f"No teacher signals at {beside.parent}: going on without; `indra train` would capture them first.")
+    return None
 
 
 @dataclass(frozen=True)

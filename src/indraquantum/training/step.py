@@ -40,9 +40,17 @@ def set_learning_rates(
     optimizer: torch.optim.Optimizer, settings: OptimizerSettings, step: int, total_steps: int
 ) -> float:
     """Give each parameter group its rate at `step`, a multiple of the base rate, which is returned."""
-    base = settings.learning_rate * learning_rate_factor(step, total_steps, settings.warmup_fraction)
+    base = settings.learning_rate * learning_rate_factor(
+        step,
+        total_steps,
+        settings.warmup_fraction,
+        settings.schedule,
+        settings.decay_fraction,
+        settings.final_rate,
+    )
     for group in optimizer.param_groups:
-        group["lr"] = base * group["rate"]
+        rate = settings.table_rate if group.get("name") == "table" else group["rate"]
+        group["lr"] = base * rate
     return base
 
 

@@ -1,0 +1,263 @@
+"""The stages of a run: which rows, signals, weights and learning rate each step has, as pure functions of the step.
+
+A strategy says what each stage is; here it meets the dataset. Steps are counted over the whole run, from 0.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from indraquantum.config import TrainSettings
+from indraquantum.data.dataset import PreparedDataset, open_dataset
+from indraquantum.errors import UserError
+from indraquantum.processes import ALONE, Processes
+from indraquantum.strategy import RATES, TERMS, Stage, Strategy, resolve
+from indraquantum.teacher.signals import SignalStore
+from indraquantum.training.schedule import rows_of_step, steps_per_epoch
+
+
+@dataclass(frozen=True, eq=False)
+class RunStage:
+    """One stage with its data; its signals are None until they are attached, or where it needs none."""
+
+    number: int  # from 0
+    about: Stage  # every value settled
+    settings: TrainSettings  # the run's, with the stage's own data, signals and learning rate
+    dataset: PreparedDataset
+    rows: np.ndarray  # (R,) int64: the training rows that it visits
+    first: int  # its first step
+    steps: int
+    first_epoch: int  # epochs begun before it
+    signals: SignalStore | None = None
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a full optimiser step."""
+        return rows_per_step(self.settings.batch_tokens, self.dataset.row_length)
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """Rows of one forward pass."""
+        return rows_per_step(self.settings.micro_batch_tokens, self.dataset.row_length)
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps that visit each of its rows once."""
+        return steps_per_epoch(len(self.rows), self.rows_per_step)
+
+    @property
+    def end(self) -> int:
+        """The step after its last one."""
+        return self.first + self.steps
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that it begins."""
+        return math.ceil(self.steps / self.steps_per_epoch)
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Numbers of the training rows of `step`."""
+        seed = self.settings.seed
+        return self.rows[rows_of_step(len(self.rows), self.rows_per_step, seed, step - self.first, self.number)]
+
+    def weights_of(self, step: int) -> dict[str, float]:
+        """Weights of the teacher's terms at `step`; 0 where there are no signals."""
+        if self.signals is None:
+            return dict.fromkeys(TERMS, 0.0)
+        return {term: getattr(self.about.weights, term).at(step - self.first, self.steps) for term in TERMS}
+
+
+@dataclass(frozen=True, eq=False)
+class StagePlan:
+    """All stages of a run."""
+
+    strategy: Strategy
+    dataset: PreparedDataset  # of the run: what is held out is its validation side
+    stages: tuple[RunStage, ...]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the run."""
+        return self.stages[-1].end
+
+    def at(self, step: int) -> RunStage:
+        """The stage whose turn it is at `step`; the last one from its end on."""
+        return self.stages[max(0, bisect_right([stage.first for stage in self.stages], step) - 1)]
+
+    def before(self, step: int) -> RunStage:
+        """The stage of the step that was done last; the first one at step 0."""
+        return self.at(max(0, step - 1))
+
+    def ends_at(self, step: int) -> RunStage | None:
+        """The stage that `step` steps have just ended, if any."""
+        stage = self.before(step)
+        return stage if stage.end == step else None
+
+    def epoch_ends(self, step: int) -> bool:
+        """Whether `step` steps end an epoch or a stage; so it is at step 0."""
+        stage = self.before(step)
+        return (step - stage.first) % stage.steps_per_epoch == 0 or step == stage.end
+
+    def epochs_done(self, step: int) -> float:
+        """Passes over the rows of its stages after `step` steps, a fraction."""
+        return sum(max(0, min(step, stage.end) - stage.first) / stage.steps_per_epoch for stage in self.stages)
+
+    def epoch_of(self, step: int) -> int:
+        """Number of the epoch that step `step` is in or ends, from 1, over all stages."""
+        stage = self.before(step)
+        return stage.first_epoch + max(1, math.ceil((step - stage.first) / stage.steps_per_epoch))
+
+    def step_of_epoch(self, epoch: int) -> int:
+        """The step at which `epoch`, from 1, ends."""
+        for stage in self.stages:
+            if epoch <= stage.first_epoch + stage.epochs:
+                break
+        return min(stage.first + (epoch - stage.first_epoch) * stage.steps_per_epoch, stage.end)
+
+
+def rows_per_step(batch_tokens: int, row_length: int) -> int:
+    """Rows of so many positions; at least one."""
+    return max(1, batch_tokens // row_length)
+
+
+def plan_stages(settings: TrainSettings, dataset: PreparedDataset) -> StagePlan:
+    """Let the strategy of `settings` meet its data; nothing is written, no teacher is asked.
+
+    Args:
+        settings: of the run.
+        dataset: that of --data, open.
+
+    Raises:
+        UserError: the strategy is wrong, contradicts an option, or names a source that the data lack.
+    """
+    strategy = resolve(settings)
+    stages: list[RunStage] = []
+    ends = _ends_of_fractions(settings, strategy, dataset)
+    for number, about in enumerate(strategy.stages):
+        changes = {name: getattr(about, name) for name in RATES}
+        if about.data is not None:
+            changes |= {"data": about.data, "signals": about.signals, "tokenizer": None}
+        own = _other_dataset(about, dataset) if about.data is not None else dataset
+        rows = _rows_of_sources(about, own)
+        first = stages[-1].end if stages else 0
+        stage = RunStage(
+            number=number,
+            about=about,
+            settings=settings.model_copy(update=changes),
+            dataset=own,
+            rows=rows,
+            first=first,
+            steps=0,
+            first_epoch=stages[-1].first_epoch + stages[-1].epochs if stages else 0,
+        )
+        steps = ends[number] - first if ends else _own_steps(stage)
+        if not steps:
+            allowed = f"is too short for --strategy {settings.strategy}: it leaves stage {about.name} without a step"
+            raise UserError("--max-steps" if settings.max_steps else "--epochs", _asked(settings), allowed)
+        stages.append(replace(stage, steps=steps))
+    return StagePlan(strategy, dataset, tuple(stages))
+
+
+def _asked(settings: TrainSettings) -> int:
+    return settings.max_steps or settings.epochs
+
+
+def _ends_of_fractions(settings: TrainSettings, strategy: Strategy, dataset: PreparedDataset) -> list[int]:
+    """The step after each stage where stages are fractions of the run; nothing where they have their own lengths."""
+    fractions = [stage.fraction for stage in strategy.stages if stage.fraction is not None]
+    rows = rows_per_step(settings.batch_tokens, dataset.row_length)
+    steps = settings.epochs * steps_per_epoch(dataset.train.num_rows, rows)
+    steps = min(steps, settings.max_steps or steps)
+    return [round(steps * sum(fractions[: number + 1])) for number in range(len(fractions))]
+
+
+def _own_steps(stage: RunStage) -> int:
+    lengths = [] if stage.about.steps is None else [stage.about.steps]
+    if stage.about.epochs is not None:
+        lengths.append(stage.about.epochs * stage.steps_per_epoch)
+    return min(lengths)
+
+
+def _other_dataset(about: Stage, dataset: PreparedDataset) -> PreparedDataset:
+    field = f"--strategy: stage {about.name}: data"
+    other = open_dataset(field, about.data, verify=True)
+    if other.tokenizer.sha256 != dataset.tokenizer.sha256:
+        mine, theirs = dataset.tokenizer.sha256[:12], other.tokenizer.sha256[:12]
+        raise UserError(field, about.data, f"must have the tokenizer of --data ({mine}, not {theirs})")
+    return other
+
+
+def _rows_of_sources(about: Stage, dataset: PreparedDataset) -> np.ndarray:
+    """Numbers of the training rows of the stage's sources, (R,) int64.
+
+    Raises:
+        UserError: a source that the dataset lacks, or rows that mix sources.
+    """
+    split, names = dataset.train, dataset.source_names
+    if about.sources == "all":
+        return np.arange(split.num_rows)
+    field = f"--strategy: stage {about.name}: sources"
+    for source in about.sources:
+        if source not in names:
+            raise UserError(field, source, f"must be one of the dataset's: {', '.join(names)}")
+    wanted = np.isin(split.document_sources, [names.index(source) for source in about.sources])
+    pieces = wanted[split.piece_documents]  # (P,) bool
+    count = np.add.reduceat(pieces.astype(np.int64), np.asarray(split.row_pieces[:-1]))
+    sizes = np.diff(split.row_pieces)
+    if ((count > 0) & (count < sizes)).any():
+        allowed = "needs rows of one source each, which --data has not: prepare it again with `indra prepare`"
+        raise UserError(field, ", ".join(about.sources), allowed)
+    rows = np.flatnonzero(count)
+    if not len(rows):
+        raise UserError(field, ", ".join(about.sources), "must have a training row in the dataset")
+    return rows
+
+
+def with_signals(
+    plan: StagePlan,
+    find: Callable[[TrainSettings, PreparedDataset], SignalStore | None],
+    processes: Processes = ALONE,
+) -> StagePlan:
+    """`plan` with the teacher's signals at every stage that needs them.
+
+    Args:
+        plan: the stages.
+        find: finds or captures the signals for settings and their dataset; None where there are none.
+        processes: those of the run, which all call this.
+
+    Raises:
+        UserError: the signals can't give what a stage needs.
+    """
+    found: dict[int, SignalStore | None] = {}
+    stages = []
+    for stage in plan.stages:
+        if stage.about.asks_the_teacher:
+            key = id(stage.dataset)
+            if key not in found:
+                found[key] = find(stage.settings, stage.dataset)
+            stage = replace(stage, signals=found[key])
+            if stage.signals is not None:
+                with processes.together():
+                    _check_signals(stage, stage.signals)
+        stages.append(stage)
+    return replace(plan, stages=tuple(stages))
+
+
+def _check_signals(stage: RunStage, signals: SignalStore) -> None:
+    weights, manifest, where = stage.about.weights, signals.manifest, f"--strategy: stage {stage.about.name}: "
+    if stage.about.temperature not in (None, manifest.temperature):
+        allowed = f"must be the signals' {manifest.temperature}; for another, `indra capture --temperature`"
+        raise UserError(f"{where}temperature", stage.about.temperature, allowed)
+    if manifest.served and weights.phase.highest > 0:
+        allowed = "must be 0 with the signals of a served teacher, whose entropy is not exact"
+        raise UserError("--phase-weight", weights.phase.highest, allowed)
+    covered = [entry.rows for entry in manifest.shards if entry.split == "train"]
+    if not any(np.searchsorted(stage.rows, end) > np.searchsorted(stage.rows, start) for start, end in covered):
+        allowed = "must cover a row of the stage: go on with `indra capture`, or train with --no-teacher"
+        raise UserError(f"{where}signals", stage.settings.signals or "those beside the data", allowed)

@@ -1,0 +1,63 @@
+"""Settings that are read from YAML files: no key twice, and what is wrong comes out as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from indraquantum.errors import UserError
+
+Checked = TypeVar("Checked")
+MERGE = "tag:yaml.org,2002:merge"  # `<<: *anchor`
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which the plain loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
+        for key in keys:
+            if isinstance(key, Hashable) and keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(field: str, path: Path, holds: str) -> dict[str, Any]:
+    """Read a YAML file whose top is a mapping.
+
+    Args:
+        field: the option or argument to name in an error.
+        path: the file.
+        holds: what the mapping must hold, for the message.
+
+    Raises:
+        UserError: it can't be read, is not YAML, or is no mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(field, path, f"must be YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(field, path, f"must hold {holds}")
+    return content
+
+
+def checked(make: Callable[[], Checked], where: str) -> Checked:
+    """What `make` makes of settings; the first value that pydantic refuses becomes one line.
+
+    Raises:
+        UserError: naming the field below `where`, its value and what is allowed.
+    """
+    try:
+        return make()
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        allowed = first["msg"].replace("Input should", "must").removeprefix("Value error, ")
+        raise UserError(f"{where}{field}", first["input"], allowed) from None
