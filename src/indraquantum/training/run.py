@@ -45,8 +45,8 @@ FREE_SETTINGS = {
 # What two models must share for the weights of one to fit the other: option, and its name in the model's configuration.
 SHAPE = {
     "d-model": "d_model", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "mlp-width": "intermediate_size", "projector": "projector", "magnitude": "magnitude", "ends": "ends", "head": "head",
-    "readout": "readout",
+    "mlp-width": "intermediate_size", "projector": "projector", "magnitude": "magnitude", "ends": "ends",
+    "head": "head", "readout": "readout",
 }  # fmt: skip
 
 
