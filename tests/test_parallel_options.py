@@ -18,19 +18,27 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process tha
 
 LENGTH = {"dropout": 0.0, "epochs": 100, "max_steps": 12, "evaluate_every": 5, "save_every": 4, "layers": 2}
 AVERAGED = {"ema_decay": 0.9, "keep_best": True}
+STAGED = {"strategy": "stage2-v3-gentle"}
 OPTIONS = [
     (AVERAGED, 1e-5), ({"precision": "bfloat16"}, 2e-3), ({"gradient_checkpointing": True}, 1e-5),
     ({"optimizer": "muon"}, 1e-3), ({"compile": True}, 1e-5), ({"precision": "float16"}, 1e-3),
     ({"projector": "frozen"}, 1e-5), ({"projector": "none", "heads": 1, "no_teacher": True}, 1e-5),
-    ({"readout": "mean", "no_teacher": True}, 1e-5),
+    ({"readout": "mean", "no_teacher": True}, 1e-5), ({"ends": "separate"}, 1e-5), (STAGED, 1e-5),
 ]  # fmt: skip
 REFUSED = [{"optimizer": "muon"}, {"precision": "float16"}]  # by FSDP2
 CASES = [
-    pytest.param(kind, changes, near, marks=() if kind == "fsdp2" and changes is AVERAGED else pytest.mark.slow)
+    pytest.param(
+        kind, changes, near, marks=() if kind == "fsdp2" and changes in (AVERAGED, STAGED) else pytest.mark.slow
+    )
     for kind in ("ddp", "fsdp2")
     for changes, near in OPTIONS
     if kind == "ddp" or changes not in REFUSED
 ]
+
+
+def last_of(settings, changes):
+    """The checkpoint to compare."""
+    return settings.output / checkpoint.BEST_NAME if changes is AVERAGED else max(settings.output.glob("*_epoch_*.pt"))
 
 
 @pytest.mark.filterwarnings("default")  # the compiler has some of its own
@@ -52,8 +60,7 @@ def test_an_option_does_what_it_does_in_one_process(world, tmp_path, kind, chang
     for line, other in zip(lines, expected, strict=True):
         assert line["loss"] == (other["loss"] and pytest.approx(other["loss"], abs=near))
         assert line["held_out"] == (other["held_out"] and pytest.approx(other["held_out"], abs=near))
-    name = checkpoint.BEST_NAME if changes is AVERAGED else "checkpoint_v4_epoch_2.pt"
-    a, b = (load_checkpoint("", s.output / name) for s in (two, one))
+    a, b = (load_checkpoint("", last_of(s, changes)) for s in (two, one))
     torch.testing.assert_close((a.model, a.average), (b.model, b.average), rtol=0.01, atol=0.01)
     assert a.best.keys() == b.best.keys()
     assert a.best["step"] == b.best["step"]

@@ -102,7 +102,7 @@ def test_one_ddp_fsdp2_one(world, one, tmp_path):
             survival.train_small(settings)
 
         assert forked.run(ranks, act, folder) == [143] * ranks, forked.said(folder)
-        assert newest_checkpoint(settings.output, STEPS_PER_EPOCH).checkpoint.step == step
+        assert newest_checkpoint(settings.output, lambda epoch: epoch * STEPS_PER_EPOCH).checkpoint.step == step
         assert forked.said(folder).count("Left at step") == 1
     assert survival.in_fork(lambda: survival.train_small(settings)) == 0
     same_run(settings, one)
@@ -118,7 +118,7 @@ def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(world, on
     statuses = forked.run(2, act, tmp_path / "killed")
     assert statuses[1] == -signal.SIGKILL
     assert statuses[0] not in (0, -signal.SIGKILL)
-    assert newest_checkpoint(settings.output, STEPS_PER_EPOCH).checkpoint.step == 20
+    assert newest_checkpoint(settings.output, lambda epoch: epoch * STEPS_PER_EPOCH).checkpoint.step == 20
     assert forked.run(2, lambda _: survival.train_small(settings), tmp_path / "again") == [0, 0]
     same_run(settings, one)
 
@@ -148,7 +148,7 @@ def test_nan_stops_all(world, tmp_path, kind, where):
 
     assert forked.run(2, act, tmp_path) == [3, 3], forked.said(tmp_path)
     assert forked.said(tmp_path).count("indra: error: step 4: ") == 1
-    assert newest_checkpoint(settings.output, STEPS_PER_EPOCH).checkpoint.step == 2
+    assert newest_checkpoint(settings.output, lambda epoch: epoch * STEPS_PER_EPOCH).checkpoint.step == 2
     assert [line["step"] for line in lines_of(settings)] == [0, 1, 2, 3]
 
 
@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_any_process(world, tmp_path
 
         def watched(run):
             nonlocal highest
-            rows = loop.rows_of_step(run.dataset.train.num_rows, run.rows_per_step, settings.seed, run.step)
+            rows = run.plan.at(run.step).rows_of(run.step)
             highest = int(run.dataset.train.batch(rows[-1:]).index.max())
             (tmp_path / "row").write_text(str(rows[-1]))
             return take_step(run)
@@ -284,7 +284,7 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint(world, one, tmp_path):
         launched.send_signal(signal.SIGTERM)
         launched.wait(60)
         assert launched.said.read_text().count("Left at step") == 1
-    step = newest_checkpoint(settings.output, STEPS_PER_EPOCH).checkpoint.step
+    step = newest_checkpoint(settings.output, lambda epoch: epoch * STEPS_PER_EPOCH).checkpoint.step
     assert step == lines_of(settings)[-1]["step"] >= 13
     with torchrun(settings) as again:
         assert again.wait(200) == 0, again.said.read_text()

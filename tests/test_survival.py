@@ -16,7 +16,7 @@ from indraquantum import files
 from indraquantum.errors import UserError
 from indraquantum.files import read_json
 from indraquantum.metrics import MetricsLog, read_metrics
-from indraquantum.training import checkpoint, loop
+from indraquantum.training import checkpoint, loop, stages
 from indraquantum.training.checkpoint import checkpoint_path, load_checkpoint, step_checkpoint_path
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
@@ -57,7 +57,7 @@ def half_written(write):
 POINTS = [
     (owner, name, when)
     for owner, name in (
-        (loop, "start_run"), (loop, "resume"), (loop, "take_step"), (loop, "rows_of_step"), (loop, "evaluate"),
+        (loop, "start_run"), (loop, "resume"), (loop, "take_step"), (stages, "rows_of_step"), (loop, "evaluate"),
         (loop, "set_learning_rates"), (torch.Tensor, "backward"), (torch.nn.utils, "clip_grads_with_norm_"),
         (torch.optim.AdamW, "step"), (MetricsLog, "write"), (MetricsLog, "sync"), (loop, "save"),
         (loop, "save_checkpoint"), (torch, "save"), (checkpoint.Path, "write_bytes"), (checkpoint.Path, "write_text"),

@@ -42,6 +42,9 @@ class Constant(Settings):
     shape: Literal["constant"] = "constant"
     value: Weight
 
+    def __str__(self) -> str:
+        return f"{self.value:g}"
+
     def at(self, step: int, steps: int) -> float:
         """The weight at `step` of `steps`."""
         return self.value
@@ -57,6 +60,9 @@ class Ramp(Settings):
 
     start: Weight
     end: Weight
+
+    def __str__(self) -> str:
+        return f"{self.start:g} to {self.end:g}"
 
     @property
     def highest(self) -> float:
@@ -90,6 +96,9 @@ class Steps(Settings):
     shape: Literal["step"] = "step"
     values: Annotated[tuple[Weight, ...], Field(min_length=2)]
     at_progress: tuple[Fraction, ...]
+
+    def __str__(self) -> str:
+        return ", then ".join(f"{value:g}" for value in self.values)
 
     def at(self, step: int, steps: int) -> float:
         """The weight at `step` of `steps`."""

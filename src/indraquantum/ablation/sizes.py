@@ -76,8 +76,8 @@ def planned_tokens(settings: TrainSettings, dataset: PreparedDataset) -> int:
 
 
 def _tokens_seen(stage: RunStage) -> int:
-    offsets = stage.dataset.train.row_token_offsets
+    offsets = stage.train.row_token_offsets
     lengths = offsets[1:] - offsets[:-1]
     epochs, rest = divmod(stage.steps, stage.steps_per_epoch)
     drawn = [stage.rows_of(step) for step in range(stage.end - rest, stage.end)]
-    return int(epochs * lengths[stage.rows].sum() + sum(lengths[rows].sum() for rows in drawn))
+    return int(epochs * lengths.sum() + sum(lengths[rows].sum() for rows in drawn))

@@ -63,6 +63,8 @@ class Split:
     padding_id: int  # EOS's id
     # (documents,) int64: place of the document in its source, from 0; empty where nothing is known
     document_numbers: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    # (P,) int64 where this is a part of another split: the place of each piece there, as in Batch.index
+    places_elsewhere: np.ndarray | None = None
 
     @property
     def num_rows(self) -> int:
@@ -77,7 +79,13 @@ class Split:
     @property
     def num_tokens(self) -> int:
         """Real tokens, BOS and EOS among them."""
-        return len(self.tokens)
+        return int(self.row_token_offsets[-1])
+
+    @cached_property
+    def piece_places(self) -> np.ndarray:
+        """Place of each piece's first token among the real tokens in row order, where signals are kept, (P,) int64."""
+        lengths = self.pieces[:, 1]
+        return np.cumsum(lengths) - lengths if self.places_elsewhere is None else self.places_elsewhere
 
     @cached_property
     def row_token_offsets(self) -> np.ndarray:
@@ -133,7 +141,7 @@ class Split:
             positions=scatter(positions, 0),
             segments=scatter(np.repeat(segments, lengths), -1),
             sources=scatter(np.repeat(self.document_sources[documents], lengths), -1),
-            index=scatter(np.repeat(self.row_token_offsets[rows], per_row) + columns, -1),
+            index=scatter(np.repeat(self.piece_places[piece], lengths) + positions, -1),
         )
 
 

@@ -9,6 +9,8 @@ Letters: P pieces, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -128,4 +130,29 @@ def packed_split(tokens: np.ndarray, document_offsets: np.ndarray, row_length: i
         row_pieces=packing.row_pieces,
         row_length=row_length,
         padding_id=padding_id,
+    )
+
+
+def part_of_sources(split: Split, sources: Sequence[int]) -> Split:
+    """The pieces of some sources, with the places that they have in `split`.
+
+    Rows that hold nothing else stay as they are and come first; what lies in rows with others is packed anew.
+
+    Args:
+        split: all of them.
+        sources: numbers of the sources.
+    """
+    wanted = np.isin(split.document_sources, sources)[split.piece_documents]  # (P,) bool
+    sizes = np.diff(split.row_pieces)
+    rows = np.repeat(np.arange(split.num_rows), sizes)  # (P,) the row of each piece
+    alone = np.bincount(rows, wanted, split.num_rows) == sizes  # (R,) bool
+    kept, rest = np.flatnonzero(alone[rows]), np.flatnonzero(wanted & ~alone[rows])
+    packing = pack(split.pieces[rest, 1], split.row_length)
+    pieces = np.concatenate([kept, rest[packing.documents]])
+    sizes = np.concatenate([sizes[alone], np.diff(packing.row_pieces)])
+    return replace(
+        split,
+        pieces=split.pieces[pieces],
+        row_pieces=np.concatenate([[0], np.cumsum(sizes)]),
+        places_elsewhere=split.piece_places[pieces],
     )

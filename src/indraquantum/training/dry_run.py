@@ -29,6 +29,7 @@ class DryRun:
     micro_batch_rows: int
     step_tokens: int  # real tokens of the first step
     total_steps: int
+    stages: tuple[str, ...]  # a line for each
     tensors: dict[str, tuple[tuple[int, ...], ...]]  # parameter shapes of each part
     parameters: dict[str, int]
     bytes: dict[str, int]
@@ -53,7 +54,7 @@ def measure(run: Run) -> DryRun:
     """Count and time what `run`, at its first step, would do."""
     stage = run.plan.at(0)
     rows = stage.rows_of(0)
-    batch = stage.dataset.train.batch(rows)
+    batch = stage.train.batch(rows)
     size = StepSize(len(rows), stage.dataset.row_length, int((batch.labels >= 0).sum()))
     activations = activation_bytes(run, rows[: stage.micro_batch_rows])
     for _ in range(MEASURED_STEPS):
@@ -64,6 +65,7 @@ def measure(run: Run) -> DryRun:
         micro_batch_rows=stage.micro_batch_rows,
         step_tokens=int((batch.index >= 0).sum()),
         total_steps=run.total_steps,
+        stages=tuple(map(str, run.plan.stages)),
         tensors=_shapes(run),
         parameters=parameter_counts(run.model),
         bytes=_memory(run, size, activations),
@@ -84,7 +86,7 @@ def activation_bytes(run: Run, rows: np.ndarray) -> int:
 
     table_VD = model.lift_table().detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        inputs = to_tensors(run.plan.at(0).dataset.train.batch(rows), run.device)
+        inputs = to_tensors(run.plan.at(0).train.batch(rows), run.device)
         states_BTD = model.hidden_states(**inputs, table_VD=table_VD)
     kept[states_BTD.untyped_storage().data_ptr()] = states_BTD.untyped_storage().nbytes()
     for tensor in (*model.parameters(), table_VD):
@@ -129,6 +131,7 @@ def report(found: DryRun) -> str:
     lines = [
         f"step: {size.rows:,} rows of {size.row_length:,} in {pieces:,} micro-batches, "
         f"{found.step_tokens:,} real tokens, {size.labelled:,} with a label; {found.total_steps:,} steps",
+        *found.stages,
         *(f"{part}: {' '.join(map(_shape, shapes))}" for part, shapes in found.tensors.items()),
         "parameters: " + _parts(found.parameters, lambda count: f"{count:,}"),
         "memory: " + _parts(found.bytes, lambda count: f"{count / 2**20:,.1f} MiB"),

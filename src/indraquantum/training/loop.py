@@ -215,7 +215,7 @@ def take_step(run: Run) -> dict[str, Any]:
             run.parallel,
             run.objective,
             run.optimizer,
-            stage.dataset.train,
+            stage.train,
             rows,
             stage.signals,
             micro_batch_rows=stage.micro_batch_rows,
@@ -287,7 +287,9 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> dict[str, float]
     if not all(map(math.isfinite, figures.values())):
         raise TrainingStopped(f"step {run.step}: the held-out cross-entropy is not finite: {figures}")
     text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    tqdm.write(f"step {run.step}/{run.total_steps}: held-out cross-entropy (nats/token) {text}")
+    ended = run.plan.ends_at(run.step)
+    stage = f", end of stage {ended.about.name}" if ended and len(run.plan.stages) > 1 else ""
+    tqdm.write(f"step {run.step}/{run.total_steps}{stage}: held-out cross-entropy (nats/token) {text}")
     return figures
 
 

@@ -14,7 +14,8 @@ from functools import cached_property
 import numpy as np
 
 from indraquantum.config import TrainSettings
-from indraquantum.data.dataset import PreparedDataset, open_dataset
+from indraquantum.data.dataset import PreparedDataset, Split, open_dataset
+from indraquantum.data.packing import part_of_sources
 from indraquantum.errors import UserError
 from indraquantum.processes import ALONE, Processes
 from indraquantum.strategy import RATES, TERMS, Stage, Strategy, resolve
@@ -30,7 +31,7 @@ class RunStage:
     about: Stage  # every value settled
     settings: TrainSettings  # the run's, with the stage's own data, signals and learning rate
     dataset: PreparedDataset
-    rows: np.ndarray  # (R,) int64: the training rows that it visits
+    train: Split  # what it trains on: the dataset's training side, or the part of it that its sources are
     first: int  # its first step
     steps: int
     first_epoch: int  # epochs begun before it
@@ -49,7 +50,7 @@ class RunStage:
     @cached_property
     def steps_per_epoch(self) -> int:
         """Optimiser steps that visit each of its rows once."""
-        return steps_per_epoch(len(self.rows), self.rows_per_step)
+        return steps_per_epoch(self.train.num_rows, self.rows_per_step)
 
     @property
     def end(self) -> int:
@@ -61,10 +62,17 @@ class RunStage:
         """Epochs that it begins."""
         return math.ceil(self.steps / self.steps_per_epoch)
 
+    def __str__(self) -> str:
+        """One line for a reader."""
+        sources = "all sources" if self.about.sources == "all" else ", ".join(self.about.sources)
+        weights = ", ".join(f"{term} {getattr(self.about.weights, term)}" for term in TERMS)
+        steps = f"steps {self.first + 1:,} to {self.end:,}, {self.steps / self.steps_per_epoch:.2f} epochs"
+        return f"stage {self.about.name}: {steps} of {self.train.num_rows:,} rows ({sources}); weights {weights}"
+
     def rows_of(self, step: int) -> np.ndarray:
-        """Numbers of the training rows of `step`."""
-        seed = self.settings.seed
-        return self.rows[rows_of_step(len(self.rows), self.rows_per_step, seed, step - self.first, self.number)]
+        """Numbers of the rows of `step` in `train`."""
+        seed, own_step = self.settings.seed, step - self.first
+        return rows_of_step(self.train.num_rows, self.rows_per_step, seed, own_step, self.number)
 
     def weights_of(self, step: int) -> dict[str, float]:
         """Weights of the teacher's terms at `step`; 0 where there are no signals."""
@@ -144,14 +152,13 @@ def plan_stages(settings: TrainSettings, dataset: PreparedDataset) -> StagePlan:
         if about.data is not None:
             changes |= {"data": about.data, "signals": about.signals, "tokenizer": None}
         own = _other_dataset(about, dataset) if about.data is not None else dataset
-        rows = _rows_of_sources(about, own)
         first = stages[-1].end if stages else 0
         stage = RunStage(
             number=number,
             about=about,
             settings=settings.model_copy(update=changes),
             dataset=own,
-            rows=rows,
+            train=_part_of_sources(about, own),
             first=first,
             steps=0,
             first_epoch=stages[-1].first_epoch + stages[-1].epochs if stages else 0,
@@ -193,30 +200,23 @@ def _other_dataset(about: Stage, dataset: PreparedDataset) -> PreparedDataset:
     return other
 
 
-def _rows_of_sources(about: Stage, dataset: PreparedDataset) -> np.ndarray:
-    """Numbers of the training rows of the stage's sources, (R,) int64.
+def _part_of_sources(about: Stage, dataset: PreparedDataset) -> Split:
+    """What the stage trains on.
 
     Raises:
-        UserError: a source that the dataset lacks, or rows that mix sources.
+        UserError: a source that the dataset lacks, or has held out entirely.
     """
-    split, names = dataset.train, dataset.source_names
+    names = dataset.source_names
     if about.sources == "all":
-        return np.arange(split.num_rows)
+        return dataset.train
     field = f"--strategy: stage {about.name}: sources"
     for source in about.sources:
         if source not in names:
             raise UserError(field, source, f"must be one of the dataset's: {', '.join(names)}")
-    wanted = np.isin(split.document_sources, [names.index(source) for source in about.sources])
-    pieces = wanted[split.piece_documents]  # (P,) bool
-    count = np.add.reduceat(pieces.astype(np.int64), np.asarray(split.row_pieces[:-1]))
-    sizes = np.diff(split.row_pieces)
-    if ((count > 0) & (count < sizes)).any():
-        allowed = "needs rows of one source each, which --data has not: prepare it again with `indra prepare`"
-        raise UserError(field, ", ".join(about.sources), allowed)
-    rows = np.flatnonzero(count)
-    if not len(rows):
+    part = part_of_sources(dataset.train, [names.index(source) for source in about.sources])
+    if not part.num_rows:
         raise UserError(field, ", ".join(about.sources), "must have a training row in the dataset")
-    return rows
+    return part
 
 
 def with_signals(
@@ -257,7 +257,9 @@ def _check_signals(stage: RunStage, signals: SignalStore) -> None:
     if manifest.served and weights.phase.highest > 0:
         allowed = "must be 0 with the signals of a served teacher, whose entropy is not exact"
         raise UserError("--phase-weight", weights.phase.highest, allowed)
-    covered = [entry.rows for entry in manifest.shards if entry.split == "train"]
-    if not any(np.searchsorted(stage.rows, end) > np.searchsorted(stage.rows, start) for start, end in covered):
+    begins = stage.dataset.train.row_token_offsets
+    covered = [begins[list(entry.rows)] for entry in manifest.shards if entry.split == "train"]
+    places = stage.train.piece_places
+    if not any(((places >= start) & (places < end)).any() for start, end in covered):
         allowed = "must cover a row of the stage: go on with `indra capture`, or train with --no-teacher"
         raise UserError(f"{where}signals", stage.settings.signals or "those beside the data", allowed)

@@ -1,0 +1,198 @@
+"""Strategies as they run: which rows, weights and rates each step has, stops in every stage, what ends on disk."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import survival
+from indraquantum import cli
+from indraquantum.data.dataset import open_dataset
+from indraquantum.errors import UserError
+from indraquantum.metrics import read_metrics
+from indraquantum.training import loop
+from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training.stages import plan_stages
+
+# What each shipped strategy is: its stages with sources, and the weights of kd, phase and magnitude at first and last.
+SHIPPED = {
+    "v4-unified": [("unified", "all", (0.01, 0.1, 0.1), (0.05, 0.1, 0.1))],
+    "stage1": [("stage1", ["wikitext"], (0, 0, 0), (0, 0, 0))],
+    "stage2-v2-aggressive": [
+        ("stage1", ["wikitext"], (0, 0, 0), (0, 0, 0)), ("stage2-v2", ["alpaca"], (9, 1, 1), (9, 1, 1)),
+    ],
+    "stage2-v3-gentle": [
+        ("stage1", ["wikitext"], (0, 0, 0), (0, 0, 0)), ("stage2-v3", ["alpaca"], (0.05, 0.1, 0.1), (0.05, 0.1, 0.1)),
+    ],
+}  # fmt: skip
+
+
+def small(world, folder, **changes):
+    return survival.small_run(world, folder, **{"dropout": 0.0, **changes})
+
+
+def metrics(settings):
+    return read_metrics(settings.logs / settings.output.name / "metrics.jsonl")
+
+
+def sources_of(dataset, split, rows) -> set[str]:
+    """The sources of the tokens of rows, as a batch has them."""
+    found = split.batch(rows).sources
+    return {dataset.source_names[number] for number in np.unique(found[found >= 0])}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_strategy_runs_as_its_file_says(world, tmp_path, monkeypatch, name):
+    settings, dataset, seen = small(world, tmp_path, strategy=name), open_dataset("--data", world.data), []
+    step = loop.optimizer_step
+
+    def watched(parallel, objective, optimizer, split, rows, *arguments, **options):
+        seen.append(sources_of(dataset, split, rows))
+        return step(parallel, objective, optimizer, split, rows, *arguments, **options)
+
+    monkeypatch.setattr(loop, "optimizer_step", watched)
+    loop.train(settings)
+    lines = metrics(settings)[1:]
+    per_epoch = -(-dataset.train.num_rows // (settings.batch_tokens // 48))
+    assert len(lines) == len(seen) == 2 * per_epoch  # as many steps as --epochs of all rows are, whatever the strategy
+    assert list(dict.fromkeys(line["stage"] for line in lines)) == [stage for stage, *_ in SHIPPED[name]]
+    for stage, sources, first, last in SHIPPED[name]:
+        own = [number for number, line in enumerate(lines) if line["stage"] == stage]
+        assert set.union(*(seen[number] for number in own)) == set(
+            dataset.source_names if sources == "all" else sources
+        )
+        for number, weights in ((own[0], first), (own[-1], last)):
+            given = [lines[number][f"{term}_weight"] for term in ("kd", "phase", "magnitude")]
+            assert given == pytest.approx(weights)
+        taught = any(first)
+        assert all((lines[number]["kd"] is not None) == taught for number in own)
+        assert set(lines[own[-1]]["held_out"]) == {*dataset.source_names, "all"}  # where the stage ends
+        # each stage has a warm-up and a decay of its own
+        rates = [lines[number]["learning_rate"] for number in own]
+        assert max(rates) == settings.learning_rate
+        assert rates[-1] < 0.5 * settings.learning_rate
+
+
+def test_stages_visit_every_token_of_their_sources_once_an_epoch(world, tmp_path):
+    dataset = open_dataset("--data", world.data)
+    plan = plan_stages(small(world, tmp_path, strategy="stage2-v3-gentle", epochs=6), dataset)
+    assert len(plan.stages) == 2
+    places = []
+    for stage in plan.stages:
+        drawn = np.concatenate([stage.rows_of(stage.first + step) for step in range(stage.steps_per_epoch)])
+        batch = stage.train.batch(drawn)
+        assert sorted(drawn) == list(range(stage.train.num_rows))
+        assert sources_of(dataset, stage.train, drawn) == set(stage.about.sources)
+        places.append(batch.index[batch.index >= 0])
+        # each token is where the dataset has it, with the same label and place in its piece
+        everywhere = dataset.train.batch(np.arange(dataset.train.num_rows))
+        for part, whole in zip(batch[:3], everywhere[:3], strict=True):
+            by_place = whole[everywhere.index >= 0]
+            assert (part[batch.index >= 0] == by_place[places[-1]]).all()
+        assert stage.train.num_rows < 1.1 * (stage.train.num_tokens / 48) + 1
+    assert sorted(np.concatenate(places)) == list(range(dataset.train.num_tokens))
+    assert plan.stages[0].end == plan.stages[1].first == plan.total_steps // 2
+
+
+@pytest.fixture(scope="module")
+def gentle(world, tmp_path_factory):
+    """A two-stage run that nothing stopped, and what it ended with."""
+    settings = survival.small_run(world, tmp_path_factory.mktemp("gentle"), strategy="stage2-v3-gentle", ema_decay=0.9)
+    assert survival.in_fork(lambda: survival.train_small(settings)) == 0
+    return survival.result(settings), len(metrics(settings)) - 1
+
+
+@pytest.mark.parametrize("place", ["early", "first", "boundary", "second", "late"])
+def test_killed_in_any_stage_the_same_bits_follow(world, tmp_path, gentle, place):
+    settings = survival.small_run(world, tmp_path, strategy="stage2-v3-gentle", ema_decay=0.9)
+    expected, steps = gentle
+    half = steps // 2
+    step = {"early": 2, "first": half - 1, "boundary": half, "second": half + 1, "late": steps - 1}[place]
+
+    def killed():
+        survival.at(loop, "take_step", "after", step, survival.die)
+        survival.train_small(settings)
+
+    assert survival.in_fork(killed) == -signal.SIGKILL
+    assert survival.in_fork(lambda: survival.train_small(settings)) == 0
+    assert survival.result(settings) == expected
+
+
+def test_a_run_starts_from_the_weights_of_another(world, tmp_path, capsys):
+    first = small(world, tmp_path / "first", strategy="stage1", max_steps=4)
+    report = loop.train(first)
+    capsys.readouterr()
+    second = small(world, tmp_path / "second", strategy="stage2-v3-gentle", start_from=report.checkpoint, max_steps=4)
+    before = loop.start_run(second, loop.with_signals(
+        plan_stages(second, open_dataset("--data", world.data)), loop.find_signals), torch.device("cpu"))  # fmt: skip
+    given = load_checkpoint("", report.checkpoint).model
+    assert all(torch.equal(value, given[name]) for name, value in before.model.state_dict().items())
+    loop.train(second)
+    lines = metrics(second)
+    assert lines[0]["held_out"] == pytest.approx(report.held_out)
+    assert {line["stage"] for line in lines[1:]} == {"stage2-v3"}
+    assert [line["step"] for line in lines] == list(range(3))  # stage 1's half is left out
+
+    other = small(world, tmp_path / "third", start_from=report.checkpoint, ends="separate")
+    with pytest.raises(UserError, match=r"--start-from: got .*must be of a model with --ends separate, not shared"):
+        loop.train(other)
+
+
+OWN = "stages: [{name: a, fraction: 1.0, %s}]"
+REFUSED = {
+    "unknown source": (OWN % "sources: [novels]", r"stage a: sources: got novels; must be one of .*wikitext"),
+    "another temperature": (
+        OWN % "weights: {kd: 1}, temperature: 2.0", r"stage a: temperature: got 2\.0; must be the signals' 1\.0",
+    ),
+    "too short": ("stages: [{name: a, fraction: 0.01}, {name: b, fraction: 0.99}]", r"--epochs: got 2; is too short"),
+    "no dataset": (
+        OWN % "data: nowhere", r"stage a: data: got .*nowhere; must be a prepared dataset",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(world, tmp_path, case, capsys):
+    text, match = REFUSED[case]
+    (tmp_path / "my.yaml").write_text(text, encoding="utf-8")
+    arguments = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in small(world, tmp_path).model_dump(exclude_unset=True).items()
+    ]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", *arguments, f"--strategy={tmp_path / 'my.yaml'}"])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert re.search(match, said), said
+    assert "Traceback" not in said
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".jsonl")]
+
+
+def test_signals_are_asked_for_only_where_a_stage_needs_them(world, tmp_path):
+    missing = {"signals": tmp_path / "nowhere"}
+    loop.train(small(world, tmp_path, strategy="stage1", max_steps=2, **missing))
+    with pytest.raises(UserError, match=r"--signals: got .*nowhere"):
+        loop.train(small(world, tmp_path / "other", strategy="stage2-v3-gentle", max_steps=2, **missing))
+
+
+def test_a_dry_run_tells_the_stages(world, tmp_path, capsys):
+    arguments = [f"--data={world.data}", f"--output={tmp_path / 'run'}", "--strategy=stage2-v3-gentle", "--dry-run"]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", *arguments])
+    assert exit_.value.code == 0
+    rows = [
+        str(plan.train.num_rows)
+        for plan in plan_stages(
+            small(world, tmp_path, strategy="stage2-v3-gentle", batch_tokens=4096, epochs=3),
+            open_dataset("--data", world.data),
+        ).stages
+    ]
+    said = capsys.readouterr().out
+    assert "stage stage1: steps 1 to 4, " in said
+    assert f" of {rows[0]} rows (wikitext); weights kd 0, phase 0, magnitude 0\n" in said
+    assert f"of {rows[1]} rows (alpaca); weights kd 0.05, phase 0.1, magnitude 0.1\n" in said
+    assert not (tmp_path / "run").exists()
