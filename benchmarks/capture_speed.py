@@ -30,7 +30,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from indraquantum.config import CaptureSettings
-from indraquantum.data.dataset import Split
+from indraquantum.data.split import Split
 from indraquantum.teacher.manifest import Manifest, statistics_of
 from indraquantum.teacher.shard_worker import Job, Plan, ShardWorker
 from indraquantum.teacher.teacher_model import ModelAsker, Teacher

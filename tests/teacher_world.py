@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from indraquantum.data.dataset import PreparedDataset, Split, content_hash
+from indraquantum.data.dataset import PreparedDataset, content_hash
+from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)  # such small tensors only lose by threads

@@ -361,6 +361,7 @@ def test_a_dry_run_lists_the_variants_and_writes_nothing(world, tmp_path, capsys
         ({"variants": {"a b": {}}}, "variants.a b.[key]", "a b", "match pattern"),
         ({"variants": {"a": {"d_modl": 3}}}, "variants.a.d_modl", "3", "must be an option of a run: batch_tokens"),
         ({"variants": {"a": {"seed": 3}}}, "variants.a.seed", "3", "must be an option of a run"),
+        ({"base": {"patience": 3}}, "base.patience", "3", "must be an option of a run"),
         ({"variants": {"a": {"d_model": 1}}}, "variants.a: d_model", "1", "greater than or equal to 2"),
         ({"variants": {"a": {"heads": 5}}, "pairs": []}, "variants.a: --heads", "5", "must divide the width"),
         ({"base": {"output": "x"}}, "base.output", "x", "must be an option of a run"),

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from indraquantum.data.dataset import Split, open_dataset, write_dataset
+from indraquantum.data.dataset import open_dataset, write_dataset
 from indraquantum.data.held_out import choose_held_out
 from indraquantum.data.packing import pack
 from indraquantum.data.padded import write_padded
+from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import SEAL, write_manifest_json

@@ -184,15 +184,11 @@ def test_a_dry_run_tells_the_stages(world, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["train", *arguments])
     assert exit_.value.code == 0
-    rows = [
-        str(plan.train.num_rows)
-        for plan in plan_stages(
-            small(world, tmp_path, strategy="stage2-v3-gentle", batch_tokens=4096, epochs=3),
-            open_dataset("--data", world.data),
-        ).stages
-    ]
+    settings = small(world, tmp_path, strategy="stage2-v3-gentle", batch_tokens=4096, epochs=3)
+    stages = plan_stages(settings, open_dataset("--data", world.data)).stages
+    rows = [stage.train.num_rows for stage in stages]
     said = capsys.readouterr().out
-    assert "stage stage1: steps 1 to 4, " in said
+    assert f"stage stage1: steps 1 to {stages[0].steps}, " in said
     assert f" of {rows[0]} rows (wikitext); weights kd 0, phase 0, magnitude 0\n" in said
     assert f"of {rows[1]} rows (alpaca); weights kd 0.05, phase 0.1, magnitude 0.1\n" in said
     assert not (tmp_path / "run").exists()

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indraquantum.bench import CUBE, MEBIBYTE, Figure, interleaved_seconds, process_memory
-from indraquantum.data.dataset import Split
 from indraquantum.data.packing import packed_split
+from indraquantum.data.split import Split
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2

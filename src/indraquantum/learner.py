@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from indraquantum.data.dataset import Batch
+from indraquantum.data.split import Batch
 
 
 class Learner(Protocol):

@@ -15,8 +15,9 @@ from indraquantum.errors import UserError
 from indraquantum.training.run import FREE_SETTINGS
 from indraquantum.yaml_settings import checked, read_yaml
 
-# What a plan may set of a run: all that decides it but its seed and data, and what counts as a failure.
-ALLOWED = (set(TrainSettings.model_fields) - FREE_SETTINGS - {"seed"}) | {"on_collapse"}
+# What a plan may set of a run: all that decides it but its seed and data, and what counts as a failure. Not patience:
+# it would stop by the held-out text that the table comes from.
+ALLOWED = (set(TrainSettings.model_fields) - FREE_SETTINGS - {"seed", "patience"}) | {"on_collapse"}
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=60)]
 Overrides = dict[str, bool | int | float | str | None]
 Grid = Annotated[tuple[Overrides, ...], Field(max_length=6)]

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from indraquantum.config import ShowSettings
-from indraquantum.data.dataset import SPLITS, PreparedDataset, Split, open_dataset
+from indraquantum.data.dataset import SPLITS, PreparedDataset, open_dataset
+from indraquantum.data.split import Split
 from indraquantum.errors import UserError
 
 FIELD = "PATH"

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from indraquantum.data.dataset import Split
+from indraquantum.data.split import Split
 
 # Tokens at the start of a piece see little of their document, so a long one is not cut into crumbs to save padding:
 # pieces cut to fill a room are at least this long (shorter for rows below 128).

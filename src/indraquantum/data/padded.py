@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from indraquantum.data.dataset import PreparedDataset, Split, check_split, content_hash
+from indraquantum.data.dataset import PreparedDataset, check_split, content_hash
 from indraquantum.data.held_out import choose_held_out
 from indraquantum.data.safe_pickle import load_plain_pickle
+from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
 

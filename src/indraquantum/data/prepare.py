@@ -21,11 +21,12 @@ import numpy as np
 from tqdm import tqdm
 
 from indraquantum.config import PrepareSettings
-from indraquantum.data.dataset import SPLITS, Split, is_dataset, write_dataset
+from indraquantum.data.dataset import SPLITS, is_dataset, write_dataset
 from indraquantum.data.large import Spool, chunks, release
 from indraquantum.data.mixture import DrawnSource, Mixture, draw_sources, random_order, source_options
 from indraquantum.data.packing import pack
 from indraquantum.data.padded import write_padded
+from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, make_folder

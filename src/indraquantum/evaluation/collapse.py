@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indraquantum.data.dataset import Batch
+from indraquantum.data.split import Batch
 from indraquantum.learner import to_tensors
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.modeling import IndraQuantumPhase2

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from indraquantum.data.dataset import Split
+from indraquantum.data.split import Split
 from indraquantum.evaluation.held_out import LOGIT_ROWS, batches, perplexity
 from indraquantum.kernels.onednn import onednn_products
 from indraquantum.learner import Learner, to_tensors

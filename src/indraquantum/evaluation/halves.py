@@ -13,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from indraquantum.data.dataset import PreparedDataset, Split
+from indraquantum.data.dataset import PreparedDataset
+from indraquantum.data.split import Split
 from indraquantum.evaluation.figures import Predictions
 
 Half = Literal["choice", "table"]

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from indraquantum.data.dataset import Batch, PreparedDataset, Split
+from indraquantum.data.dataset import PreparedDataset
+from indraquantum.data.split import Batch, Split
 from indraquantum.kernels.onednn import onednn_products
 from indraquantum.learner import Learner, to_tensors
 from indraquantum.processes import ALONE, Processes

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from indraquantum.config import EvalSettings
-from indraquantum.data.dataset import PreparedDataset, Split, open_dataset
+from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.packing import packed_split
 from indraquantum.data.sources import read_wikitext
+from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError

@@ -25,7 +25,8 @@ from indraquantum.teacher.manifest import MANIFEST_NAME, Identity, Manifest, Sha
 from indraquantum.teacher.packing_bits import pack, packed_bytes, unpack
 
 if TYPE_CHECKING:
-    from indraquantum.data.dataset import PreparedDataset, Split
+    from indraquantum.data.dataset import PreparedDataset
+    from indraquantum.data.split import Split
     from indraquantum.loss_v2 import TeacherSignals
     from indraquantum.teacher.sampling import PositionSignals
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-    from indraquantum.data.dataset import Batch, PreparedDataset, Split
+    from indraquantum.data.dataset import PreparedDataset
+    from indraquantum.data.split import Batch, Split
     from indraquantum.teacher.sampling import PositionSignals
     from indraquantum.teacher.shard_worker import Plan
 

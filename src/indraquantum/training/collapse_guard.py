@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from indraquantum.data.dataset import Split
+from indraquantum.data.split import Split
 from indraquantum.evaluation.collapse import CollapseFigures, collapse_figures, dead_terms
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.modeling import IndraQuantumPhase2

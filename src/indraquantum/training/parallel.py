@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from indraquantum.data.dataset import Batch
+from indraquantum.data.split import Batch
 from indraquantum.errors import UserError
 from indraquantum.learner import Learner, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals

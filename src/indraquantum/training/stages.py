@@ -14,8 +14,9 @@ from functools import cached_property
 import numpy as np
 
 from indraquantum.config import TrainSettings
-from indraquantum.data.dataset import PreparedDataset, Split, open_dataset
+from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.packing import part_of_sources
+from indraquantum.data.split import Split
 from indraquantum.errors import UserError
 from indraquantum.processes import ALONE, Processes
 from indraquantum.strategy import RATES, TERMS, Stage, Strategy, resolve

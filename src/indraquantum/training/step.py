@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from indraquantum.config import OptimizerSettings
-from indraquantum.data.dataset import Batch, Split
+from indraquantum.data.split import Batch, Split
 from indraquantum.errors import TrainingStopped
 from indraquantum.kernels.onednn import onednn_products
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
