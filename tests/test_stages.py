@@ -150,7 +150,7 @@ REFUSED = {
     ),
     "too short": ("stages: [{name: a, fraction: 0.01}, {name: b, fraction: 0.99}]", r"--epochs: got 2; is too short"),
     "no dataset": (
-        OWN % "data: nowhere", r"stage a: data: got .*nowhere; must be a prepared dataset",
+        OWN % "data: nowhere", r"stage a: data: got .*nowhere; does not exist",
     ),
 }  # fmt: skip
 
