@@ -11,6 +11,7 @@ import torch
 
 import survival
 from indraquantum import cli
+from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
 from indraquantum.metrics import read_metrics
@@ -96,6 +97,25 @@ def test_stages_visit_every_token_of_their_sources_once_an_epoch(world, tmp_path
         assert stage.train.num_rows < 1.1 * (stage.train.num_tokens / 48) + 1
     assert sorted(np.concatenate(places)) == list(range(dataset.train.num_tokens))
     assert plan.stages[0].end == plan.stages[1].first == plan.total_steps // 2
+
+
+def test_curves_and_rates_run_over_their_own_stage(world, tmp_path):
+    kd = (
+        "weights: {kd: {shape: linear, start: 0.2, end: 0.6}, phase: {shape: step, values: [0, 3], at_progress: [0.5]}}"
+    )
+    (tmp_path / "my.yaml").write_text(
+        f"stages: [{{name: a, steps: 3, {kd}}}, {{name: b, steps: 5, {kd}, schedule: constant, warmup_fraction: 0.4}}]"
+    )
+    settings = TrainSettings(
+        **small(world, tmp_path).model_dump(exclude_unset=True, exclude={"epochs"}), strategy=str(tmp_path / "my.yaml")
+    )
+    loop.train(settings)
+    lines = metrics(settings)[1:]
+    assert [line["stage"] for line in lines] == ["a"] * 3 + ["b"] * 5
+    assert [line["kd_weight"] for line in lines] == pytest.approx([0.2, 0.4, 0.6, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert [line["phase_weight"] for line in lines] == [0, 3, 3, 0, 0, 3, 3, 3]
+    peak = settings.learning_rate
+    assert [line["learning_rate"] for line in lines[3:]] == pytest.approx([peak / 2, *[peak] * 4])
 
 
 @pytest.fixture(scope="module")
