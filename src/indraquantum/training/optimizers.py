@@ -2,7 +2,7 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) makes each matrix's momentum orthogonal before it
 is applied. Its updates are scaled to the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2),
-so that one learning rate serves both. At 3 or 4 times that rate it is better than AdamW alone (docs/LOG.md, 2026-11-25).
+so that one learning rate serves both. At 3 or 4 times that rate it beats AdamW alone (docs/LOG.md, 2026-11-25).
 """
 
 from __future__ import annotations
