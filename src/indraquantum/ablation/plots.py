@@ -29,12 +29,14 @@ def _each(runs: Runs) -> Iterator[_Drawn]:
 
 
 def draw_learning_curves(figure: Figure, runs: Runs) -> None:
-    """Held-out cross-entropy over the tokens seen, a line for each seed."""
-    axes = figure.subplots()
-    for record, style in _each(runs):
-        points = [(line["tokens"], line["held_out"]["all"]) for line in record["curve"] if line["held_out"]]
-        axes.plot(*zip(*points, strict=True), linewidth=1, **style)
-    _finish(axes, "Learning curves, all held-out documents", "tokens seen", "cross-entropy, nats per token")
+    """Held-out cross-entropy of each source over the tokens seen, a line for each seed; from the first evaluation on."""
+    sources = dict.fromkeys(source for record, _ in _each(runs) for source in record["curve"][-1]["held_out"])
+    for axes, source in zip(figure.subplots(1, len(sources), squeeze=False).flat, sources, strict=True):
+        for record, style in _each(runs):
+            lines = [line for line in record["curve"] if line["held_out"] and line["tokens"]]
+            points = [(line["tokens"], line["held_out"][source]) for line in lines]
+            axes.plot(*zip(*points, strict=True), linewidth=1, **style)
+        _finish(axes, f"Held-out documents, {source}", "tokens seen", "cross-entropy, nats per token")
 
 
 def draw_size_and_loss(figure: Figure, runs: Runs) -> None:
