@@ -29,7 +29,7 @@ def _each(runs: Runs) -> Iterator[_Drawn]:
 
 
 def draw_learning_curves(figure: Figure, runs: Runs) -> None:
-    """Held-out cross-entropy of each source over the tokens seen, a line for each seed; from the first evaluation on."""
+    """Held-out cross-entropy of each source over the tokens seen, a line for each seed; not of untrained models."""
     sources = dict.fromkeys(source for record, _ in _each(runs) for source in record["curve"][-1]["held_out"])
     for axes, source in zip(figure.subplots(1, len(sources), squeeze=False).flat, sources, strict=True):
         for record, style in _each(runs):
