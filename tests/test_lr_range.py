@@ -62,8 +62,24 @@ def test_each_group_keeps_its_multiple_and_updates_follow_the_rate(world, tmp_pa
         before = run.model.embedding.weight.detach().clone()
         lr_range.climb(run, [rate])
         assert {g["name"]: g["lr"] for g in run.optimizer.param_groups}["table"] == pytest.approx(7 * rate)
+        objective = run.objective
+        assert [objective.kd_weight, objective.phase_weight, objective.magnitude_weight] == [0.01, 0.1, 0.1]
         moved[rate] = (run.model.embedding.weight.detach() - before).norm().item()
     assert moved[1e-2] == pytest.approx(100 * moved[1e-4], rel=1e-3)
+
+
+def test_rows_and_weights_are_those_of_the_first_stage(monkeypatch, world, tmp_path):
+    run = scratch_run(settings(world, tmp_path, strategy="stage2-v3-gentle"))
+    step, seen = lr_range.optimizer_step, []
+
+    def watched(parallel, objective, optimizer, split, rows, signals, **options):
+        seen.append((set(split.batch(rows).sources.flat) - {-1}, signals, objective.kd_weight, objective.phase_weight))
+        return step(parallel, objective, optimizer, split, rows, signals, **options)
+
+    monkeypatch.setattr(lr_range, "optimizer_step", watched)
+    lr_range.climb(run, rising_rates(1e-5, 1e-4, 3))
+    wikitext = run.dataset.source_names.index("wikitext")
+    assert seen == [({wikitext}, None, 0.0, 0.0)] * 3
 
 
 @pytest.mark.parametrize("end", ["rises", "is not finite"])

@@ -202,9 +202,7 @@ def take_step(run: Run) -> dict[str, Any]:
     """One optimiser step at `run.step`, with the schedules' values of that step; its metrics."""
     settings, step, stage = run.settings, run.step, run.plan.at(run.step)
     learning_rate = set_learning_rates(run.optimizer, stage.settings, step - stage.first, stage.steps)
-    for term, weight in stage.weights_of(step).items():
-        setattr(run.objective, f"{term}_weight", weight)
-    run.objective.temperature = 1.0 if stage.signals is None else stage.signals.manifest.temperature
+    set_objective(run, step)
     # Dropout is the only randomness of a step: seeding it by the step makes resume exact without saving any state.
     processes = run.processes
     torch.manual_seed((settings.seed * 1_000_003 + step) * processes.world + processes.rank)
@@ -228,6 +226,14 @@ def take_step(run: Run) -> dict[str, Any]:
     run.tokens += result.tokens
     run.saved = False
     return metrics_of(run, result, learning_rate, time.perf_counter() - started)
+
+
+def set_objective(run: Run, step: int) -> None:
+    """Give the objective what the stage of `step` says: weights, and the temperature of its signals."""
+    stage = run.plan.at(step)
+    for term, weight in stage.weights_of(step).items():
+        setattr(run.objective, f"{term}_weight", weight)
+    run.objective.temperature = 1.0 if stage.signals is None else stage.signals.manifest.temperature
 
 
 def watch_for_collapse(run: Run) -> None:

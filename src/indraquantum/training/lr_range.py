@@ -19,8 +19,8 @@ from tqdm import tqdm
 from indraquantum.config import LrTestSettings
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.files import atomic_file, make_folder
+from indraquantum.training.loop import set_objective
 from indraquantum.training.run import Run
-from indraquantum.training.schedule import rows_of_step
 from indraquantum.training.scratch import scratch_run
 from indraquantum.training.step import optimizer_step
 
@@ -70,10 +70,12 @@ def rising_rates(lowest_rate: float, highest_rate: float, steps: int) -> list[fl
 
 
 def climb(run: Run, rates: Sequence[float]) -> RangeTest:
-    """Take a step of `run` at each of `rates`, until the loss has clearly risen or is not finite."""
+    """Take a step of `run` at each of `rates`, until the loss has clearly risen or is not finite.
+
+    Rows come from the strategy's first stage; the weights stay as they are at its first step.
+    """
     taken, losses, smooth = [], [], []
-    if run.signals is not None:
-        run.objective.kd_weight = run.settings.kd_weight_start
+    set_objective(run, step=0)
     for rate in tqdm(rates, unit="step", disable=None):
         try:
             loss = _loss_at(run, rate)
@@ -92,14 +94,15 @@ def _loss_at(run: Run, rate: float) -> float:
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["rate"]
     torch.manual_seed(run.settings.seed + run.step)
+    stage = run.plan.at(0)
     result = optimizer_step(
         run.parallel,
         run.objective,
         run.optimizer,
-        run.dataset.train,
-        rows_of_step(run.dataset.train.num_rows, run.rows_per_step, run.settings.seed, run.step),
-        run.signals,
-        micro_batch_rows=run.micro_batch_rows,
+        stage.train,
+        stage.rows_of(run.step),
+        stage.signals,
+        micro_batch_rows=stage.micro_batch_rows,
         max_grad_norm=run.settings.max_grad_norm,
     )
     run.step += 1
