@@ -420,6 +420,46 @@ def test_anchors_and_paths_beside_the_plan(tmp_path):
     assert resolved(plan, "y", {}, data=plan.data, signals=plan.signals).signals is None
 
 
+def test_a_strategy_may_be_what_is_compared(world, tmp_path):
+    own = "stages: [{name: a, fraction: 0.5}, {name: b, fraction: 0.5, sources: [alpaca]}]"
+    (tmp_path / "mine.yaml").write_text(own)
+    variants = {
+        "gentle": {"strategy": "stage2-v3-gentle"},
+        "mine": {"strategy": "mine.yaml"},
+        "ce": {"no_teacher": True},
+    }
+    base = {**BASE, "d_model": 6, "max_steps": 6, "evaluate_every": 2}
+    plan = load_plan(write_plan(world, tmp_path, pairs=[], search=None, base=base, variants=variants))
+    bench = Bench(plan, AblateSettings(), tmp_path / "results", tmp_path / "work", "")
+    bench.check()
+    runs = {}
+    for variant in variants:
+        task = bench.run(variant, 3, {})
+        run_task(task)
+        runs[variant] = {3: task.record()}
+    gentle, mine = runs["gentle"][3], runs["mine"][3]
+    assert [record["steps"] for record in (gentle, mine)] == [6, 6]
+    assert list(gentle["settings"]["stages"]) == ["stage1", "stage2-v3"]
+    assert (mine["settings"]["strategy"], list(mine["settings"]["stages"])) == ("mine.yaml", ["a", "b"])
+    assert "stages" not in runs["ce"][3]["settings"]  # as in records from before there were any
+    curve = {line["step"]: line for line in gentle["curve"]}
+    assert [curve[step]["stage"] for step in (2, 3, 4, 6)] == ["stage1", "stage1", "stage2-v3", "stage2-v3"]
+    rise = curve[6]["held_out"]["wikitext"] - curve[3]["held_out"]["wikitext"]
+    text = markdown(report_blocks(plan, tmp_path / "results", runs, runs))
+    assert f"| gentle | stage2-v3 | wikitext | {curve[6]['held_out']['wikitext']:.4f} | {rise:+.4f} |" in text
+    assert f"| gentle | stage1 | wikitext | {curve[3]['held_out']['wikitext']:.4f} |  |" in text
+    assert "| ce | unified" not in text  # one stage alone tells nothing of forgetting
+
+
+def test_signals_are_needed_only_by_strategies_that_ask_the_teacher(world, tmp_path):
+    variants = {"stage1": {"strategy": "stage1"}, "gentle": {"strategy": "stage2-v3-gentle"}}
+    plan = load_plan(write_plan(world, tmp_path, pairs=[], search=None, signals=None, variants=variants))
+    bench = Bench(plan, AblateSettings(), tmp_path / "results", tmp_path / "work", "")
+    assert bench.run("stage1", 3, {}).planned["settings"]["signals"] is None
+    with pytest.raises(UserError, match=r"variants\.gentle\.signals: got none; must be given"):
+        bench.run("gentle", 3, {})
+
+
 def test_the_shipped_plans_run(world, root, tmp_path):
     """Every plan of configs/ablations, at toy size, a seed and two steps each."""
     plans = sorted((root / "configs" / "ablations").glob("*.yaml"))

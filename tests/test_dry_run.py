@@ -14,6 +14,7 @@ from indraquantum.kernels.onednn import is_exact
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.training import dry_run as costly
 from indraquantum.training import scratch
 from indraquantum.training.costs import StepSize, parameter_counts, step_flops
 from indraquantum.training.dry_run import activation_bytes, dry_run, duration, measure
@@ -110,6 +111,18 @@ def test_activations_grow_with_rows_and_layers(world, tmp_path):
     assert one > inputs
     assert kept(4, layers=1) == pytest.approx(2 * one, rel=0.05)
     assert kept(2, layers=3) - two == pytest.approx(two - one, rel=0.01)
+
+
+def test_each_stage_is_timed(world, tmp_path, monkeypatch):
+    """A step of stage 1 takes a second here, one with the teacher ten."""
+    run = scratch.scratch_run(settings(world, tmp_path, strategy="stage2-v3-gentle"))
+    monkeypatch.setattr(
+        costly, "timed_step", lambda run: scratch.TimedStep({}, 1.0 if run.plan.at(run.step).number == 0 else 10.0)
+    )
+    monkeypatch.setattr(costly, "_evaluation_seconds", lambda *_: 0.5)
+    first, second = (stage.steps for stage in run.plan.stages)
+    found = measure(run)
+    assert (found.seconds_per_step, found.seconds_to_finish) == (1.0, first + 10 * second + 0.5)
 
 
 def test_a_dry_run_goes_on_without_signals(world, tmp_path, capsys):

@@ -20,7 +20,7 @@ import survival
 from indraquantum.files import folder_lock
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher.signals import SignalStore
-from indraquantum.training import checkpoint, loop, parallel
+from indraquantum.training import checkpoint, loop, parallel, taught
 from indraquantum.training.checkpoint import load_checkpoint, newest_checkpoint
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
@@ -216,7 +216,7 @@ def test_signals_are_captured_by_the_first_while_the_others_wait(world, tmp_path
     captures = tmp_path / "captures"
 
     def act(rank):
-        survival.at_every(loop, "capture", lambda *_: captures.open("a").write(f"{rank}\n"))
+        survival.at_every(taught, "capture", lambda *_: captures.open("a").write(f"{rank}\n"))
         loop.train(settings)
 
     assert forked.run(2, act, tmp_path) == [0, 0], forked.said(tmp_path)

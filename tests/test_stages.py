@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -11,13 +13,24 @@ import torch
 
 import survival
 from indraquantum import cli
-from indraquantum.config import TrainSettings
+from indraquantum.config import CaptureSettings, PrepareSettings, TrainSettings
 from indraquantum.data.dataset import open_dataset
+from indraquantum.data.prepare import prepare
+from indraquantum.data.tokenizer_training import train_tokenizer
 from indraquantum.errors import UserError
+from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.metrics import read_metrics
+from indraquantum.model.configuration import IndraQuantumConfig
+from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.teacher.capture import capture
+from indraquantum.teacher.signals import open_signals
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training.optimizers import new_optimizer
+from indraquantum.training.parallel import Alone
 from indraquantum.training.stages import plan_stages
+from indraquantum.training.step import optimizer_step
+from indraquantum.training.taught import found_signals, with_signals
 
 # What each shipped strategy is: its stages with sources, and the weights of kd, phase and magnitude at first and last.
 SHIPPED = {
@@ -47,7 +60,7 @@ def sources_of(dataset, split, rows) -> set[str]:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_strategy_runs_as_its_file_says(world, tmp_path, monkeypatch, name):
+def test_every_shipped_strategy_runs_as_its_file_says(world, tmp_path, monkeypatch, capsys, name):
     settings, dataset, seen = small(world, tmp_path, strategy=name), open_dataset("--data", world.data), []
     step = loop.optimizer_step
 
@@ -57,6 +70,7 @@ def test_every_shipped_strategy_runs_as_its_file_says(world, tmp_path, monkeypat
 
     monkeypatch.setattr(loop, "optimizer_step", watched)
     loop.train(settings)
+    said = capsys.readouterr()
     lines = metrics(settings)[1:]
     per_epoch = -(-dataset.train.num_rows // (settings.batch_tokens // 48))
     assert len(lines) == len(seen) == 2 * per_epoch  # as many steps as --epochs of all rows are, whatever the strategy
@@ -71,11 +85,50 @@ def test_every_shipped_strategy_runs_as_its_file_says(world, tmp_path, monkeypat
             assert given == pytest.approx(weights)
         taught = any(first)
         assert all((lines[number]["kd"] is not None) == taught for number in own)
-        assert set(lines[own[-1]]["held_out"]) == {*dataset.source_names, "all"}  # where the stage ends
+        held_out = lines[own[-1]]["held_out"]  # where the stage ends
+        assert set(held_out) == {*dataset.source_names, "all"}
+        if len(SHIPPED[name]) > 1:
+            figures = ", ".join(f"{source} {value:.4f}" for source, value in held_out.items())
+            assert f"end of stage {stage}: held-out cross-entropy (nats/token) {figures}" in said.out + said.err
         # each stage has a warm-up and a decay of its own
         rates = [lines[number]["learning_rate"] for number in own]
         assert max(rates) == settings.learning_rate
         assert rates[-1] < 0.5 * settings.learning_rate
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_v4_is_a_plain_loop_to_the_bit(world, tmp_path, taught):
+    """The documented weights and schedule by their formulas, over all rows in an order that seed and epoch decide."""
+    settings = small(world, tmp_path, dropout=0.1, no_teacher=not taught)
+    found = load_checkpoint("", loop.train(settings).checkpoint).model
+    dataset = open_dataset("--data", world.data)
+    signals = open_signals("--signals", world.signals, dataset) if taught else None
+    tokenizer, num_rows = dataset.tokenizer, dataset.train.num_rows
+    config = IndraQuantumConfig.from_settings(
+        settings, tokenizer.vocabulary_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id
+    )
+    torch.manual_seed(settings.seed)
+    model = IndraQuantumPhase2(config).train()
+    optimizer = new_optimizer(model, settings)
+    rows_per_step, micro_batch_rows = settings.batch_tokens // 48, settings.micro_batch_tokens // 48
+    per_epoch = -(-num_rows // rows_per_step)
+    steps, warm = 2 * per_epoch, max(1, round(0.05 * 2 * per_epoch))
+    for step in range(steps):
+        progress = (step - warm) / (steps - warm)
+        factor = (step + 1) / warm if step < warm else 0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * factor * (10.0 if group["name"] == "table" else group["rate"])
+        kd = 0.01 + (0.05 - 0.01) * step / (steps - 1)
+        objective = SemanticDistillationLoss(*((kd, 0.1, 0.1) if taught else (0.0, 0.0, 0.0)))
+        epoch, place = divmod(step, per_epoch)
+        order = np.random.Generator(np.random.Philox(key=[settings.seed, epoch])).permutation(num_rows)
+        rows = order[place * rows_per_step : (place + 1) * rows_per_step]
+        torch.manual_seed(settings.seed * 1_000_003 + step)
+        optimizer_step(
+            Alone(model), objective, optimizer, dataset.train, rows, signals,
+            micro_batch_rows=micro_batch_rows, max_grad_norm=1.0,
+        )  # fmt: skip
+    assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
 
 
 def test_stages_visit_every_token_of_their_sources_once_an_epoch(world, tmp_path):
@@ -147,8 +200,8 @@ def test_a_run_starts_from_the_weights_of_another(world, tmp_path, capsys):
     report = loop.train(first)
     capsys.readouterr()
     second = small(world, tmp_path / "second", strategy="stage2-v3-gentle", start_from=report.checkpoint, max_steps=4)
-    before = loop.start_run(second, loop.with_signals(
-        plan_stages(second, open_dataset("--data", world.data)), loop.find_signals), torch.device("cpu"))  # fmt: skip
+    plan = with_signals(plan_stages(second, open_dataset("--data", world.data)), found_signals)
+    before = loop.start_run(second, plan, torch.device("cpu"))
     given = load_checkpoint("", report.checkpoint).model
     assert all(torch.equal(value, given[name]) for name, value in before.model.state_dict().items())
     loop.train(second)
@@ -157,9 +210,66 @@ def test_a_run_starts_from_the_weights_of_another(world, tmp_path, capsys):
     assert {line["stage"] for line in lines[1:]} == {"stage2-v3"}
     assert [line["step"] for line in lines] == list(range(3))  # stage 1's half is left out
 
+    (tmp_path / "my.yaml").write_text(
+        f"start_from: first/run/{report.checkpoint.name}\nstages: [{{name: a, steps: 1}}]", encoding="utf-8"
+    )
+    plan = plan_stages(TrainSettings(strategy=str(tmp_path / "my.yaml")), open_dataset("--data", world.data))
+    assert plan.strategy.start_from.resolve() == report.checkpoint.resolve()  # relative to the file
+
     other = small(world, tmp_path / "third", start_from=report.checkpoint, ends="separate")
     with pytest.raises(UserError, match=r"--start-from: got .*must be of a model with --ends separate, not shared"):
         loop.train(other)
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_stage_may_have_data_and_signals_of_its_own(world, tmp_path, monkeypatch):
+    """Shorter rows with signals of another temperature, while --data is what is held out."""
+    own = tmp_path / "short"
+
+    def shorter_rows(tokenizer):
+        texts = {"wikitext": str(world.wikitext), "alpaca": str(world.alpaca)}
+        prepare(PrepareSettings(**texts, tokenizer=str(tokenizer), max_length=40, output=own.with_suffix(".pkl")))
+
+    shorter_rows(world.tokenizer)
+    capture(CaptureSettings(data=own, teacher=str(world.teacher), output=tmp_path / "soft", temperature=2.0))
+    kd = "weights: {kd: 1.0}"
+    (tmp_path / "my.yaml").write_text(
+        f"stages: [{{name: a, steps: 2, {kd}}}, {{name: b, epochs: 1, data: short, signals: soft, {kd}}}]"
+    )
+    changes = small(world, tmp_path).model_dump(exclude_unset=True, exclude={"epochs"})
+    settings = TrainSettings(**changes, strategy=str(tmp_path / "my.yaml"))
+    step, seen = loop.optimizer_step, []
+
+    def watched(parallel, objective, optimizer, split, rows, signals, **options):
+        seen.append((split.row_length, len(rows), signals.manifest.temperature, objective.temperature))
+        return step(parallel, objective, optimizer, split, rows, signals, **options)
+
+    monkeypatch.setattr(loop, "optimizer_step", watched)
+    loop.train(settings)
+    rows = open_dataset("--data", own).train.num_rows
+    per_step = settings.batch_tokens // 40
+    steps = [min(per_step, rows - start) for start in range(0, rows, per_step)]
+    assert seen == [(48, 30, 1.0, 1.0)] * 2 + [(40, count, 2.0, 2.0) for count in steps]
+    assert set(metrics(settings)[-1]["held_out"]) == {"wikitext", "alpaca", "all"}
+
+    train_tokenizer(world.wikitext, world.alpaca, 290, tmp_path / "tokenizer")
+    shorter_rows(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"stage b: data: got .*short; must have the tokenizer of --data"):
+        loop.train(settings.model_copy(update={"output": tmp_path / "other"}))
+    assert not (tmp_path / "other").exists()
+
+
+def test_signals_that_are_missing_are_captured_at_the_stages_temperature(world, tmp_path):
+    shutil.copytree(world.data, tmp_path / "mixed")
+    (tmp_path / "my.yaml").write_text("stages: [{name: a, steps: 1, weights: {kd: 1}, temperature: 2.0}]")
+    changes = small(world, tmp_path, data=tmp_path / "mixed", teacher=str(world.teacher))
+    settings = TrainSettings(
+        **changes.model_dump(exclude_unset=True, exclude={"epochs"}), strategy=str(tmp_path / "my.yaml")
+    )
+    loop.train(settings)
+    signals = open_signals("", tmp_path / "teacher_signals", open_dataset("--data", world.data))
+    assert signals.manifest.temperature == 2.0
+    assert metrics(settings)[-1]["kd"] > 0
 
 
 OWN = "stages: [{name: a, fraction: 1.0, %s}]"
@@ -171,6 +281,9 @@ REFUSED = {
     "too short": ("stages: [{name: a, fraction: 0.01}, {name: b, fraction: 0.99}]", r"--epochs: got 2; is too short"),
     "no dataset": (
         OWN % "data: nowhere", r"stage a: data: got .*nowhere; does not exist",
+    ),
+    "no checkpoint": (
+        "start_from: nowhere.pt\nstages: [{name: a, fraction: 1.0}]", r"--start-from: got .*nowhere.pt; must be a",
     ),
 }  # fmt: skip
 
@@ -189,7 +302,7 @@ def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(world,
     said = capsys.readouterr().err
     assert re.search(match, said), said
     assert "Traceback" not in said
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".jsonl")]
+    assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
 
 
 def test_signals_are_asked_for_only_where_a_stage_needs_them(world, tmp_path):
@@ -197,6 +310,7 @@ def test_signals_are_asked_for_only_where_a_stage_needs_them(world, tmp_path):
     loop.train(small(world, tmp_path, strategy="stage1", max_steps=2, **missing))
     with pytest.raises(UserError, match=r"--signals: got .*nowhere"):
         loop.train(small(world, tmp_path / "other", strategy="stage2-v3-gentle", max_steps=2, **missing))
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_dry_run_tells_the_stages(world, tmp_path, capsys):

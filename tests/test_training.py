@@ -19,7 +19,7 @@ from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.model.readout import wrapped_phase
 from indraquantum.teacher.signals import open_signals, verify_signals
-from indraquantum.training import loop
+from indraquantum.training import loop, taught
 from indraquantum.training.checkpoint import load_checkpoint
 from indraquantum.training.parallel import Alone
 from indraquantum.training.step import optimizer_step
@@ -249,7 +249,7 @@ def test_signals_without_a_training_row_are_refused(world, tmp_path, monkeypatch
         store.coverage = 0.0
         return store
 
-    monkeypatch.setattr(loop, "verify_signals", stopped_early)
+    monkeypatch.setattr(taught, "verify_signals", stopped_early)
     with pytest.raises(UserError, match="must cover a training row"):
         loop.train(settings(world, tmp_path))
     assert not list((tmp_path / "run").glob("*.pt*"))

@@ -28,7 +28,8 @@ from indraquantum.metrics import read_metrics
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training.loop import train
 
-CURVE = ("step", "tokens", "held_out", *CollapseFigures._fields, "collapse")  # kept of the metrics
+FIGURES = ("held_out", *CollapseFigures._fields, "collapse")
+CURVE = ("step", "tokens", "stage", *FIGURES)  # kept of the metrics
 CURVE_POINTS = 60  # about as many looks for collapse are kept
 
 
@@ -90,7 +91,7 @@ def measure(checkpoint: Path, settings: TrainSettings, half: Half, signals_path:
 def curve(metrics_path: Path) -> list[dict[str, Any]]:
     """Of the metrics what the report draws: every held-out figure, and the looks for collapse, in a long run some."""
     lines = ({name: line[name] for name in CURVE} for line in read_metrics(metrics_path))
-    lines = [line for line in lines if any(line[name] is not None for name in CURVE[2:])]
+    lines = [line for line in lines if any(line[name] is not None for name in FIGURES)]
     every = -(-len(lines) // CURVE_POINTS)
     return [line for i, line in enumerate(lines) if i % every == 0 or line["held_out"] or line["collapse"]]
 

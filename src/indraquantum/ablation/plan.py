@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from indraquantum.config import Settings, TrainSettings
 from indraquantum.errors import UserError
+from indraquantum.strategy import shipped_names
 from indraquantum.training.run import FREE_SETTINGS
 from indraquantum.yaml_settings import checked, read_yaml
 
@@ -50,7 +51,7 @@ class Plan(Settings):
     base: Overrides = {}
     """Options of `indra train` that all variants share."""
     variants: Annotated[dict[Name, Overrides], Field(min_length=1)]
-    """Options of each variant, over those of the base; `signals` too, relative to the plan."""
+    """Options of each variant, over those of the base; `signals` too. Its paths are relative to the plan."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)] = (0,)
     """A run for each variant and seed."""
     pairs: tuple[tuple[str, str], ...] = ()
@@ -103,8 +104,10 @@ def resolved(plan: Plan, variant: str, chosen: Overrides, **common: Any) -> Trai
 
 
 def _beside(folder: Path, overrides: Overrides) -> Overrides:
-    signals = overrides.get("signals")
-    return overrides if signals is None else overrides | {"signals": str(folder / str(signals))}
+    """`overrides` with their paths, which are relative to the plan, from here."""
+    paths = {name: overrides.get(name) for name in ("signals", "strategy", "start_from")}
+    stated = {name: str(path) for name, path in paths.items() if path is not None and path not in shipped_names()}
+    return overrides | {name: str(folder / path) for name, path in stated.items()}
 
 
 def _check_names(path: Path, plan: Plan) -> None:

@@ -62,6 +62,10 @@ def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs) -> list[B
     if plan.pairs:
         said = "First minus second at equal seeds, nats per token: below 0 the first is better. * clear of 0."
         blocks += [Heading("Pairs"), Paragraph(said), pairs_table(plan, runs)]
+    stages = stages_table(runs)
+    if stages.rows:
+        said = "Cross-entropy of all held-out documents where each stage ends, nats per token: a rise is forgetting."
+        blocks += [Heading("After each stage"), Paragraph(said), stages]
     blocks += [Heading("Size and speed"), Paragraph(_about_sizes(runs)), sizes_table(runs)]
     if any(record["alignment"] for record in _all(runs)):
         said = "Pearson correlation on the table half; the controls are the student's own softmax."
@@ -113,6 +117,26 @@ def _differences(runs: Runs) -> Iterable[tuple[str, Callable[[Record], float]]]:
     for source in _first(runs)["sources"]:
         yield source, lambda record, source=source: record["sources"][source]["cross_entropy"]
     yield "ECE, all", lambda record: record["sources"]["all"]["calibration_error"]
+
+
+def stages_table(runs: Runs) -> Table:
+    """Of variants with more than one stage, each source where a stage ends, and how far it has come since the last."""
+    rows = []
+    for variant, by_seed in runs.items():
+        ends = [_stage_ends(record) for record in by_seed.values()]
+        for number, (stage, figures) in enumerate(ends[0].items() if len(ends[0]) > 1 else ()):
+            for source in figures:
+                now = [list(end.values())[number][source] for end in ends]
+                then = [list(end.values())[number - 1][source] for end in ends] if number else []
+                changes = [b - a for a, b in zip(then, now, strict=True)] if number else []
+                change = _shown(interval(changes), 4, "+") if changes else ""
+                rows.append([variant, stage, source, _mean(now, 4), change])
+    return Table(["variant", "stage", "source", "nats/token", "since the stage before"], rows)
+
+
+def _stage_ends(record: Record) -> dict[str, dict[str, float]]:
+    """The last held-out figures of each stage, in order; older runs tell no stages."""
+    return {line["stage"]: line["held_out"] for line in record["curve"] if line.get("stage") and line["held_out"]}
 
 
 def sizes_table(runs: Runs) -> Table:

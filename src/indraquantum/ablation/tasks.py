@@ -17,9 +17,11 @@ from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.errors import UserError
 from indraquantum.evaluation.halves import Half
 from indraquantum.files import combined_sha256
+from indraquantum.strategy import resolve
 from indraquantum.teacher.signals import SignalStore, open_signals
 from indraquantum.training.run import run_identity
-from indraquantum.training.stages import plan_stages, with_signals
+from indraquantum.training.stages import RunStage, plan_stages
+from indraquantum.training.taught import found_signals, with_signals
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,11 @@ class Bench:
 
     def _task(self, name: str, variant: str, seed: int, chosen: Overrides, half: Half, **changes: Any) -> Task:
         settings = self._train_settings(name, variant, seed, chosen).model_copy(update=changes)
-        if settings.signals is None and not settings.no_teacher:
+        taught = resolve(settings).asks_the_teacher
+        if settings.signals is None and taught:
             allowed = "must be given, or no_teacher: true"
             raise UserError(f"variants.{variant}.signals", "none", allowed)
-        store = None if settings.no_teacher else self._store(settings.signals)
+        store = self._store(settings.signals) if taught else None
         yardstick = self.measured_with and self._store(self.measured_with)
         planned = {
             "variant": variant,
@@ -114,10 +117,14 @@ class Bench:
 
     def _identity(self, settings: TrainSettings, store: SignalStore | None) -> Record:
         """What decides a run; its stages where they are not those of the default strategy, as in older JSONs."""
-        identity = run_identity(settings, with_signals(plan_stages(settings, self.dataset), lambda *_: store))
+
+        def find(stage: RunStage) -> SignalStore | None:
+            return store if stage.dataset is self.dataset else found_signals(stage)
+
+        identity = run_identity(settings, with_signals(plan_stages(settings, self.dataset), find))
         if settings.strategy == TrainSettings.model_fields["strategy"].default:
             del identity["stages"]
-        return identity | {"strategy": settings.strategy}
+        return identity | {"strategy": Path(settings.strategy).name}
 
     def check(self) -> None:
         """Check that every variant can be built, sees the same rows, and that groups agree in size within 1 %.

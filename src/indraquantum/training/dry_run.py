@@ -17,8 +17,9 @@ from indraquantum.learner import to_tensors
 from indraquantum.training.costs import StepSize, objective_bytes, parameter_counts, step_flops
 from indraquantum.training.run import Run
 from indraquantum.training.scratch import scratch_run, timed_step
+from indraquantum.training.stages import RunStage
 
-MEASURED_STEPS = 2  # the first one also warms up, the last one is the figure
+MEASURED_STEPS = 2  # of each stage: the first one also warms up, the last one is the figure
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class DryRun:
     parameters: dict[str, int]
     bytes: dict[str, int]
     flops: dict[str, int]  # of one optimiser step
-    seconds_per_step: float
+    seconds_per_step: float  # of the first stage
     seconds_to_finish: float  # all steps and evaluations; no checkpoint, no capture
 
 
@@ -57,9 +58,8 @@ def measure(run: Run) -> DryRun:
     batch = stage.train.batch(rows)
     size = StepSize(len(rows), stage.dataset.row_length, int((batch.labels >= 0).sum()))
     activations = activation_bytes(run, rows[: stage.micro_batch_rows])
-    for _ in range(MEASURED_STEPS):
-        run.step = 0
-        seconds = timed_step(run).seconds
+    seconds = [_step_seconds(run, stage) for stage in run.plan.stages]
+    steps_seconds = sum(stage.steps * own for stage, own in zip(run.plan.stages, seconds, strict=True))
     return DryRun(
         size=size,
         micro_batch_rows=stage.micro_batch_rows,
@@ -70,9 +70,17 @@ def measure(run: Run) -> DryRun:
         parameters=parameter_counts(run.model),
         bytes=_memory(run, size, activations),
         flops=step_flops(run.model, size),
-        seconds_per_step=seconds,
-        seconds_to_finish=run.total_steps * seconds + _evaluation_seconds(run, size, seconds),
+        seconds_per_step=seconds[0],
+        seconds_to_finish=steps_seconds + _evaluation_seconds(run, size, seconds[0]),
     )
+
+
+def _step_seconds(run: Run, stage: RunStage) -> float:
+    """Seconds of the first step of `stage`."""
+    for _ in range(MEASURED_STEPS):
+        run.step = stage.first
+        seconds = timed_step(run).seconds
+    return seconds
 
 
 def activation_bytes(run: Run, rows: np.ndarray) -> int:

@@ -19,16 +19,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from indraquantum.config import CaptureSettings, TrainSettings
-from indraquantum.data.dataset import PreparedDataset, open_dataset
+from indraquantum.config import TrainSettings
+from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import folder_lock, make_folder
 from indraquantum.metrics import MetricsLog, NoLog
-from indraquantum.processes import ALONE, Processes, joined_processes, own_device
-from indraquantum.teacher.capture import capture
-from indraquantum.teacher.signals import SignalStore, verify_signals
+from indraquantum.processes import joined_processes, own_device
 from indraquantum.trackers import open_tracker, require_tracker
 from indraquantum.training.checkpoint import (
     BEST_NAME,
@@ -43,9 +41,10 @@ from indraquantum.training.guards import require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
 from indraquantum.training.parallel import gathered
 from indraquantum.training.record import write_record
-from indraquantum.training.run import Run, resume, start_run
-from indraquantum.training.stages import plan_stages, with_signals
+from indraquantum.training.run import Run, resume, start_run, starting_weights
+from indraquantum.training.stages import plan_stages
 from indraquantum.training.step import StepResult, optimizer_step, set_learning_rates
+from indraquantum.training.taught import captured_signals, found_signals, with_signals
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,12 @@ def train(settings: TrainSettings) -> TrainReport:
             require_tracker(settings.log_to)
             device = own_device(choose_device(settings))
             plan = plan_stages(settings, open_dataset("--data", settings.data, settings.tokenizer, verify=True))
+        plan = with_signals(plan, lambda stage: found_signals(stage, processes), processes)
+        with processes.together():
+            starting_weights(settings, plan)  # refused before anything is written or captured
             if processes.is_first:
                 hold_folders(settings.output, metrics_path.parent, stack)
-        plan = with_signals(plan, lambda own, dataset: find_signals(own, dataset, processes), processes)
+        plan = with_signals(plan, lambda stage: captured_signals(stage, processes), processes)
         with processes.together():
             run = start_run(settings, plan, device, processes)
         resumed = resume(run)
@@ -121,47 +123,6 @@ def hold_folders(output: Path, logs: Path, stack: contextlib.ExitStack) -> None:
     stack.enter_context(folder_lock("--output", output))
     stack.enter_context(folder_lock("--logs", logs))
     remove_leftovers(output)
-
-
-def find_signals(settings: TrainSettings, dataset: PreparedDataset, processes: Processes = ALONE) -> SignalStore:
-    """The teacher's signals for `dataset`: those there are, or captured now from the teacher by the first process."""
-    folder = settings.signals or settings.data.parent / "teacher_signals"
-    processes.first(lambda: capture_missing(settings, dataset, folder))
-    with processes.together():
-        return open_found_signals(settings, dataset, folder)
-
-
-def capture_missing(settings: TrainSettings, dataset: PreparedDataset, folder: Path) -> None:
-    """Capture the signals in `folder` if they are to be there by default and are not."""
-    if settings.signals is None and not (folder / "manifest.json").exists():
-        print(f"No teacher signals at {folder}: capturing from {settings.teacher}.")
-        try:
-            capture(
-                CaptureSettings(
-                    data=settings.data,
-                    teacher=settings.teacher,
-                    output=folder,
-                    device=settings.device,
-                    threads=settings.threads,
-                ),
-                dataset,
-            )
-        except UserError as error:
-            raise UserError(error.field, error.value, f"{error.allowed}; or --no-teacher") from None
-
-
-def open_found_signals(settings: TrainSettings, dataset: PreparedDataset, folder: Path) -> SignalStore:
-    """The signals in `folder`, verified.
-
-    Raises:
-        UserError: they are damaged, don't belong to `dataset`, or are not what the settings need.
-    """
-    store = verify_signals("--signals", folder, dataset)
-    if store.coverage == 0:  # a capture that was stopped before its first shard
-        allowed = "must cover a training row: go on with `indra capture`, or train with --no-teacher"
-        raise UserError("--signals", folder, allowed)
-    print(f"Teacher signals: {folder}, {100 * store.coverage:.1f} % of the training rows covered.")
-    return store
 
 
 def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts) -> None:

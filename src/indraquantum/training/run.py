@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import PreparedDataset
@@ -113,19 +114,11 @@ def start_run(settings: TrainSettings, plan: StagePlan, device: torch.device, pr
     Raises:
         UserError: settings contradict each other, or ask for a compiler where none works.
     """
-    tokenizer = plan.dataset.tokenizer
-    config = IndraQuantumConfig.from_settings(
-        settings,
-        vocab_size=tokenizer.vocabulary_size,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-        max_position_embeddings=max(2048, *(stage.dataset.row_length for stage in plan.stages)),
-    )
+    weights = starting_weights(settings, plan)
     torch.manual_seed(settings.seed)
-    model = IndraQuantumPhase2(config).to(device).train()
-    start = plan.strategy.start_from
-    if start is not None:
-        start_from(start, model, plan.dataset)
+    model = IndraQuantumPhase2(model_config(settings, plan)).to(device).train()
+    if weights is not None:
+        model.load_state_dict(weights)
     accelerate(model, settings, device)
     # Without signals nothing looks at the readout.
     precision, unused = choose_precision(settings, device), any(stage.signals is None for stage in plan.stages)
@@ -144,21 +137,36 @@ def start_run(settings: TrainSettings, plan: StagePlan, device: torch.device, pr
     )
 
 
-def start_from(path: Path, model: IndraQuantumPhase2, dataset: PreparedDataset) -> None:
-    """Give `model` the weights of the checkpoint at `path`, and nothing else of it.
+def model_config(settings: TrainSettings, plan: StagePlan) -> IndraQuantumConfig:
+    """The model's configuration for the data of `plan`."""
+    tokenizer = plan.dataset.tokenizer
+    return IndraQuantumConfig.from_settings(
+        settings,
+        vocab_size=tokenizer.vocabulary_size,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        max_position_embeddings=max(2048, *(stage.dataset.row_length for stage in plan.stages)),
+    )
+
+
+def starting_weights(settings: TrainSettings, plan: StagePlan) -> dict[str, Tensor] | None:
+    """The weights of the checkpoint that the strategy starts from; None where it starts from none.
 
     Raises:
-        UserError: it is damaged, or of a model of another shape or tokenizer.
+        UserError: the checkpoint is damaged, or of a model of another shape or tokenizer.
     """
+    path = plan.strategy.start_from
+    if path is None:
+        return None
     checkpoint = load_checkpoint("--start-from", path)
-    if checkpoint.tokenizer["json"] != dataset.tokenizer.to_json():
+    if checkpoint.tokenizer["json"] != plan.dataset.tokenizer.to_json():
         raise UserError("--start-from", path, "must have the tokenizer of --data")
-    config = model.config.to_dict()
+    config = model_config(settings, plan).to_dict()
     for option, name in SHAPE.items():
         if (theirs := checkpoint.model_config.get(name)) != config[name]:
             allowed = f"must be of a model with --{option} {config[name]}, not {theirs}"
             raise UserError("--start-from", path, allowed)
-    model.load_state_dict(checkpoint.model)
+    return checkpoint.model
 
 
 def run_identity(settings: TrainSettings, plan: StagePlan) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import time
 from dataclasses import dataclass
 
 from indraquantum.config import TrainSettings
-from indraquantum.data.dataset import PreparedDataset, open_dataset
+from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
 from indraquantum.teacher.signals import SignalStore
-from indraquantum.training.loop import find_signals, take_step
+from indraquantum.training.loop import take_step
 from indraquantum.training.run import Run, start_run
-from indraquantum.training.stages import plan_stages, with_signals
+from indraquantum.training.stages import RunStage, plan_stages
+from indraquantum.training.taught import folder_of, found_signals, with_signals
 
 
 def scratch_run(settings: TrainSettings) -> Run:
@@ -28,16 +29,17 @@ def scratch_run(settings: TrainSettings) -> Run:
         raise UserError("--head", settings.head, "must be interference: the objective does not serve the other")
     device = choose_device(settings)
     dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
-    plan = with_signals(plan_stages(settings, dataset), _captured_signals)
+    plan = with_signals(plan_stages(settings, dataset), _signals_there)
     return start_run(settings, plan, device)
 
 
-def _captured_signals(settings: TrainSettings, dataset: PreparedDataset) -> SignalStore | None:
-    beside = settings.data.parent / "teacher_signals" / "manifest.json"
-    if settings.signals is not None or beside.exists():
-        return find_signals(settings, dataset)
-    print(f"No teacher signals at {beside.parent}: going on without; `indra train` would capture them first.")
-    return None
+def _signals_there(stage: RunStage) -> SignalStore | None:
+    store = found_signals(stage)
+    if store is None:
+        print(
+            f"No teacher signals at {folder_of(stage.settings)}: going on without; `indra train` captures them first."
+        )
+    return store
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,7 +17,6 @@ from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.packing import part_of_sources
 from indraquantum.data.split import Split
 from indraquantum.errors import UserError
-from indraquantum.processes import ALONE, Processes
 from indraquantum.strategy import RATES, TERMS, Stage, Strategy, resolve
 from indraquantum.teacher.signals import SignalStore
 from indraquantum.training.schedule import rows_of_step, steps_per_epoch
@@ -218,49 +216,3 @@ def _part_of_sources(about: Stage, dataset: PreparedDataset) -> Split:
     if not part.num_rows:
         raise UserError(field, ", ".join(about.sources), "must have a training row in the dataset")
     return part
-
-
-def with_signals(
-    plan: StagePlan,
-    find: Callable[[TrainSettings, PreparedDataset], SignalStore | None],
-    processes: Processes = ALONE,
-) -> StagePlan:
-    """`plan` with the teacher's signals at every stage that needs them.
-
-    Args:
-        plan: the stages.
-        find: finds or captures the signals for settings and their dataset; None where there are none.
-        processes: those of the run, which all call this.
-
-    Raises:
-        UserError: the signals can't give what a stage needs.
-    """
-    found: dict[int, SignalStore | None] = {}
-    stages = []
-    for stage in plan.stages:
-        if stage.about.asks_the_teacher:
-            key = id(stage.dataset)
-            if key not in found:
-                found[key] = find(stage.settings, stage.dataset)
-            stage = replace(stage, signals=found[key])
-            if stage.signals is not None:
-                with processes.together():
-                    _check_signals(stage, stage.signals)
-        stages.append(stage)
-    return replace(plan, stages=tuple(stages))
-
-
-def _check_signals(stage: RunStage, signals: SignalStore) -> None:
-    weights, manifest, where = stage.about.weights, signals.manifest, f"--strategy: stage {stage.about.name}: "
-    if stage.about.temperature not in (None, manifest.temperature):
-        allowed = f"must be the signals' {manifest.temperature}; for another, `indra capture --temperature`"
-        raise UserError(f"{where}temperature", stage.about.temperature, allowed)
-    if manifest.served and weights.phase.highest > 0:
-        allowed = "must be 0 with the signals of a served teacher, whose entropy is not exact"
-        raise UserError("--phase-weight", weights.phase.highest, allowed)
-    begins = stage.dataset.train.row_token_offsets
-    covered = [begins[list(entry.rows)] for entry in manifest.shards if entry.split == "train"]
-    places = stage.train.piece_places
-    if not any(((places >= start) & (places < end)).any() for start, end in covered):
-        allowed = "must cover a row of the stage: go on with `indra capture`, or train with --no-teacher"
-        raise UserError(f"{where}signals", stage.settings.signals or "those beside the data", allowed)
