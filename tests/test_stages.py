@@ -171,6 +171,28 @@ def test_curves_and_rates_run_over_their_own_stage(world, tmp_path):
     assert [line["learning_rate"] for line in lines[3:]] == pytest.approx([peak / 2, *[peak] * 4])
 
 
+@pytest.mark.parametrize("lengths", [("epochs: 2", "epochs: 3"), ("epochs: 2, steps: 7", "steps: 11"), (0.3, 0.7)])
+def test_epochs_are_numbered_over_all_stages(world, tmp_path, lengths):
+    first, second = (f"fraction: {length}" if isinstance(length, float) else length for length in lengths)
+    (tmp_path / "my.yaml").write_text(
+        f"stages: [{{name: a, {first}, sources: [wikitext]}}, {{name: b, {second}, sources: [alpaca]}}]"
+    )
+    plan = plan_stages(
+        TrainSettings(batch_tokens=192, strategy=str(tmp_path / "my.yaml")), open_dataset("--data", world.data)
+    )
+    a, b = plan.stages
+    assert a.steps_per_epoch != b.steps_per_epoch
+    ends = [*range(a.steps_per_epoch, a.steps, a.steps_per_epoch), a.steps]
+    ends += [*range(a.steps + b.steps_per_epoch, plan.total_steps, b.steps_per_epoch), plan.total_steps]
+    assert [step for step in range(1, plan.total_steps + 1) if plan.epoch_ends(step)] == ends
+    assert [plan.epoch_of(step) for step in ends] == list(range(1, len(ends) + 1))
+    # the names of checkpoints tell which is the newest
+    assert [plan.step_of_epoch(epoch + 1) for epoch in range(len(ends))] == ends
+    assert plan.epochs_done(plan.total_steps) == pytest.approx(
+        a.steps / a.steps_per_epoch + b.steps / b.steps_per_epoch
+    )
+
+
 @pytest.fixture(scope="module")
 def gentle(world, tmp_path_factory):
     """A two-stage run that nothing stopped, and what it ended with."""
