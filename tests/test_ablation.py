@@ -283,9 +283,11 @@ def test_unequal_tokens_are_told(finished):
     folder, plan = finished
     runs = {name: {3: record(folder, f"{name}-seed3")} for name in ("quantum", "plain")}
     assert "NOT AT EQUAL" not in markdown(report_blocks(load_plan(plan), folder / "results", runs, runs))
-    runs["plain"][3]["tokens"] += 1
-    said = markdown(report_blocks(load_plan(plan), folder / "results", runs, runs))
-    assert "NOT AT EQUAL TOKENS: seeds 3." in said
+    tokens = runs["quantum"][3]["tokens"]
+    for part, told in ((0.0005, "Equal rows, not quite as full"), (0.002, "NOT AT EQUAL TOKENS: seeds 3")):
+        runs["plain"][3]["tokens"] = round(tokens * (1 + part))
+        said = markdown(report_blocks(load_plan(plan), folder / "results", runs, runs))
+        assert f"{told}: tokens differ by up to {round(tokens * (1 + part)) / tokens - 1:.3%}." in said
 
 
 @pytest.mark.parametrize(

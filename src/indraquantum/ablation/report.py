@@ -23,6 +23,7 @@ FIGURES = {  # of a source: title, digits
     "calibration_error": ("ECE", 4),
     "accuracy": ("accuracy", 4),
 }
+EQUAL = 0.001  # tokens of variants whose rows are padded a little differently
 SAMPLES = {
     "words": ("words", 1),
     "distinct_1": ("distinct-1", 3),
@@ -219,8 +220,12 @@ def _about_sizes(runs: Runs) -> str:
     said = f"FLOPs per token = {FLOPS_FORMULA}."
     seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
     seen = {seed: {by_seed[seed]["tokens"] for by_seed in runs.values() if seed in by_seed} for seed in seeds}
-    unequal = [str(seed) for seed, tokens in seen.items() if len(tokens) > 1]
-    return f"{said} NOT AT EQUAL TOKENS: seeds {', '.join(unequal)}." if unequal else said
+    apart = {seed: max(tokens) / min(tokens) - 1 for seed, tokens in seen.items() if len(tokens) > 1}
+    if not apart:
+        return said
+    unequal = ", ".join(str(seed) for seed, part in apart.items() if part > EQUAL)
+    told = f"NOT AT EQUAL TOKENS: seeds {unequal}" if unequal else "Equal rows, not quite as full"
+    return f"{said} {told}: tokens differ by up to {max(apart.values()):.3%}."
 
 
 def _about_runs(plan: Plan, records: Runs) -> str:
