@@ -469,7 +469,9 @@ def test_the_shipped_plans_run(world, root, tmp_path):
     for path in plans:
         plan = load_plan(path)
         toy = {"data": world.data, "signals": world.signals, "base": plan.base | {"max_steps": 2, "layers": 1}}
-        small = plan.model_copy(update={**toy, "equal_parameters": ()})  # equal at the plan's own vocabulary
+        signals = {"signals": str(world.signals)}
+        variants = {name: own | signals if "signals" in own else own for name, own in plan.variants.items()}
+        small = plan.model_copy(update={**toy, "variants": variants, "equal_parameters": ()})  # at the plan's own size
         settings = AblateSettings()
         bench = Bench(small, settings, tmp_path / "results", tmp_path / "work", "")
         bench.check()

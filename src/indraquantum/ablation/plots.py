@@ -46,6 +46,8 @@ def draw_size_and_loss(figure: Figure, runs: Runs) -> None:
         loss = interval([record["sources"]["all"]["cross_entropy"] for record in by_seed.values()])
         size = next(iter(by_seed.values()))["parameters"]
         axes.errorbar(size, loss.mean, yerr=loss.half_width or 0, fmt="o", color=f"C{number % 10}", label=variant)
+    sizes = [record["parameters"] for by_seed in runs.values() for record in by_seed.values()]
+    axes.set_xlim(0.9 * min(sizes), 1.1 * max(sizes))  # equal sizes look equal
     _finish(axes, "Parameters against loss, table half", "parameters", "cross-entropy, nats per token")
 
 
