@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 from indraquantum import cli, config
 
@@ -73,6 +75,62 @@ def test_a_wrong_option_is_one_line(capsys, arguments, field, value, allowed):
     assert field in err
     assert value in err
     assert allowed in err
+
+
+def started_with(monkeypatch, capsys, *arguments: str) -> config.TrainSettings:
+    """The settings that the command line hands to the training loop."""
+    taken = []
+    monkeypatch.setattr("indraquantum.training.loop.train", taken.append)
+    status, _, err = run(capsys, *arguments)
+    assert (status, err) == (0, "")
+    return taken[0]
+
+
+def test_options_from_a_file_count_where_the_command_line_is_silent(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("epochs: 7\nlearning_rate: 1e-3\nno_teacher: true\ndata: some/where\n")
+    settings = started_with(monkeypatch, capsys, "train", "--epochs", "2", "--options", str(path), "--seed=5")
+    stated = {name: getattr(settings, name) for name in settings.model_fields_set}
+    expected = {"epochs": 2, "seed": 5, "learning_rate": 1e-3, "no_teacher": True, "data": Path("some/where")}
+    assert stated == expected
+    assert started_with(monkeypatch, capsys, f"--options={path}", "train").epochs == 7
+    assert not started_with(monkeypatch, capsys, "train").model_fields_set  # nothing is left of the file
+
+
+@pytest.mark.parametrize(
+    ("content", "field", "said"),
+    [
+        ("epoch: 7", "epoch", "Did you mean --epochs"),
+        ("epochs: 0", "--epochs", "greater than or equal to 1"),
+        ("epochs: [1, 2]", "epochs", "unable to convert"),
+        ("epochs: {a: 1}", "epochs", ""),
+        ("epochs: 1\nepochs: 2", "--options", "given twice"),
+        ("- epochs", "--options", "must hold options"),
+        ("epochs: [", "--options", "must be YAML"),
+        (None, "--options", "must be a file that can be read"),
+    ],
+)
+def test_a_wrong_file_of_options_is_one_line(capsys, tmp_path, content, field, said):
+    path = tmp_path / "mine.yaml"
+    if content is not None:
+        path.write_text(content)
+    status, out, err = run(capsys, "train", "--options", str(path))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert field in err
+    assert said in err
+
+
+def test_the_shipped_files_of_options_run(world, root, tmp_path, capsys):
+    paths = sorted((root / "configs" / "options").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        small = ["--d-model=14", "--heads=2", "--layers=1", "--mlp-width=22", "--batch-tokens=480", "--max-steps=2"]
+        places = [f"--data={world.data}", f"--output={tmp_path / path.stem}", f"--logs={tmp_path / 'logs'}"]
+        status, _, _ = run(capsys, "train", "--options", str(path), *small, *places)
+        assert status == 0
+        record = json.loads((tmp_path / "logs" / path.stem / "run.json").read_text())
+        stated = yaml.safe_load(path.read_text())
+        assert stated.items() <= record["settings"].items()
 
 
 def test_settings_are_frozen_and_strict():

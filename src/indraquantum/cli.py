@@ -12,10 +12,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
+from cyclopts.config import Dict
 from pydantic import ValidationError
 
 from indraquantum import __version__
@@ -35,6 +37,7 @@ from indraquantum.config import (
 )
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.files import atomic_file
+from indraquantum.yaml_settings import read_yaml
 
 # `*` lifts the fields of a settings class to options of the command; switches have no --no- twin.
 OPTIONS = Parameter(name="*", negative="")
@@ -45,6 +48,38 @@ app = App(
     version=__version__,
     help_format="plaintext",
 )
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)], options: Path | None = None
+) -> None:
+    """Run the command that `tokens` name.
+
+    Parameters
+    ----------
+    options:
+        A YAML file of the command's options, with _ for - in their names; what the command line states goes before it.
+    """
+    require_one_process(tokens)
+    app.config = None if options is None else options_of(options)
+    app(tokens, exit_on_error=False, print_error=False)
+
+
+def options_of(path: Path) -> Callable[[App, tuple[str, ...], ArgumentCollection], None]:
+    """What gives cyclopts the options that the command line leaves out.
+
+    Raises:
+        UserError: it can't be read, or is no mapping.
+    """
+    content = read_yaml("--options", path, "options of the command, such as `epochs: 3`")
+
+    def fill(command: App, names: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        # As values of the command's own key: a flat mapping loses options that are called like a command.
+        values = reduce(lambda inner, name: {name: inner}, reversed(names), content)
+        Dict(values, source=str(path))(command, names, arguments)
+
+    return fill
 
 
 @app.command
@@ -278,7 +313,7 @@ def require_one_process(tokens: Sequence[str]) -> None:
         UserError: there are several, and the command is another.
     """
     world = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and world != "1" and (tokens[:1] != ["train"] or "--dry-run" in tokens):
+    if "RANK" in os.environ and world != "1" and (list(tokens[:1]) != ["train"] or "--dry-run" in tokens):
         raise UserError("torchrun", f"{world} processes", "must be 1: only `indra train` runs in several")
 
 
@@ -317,11 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `indra` with `arguments` (default: those of the process) and exit with its status."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
 
-    def action() -> None:
-        require_one_process(tokens)
-        app(tokens, exit_on_error=False, print_error=False)
-
-    sys.exit(run_guarded(action))
+    sys.exit(run_guarded(lambda: app.meta(tokens, exit_on_error=False, print_error=False)))
 
 
 if __name__ == "__main__":
