@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +126,13 @@ def stages_table(runs: Runs) -> Table:
     rows = []
     for variant, by_seed in runs.items():
         ends = [_stage_ends(record) for record in by_seed.values()]
-        for number, (stage, figures) in enumerate(ends[0].items() if len(ends[0]) > 1 else ()):
-            for source in figures:
-                now = [list(end.values())[number][source] for end in ends]
-                then = [list(end.values())[number - 1][source] for end in ends] if number else []
-                changes = [b - a for a, b in zip(then, now, strict=True)] if number else []
+        if len(ends[0]) < 2:
+            continue
+        for before, stage in pairwise([None, *ends[0]]):
+            for source in ends[0][stage]:
+                changes = [end[stage][source] - end[before][source] for end in ends] if before else []
                 change = _shown(interval(changes), 4, "+") if changes else ""
-                rows.append([variant, stage, source, _mean(now, 4), change])
+                rows.append([variant, stage, source, _mean([end[stage][source] for end in ends], 4), change])
     return Table(["variant", "stage", "source", "nats/token", "since the stage before"], rows)
 
 
