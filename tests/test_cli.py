@@ -120,6 +120,17 @@ def test_a_wrong_file_of_options_is_one_line(capsys, tmp_path, content, field, s
     assert said in err
 
 
+@pytest.mark.parametrize("arguments", ["runs", "train --dry-run", "train --dry-run=true", "--options {} train"])
+def test_only_a_run_is_shared_by_several_processes(monkeypatch, capsys, tmp_path, arguments):
+    path = tmp_path / "mine.yaml"
+    path.write_text("dry_run: true")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, out, err = run(capsys, *arguments.format(path).split())
+    assert (status, out) == (2, "")
+    assert "torchrun: got 2 processes; must be 1" in err
+
+
 def test_the_shipped_files_of_options_run(world, root, tmp_path, capsys):
     paths = sorted((root / "configs" / "options").glob("*.yaml"))
     assert paths

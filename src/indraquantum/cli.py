@@ -61,7 +61,8 @@ def launch(
     options:
         A YAML file of the command's options, with _ for - in their names; what the command line states goes before it.
     """
-    require_one_process(tokens)
+    if tokens[:1] != ("train",):
+        require_one_process()
     app.config = None if options is None else options_of(options)
     app(tokens, exit_on_error=False, print_error=False)
 
@@ -172,6 +173,7 @@ def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings()) -> N
     from indraquantum.training.interrupts import Interrupts
 
     if settings.dry_run:
+        require_one_process()
         from indraquantum.training.dry_run import dry_run
 
         dry_run(settings)
@@ -306,14 +308,14 @@ def compare(run: str, /, *others: str, settings: Annotated[RunsSettings, OPTIONS
     compare_runs(settings.logs, (run, *others))
 
 
-def require_one_process(tokens: Sequence[str]) -> None:
+def require_one_process() -> None:
     """Only a training run is shared by the processes that torchrun starts; other commands would write over each other.
 
     Raises:
-        UserError: there are several, and the command is another.
+        UserError: there are several.
     """
     world = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and world != "1" and (list(tokens[:1]) != ["train"] or "--dry-run" in tokens):
+    if "RANK" in os.environ and world != "1":
         raise UserError("torchrun", f"{world} processes", "must be 1: only `indra train` runs in several")
 
 
