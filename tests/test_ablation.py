@@ -473,8 +473,9 @@ def test_the_shipped_plans_run(world, root, tmp_path):
         variants = {name: own | signals if "signals" in own else own for name, own in plan.variants.items()}
         small = plan.model_copy(update={**toy, "variants": variants, "equal_parameters": ()})  # at the plan's own size
         settings = AblateSettings()
-        bench = Bench(small, settings, tmp_path / "results", tmp_path / path.stem, "")
+        bench = Bench(small, settings, tmp_path / path.stem / "results", tmp_path / path.stem, "")
         bench.check()
         for variant in plan.variants:
             task = bench.run(variant, plan.seeds[0], {})
-            assert loop.train(task.settings).steps == 2
+            run_task(task)
+            assert (task.record()["status"], task.record()["steps"]) == ("finished", 2)
