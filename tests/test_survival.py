@@ -111,8 +111,8 @@ def test_kill_9_in_the_middle_of_a_write(world, whole, tmp_path, name):
 
 @pytest.mark.slow
 def test_kill_9_at_100_random_times(world, whole, tmp_path):
-    settings = survival.small_run(world, tmp_path, epochs=45)
-    untouched = survival.small_run(world, tmp_path / "untouched", epochs=45)
+    settings = survival.small_run(world, tmp_path, epochs=120)
+    untouched = survival.small_run(world, tmp_path / "untouched", epochs=120)
     assert survival.in_fork(lambda: survival.train_small(untouched)) == 0
     draw, kills = random.Random(0), 0
     for _ in range(100):
