@@ -18,17 +18,18 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process tha
 
 LENGTH = {"dropout": 0.0, "epochs": 100, "max_steps": 12, "evaluate_every": 5, "save_every": 4, "layers": 2}
 AVERAGED = {"ema_decay": 0.9, "keep_best": True}
+TURNED = {"optimizer": "muon"}
 STAGED = {"strategy": "stage2-v3-gentle"}
 OPTIONS = [
     (AVERAGED, 1e-5), ({"precision": "bfloat16"}, 2e-3), ({"gradient_checkpointing": True}, 1e-5),
-    ({"optimizer": "muon"}, 1e-3), ({"compile": True}, 1e-5), ({"precision": "float16"}, 1e-3),
+    (TURNED, 1e-3), ({"compile": True}, 1e-5), ({"precision": "float16"}, 1e-3),
     ({"projector": "frozen"}, 1e-5), ({"projector": "none", "heads": 1, "no_teacher": True}, 1e-5),
     ({"readout": "mean", "no_teacher": True}, 1e-5), ({"ends": "separate"}, 1e-5), (STAGED, 1e-5),
 ]  # fmt: skip
-REFUSED = [{"optimizer": "muon"}, {"precision": "float16"}]  # by FSDP2
+REFUSED = [{"precision": "float16"}]  # by FSDP2
 CASES = [
     pytest.param(
-        kind, changes, near, marks=() if kind == "fsdp2" and changes in (AVERAGED, STAGED) else pytest.mark.slow
+        kind, changes, near, marks=() if kind == "fsdp2" and changes in (AVERAGED, STAGED, TURNED) else pytest.mark.slow
     )
     for kind in ("ddp", "fsdp2")
     for changes, near in OPTIONS

@@ -22,7 +22,6 @@ from indraquantum.training.average import WeightAverage
 from indraquantum.training.best import BestHeldOut
 from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint
 from indraquantum.training.dry_run import activation_bytes
-from indraquantum.training.optimizers import new_optimizer
 from indraquantum.training.precision import choose_precision
 from indraquantum.training.scratch import scratch_run
 
@@ -269,12 +268,6 @@ def test_rates_of_what_is_not_there_are_refused(world, tmp_path, changes, said):
         loop.train(settings(world, tmp_path, **changes))
     assert not list((tmp_path / "run").glob("*.pt"))
     assert not list(tmp_path.rglob("metrics.jsonl"))
-
-
-def test_muon_is_refused_where_matrices_lie_in_shards(world, tmp_path):
-    run = scratch_run(settings(world, tmp_path))
-    with pytest.raises(UserError, match="--optimizer: got muon; must be adamw with --parallel fsdp2"):
-        new_optimizer(run.model, settings(world, tmp_path, optimizer="muon"), sharded=True)
 
 
 # --- memory and speed of the layers

@@ -168,3 +168,15 @@ def own_device(device: torch.device) -> torch.device:
 def whole(value: Tensor) -> Tensor:
     """A sharded tensor gathered from all processes, which must all ask for it; any other as it is."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """The part of `value` that this process holds, laid out as `like`; `value` itself where `like` is whole.
+
+    No process asks another: each cuts the whole that it has.
+    """
+    if not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

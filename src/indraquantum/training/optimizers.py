@@ -7,6 +7,7 @@ so that one learning rate serves both. At 3 or 4 times that rate it beats AdamW 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from indraquantum.config import TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.processes import shard_like, whole
 
 BETAS = (0.9, 0.95)
 MUON_GROUP = "layers"
@@ -38,19 +40,35 @@ class MuonAdamW(torch.optim.Optimizer):
             # Loading a state replaces both: the parts work on what this optimiser holds.
             part.state = self.state
             part.param_groups = [g for g in self.param_groups if (g["name"] == MUON_GROUP) is is_muon]
-            part.step()
+            if is_muon and any(hasattr(p, "full_tensor") for p in part.param_groups[0]["params"]):
+                self._step_shards(part.param_groups[0])
+            else:
+                part.step()
+
+    def _step_shards(self, group: dict[str, Any]) -> None:
+        """Muon where each process has shards: a turn needs the whole matrix, so one after another is gathered.
+
+        Every process turns every matrix, as with DDP, and keeps its own part; memory for one matrix is needed.
+        """
+        for shard in group["params"]:
+            if shard.grad is None:
+                continue
+            matrix = torch.nn.Parameter(whole(shard))
+            matrix.grad = whole(shard.grad)
+            state = {name: whole(value) for name, value in self.state[shard].items()}
+            self._muon.state = defaultdict(dict, {matrix: state})
+            self._muon.param_groups = [{**group, "params": [matrix]}]
+            self._muon.step()
+            shard.copy_(shard_like(matrix.detach(), shard))
+            self.state[shard] = {name: shard_like(value, shard) for name, value in self._muon.state[matrix].items()}
 
 
-def new_optimizer(
-    model: IndraQuantumPhase2, settings: TrainSettings, *, sharded: bool = False
-) -> torch.optim.Optimizer:
+def new_optimizer(model: IndraQuantumPhase2, settings: TrainSettings) -> torch.optim.Optimizer:
     """A fresh optimiser of `model`, whose weights may lie in shards.
 
     Raises:
-        UserError: a rate is given for what is not there, or Muon is asked for where no process has a whole matrix.
+        UserError: a rate is given for what is not there.
     """
-    if sharded and settings.optimizer == "muon":
-        raise UserError("--optimizer", settings.optimizer, "must be adamw with --parallel fsdp2, which shards matrices")
     if settings.optimizer != "muon" and settings.muon_rate != 1:
         raise UserError("--muon-rate", settings.muon_rate, "must be 1 without --optimizer muon")
     groups = model.parameter_groups(

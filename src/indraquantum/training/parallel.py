@@ -28,7 +28,7 @@ from indraquantum.data.split import Batch
 from indraquantum.errors import UserError
 from indraquantum.learner import Learner, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
-from indraquantum.processes import ALONE, Processes, whole
+from indraquantum.processes import ALONE, Processes, shard_like, whole
 from indraquantum.training.precision import Precision
 
 
@@ -213,7 +213,7 @@ def gathered(state: Any) -> Any:
 
 def scattered(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The shards of `state` that this process holds, laid out as the tensors of the same name in `like`."""
-    return {name: _shard(value, like[name]) if name in like else value for name, value in state.items()}
+    return {name: shard_like(value, like[name]) if name in like else value for name, value in state.items()}
 
 
 def scattered_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -221,18 +221,9 @@ def scattered_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shards = {
         number: {
-            name: _shard(value, parameters[number]) if value.shape == parameters[number].shape else value
+            name: shard_like(value, parameters[number]) if value.shape == parameters[number].shape else value
             for name, value in entry.items()
         }
         for number, entry in state["state"].items()
     }
     return {**state, "state": shards}
-
-
-def _shard(value: Tensor, like: Tensor) -> Tensor:
-    if not hasattr(like, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    # src_data_rank=None: each process takes its part of what it has read and verified itself.
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
