@@ -7,13 +7,17 @@ import math
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 import survival
+from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import TrainingStopped
-from indraquantum.evaluation.collapse import context_divergence, effective_rank
+from indraquantum.evaluation.collapse import collapse_figures, context_divergence, effective_rank
 from indraquantum.metrics import read_metrics
+from indraquantum.model.configuration import IndraQuantumConfig
+from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.teacher.signals import SignalStore
 from indraquantum.training import loop
 from indraquantum.training.collapse_guard import LOOKS, CollapseFigures, CollapseGuard
@@ -127,6 +131,23 @@ def test_healthy_runs_are_left_alone(world, tmp_path, seed):
     assert all(line["collapse"] is None for line in lines)
     assert lines[-1]["context_divergence"] > 1
     assert lines[-1]["phase_rise"] > 1
+
+
+def test_a_direction_that_all_tokens_share_is_no_collapse(world):
+    """At V = 32,000 rare tokens drift alike; no prediction changes by it."""
+    dataset = open_dataset("--data", world.data)
+    vocabulary = dataset.tokenizer.vocabulary_size
+    model = IndraQuantumPhase2(
+        IndraQuantumConfig(vocab_size=vocabulary, d_model=16, num_hidden_layers=1, projector="none")
+    )
+    batch = dataset.validation.batch(np.arange(3))
+    before = collapse_figures(model, batch).effective_rank
+    read = model.embedding.weight[np.unique(batch.input_ids)]
+    assert before == pytest.approx(effective_rank(read - read.mean(dim=0)))
+    with torch.no_grad():
+        model.embedding.weight += 100.0
+    assert effective_rank(model.embedding.weight) < 1.1
+    assert collapse_figures(model, batch).effective_rank == pytest.approx(before, rel=1e-3)
 
 
 def test_a_resumed_guard_knows_what_it_has_seen(healthy):

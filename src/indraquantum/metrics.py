@@ -43,7 +43,7 @@ FIELDS = {
     "context_divergence": "mean KL of the predictions from their own mean, nats; 0 where they ignore the context",
     "phase_rise": "rise of held-out cross-entropy with all phases at 0, nats per token; 0 where phases are unused",
     "magnitude_rise": "rise of held-out cross-entropy with all magnitudes at their mean, nats per token",
-    "effective_rank": "effective rank of the lifted table, 1 to twice d-model",
+    "effective_rank": "effective rank of the states of some tokens about their mean, at most twice d-model",
     "collapse": "kinds of collapse suspected at this step, or null",
 }
 

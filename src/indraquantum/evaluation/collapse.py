@@ -3,7 +3,8 @@
 - context divergence: how far predictions depend on what was read; 0 where the same tokens are predicted everywhere
 - phase rise, magnitude rise: what cross-entropy loses when all phases are 0, or all magnitudes a token's mean;
   0 where that part of the state is not used
-- effective rank of the lifted table Z, between 1 and D
+- effective rank of the states Z of the tokens that were read, about their mean: a direction that all tokens share, as
+  they come to do where most are rare, changes no prediction
 - dead terms: parts of the objective whose value or gradient is exactly 0
 
 Legend: N positions, d complex width, D = 2d real width, V vocabulary.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import copy
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +36,7 @@ class CollapseFigures(NamedTuple):
     context_divergence: float  # mean KL of the predictions from their own mean, nats
     phase_rise: float | None  # nats per token
     magnitude_rise: float | None  # nats per token
-    effective_rank: float  # exp of the entropy of Z's normalised squared singular values
+    effective_rank: float  # exp of the entropy of the normalised squared singular values
 
 
 @torch.no_grad()  # not inference_mode, which FSDP2 does not bear
@@ -55,7 +57,9 @@ def collapse_figures(model: IndraQuantumPhase2, batch: Batch) -> CollapseFigures
         if model.projector.magnitude is not None:
             mean_Vd = magnitude_Vd.mean(dim=0).expand_as(magnitude_Vd)
             magnitude_rise = rise(torch.cat([mean_Vd * phase_Vd.cos(), mean_Vd * phase_Vd.sin()], dim=-1))
-    return CollapseFigures(context_divergence(logits_NV), phase_rise, magnitude_rise, effective_rank(table_VD))
+    read_ND = table_VD[torch.from_numpy(np.unique(batch.input_ids)).to(table_VD.device)]
+    rank = effective_rank(read_ND - read_ND.mean(dim=0))
+    return CollapseFigures(context_divergence(logits_NV), phase_rise, magnitude_rise, rank)
 
 
 def context_divergence(logits_NV: Tensor) -> float:
@@ -65,9 +69,9 @@ def context_divergence(logits_NV: Tensor) -> float:
     return (log_p_NV.exp() * (log_p_NV - mean_V.log().clamp_min(-1e30))).sum(dim=-1).mean().item()
 
 
-def effective_rank(table_VD: Tensor) -> float:
+def effective_rank(states_ND: Tensor) -> float:
     """Exp of the entropy of the squared singular values' shares: 0 for none, 1 for one direction, D for all alike."""
-    squared_D = torch.linalg.eigvalsh(table_VD.double().T @ table_VD.double()).clamp_min(0)
+    squared_D = torch.linalg.eigvalsh(states_ND.double().T @ states_ND.double()).clamp_min(0)
     if squared_D.sum() == 0:
         return 0.0
     share_D = squared_D / squared_D.sum()

@@ -33,9 +33,9 @@ class Threshold:
 
 THRESHOLDS = {
     "context_divergence": Threshold(fraction=0.25, meaningful=0.2),
-    "phase_rise": Threshold(fraction=0.1, meaningful=0.1),
+    "phase_rise": Threshold(fraction=0.1, meaningful=0.3),
     "magnitude_rise": Threshold(fraction=0.1, meaningful=0.2),
-    "effective_rank": Threshold(fraction=0.25, meaningful=4.0),
+    "effective_rank": Threshold(fraction=0.1, meaningful=4.0),
 }
 
 
