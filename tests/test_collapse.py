@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -23,13 +24,15 @@ from indraquantum.training import loop
 from indraquantum.training.collapse_guard import LOOKS, CollapseFigures, CollapseGuard
 
 HEALTHY_STEPS = 40  # before a run is made to collapse
+WIDE = {"magnitude": "softplus", "phase_spread": 3.0, "ends": "shared", "table_rate": 10, "projector_rate": 1.0}
 LONG = {"d_model": 14, "mlp_width": 22, "epochs": 16, "evaluate_every": 1000, "on_collapse": "stop"}
 
 
 @pytest.fixture(scope="module")
 def healthy(world, tmp_path_factory):
-    """A healthy run's checkpoint at HEALTHY_STEPS."""
-    settings = survival.small_run(world, tmp_path_factory.mktemp("healthy"), **LONG, save_every=HEALTHY_STEPS)
+    """A healthy run's checkpoint at HEALTHY_STEPS; with wide phases all parts are in use by then."""
+    folder = tmp_path_factory.mktemp("healthy")
+    settings = survival.small_run(world, folder, **LONG, **WIDE, save_every=HEALTHY_STEPS)
 
     class Enough(Exception):
         pass
@@ -102,7 +105,7 @@ def empty_signals(run, patch):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_collapse_is_found_within_50_steps(world, healthy, tmp_path, monkeypatch, collapse, kinds):
-    settings = survival.small_run(world, tmp_path, **LONG, save_every=1000)
+    settings = survival.small_run(world, tmp_path, **LONG, **WIDE, save_every=1000)
     shutil.copytree(healthy.output, settings.output)
     shutil.copytree(healthy.logs, settings.logs)
     resume = loop.resume
@@ -122,15 +125,46 @@ def test_a_collapse_is_found_within_50_steps(world, healthy, tmp_path, monkeypat
         assert set(found.split(", ")) == kinds  # and nothing else is blamed; without phases the rank falls too
 
 
+@pytest.mark.parametrize("options", [{}, WIDE], ids=["small", "wide"])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
-def test_healthy_runs_are_left_alone(world, tmp_path, seed):
-    settings = survival.small_run(world, tmp_path, **LONG, seed=seed, save_every=1000)
+def test_healthy_runs_are_left_alone(world, tmp_path, seed, options):
+    settings = survival.small_run(world, tmp_path, **LONG, **options, seed=seed, save_every=1000)
     survival.train_small(settings)
     lines = [line for line in read_metrics(settings.logs / "run" / "metrics.jsonl") if line["effective_rank"]]
     assert len(lines) >= 4
     assert all(line["collapse"] is None for line in lines)
     assert lines[-1]["context_divergence"] > 1
-    assert lines[-1]["phase_rise"] > 1
+    assert lines[-1]["phase_rise"] > (1 if options else 0.1)
+
+
+@pytest.mark.parametrize("ends", ["shared", "separate"])
+def test_the_rises_against_a_model_whose_weights_are_changed(world, ends):
+    """Phases are 0 where the phase layers are; magnitudes the mean where their layers give its constant."""
+    dataset = open_dataset("--data", world.data)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": dataset.tokenizer.vocabulary_size, "d_model": 16, "num_hidden_layers": 1}
+    model = IndraQuantumPhase2(IndraQuantumConfig(**sizes, ends=ends, phase_spread=1.0, table_std=3.0)).eval()
+    batch = dataset.validation.batch(np.arange(3))
+    ids, positions, segments = (torch.from_numpy(part) for part in (batch.input_ids, batch.positions, batch.segments))
+    labels = torch.from_numpy(batch.labels[batch.labels >= 0])
+    every = math.ceil(len(labels) / 128)
+
+    @torch.no_grad()
+    def loss_without(part=None):
+        changed = copy.deepcopy(model)
+        for projector in {changed.projector, changed.input_projector} - {None} if part else ():
+            layer = getattr(projector, part)
+            mean_d = layer(changed.embedding.weight).mean(dim=0)
+            fixed_at(layer.weight, 0.0)
+            fixed_at(layer.bias, mean_d if part == "magnitude" else 0.0)
+        logits = changed(ids, position_ids=positions, segment_ids=segments).logits[torch.from_numpy(batch.labels) >= 0]
+        return torch.nn.functional.cross_entropy(logits[::every], labels[::every]).item()
+
+    figures = collapse_figures(model, batch)
+    assert figures.phase_rise == pytest.approx(loss_without("phase") - loss_without(), abs=1e-5)
+    assert figures.magnitude_rise == pytest.approx(loss_without("magnitude") - loss_without(), abs=1e-5)
+    assert abs(figures.phase_rise) > 0.01
+    assert abs(figures.magnitude_rise) > 0.01
 
 
 def test_a_direction_that_all_tokens_share_is_no_collapse(world):

@@ -12,8 +12,10 @@ Legend: N positions, d complex width, D = 2d real width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,20 +48,40 @@ def collapse_figures(model: IndraQuantumPhase2, batch: Batch) -> CollapseFigures
     logits_NV = _logits(model, batch, table_VD)
     labels_N = _thinned(torch.from_numpy(batch.labels[batch.labels >= 0])).to(logits_NV.device)
 
-    def rise(changed_VD: Tensor) -> float:
-        changed_NV = _logits(model, batch, changed_VD)
+    def rise(part: Literal["phases", "magnitudes"]) -> float:
+        with _without(part, model):
+            changed_NV = _logits(model, batch, model.lift_table())
         return (F.cross_entropy(changed_NV, labels_N) - F.cross_entropy(logits_NV, labels_N)).item()
 
     phase_rise = magnitude_rise = None
     if isinstance(model.projector, QuantumProjector):
-        magnitude_Vd, phase_Vd = model.projector.polar(model.embedding.weight)
-        phase_rise = rise(torch.cat([magnitude_Vd, torch.zeros_like(magnitude_Vd)], dim=-1))
+        phase_rise = rise("phases")
         if model.projector.magnitude is not None:
-            mean_Vd = magnitude_Vd.mean(dim=0).expand_as(magnitude_Vd)
-            magnitude_rise = rise(torch.cat([mean_Vd * phase_Vd.cos(), mean_Vd * phase_Vd.sin()], dim=-1))
+            magnitude_rise = rise("magnitudes")
     read_ND = table_VD[torch.from_numpy(np.unique(batch.input_ids)).to(table_VD.device)]
     rank = effective_rank(read_ND - read_ND.mean(dim=0))
     return CollapseFigures(context_divergence(logits_NV), phase_rise, magnitude_rise, rank)
+
+
+@contextlib.contextmanager
+def _without(part: Literal["phases", "magnitudes"], model: IndraQuantumPhase2) -> Iterator[None]:
+    """Inside, each projector of `model` gives phases of 0, or the magnitudes that the table has on the average."""
+
+    def changed(projector: QuantumProjector, embeddings: tuple[Tensor], _: Tensor) -> Tensor:
+        magnitude, phase = projector.polar(embeddings[0])
+        if part == "phases":
+            phase = torch.zeros_like(phase)
+        else:
+            magnitude = projector.polar(model.embedding.weight)[0].mean(dim=0)
+        return torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], dim=-1)
+
+    ends = [projector for projector in (model.projector, model.input_projector) if projector is not None]
+    hooks = [projector.register_forward_hook(changed) for projector in ends]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def context_divergence(logits_NV: Tensor) -> float:
@@ -120,7 +142,7 @@ def _thinned(values: Tensor) -> Tensor:
 
 
 def _logits(model: IndraQuantumPhase2, batch: Batch, table_VD: Tensor) -> Tensor:
-    """Logits (N, V) at some labelled positions, with `table_VD` in the place of the lifted table at both ends."""
+    """Logits (N, V) at some labelled positions; `table_VD` is the lifted table."""
     states_BTD = model.hidden_states(**to_tensors(batch, table_VD.device), table_VD=table_VD)
     labelled = torch.from_numpy(batch.labels.reshape(-1) >= 0).to(table_VD.device)
     states_ND = _thinned(states_BTD.flatten(0, 1)[labelled])
