@@ -41,7 +41,7 @@ def built(module_class, **options):
 @pytest.mark.parametrize(
     ("options", "activation"),
     [
-        ({}, lambda x: torch.log1p(torch.exp(x))),
+        ({"magnitude": "softplus"}, lambda x: torch.log1p(torch.exp(x))),
         ({"magnitude": "exp"}, torch.exp),
         ({"magnitude": "linear"}, lambda x: x),
         ({"projector": "phase-only"}, None),

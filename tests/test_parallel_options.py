@@ -16,7 +16,8 @@ from test_parallel_runs import stop_after
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
 
-LENGTH = {"dropout": 0.0, "epochs": 100, "max_steps": 12, "evaluate_every": 5, "save_every": 4, "layers": 2}
+LENGTH = {"dropout": 0.0, "epochs": 100, "max_steps": 12, "evaluate_every": 5, "save_every": 4, "layers": 2,
+          **survival.STEADY}  # fmt: skip
 AVERAGED = {"ema_decay": 0.9, "keep_best": True}
 TURNED = {"optimizer": "muon"}
 STAGED = {"strategy": "stage2-v3-gentle"}
@@ -45,8 +46,8 @@ def last_of(settings, changes):
 @pytest.mark.filterwarnings("default")  # the compiler has some of its own
 @pytest.mark.parametrize(("kind", "changes", "near"), CASES)
 def test_an_option_does_what_it_does_in_one_process(world, tmp_path, kind, changes, near):
-    one = survival.small_run(world, tmp_path / "one", **LENGTH, **changes)
-    two = survival.small_run(world, tmp_path / "two", **LENGTH, **changes, parallel=kind)
+    one = survival.small_run(world, tmp_path / "one", **{**LENGTH, **changes})
+    two = survival.small_run(world, tmp_path / "two", **{**LENGTH, **changes}, parallel=kind)
     if survival.in_fork(lambda: survival.train_small(one), tmp_path / "said"):
         assert "needs a compiler" in (tmp_path / "said").read_text()
         pytest.skip("no compiler here")
@@ -69,7 +70,7 @@ def test_an_option_does_what_it_does_in_one_process(world, tmp_path, kind, chang
 
 @pytest.mark.parametrize("changes", REFUSED)
 def test_what_shards_cannot_do_is_refused(world, tmp_path, changes):
-    settings = survival.small_run(world, tmp_path, **LENGTH, **changes, parallel="fsdp2")
+    settings = survival.small_run(world, tmp_path, **{**LENGTH, **changes}, parallel="fsdp2")
     assert forked.run(2, lambda _: survival.train_small(settings), tmp_path) == [2, 2]
     (name,) = changes
     assert forked.said(tmp_path).count(f"indra: error: --{name}: ") == 1

@@ -96,6 +96,9 @@ def test_every_shipped_strategy_runs_as_its_file_says(world, tmp_path, monkeypat
         assert rates[-1] < 0.5 * settings.learning_rate
 
 
+RATES = {"table": 50.0, "projector": 0.4, "projector biases": 0.4, "layers": 2.0, "others": 1.0}
+
+
 @pytest.mark.parametrize("taught", [True, False])
 def test_v4_is_a_plain_loop_to_the_bit(world, tmp_path, taught):
     """The documented weights and schedule by their formulas, over all rows in an order that seed and epoch decide."""
@@ -117,7 +120,7 @@ def test_v4_is_a_plain_loop_to_the_bit(world, tmp_path, taught):
         progress = (step - warm) / (steps - warm)
         factor = (step + 1) / warm if step < warm else 0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor * (10.0 if group["name"] == "table" else group["rate"])
+            group["lr"] = settings.learning_rate * factor * RATES[group["name"]]
         kd = 0.01 + (0.05 - 0.01) * step / (steps - 1)
         objective = SemanticDistillationLoss(*((kd, 0.1, 0.1) if taught else (0.0, 0.0, 0.0)))
         epoch, place = divmod(step, per_epoch)
@@ -238,8 +241,8 @@ def test_a_run_starts_from_the_weights_of_another(world, tmp_path, capsys):
     plan = plan_stages(TrainSettings(strategy=str(tmp_path / "my.yaml")), open_dataset("--data", world.data))
     assert plan.strategy.start_from.resolve() == report.checkpoint.resolve()  # relative to the file
 
-    other = small(world, tmp_path / "third", start_from=report.checkpoint, ends="separate")
-    with pytest.raises(UserError, match=r"--start-from: got .*must be of a model with --ends separate, not shared"):
+    other = small(world, tmp_path / "third", start_from=report.checkpoint, ends="shared")
+    with pytest.raises(UserError, match=r"--start-from: got .*must be of a model with --ends shared, not separate"):
         loop.train(other)
     assert not (tmp_path / "third").exists()
 

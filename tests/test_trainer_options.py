@@ -202,7 +202,9 @@ def test_a_run_stops_early_and_keeps_its_best(world, tmp_path, monkeypatch, caps
 
 
 def test_muon_turns_the_layers_matrices_and_adamw_the_rest(world, tmp_path):
-    runs = [scratch_run(settings(world, tmp_path, optimizer=name, muon_rate=rate, weight_decay=0, warmup_fraction=0))
+    # with wide phases no gradient has a rank of nearly half, whose other half Muon would leave short
+    plain = {"phase_spread": 3.0, "weight_decay": 0, "warmup_fraction": 0}
+    runs = [scratch_run(settings(world, tmp_path, optimizer=name, muon_rate=rate, **plain))
             for name, rate in (("muon", 3.0), ("adamw", 1.0))]  # fmt: skip
     for run in runs:
         run.before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
@@ -210,7 +212,7 @@ def test_muon_turns_the_layers_matrices_and_adamw_the_rest(world, tmp_path):
     muon, adamw = runs
     groups = {group["name"]: group["lr"] for group in muon.optimizer.param_groups}
     assert groups == pytest.approx(
-        {"table": 5e-2, "projector": 5e-3, "projector biases": 5e-3, "others": 5e-3, "layers": 15e-3}
+        {"table": 0.25, "projector": 2e-3, "projector biases": 2e-3, "others": 5e-3, "layers": 15e-3}
     )
     turned = 0
     for name, parameter in muon.model.named_parameters():
@@ -224,7 +226,7 @@ def test_muon_turns_the_layers_matrices_and_adamw_the_rest(world, tmp_path):
             assert (change * (u @ v)).sum() / change.norm() / (u @ v).norm() > 0.9, name
             turned += 1
         else:
-            assert torch.equal(parameter, other), name
+            torch.testing.assert_close(parameter, other, rtol=1e-6, atol=1e-6)
     assert turned == 2 * 7
 
 
@@ -246,13 +248,13 @@ def test_the_tables_decay_is_decoupled(world, tmp_path):
         start = run.model.embedding.weight.detach().clone()
         loop.take_step(run)
         tables.append(run.model.embedding.weight.detach())
-    torch.testing.assert_close(tables[0] - tables[1], start * 0.5 * 5e-2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(tables[0] - tables[1], start * 0.5 * 0.25, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"muon_rate": 2.0}, "--muon-rate: got 2.0; must be 1 without --optimizer muon"),
+        ({"optimizer": "adamw", "muon_rate": 2.0}, "--muon-rate: got 2.0; must be 1 without --optimizer muon"),
         (
             {"projector_rate": 2.0, "projector": "none", "heads": 1},
             "--projector-rate: got 2.0; must be 1 with --projector none",

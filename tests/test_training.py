@@ -120,7 +120,7 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(world, finished, 
         cli.main(["train", *arguments, "--phase-spread=2"])
     error = capsys.readouterr().err
     assert (exit_.value.code, error.count("\n")) == (2, 1)
-    assert "--phase-spread: got 2.0; must be 3.0" in error
+    assert "--phase-spread: got 2.0; must be 0.02" in error
     assert report.checkpoint.read_bytes() == before
 
 

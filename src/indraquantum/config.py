@@ -143,14 +143,14 @@ class ModelSettings(Settings):
     """How a state becomes logits; born is for study only, the objective does not serve it."""
     readout: Literal["reference", "mean"] = "reference"
     """How magnitude and phase are read: against learned reference states, or the prototype's mean."""
-    magnitude: Literal["softplus", "exp", "linear"] = "softplus"
+    magnitude: Literal["softplus", "exp", "linear"] = "linear"
     """What makes a magnitude of its linear map; a linear one may be negative, which turns the phase by pi."""
-    phase_spread: float = Field(default=3.0, ge=0, le=100)
+    phase_spread: float = Field(default=0.02, ge=0, le=100)
     """Standard deviation of the phases at the start, in radians."""
     table_std: float | None = Field(default=None, gt=0, le=100)
     """Standard deviation of the embedding table at the start; by default 1, or 0.5 for projectors linear and none."""
-    ends: Literal["shared", "separate"] = "shared"
-    """One projector for inputs and head, or one for each, over the same table."""
+    ends: Literal["shared", "separate"] = "separate"
+    """One projector for inputs and head, or one for each, over the same table; --projector none has none."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of the attention weights while training."""
 
@@ -162,9 +162,9 @@ class OptimizerSettings(Settings):
     """Token positions in one optimiser step; at least one row is taken."""
     micro_batch_tokens: int = Field(default=8192, ge=1)
     """Token positions in one forward pass, at least one row; a larger step adds up gradients, the same but rounded."""
-    learning_rate: float = Field(default=2e-3, gt=0, le=10)
+    learning_rate: float = Field(default=4e-3, gt=0, le=10)
     """Peak learning rate."""
-    table_rate: float = Field(default=10.0, gt=0, le=1000)
+    table_rate: float = Field(default=50.0, gt=0, le=1000)
     """The embedding table's learning rate, as a multiple of the rest's."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Part of the run, or of a strategy's stage, over which the learning rate rises from 0."""
@@ -174,21 +174,23 @@ class OptimizerSettings(Settings):
     """Last part of the run, or of a stage, over which wsd decays."""
     final_rate: float = Field(default=0.1, ge=0, le=1)
     """Where cosine and wsd end, as a part of the peak."""
-    weight_decay: float = Field(default=0.05, ge=0, le=10)
+    weight_decay: float = Field(default=0.3, ge=0, le=10)
     """Decoupled weight decay of the matrices but the table; biases and norms have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides the initial weights and the order of the rows."""
 
 
 class TrainerSettings(Settings):
     """What a run does beside its plain steps."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "muon"
     """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest."""
-    muon_rate: float = Field(default=1.0, gt=0, le=1000)
+    muon_rate: float = Field(default=2.0, gt=0, le=1000)
     """Muon's learning rate as a multiple of the rest's; its updates are scaled to be as large as AdamW's."""
-    projector_rate: float = Field(default=1.0, gt=0, le=1000)
-    """The projector's learning rate, as a multiple of the rest's."""
+    projector_rate: float = Field(default=0.4, gt=0, le=1000)
+    """The projector's learning rate, as a multiple of the rest's, where it has weights to learn."""
     table_weight_decay: float = Field(default=0.0, ge=0, le=10)
     """Decoupled weight decay of the embedding table."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
@@ -210,13 +212,11 @@ class TrainerSettings(Settings):
 class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSettings):
     """One run of semantic distillation, by default the unified one (v4).
 
-    Options that are given replace the strategy's values; where its stages differ in them, or they contradict it, they
-    are refused.
+    Options that are given replace the strategy's values; those in which its stages differ or clash with it are refused.
     """
 
     strategy: str = "v4-unified"
-    """What is trained on what with which weights: v4-unified, stage1, stage2-v2-aggressive, stage2-v3-gentle, or a YAML
-    file of your own (docs/FORMATS.md)."""
+    """What learns when: v4-unified, stage1, stage2-v2-aggressive, stage2-v3-gentle, or a YAML (docs/FORMATS.md)."""
     start_from: Path | None = None
     """A checkpoint whose weights to start from; a stage2 strategy then leaves its stage 1 out."""
     data: Path = Path("data/mixed_train")
@@ -237,8 +237,6 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSet
     """Passes over the training rows; the length of the run for strategies whose stages are fractions of it."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimiser steps; the schedules then end there."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides the initial weights and the order of the rows."""
     kd_weight_start: float = Field(default=0.01, ge=0, le=100)
     """Weight of the distillation term at the start of the run, where the strategy is v4-unified or this is given."""
     kd_weight_end: float = Field(default=0.05, ge=0, le=100)
@@ -254,8 +252,7 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSet
     keep_last: int = Field(default=2, ge=1)
     """Step checkpoints to keep; those of epochs always stay."""
     on_collapse: Literal["warn", "stop", "ignore"] = "warn"
-    """When a term dies, predictions lose their context, or phases or magnitudes fall out of use: warn, or stop (exit
-    status 3); ignore does not look."""
+    """When predictions, phases, magnitudes or a term collapse: warn, or stop (exit status 3); ignore does not look."""
     dry_run: bool = False
     """Print shapes, parameters, memory, FLOPs and the time to finish, from real steps that are thrown away."""
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
@@ -280,8 +277,14 @@ class LrTestSettings(TrainSettings):
 
 
 class TeacherSettings(OptimizerSettings, DeviceSettings):
-    """Trains a small Llama teacher from scratch on a prepared dataset."""
+    """Trains a small Llama teacher from scratch on a prepared dataset, by AdamW."""
 
+    learning_rate: float = Field(default=2e-3, gt=0, le=10)
+    """Peak learning rate."""
+    table_rate: float = Field(default=10.0, gt=0, le=1000)
+    """The embedding table's learning rate, as a multiple of the rest's."""
+    weight_decay: float = Field(default=0.05, ge=0, le=10)
+    """Decoupled weight decay of the matrices but the table; norms have none."""
     data: Path = Path("data/mixed_train")
     """The packed dataset to train on."""
     output: Path = Path("checkpoints/teacher")
@@ -294,8 +297,6 @@ class TeacherSettings(OptimizerSettings, DeviceSettings):
     """Attention heads; must divide the width into even parts."""
     steps: int = Field(default=1000, ge=1)
     """Optimiser steps."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides the initial weights and the order of the rows."""
 
 
 class WeightsSettings(Settings):

@@ -36,10 +36,10 @@ class IndraQuantumConfig(PreTrainedConfig):
     head: Literal["interference", "born"] = "interference"
     readout: Literal["reference", "mean"] = "reference"
     readout_references: int = 1
-    phase_spread: float = 3.0
-    magnitude: Literal["softplus", "exp", "linear"] = "softplus"
+    phase_spread: float = 0.02
+    magnitude: Literal["softplus", "exp", "linear"] = "linear"
     table_std: float | None = None  # None: by the projector
-    ends: Literal["shared", "separate"] = "shared"
+    ends: Literal["shared", "separate"] = "separate"
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = None
@@ -50,6 +50,8 @@ class IndraQuantumConfig(PreTrainedConfig):
         """Fill what follows from other fields."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.projector == "none":
+            self.ends = "shared"
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -116,7 +118,7 @@ class IndraQuantumConfig(PreTrainedConfig):
         Raises:
             UserError: the heads don't divide the width into even parts, or there is no projector to be separate.
         """
-        if settings.projector == "none" and settings.ends == "separate":
+        if settings.projector == "none" and settings.ends == "separate" and "ends" in settings.model_fields_set:
             raise UserError("--ends", settings.ends, "must be shared where --projector is none")
         width = settings.d_model if settings.projector == "none" else 2 * settings.d_model
         if width % (2 * settings.heads):

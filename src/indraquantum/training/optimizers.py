@@ -69,7 +69,8 @@ def new_optimizer(model: IndraQuantumPhase2, settings: TrainSettings) -> torch.o
     Raises:
         UserError: a rate is given for what is not there.
     """
-    if settings.optimizer != "muon" and settings.muon_rate != 1:
+    given = settings.model_fields_set
+    if settings.optimizer != "muon" and "muon_rate" in given and settings.muon_rate != 1:
         raise UserError("--muon-rate", settings.muon_rate, "must be 1 without --optimizer muon")
     groups = model.parameter_groups(
         settings.learning_rate,
@@ -78,7 +79,8 @@ def new_optimizer(model: IndraQuantumPhase2, settings: TrainSettings) -> torch.o
         projector_rate=settings.projector_rate,
         table_weight_decay=settings.table_weight_decay,
     )
-    if settings.projector_rate != 1 and not any(g["name"].startswith("projector") for g in groups):
+    learns = any(group["name"].startswith("projector") for group in groups)
+    if not learns and "projector_rate" in given and settings.projector_rate != 1:
         allowed = f"must be 1 with --projector {settings.projector}, which has nothing to learn"
         raise UserError("--projector-rate", settings.projector_rate, allowed)
     if settings.optimizer == "adamw":
