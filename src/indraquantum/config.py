@@ -166,6 +166,8 @@ class OptimizerSettings(Settings):
     """Peak learning rate."""
     table_rate: float = Field(default=50.0, gt=0, le=1000)
     """The embedding table's learning rate, as a multiple of the rest's."""
+    muon_rate: float = Field(default=2.0, gt=0, le=1000)
+    """Muon's learning rate as a multiple of the rest's; its updates are scaled to be as large as AdamW's."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Part of the run, or of a strategy's stage, over which the learning rate rises from 0."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -187,8 +189,6 @@ class TrainerSettings(Settings):
 
     optimizer: Literal["adamw", "muon"] = "muon"
     """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest."""
-    muon_rate: float = Field(default=2.0, gt=0, le=1000)
-    """Muon's learning rate as a multiple of the rest's; its updates are scaled to be as large as AdamW's."""
     projector_rate: float = Field(default=0.4, gt=0, le=1000)
     """The projector's learning rate, as a multiple of the rest's, where it has weights to learn."""
     table_weight_decay: float = Field(default=0.0, ge=0, le=10)
@@ -277,14 +277,12 @@ class LrTestSettings(TrainSettings):
 
 
 class TeacherSettings(OptimizerSettings, DeviceSettings):
-    """Trains a small Llama teacher from scratch on a prepared dataset, by AdamW."""
+    """Trains a small Llama teacher from scratch on a prepared dataset."""
 
-    learning_rate: float = Field(default=2e-3, gt=0, le=10)
+    learning_rate: float = Field(default=3e-3, gt=0, le=10)
     """Peak learning rate."""
     table_rate: float = Field(default=10.0, gt=0, le=1000)
     """The embedding table's learning rate, as a multiple of the rest's."""
-    weight_decay: float = Field(default=0.05, ge=0, le=10)
-    """Decoupled weight decay of the matrices but the table; norms have none."""
     data: Path = Path("data/mixed_train")
     """The packed dataset to train on."""
     output: Path = Path("checkpoints/teacher")

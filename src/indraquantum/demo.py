@@ -58,7 +58,7 @@ class Size:
 FULL = Size(
     documents=None,
     vocabulary=4096,
-    teacher={"width": 192, "layers": 4, "heads": 4, "steps": 250, "batch_tokens": 4096, "learning_rate": 3e-3},
+    teacher={"width": 192, "layers": 4, "heads": 4, "steps": 250, "batch_tokens": 4096},
     student={"d_model": 64, "layers": 4, "mlp_width": 344, "epochs": 3, "batch_tokens": 2048, "evaluate_every": 200},
 )
 TINY = Size(

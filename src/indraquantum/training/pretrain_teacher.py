@@ -2,7 +2,8 @@
 
     indra teacher --data data/mixed_train --output checkpoints/teacher
 
-It goes through the same optimiser step as the student, with cross-entropy alone, and is saved in Hugging Face's format.
+It goes through the same optimiser step as the student, with cross-entropy alone and Muon for its layers. It is saved in
+Hugging Face's format.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import atomic_folder, make_folder
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.masks import document_mask
-from indraquantum.training.optimizers import BETAS
+from indraquantum.training.optimizers import MUON_GROUP, MuonAdamW
 from indraquantum.training.parallel import Alone
 from indraquantum.training.schedule import rows_of_step
 from indraquantum.training.stages import rows_per_step
@@ -98,14 +99,17 @@ def new_llama(settings: TeacherSettings, dataset: PreparedDataset) -> nn.Module:
 
 
 def parameter_groups(learner: LlamaLearner, settings: TeacherSettings) -> list[dict]:
-    """AdamW groups: the table at its own rate, matrices with decay, norms without."""
+    """Groups of the optimiser: the table and the matrices at rates of their own, matrices with decay."""
     table = learner.lift_table()
     rest = [p for p in learner.parameters() if p is not table]
-    rate = settings.learning_rate
+    groups = {
+        "table": ([table], settings.table_rate, 0.0),
+        MUON_GROUP: ([p for p in rest if p.ndim > 1], settings.muon_rate, settings.weight_decay),
+        "others": ([p for p in rest if p.ndim <= 1], 1.0, 0.0),
+    }
     return [
-        {"params": [table], "lr": rate, "rate": settings.table_rate, "weight_decay": 0.0},
-        {"params": [p for p in rest if p.ndim > 1], "lr": rate, "rate": 1.0, "weight_decay": settings.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "lr": rate, "rate": 1.0, "weight_decay": 0.0},
+        {"name": name, "params": parameters, "lr": settings.learning_rate, "rate": rate, "weight_decay": decay}
+        for name, (parameters, rate, decay) in groups.items()
     ]
 
 
@@ -121,7 +125,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
     make_folder("--output", settings.output.parent)
     torch.manual_seed(settings.seed)
     learner = LlamaLearner(new_llama(settings, dataset)).to(device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(learner, settings), betas=BETAS, fused=True)
+    optimizer = MuonAdamW(parameter_groups(learner, settings))
     objective = SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0)
     parallel, tokens = Alone(learner), 0
     with tqdm(total=settings.steps, unit="step", desc="teacher", disable=None) as bar:
