@@ -1,7 +1,7 @@
 """Watches a run for collapse: every PROBE_EVERY steps it looks at a few rows and compares with the run's best so far.
 
 A kind is reported when two looks in a row find it, so at most 2 * PROBE_EVERY steps after it set in. The thresholds
-were measured at toy size (docs/LOG.md); the figures themselves are in the metrics, to be judged by eye.
+were measured at toy size and at V = 32,000 (docs/LOG.md); the figures are in the metrics, to be judged by eye.
 """
 
 from __future__ import annotations
