@@ -12,7 +12,7 @@ from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
-from indraquantum.processes import ALONE, Processes, own_device
+from indraquantum.processes import ALONE, Processes, own_device, store_of_this_start
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training.parallel import gathered, make_parallel
 from indraquantum.training.step import optimizer_step
@@ -137,3 +137,21 @@ def test_fifty_steps_are_those_of_one_process(world, tmp_path, kind, ranks, teac
         assert their_state["param_groups"] == state["param_groups"]
         for number, entry in state["state"].items():
             torch.testing.assert_close(their_state["state"][number], entry, rtol=1e-2, atol=1e-3)
+
+
+def test_a_restart_on_one_machine_finds_nothing_of_the_start_before(monkeypatch):
+    """torchrun's agent keeps one store over all its restarts; addresses of the dead stand in it."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    assert store_of_this_start() is None  # no agent: nothing to keep apart
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    starts = []
+    for restarts in ("0", "1", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        starts.append(store_of_this_start())
+    first, second, peer = starts
+    first.set("address", "of the dead")
+    assert not second.check(["address"])
+    second.set("address", "of the living")
+    assert peer.get("address") == b"of the living"

@@ -126,9 +126,12 @@ def joined_processes() -> Iterator[Processes]:
     if world == 1 or "RANK" not in os.environ:
         yield ALONE
         return
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world) and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: nothing of it can be reached from outside
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+    if one_machine and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing of it can be reached from outside
+    store = store_of_this_start() if one_machine else None
+    place = {} if store is None else {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **place)
     rank = torch.distributed.get_rank()
     processes = Processes(rank, world, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
     try:
@@ -143,6 +146,20 @@ def joined_processes() -> Iterator[Processes]:
         raise
     finally:
         torch.distributed.destroy_process_group()
+
+
+def store_of_this_start() -> torch.distributed.Store | None:
+    """Where processes find each other, apart from those of an earlier start; None where torch has it so by itself.
+
+    torchrun keeps one store over all its restarts (torch 2.13, `DynamicRendezvousHandler.next_rendezvous`), in which a
+    process that is quicker than its peers finds the addresses of the dead. Its agents count restarts each for
+    itself, so that only on one machine the count is the same for all.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False)
+    return torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def own_device(device: torch.device) -> torch.device:
