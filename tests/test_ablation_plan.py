@@ -49,7 +49,7 @@ def test_a_dry_run_lists_the_variants_and_writes_nothing(world, tmp_path, capsys
         ({"search": {"fraction": 0}}, "search.fraction", "0", "greater than 0"),
         ({"equal_parameters": [["quantum", "plain"]]}, "equal_parameters", "quantum plain", "plain 3,697"),
         ({"variants": {"a": {}, "b": {"max_steps": 19}}}, "variants", "b", "as many rows as variant a (200), not 190"),
-        ({"variants": {"a": {"head": "born"}}}, "variants.a.head", "born", "must be interference"),
+        ({"variants": {"a": {"projector": "none", "residual": True}}}, "variants.a: --residual", "true", "left out"),
         ({"signals": None}, "variants.quantum.signals", "none", "or no_teacher: true"),
         ({"data": "nowhere"}, "--data", "nowhere", "does not exist"),
     ],

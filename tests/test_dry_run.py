@@ -46,17 +46,32 @@ def test_parameters_by_hand():
 
 
 @pytest.mark.parametrize("ends", ["shared", "separate"])
-@pytest.mark.parametrize("projector", ["quantum", "phase-only", "frozen", "linear", "mlp", "none"])
+@pytest.mark.parametrize("projector", ["quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none"])
 def test_flops_are_what_torch_counts(projector, ends):
     if (projector, ends) == ("none", "separate"):
         with pytest.raises(UserError, match="--ends"):
             model_of(projector=projector, ends=ends)
         return
-    model, rows, length = model_of(projector=projector, heads=1, ends=ends), 3, 37
-    ids_BT = torch.randint(3, 331, (rows, length))
-    labels_N = ids_BT.flatten().clone()[: rows * length - 11]
-    teacher = TeacherSignals(labels_N[:, None], torch.ones(len(labels_N), 1), *torch.rand(2, len(labels_N)))
+    model = model_of(projector=projector, heads=1, ends=ends)
     objective = SemanticDistillationLoss(0.1, 0.1, 0.1, implementation="reference")
+    assert flops_of_objective(model, objective) == 3 * 2 * LABELLED * 331 * model.config.hidden_size
+
+
+def test_flops_of_borns_rule_are_those_of_two_products_and_of_building_them_again():
+    objective = SemanticDistillationLoss(0.1, 0.1, 0.1, head="born")
+    assert flops_of_objective(model_of(head="born", heads=1), objective) == 8 * 2 * LABELLED * 331 * 28
+
+
+ROWS, LENGTH = 3, 37
+LABELLED = ROWS * LENGTH - 11
+
+
+def flops_of_objective(model: IndraQuantumPhase2, objective: SemanticDistillationLoss) -> int:
+    """FLOPs of the objective in a step, after a check that those of the whole step are what torch counts."""
+    rows, length = ROWS, LENGTH
+    ids_BT = torch.randint(3, 331, (rows, length))
+    labels_N = ids_BT.flatten().clone()[:LABELLED]
+    teacher = TeacherSignals(labels_N[:, None], torch.ones(len(labels_N), 1), *torch.rand(2, len(labels_N)))
     is_exact()  # its own products are not to be counted
     with FlopCounterMode(display=False) as counter:
         table_VD = model.lift_table()
@@ -70,7 +85,7 @@ def test_flops_are_what_torch_counts(projector, ends):
     expected = counter.get_total_flops()
     found = step_flops(model, StepSize(rows, length, len(labels_N)))
     assert found["all"] == expected
-    assert found["objective"] == 3 * 2 * len(labels_N) * 331 * model.config.hidden_size
+    return found["objective"]
 
 
 def test_a_dry_run_writes_nothing_and_counts_what_is_trained(world, tmp_path, capsys):

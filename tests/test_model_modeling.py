@@ -6,12 +6,11 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from indraquantum.config import ModelSettings
-from indraquantum.errors import UserError
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
 
 V, D_MODEL, HEADS, LAYERS, MLP = 53, 20, 2, 3, 31
-VARIANTS = ("quantum", "phase-only", "frozen", "linear", "mlp", "none")
+VARIANTS = ("quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none")
 
 
 def make(seed=0, attention="sdpa", **options):
@@ -69,7 +68,11 @@ def test_layers_are_drawn_by_width_and_scale_and_bias_start_as_stated():
 @pytest.mark.parametrize(
     "options",
     [{"projector": name} for name in VARIANTS]
-    + [{"readout": "mean", "head": "born"}, {"ends": "separate", "magnitude": "linear", "table_std": 0.25}],
+    + [
+        {"readout": "mean", "head": "born"},
+        {"residual": True},
+        {"ends": "separate", "magnitude": "linear", "table_std": 0.25},
+    ],
 )
 def test_save_and_load_give_the_same_bits(tmp_path, options):
     model = make(**options)
@@ -364,10 +367,35 @@ def test_every_term_and_its_gradient_is_alive_with_signals(readout):
             assert "references" not in name or parameter.grad.any() == (weights[0] == 0)
 
 
-def test_born_cannot_be_trained_by_the_fused_objective():
+def test_a_born_head_is_trained_on_its_own_logits():
+    model, ids = make(head="born"), tokens(2, 7)
+    output = model(ids, labels=ids.roll(-1, dims=1))
+    expected = F.cross_entropy(model(ids).logits.flatten(0, 1), ids.roll(-1, dims=1).flatten())
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_an_objective_for_another_head_is_refused():
     ids = tokens(1, 5)
-    with pytest.raises(UserError, match="--head: got born"):
-        make(head="born")(ids, labels=ids)
+    with pytest.raises(ValueError, match="objective: its head is interference; must be the model's, born"):
+        make(head="born")(ids, labels=ids, objective=SemanticDistillationLoss(0.0))
+
+
+@pytest.mark.parametrize("ends", ["shared", "separate"])
+@pytest.mark.parametrize("projector", ["quantum", "linear"])
+def test_a_residual_adds_the_embedding_to_the_real_part(projector, ends):
+    model, plain = (make(projector=projector, ends=ends, residual=residual) for residual in (True, False))
+    embeddings = model.embedding.weight
+    expected = plain.lift_table().clone()
+    expected[:, :D_MODEL] += embeddings
+    torch.testing.assert_close(model.lift_table(), expected)
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    ids = tokens(2, 7)
+    model(ids)
+    own = plain.projector if ends == "shared" else plain.input_projector
+    expected = own(embeddings[ids])
+    expected[..., :D_MODEL] += embeddings[ids]
+    torch.testing.assert_close(seen[0]["inputs_embeds"], expected)
 
 
 def test_default_settings_build_the_documented_model():

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from indraquantum.config import ModelSettings
 from indraquantum.errors import UserError
+from indraquantum.kernels.born import BORN_EPSILON
 from indraquantum.model.configuration import IndraQuantumConfig
-from indraquantum.model.head import BORN_EPSILON, BornHead, InterferenceHead
+from indraquantum.model.head import BornHead, InterferenceHead
 from indraquantum.model.masks import additive, document_mask
-from indraquantum.model.projector import PROJECTORS, QuantumProjector
+from indraquantum.model.projector import PROJECTORS, GatedProjector, QuantumProjector
 from indraquantum.model.readout import MeanReadout, ReferenceReadout
 
 # d = 20, D = 40, V = 53, all different from the numbers of rows used below.
@@ -61,6 +62,18 @@ def test_states_equal_torch_polar(options, activation):
     torch.testing.assert_close(projector.polar(embeddings)[1], phase)
 
 
+def test_a_gated_projector_is_what_small_phases_are_to_first_order():
+    gated, quantum = built(GatedProjector), built(QuantumProjector)
+    embeddings = torch.randn(3, 7, 20)
+    magnitude = embeddings @ gated.magnitude.weight.T + gated.magnitude.bias
+    gate = embeddings @ gated.phase.weight.T + gated.phase.bias
+    torch.testing.assert_close(gated(embeddings), torch.cat([magnitude, magnitude * gate], dim=-1))
+    for projector in (gated, quantum):
+        projector.phase.weight.data *= 1e-3
+        projector.phase.bias.data *= 1e-3
+    torch.testing.assert_close(gated(embeddings), quantum(embeddings), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("spread", "table_std"), [(0.5, None), (3.0, None), (0.5, 0.25)])
 def test_phases_start_with_the_given_spread(spread, table_std):
     projector = initialised(QuantumProjector(IndraQuantumConfig(**SIZES, phase_spread=spread, table_std=table_std)))
@@ -73,6 +86,7 @@ def test_phases_start_with_the_given_spread(spread, table_std):
     [
         ("quantum", 2 * (20 * 20 + 20)),
         ("frozen", 2 * (20 * 20 + 20)),
+        ("gated", 2 * (20 * 20 + 20)),
         ("phase-only", 20 * 20 + 20),
         ("linear", 20 * 40),
         ("mlp", 20 * 40 + 40),

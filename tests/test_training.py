@@ -13,6 +13,8 @@ from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import unigram_cross_entropy
+from indraquantum.evaluation.write import load_model
+from indraquantum.learner import to_tensors
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.metrics import FIELDS, read_metrics
 from indraquantum.model.configuration import IndraQuantumConfig
@@ -70,6 +72,23 @@ def test_a_run_learns_and_every_term_is_alive(world, finished):
     assert metrics[1]["kd_weight"] == pytest.approx(0.01)
     assert metrics[-1]["kd_weight"] == pytest.approx(0.05)
     assert metrics[-1]["epoch"] == 2
+
+
+@pytest.mark.parametrize("changes", [{"head": "born"}, {"projector": "gated", "residual": True}], ids=str)
+def test_variants_for_study_learn_too_and_are_measured_by_their_own_logits(world, tmp_path, changes):
+    report = loop.train(settings(world, tmp_path, **changes))
+    metrics = read_metrics(report.metrics)
+    assert report.held_out["all"] < metrics[0]["held_out"]["all"] - 0.5
+    assert all(metrics[-1][term] != 0 for term in ("ce", "kd", "kd_estimate", "phase", "magnitude"))
+    model, _ = load_model(report.checkpoint, torch.device("cpu"))
+    dataset, losses = open_dataset("--data", world.data), []
+    for row in range(dataset.validation.num_rows):
+        batch = dataset.validation.batch(np.array([row]))
+        ids, positions, segments = to_tensors(batch, torch.device("cpu")).values()
+        logits = model(ids, position_ids=positions, segment_ids=segments).logits[0]
+        labels = torch.from_numpy(batch.labels[0])
+        losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none")[labels >= 0])
+    assert report.held_out["all"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
 def test_each_epoch_leaves_its_checkpoint(finished):

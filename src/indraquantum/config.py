@@ -137,10 +137,10 @@ class ModelSettings(Settings):
     """Attention heads; must divide the transformer's width into even parts."""
     mlp_width: int = Field(default=688, ge=1)
     """Inner width of each layer's gated MLP."""
-    projector: Literal["quantum", "phase-only", "frozen", "linear", "mlp", "none"] = "quantum"
+    projector: Literal["quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none"] = "quantum"
     """How token embeddings become states; all but quantum are controls."""
     head: Literal["interference", "born"] = "interference"
-    """How a state becomes logits; born is for study only, the objective does not serve it."""
+    """How a state becomes logits; born, Born's rule, is slow and for study only."""
     readout: Literal["reference", "mean"] = "reference"
     """How magnitude and phase are read: against learned reference states, or the prototype's mean."""
     magnitude: Literal["softplus", "exp", "linear"] = "linear"
@@ -149,6 +149,8 @@ class ModelSettings(Settings):
     """Standard deviation of the phases at the start, in radians."""
     table_std: float | None = Field(default=None, gt=0, le=100)
     """Standard deviation of the embedding table at the start; by default 1, or 0.5 for projectors linear and none."""
+    residual: bool = False
+    """Add the embedding to the real part of its state."""
     ends: Literal["shared", "separate"] = "separate"
     """One projector for inputs and head, or one for each, over the same table; --projector none has none."""
     dropout: float = Field(default=0.0, ge=0, lt=1)

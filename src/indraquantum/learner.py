@@ -27,6 +27,9 @@ class Learner(Protocol):
     ) -> Tensor:
         """States (B, T, D) before the output table."""
 
+    def logits(self, states: Tensor, table_VD: Tensor) -> Tensor:
+        """Logits (..., V) of `states` (..., D) against the output table."""
+
     def amplitude(self, states_ND: Tensor) -> Tensor | None:
         """Complex readouts (N,), or None where there are none."""
 

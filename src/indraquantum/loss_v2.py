@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from indraquantum.kernels import Implementation, ObjectiveOptions, ObjectiveResult, fused_linear_objective
-from indraquantum.kernels.arguments import IGNORE_INDEX, Tail, require, require_floating, require_shape
+from indraquantum.kernels.arguments import IGNORE_INDEX, Head, Tail, require, require_floating, require_shape
 
 _PHASE_EPSILON = 1e-6  # keeps the direction's gradient finite where the amplitude is 0
 
@@ -61,6 +61,7 @@ class SemanticDistillationLoss:
         tail: Tail = "none",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        head: Head = "interference",
         implementation: Implementation = "auto",
     ) -> None:
         """Set weights and options; each is checked when the objective is called.
@@ -73,6 +74,7 @@ class SemanticDistillationLoss:
             tail: what becomes of mass that the signals don't hold (for top-k): none, bucket or uniform.
             label_smoothing: as in F.cross_entropy.
             z_loss: weight of the mean squared log-sum-exp.
+            head: what makes logits of states and table: interference, which is fused, or born, which is dense.
             implementation: "auto", or the kernel to force.
         """
         self.kd_weight = kd_weight
@@ -82,6 +84,7 @@ class SemanticDistillationLoss:
         self.tail: Tail = tail
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
+        self.head: Head = head
         self.implementation: Implementation = implementation
         self._options()
 
@@ -100,7 +103,7 @@ class SemanticDistillationLoss:
 
         Args:
             states_ND: the head's input.
-            table_VD: the lifted vocabulary; logits are `scale * states @ table.T + bias`.
+            table_VD: the lifted vocabulary; logits are `scale * states @ table.T + bias`, or by Born's rule.
             labels_N: the next token, -100 where a row counts in no term.
             bias_V: added to the logits.
             scale: multiplies the inner products.
@@ -152,7 +155,7 @@ class SemanticDistillationLoss:
         require(self.magnitude_weight >= 0, "magnitude_weight", self.magnitude_weight, "0 or more")
         return ObjectiveOptions(
             kd_weight=self.kd_weight, temperature=self.temperature, tail=self.tail,
-            label_smoothing=self.label_smoothing, z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing, z_loss=self.z_loss, head=self.head,
         )  # fmt: skip
 
     def _require_inputs(self, signals: TeacherSignals | None, amplitude_N: Tensor | None) -> None:

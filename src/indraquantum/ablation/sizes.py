@@ -13,12 +13,13 @@ from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import PreparedDataset
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.training.costs import products_of_the_head
 from indraquantum.training.stages import RunStage, plan_stages
 
 FLOPS_FORMULA = (
     "6 (L (4 D² + 3 D m + T D) + V D + V P / B + I): forward and backward, a multiply-add is 2, for rows of T "
     "positions that each hold one document; P weights of the projector, applied to the whole table once a step of B "
-    "positions; I weights of the inputs' own projector, if there is one"
+    "positions; I weights of the inputs' own projector, if there is one; V D twice under Born's rule"
 )
 
 
@@ -60,7 +61,7 @@ def flops_per_token(model: IndraQuantumPhase2, row_length: int, batch_tokens: in
     layers = sum(p.numel() for p in model.backbone.parameters() if p.ndim == 2)
     attention = config.num_hidden_layers * row_length * config.hidden_size
     projector = sum(p.numel() for p in model.projector.parameters() if p.ndim == 2)
-    head = config.vocab_size * config.hidden_size
+    head = config.vocab_size * config.hidden_size * products_of_the_head(model)
     inputs = 0 if model.input_projector is None else projector
     return 6 * (layers + attention + head + config.vocab_size * projector / batch_tokens + inputs)
 

@@ -139,8 +139,6 @@ class Bench:
                 counts[variant] = sizes_of(settings, self.dataset).parameters
             except UserError as error:
                 raise UserError(f"variants.{variant}: {error.field}", error.value, error.allowed) from None
-            if settings.head != "interference":
-                raise UserError(f"variants.{variant}.head", settings.head, "must be interference, which can be trained")
         seen = {variant: self._rows_seen(settings) for variant, settings in runs.items()}
         first = next(iter(seen))
         for variant, rows in seen.items():

@@ -72,8 +72,8 @@ def _without(part: Literal["phases", "magnitudes"], model: IndraQuantumPhase2) -
         if part == "phases":
             phase = torch.zeros_like(phase)
         else:
-            magnitude = projector.polar(model.embedding.weight)[0].mean(dim=0)
-        return torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], dim=-1)
+            magnitude = projector.polar(model.embedding.weight)[0].mean(dim=0).expand_as(phase)
+        return projector.states(magnitude, phase)
 
     ends = [projector for projector in (model.projector, model.input_projector) if projector is not None]
     hooks = [projector.register_forward_hook(changed) for projector in ends]
@@ -146,4 +146,4 @@ def _logits(model: IndraQuantumPhase2, batch: Batch, table_VD: Tensor) -> Tensor
     states_BTD = model.hidden_states(**to_tensors(batch, table_VD.device), table_VD=table_VD)
     labelled = torch.from_numpy(batch.labels.reshape(-1) >= 0).to(table_VD.device)
     states_ND = _thinned(states_BTD.flatten(0, 1)[labelled])
-    return F.linear(states_ND * model.scale, table_VD, model.bias_V).float()
+    return model.logits(states_ND, table_VD).float()

@@ -151,10 +151,9 @@ def pearson(left_N: np.ndarray, right_N: np.ndarray) -> float:
 def _softmax_readings(
     learner: Learner, states_ND: torch.Tensor, labels_N: torch.Tensor, table_VD: torch.Tensor
 ) -> tuple[np.ndarray, ...]:
-    scale = 1.0 if learner.scale is None else learner.scale
     columns = []
     for states_nD, labels_n in zip(states_ND.split(LOGIT_ROWS), labels_N.split(LOGIT_ROWS), strict=True):
-        log_p_nV = F.linear(states_nD * scale, table_VD, learner.bias_V).double().log_softmax(dim=-1)
+        log_p_nV = learner.logits(states_nD, table_VD).double().log_softmax(dim=-1)
         top_n, choice_n = log_p_nV.max(dim=-1)
         loss_n = F.nll_loss(log_p_nV, labels_n, reduction="none")
         columns.append((loss_n, top_n.exp(), -(log_p_nV.exp() * log_p_nV).sum(-1), choice_n == labels_n))

@@ -95,9 +95,8 @@ def _losses(learner: Learner, table_VD: torch.Tensor, batch: Batch, device: torc
     labelled = torch.from_numpy(batch.labels.reshape(-1) >= 0)
     states_ND = states_BTD.flatten(0, 1)[labelled.to(device)]
     labels_N = torch.from_numpy(batch.labels.reshape(-1))[labelled].to(device)
-    scale = 1.0 if learner.scale is None else learner.scale
     losses = []
     for states_nD, labels_n in zip(states_ND.split(LOGIT_ROWS), labels_N.split(LOGIT_ROWS), strict=True):
-        logits_nV = F.linear(states_nD * scale, table_VD, learner.bias_V).float()
+        logits_nV = learner.logits(states_nD, table_VD).float()
         losses.append(F.cross_entropy(logits_nV, labels_n, reduction="none"))
     return torch.cat(losses).cpu().numpy()

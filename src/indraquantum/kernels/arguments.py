@@ -18,6 +18,8 @@ MISSING_MASS_FLOOR = 1e-6  # less missing mass than this is float32 rounding of 
 
 Tail = Literal["none", "bucket", "uniform"]
 TAILS: tuple[Tail, ...] = ("none", "bucket", "uniform")
+Head = Literal["interference", "born"]
+HEADS: tuple[Head, ...] = ("interference", "born")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class ObjectiveOptions:
     """Part of the label's mass that is spread evenly over the vocabulary, as in F.cross_entropy."""
     z_loss: float = 0.0
     """Weight of the mean squared log-sum-exp, which keeps logits from drifting."""
+    head: Head = "interference"
+    """What the logits are: scale * states @ table.T + bias, or Born's rule, which is dense (kernels/born.py)."""
 
     def __post_init__(self) -> None:
         require(self.kd_weight >= 0, "kd_weight", self.kd_weight, "0 or more")
@@ -41,6 +45,7 @@ class ObjectiveOptions:
         require(self.tail in TAILS, "tail", self.tail, f"one of {', '.join(TAILS)}")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         require(self.z_loss >= 0, "z_loss", self.z_loss, "0 or more")
+        require(self.head in HEADS, "head", self.head, f"one of {', '.join(HEADS)}")
 
 
 class LinearInputs(NamedTuple):

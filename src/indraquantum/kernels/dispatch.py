@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from indraquantum.kernels.arguments import ObjectiveOptions, ObjectiveResult, check_inputs, require
+from indraquantum.kernels.born import born_objective
 from indraquantum.kernels.cpu import cpu_objective
 from indraquantum.kernels.cuda import cuda_objective
 from indraquantum.kernels.reference import reference_objective
@@ -32,7 +33,7 @@ def fused_linear_objective(
     options: ObjectiveOptions | None = None,
     implementation: Implementation = "auto",
 ) -> ObjectiveResult:
-    """Cross-entropy, distillation and z-loss of `scale * states @ table.T + bias`.
+    """Cross-entropy, distillation and z-loss of `scale * states @ table.T + bias`, or of Born's rule.
 
     Args:
         states_ND: the head's input, one row a position.
@@ -44,7 +45,7 @@ def fused_linear_objective(
         signal_probs_NK: their probabilities (counts / draws, or top-k); at most 1 a row.
         row_weights_N: multiplies every term of a row; 1 where None.
         token_count: divides every sum; the labelled rows of this call where None.
-        options: weights, temperature, tail, label smoothing, z-loss.
+        options: weights, temperature, tail, label smoothing, z-loss, head.
         implementation: "auto" picks by device; a name forces that one.
 
     Returns:
@@ -59,6 +60,10 @@ def fused_linear_objective(
         states_ND, table_VD, labels_N, bias_V=bias_V, scale=scale, signal_ids_NK=signal_ids_NK,
         signal_probs_NK=signal_probs_NK, row_weights_N=row_weights_N, token_count=token_count,
     )  # fmt: skip
+    options = options or ObjectiveOptions()
+    if options.head == "born":
+        require(implementation == "auto", "implementation", implementation, "auto where the head is born")
+        return born_objective(inputs, options)
     if implementation == "auto":
         implementation = "cpu" if states_ND.device.type == "cpu" else "cuda"
-    return _IMPLEMENTATIONS[implementation](inputs, options or ObjectiveOptions())
+    return _IMPLEMENTATIONS[implementation](inputs, options)

@@ -29,6 +29,11 @@ def reference_objective(inputs: LinearInputs, options: ObjectiveOptions) -> Obje
         logits_NV = inputs.scale * logits_NV
     if inputs.bias_V is not None:
         logits_NV = logits_NV + inputs.bias_V
+    return dense_objective(logits_NV, inputs, options)
+
+
+def dense_objective(logits_NV: Tensor, inputs: LinearInputs, options: ObjectiveOptions) -> ObjectiveResult:
+    """Compute the objective of `logits_NV`, wherever they come from; of `inputs` only what is asked of the rows."""
     counted_N = inputs.labels_N != IGNORE_INDEX
     weights_N = counted_N.to(logits_NV.dtype) / inputs.token_count
     if inputs.row_weights_N is not None:

@@ -32,13 +32,14 @@ class IndraQuantumConfig(PreTrainedConfig):
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
-    projector: Literal["quantum", "phase-only", "frozen", "linear", "mlp", "none"] = "quantum"
+    projector: Literal["quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none"] = "quantum"
     head: Literal["interference", "born"] = "interference"
     readout: Literal["reference", "mean"] = "reference"
     readout_references: int = 1
     phase_spread: float = 0.02
     magnitude: Literal["softplus", "exp", "linear"] = "linear"
     table_std: float | None = None  # None: by the projector
+    residual: bool = False
     ends: Literal["shared", "separate"] = "separate"
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
@@ -120,6 +121,8 @@ class IndraQuantumConfig(PreTrainedConfig):
         """
         if settings.projector == "none" and settings.ends == "separate" and "ends" in settings.model_fields_set:
             raise UserError("--ends", settings.ends, "must be shared where --projector is none")
+        if settings.projector == "none" and settings.residual:
+            raise UserError("--residual", "true", "must be left out where --projector is none")
         width = settings.d_model if settings.projector == "none" else 2 * settings.d_model
         if width % (2 * settings.heads):
             raise UserError("--heads", settings.heads, f"must divide the width {width} into even parts")
@@ -137,6 +140,7 @@ class IndraQuantumConfig(PreTrainedConfig):
             phase_spread=settings.phase_spread,
             magnitude=settings.magnitude,
             table_std=settings.table_std,
+            residual=settings.residual,
             ends=settings.ends,
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,

@@ -3,7 +3,7 @@
 `interference`: logits_v = scale * Re<Z_v, psi> + bias_v. On real pairs that is a plain matrix product, so the
 fused objective (loss_v2) can do it without ever building logits. In polar form it is sum_j M_vj |psi_j|
 cos(P_vj - arg psi_j).
-`born`: logits_v = ln(|scale * <Z_v, psi>|^2 + 1e-6) + bias_v, Born's rule. Dense and for study only.
+`born`: logits_v = ln(|scale * <Z_v, psi>|^2 + 1e-6) + bias_v, Born's rule. Dense, and for study: see kernels/born.py.
 
 Legend: V vocabulary, D real width (first half real parts, second half imaginary parts); `_..D` any leading
     axes.
@@ -15,19 +15,14 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from indraquantum.kernels.born import born_logits
+
 if TYPE_CHECKING:
     from indraquantum.model.configuration import IndraQuantumConfig
-
-BORN_EPSILON = 1e-6
-
-
-def conjugate_turn(states: Tensor) -> Tensor:
-    """Return -i * psi as real pairs (..., D), so that z . conjugate_turn(psi) = Im<z, psi>."""
-    real, imaginary = states.chunk(2, dim=-1)
-    return torch.cat([imaginary, -real], dim=-1)
 
 
 class InterferenceHead(nn.Module):
@@ -46,7 +41,7 @@ class InterferenceHead(nn.Module):
 
     def forward(self, states: Tensor, table_VD: Tensor) -> Tensor:
         """Return the logits (..., V) of `states` (..., D) against the lifted table (V, D)."""
-        return torch.matmul(states * self.scale_1, table_VD.T) + self.bias_V
+        return F.linear(states * self.scale_1, table_VD, self.bias_V)
 
 
 class BornHead(InterferenceHead):
@@ -54,10 +49,7 @@ class BornHead(InterferenceHead):
 
     def forward(self, states: Tensor, table_VD: Tensor) -> Tensor:
         """Return the log-probabilities up to a constant (..., V) of `states` (..., D)."""
-        scaled = states * self.scale_1
-        real = torch.matmul(scaled, table_VD.T)
-        imaginary = torch.matmul(conjugate_turn(scaled), table_VD.T)
-        return torch.log(real.square() + imaginary.square() + BORN_EPSILON) + self.bias_V
+        return born_logits(states, table_VD, self.bias_V, self.scale_1)
 
 
 HEADS: dict[str, type[InterferenceHead]] = {"interference": InterferenceHead, "born": BornHead}

@@ -28,7 +28,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput
 
-from indraquantum.errors import UserError
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.head import HEADS, InterferenceHead
 from indraquantum.model.masks import additive, document_mask
@@ -117,7 +116,7 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
 
     def lift_table(self) -> Tensor:
         """Return the states (V, D) of all tokens: the projector applied to the whole table."""
-        return self.projector(self.embedding.weight)
+        return self._lift(self.projector, self.embedding.weight)
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
@@ -144,10 +143,15 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
         if self.input_projector is not None:
             # A phase of several radians loses its digits in 16 bits.
             with torch.autocast(input_ids_BT.device.type, enabled=False):
-                return self.input_projector(self.embedding(input_ids_BT))
+                return self._lift(self.input_projector, self.embedding(input_ids_BT))
         if table_VD is not None:
             return F.embedding(input_ids_BT, table_VD)
-        return self.projector(self.embedding(input_ids_BT))
+        return self._lift(self.projector, self.embedding(input_ids_BT))
+
+    def _lift(self, projector: nn.Module, embeddings: Tensor) -> Tensor:
+        """States (..., D) of `embeddings` (..., d), with the embedding in their real part where that is asked for."""
+        states = projector(embeddings)
+        return states + F.pad(embeddings, (0, embeddings.shape[-1])) if self.config.residual else states
 
     def _document_mask(self, segment_ids_BT: Tensor) -> Tensor:
         mask_B1TT = document_mask(segment_ids_BT)
@@ -181,6 +185,10 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
             position_ids=position_ids_BT,
             use_cache=False,
         ).last_hidden_state
+
+    def logits(self, states: Tensor, table_VD: Tensor) -> Tensor:
+        """Return the logits (..., V) of `states` (..., D) against the lifted table."""
+        return self.head(states, table_VD)
 
     def amplitude(self, states: Tensor) -> Tensor:
         """Return the complex readout c (...) of `states` (..., D): |c| is the magnitude, its angle the phase."""
@@ -222,8 +230,7 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
             kwargs: passed on to the Llama layers.
 
         Raises:
-            ValueError: segment_ids together with attention_mask or a cache.
-            UserError: labels with a head that the objective does not serve.
+            ValueError: segment_ids together with attention_mask or a cache, or an objective for another head.
         """
         if segment_ids is not None:
             if attention_mask is not None or past_key_values is not None or use_cache:
@@ -244,7 +251,7 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
         amplitude_BT = self.amplitude(states_BTD)
         terms = logits = None
         if labels is None:
-            logits = self.head(slice_logits_to_keep(states_BTD, logits_to_keep), table_VD)
+            logits = self.logits(slice_logits_to_keep(states_BTD, logits_to_keep), table_VD)
         else:
             terms = self._objective_terms(states_BTD, table_VD, amplitude_BT, labels, signals, objective, token_count)
         return IndraQuantumOutput(
@@ -268,11 +275,11 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
     ) -> Any:
         from indraquantum.loss_v2 import SemanticDistillationLoss
 
-        if self.config.head != "interference":
-            raise UserError("--head", self.config.head, "must be interference where the fused objective trains")
         if objective is None:
             weights = (0.0, 0.0, 0.0) if signals is None else (0.05, 0.1, 0.1)
-            objective = SemanticDistillationLoss(*weights)
+            objective = SemanticDistillationLoss(*weights, head=self.config.head)
+        if objective.head != self.config.head:
+            raise ValueError(f"objective: its head is {objective.head}; must be the model's, {self.config.head}")
         return objective(
             states_BTD.flatten(0, 1),
             table_VD,

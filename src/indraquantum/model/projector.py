@@ -90,8 +90,19 @@ class QuantumProjector(nn.Module):
         if self.magnitude is None:
             phase = self.phase(embeddings)
             return torch.cat([phase.cos(), phase.sin()], dim=-1)
-        magnitude, phase = self.polar(embeddings)
+        return self.states(*self.polar(embeddings))
+
+    def states(self, magnitude: Tensor, phase: Tensor) -> Tensor:
+        """Return the states (..., D) of magnitudes and phases (..., d)."""
         return torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], dim=-1)
+
+
+class GatedProjector(QuantumProjector):
+    """Control: (M, M P), what a state of small phases is to first order; P is no angle here, but gates M."""
+
+    def states(self, magnitude: Tensor, phase: Tensor) -> Tensor:
+        """Return the pairs (..., D) of magnitudes and gates (..., d)."""
+        return torch.cat([magnitude, magnitude * phase], dim=-1)
 
 
 class LinearLift(nn.Module):
@@ -135,6 +146,7 @@ PROJECTORS: dict[str, type[QuantumProjector | LinearLift | NoLift]] = {
     "quantum": QuantumProjector,
     "phase-only": QuantumProjector,
     "frozen": QuantumProjector,
+    "gated": GatedProjector,
     "linear": LinearLift,
     "mlp": MLPLift,
     "none": NoLift,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from indraquantum.model.head import conjugate_turn
+from indraquantum.kernels.born import conjugate_turn
 
 if TYPE_CHECKING:
     from indraquantum.model.configuration import IndraQuantumConfig

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from indraquantum.kernels.born import BORN_ROWS
 from indraquantum.kernels.cpu import cpu_plan
 from indraquantum.kernels.cuda import cuda_plan_rows
 from indraquantum.model.modeling import IndraQuantumPhase2
@@ -23,6 +24,8 @@ PARTS = {
     "head": ("head",),
     "readout": ("readout",),
 }
+
+BORN_KEPT = 7  # tensors as large as the logits: both products, their sum of squares, softmaxes, targets
 
 
 def parameter_counts(model: IndraQuantumPhase2) -> dict[str, int]:
@@ -55,15 +58,22 @@ def step_flops(model: IndraQuantumPhase2, size: StepSize) -> dict[str, int]:
         "inputs": 2 * positions * _matrix_elements(model.input_projector),
         "layers": 2 * positions * _matrix_elements(model.backbone),
         "attention": 4 * positions * size.row_length * width * config.num_hidden_layers,
-        "objective": 2 * size.labelled * config.vocab_size * width,
+        "objective": 2 * size.labelled * config.vocab_size * width * products_of_the_head(model),
         "readout": 2 * size.labelled * 2 * sum(p.numel() for p in model.readout.parameters()),
     }
     # A frozen projector passes the gradient on to the table, but takes none itself.
     backward = {part: flops * 2 for part, flops in forward.items()}
     if not any(p.requires_grad for p in model.projector.parameters()):
         backward |= {part: forward[part] for part in ("lift", "inputs")}
+    if config.head == "born":  # its logits are built again
+        backward["objective"] += forward["objective"]
     flops = {part: forward[part] + backward[part] for part in forward}
     return {**flops, "all": sum(flops.values())}
+
+
+def products_of_the_head(model: IndraQuantumPhase2) -> int:
+    """Products with the lifted table that logits take: one, and two for Born's rule."""
+    return 2 if model.config.head == "born" else 1
 
 
 def _matrix_elements(module: torch.nn.Module | None) -> int:
@@ -71,7 +81,9 @@ def _matrix_elements(module: torch.nn.Module | None) -> int:
 
 
 def objective_bytes(model: IndraQuantumPhase2, labelled: int, device: torch.device) -> int:
-    """Bytes of the objective's buffer: the logits of one chunk, float32."""
+    """Bytes of the objective's buffer: the logits of one chunk, float32; by Born's rule all that autograd keeps."""
     vocabulary = model.config.vocab_size
+    if model.config.head == "born":
+        return min(BORN_ROWS, max(1, labelled)) * vocabulary * torch.float32.itemsize * BORN_KEPT
     rows = cpu_plan(vocabulary, torch.float32).rows if device.type == "cpu" else cuda_plan_rows(vocabulary)
     return min(rows, max(1, labelled)) * vocabulary * torch.float32.itemsize

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
-from indraquantum.errors import TrainingStopped, UserError
+from indraquantum.errors import TrainingStopped
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import folder_lock, make_folder
 from indraquantum.metrics import MetricsLog, NoLog
@@ -73,8 +73,6 @@ def train(settings: TrainSettings) -> TrainReport:
     metrics_path = settings.logs / settings.output.resolve().name / "metrics.jsonl"
     with Interrupts() as interrupts, joined_processes() as processes, contextlib.ExitStack() as stack:
         with processes.together():
-            if settings.head != "interference":
-                raise UserError("--head", settings.head, "must be interference: the objective does not serve the other")
             require_tracker(settings.log_to)
             device = own_device(choose_device(settings))
             plan = plan_stages(settings, open_dataset("--data", settings.data, settings.tokenizer, verify=True))

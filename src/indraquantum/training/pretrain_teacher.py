@@ -67,6 +67,10 @@ class LlamaLearner(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
+    def logits(self, states: Tensor, table_VD: Tensor) -> Tensor:
+        """Logits (..., V) of `states` (..., D)."""
+        return nn.functional.linear(states, table_VD)
+
     def amplitude(self, states_ND: Tensor) -> None:
         """A Llama has no readouts."""
 

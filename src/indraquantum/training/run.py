@@ -47,7 +47,7 @@ FREE_SETTINGS = {
 SHAPE = {
     "d-model": "d_model", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "mlp-width": "intermediate_size", "projector": "projector", "magnitude": "magnitude", "ends": "ends",
-    "head": "head", "readout": "readout",
+    "residual": "residual", "head": "head", "readout": "readout",
 }  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def start_run(settings: TrainSettings, plan: StagePlan, device: torch.device, pr
         average=WeightAverage(model, settings.ema_decay),
         device=device,
         # Its weights and temperature are set at each step.
-        objective=SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0),
+        objective=SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0, head=settings.head),
         identity=run_identity(settings, plan),
     )
 

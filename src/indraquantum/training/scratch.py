@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
-from indraquantum.errors import UserError
 from indraquantum.teacher.signals import SignalStore
 from indraquantum.training.loop import take_step
 from indraquantum.training.run import Run, start_run
@@ -25,8 +24,6 @@ def scratch_run(settings: TrainSettings) -> Run:
     Raises:
         UserError: settings, data or signals that don't fit.
     """
-    if settings.head != "interference":
-        raise UserError("--head", settings.head, "must be interference: the objective does not serve the other")
     device = choose_device(settings)
     dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
     plan = with_signals(plan_stages(settings, dataset), _signals_there)
