@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.model.readout import wrapped_phase
 from indraquantum.teacher.signals import open_signals, verify_signals
 from indraquantum.training import loop, taught
+from indraquantum.training import run as runs
 from indraquantum.training.checkpoint import load_checkpoint
 from indraquantum.training.parallel import Alone
+from indraquantum.training.stages import plan_stages
 from indraquantum.training.step import optimizer_step
 
 SMALL = {
@@ -141,6 +144,29 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(world, finished, 
     assert (exit_.value.code, error.count("\n")) == (2, 1)
     assert "--phase-spread: got 2.0; must be 0.02" in error
     assert report.checkpoint.read_bytes() == before
+
+
+def test_a_run_from_before_an_option_had_it_at_its_default(world, finished, tmp_path, monkeypatch):
+    run, report = finished
+    checkpoint = load_checkpoint("", report.checkpoint)
+    older = replace(
+        checkpoint,
+        settings={name: value for name, value in checkpoint.settings.items() if name != "residual"},
+        model_config={name: value for name, value in checkpoint.model_config.items() if name != "residual"},
+    )
+    monkeypatch.setattr(runs, "load_checkpoint", lambda field, path: older)
+
+    def started(**changes):
+        wanted = settings(world, tmp_path, **changes)
+        return loop.start_run(wanted, plan_stages(wanted, open_dataset("--data", world.data)), torch.device("cpu"))
+
+    again = started(dropout=0.1, no_teacher=True, start_from=report.checkpoint)
+    assert torch.equal(again.model.embedding.weight, checkpoint.model["embedding.weight"])
+    with pytest.raises(UserError, match=r"--start-from: .* must be of a model with --residual True, not False"):
+        started(residual=True, no_teacher=True, start_from=report.checkpoint)
+    with pytest.raises(UserError, match="--residual: got True; must be False, as in the run"):
+        loop.train(run.model_copy(update={"residual": True, "resume": str(report.checkpoint)}))
+    assert loop.train(run.model_copy(update={"resume": str(report.checkpoint)})).steps == report.steps
 
 
 def test_max_steps_ends_inside_an_epoch_and_keeps_its_checkpoint(world, tmp_path):

@@ -161,10 +161,10 @@ def starting_weights(settings: TrainSettings, plan: StagePlan) -> dict[str, Tens
     checkpoint = load_checkpoint("--start-from", path)
     if checkpoint.tokenizer["json"] != plan.dataset.tokenizer.to_json():
         raise UserError("--start-from", path, "must have the tokenizer of --data")
-    config = model_config(settings, plan).to_dict()
+    ours, theirs = model_config(settings, plan), IndraQuantumConfig.from_dict(checkpoint.model_config)
     for option, name in SHAPE.items():
-        if (theirs := checkpoint.model_config.get(name)) != config[name]:
-            allowed = f"must be of a model with --{option} {config[name]}, not {theirs}"
+        if getattr(theirs, name) != getattr(ours, name):
+            allowed = f"must be of a model with --{option} {getattr(ours, name)}, not {getattr(theirs, name)}"
             raise UserError("--start-from", path, allowed)
     return checkpoint.model
 
@@ -244,12 +244,14 @@ def _set_later_ones_aside(run: Run, used: Path) -> None:
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Give `run` the state of `checkpoint`.
+    """Give `run` the state of `checkpoint`; an option that the program did not have then stands at its default.
 
     Raises:
         UserError: the checkpoint is of a run with other settings; the first that differs is named.
     """
-    if (found := first_difference(run.identity, checkpoint.settings)) is not None:
+    fields = TrainSettings.model_fields
+    defaults = {name: fields[name].default for name in run.identity if name in fields}
+    if (found := first_difference(run.identity, defaults | checkpoint.settings)) is not None:
         allowed = f"must be {found.then}, as in the run that {run.settings.output} holds, or give another --output"
         raise UserError(*found.option_and_value(), allowed)
     run.model.load_state_dict(scattered(checkpoint.model, run.model.state_dict()))
