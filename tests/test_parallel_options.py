@@ -26,6 +26,7 @@ OPTIONS = [
     (TURNED, 1e-3), ({"compile": True}, 1e-5), ({"precision": "float16"}, 1e-3),
     ({"projector": "frozen"}, 1e-5), ({"projector": "none", "heads": 1, "no_teacher": True}, 1e-5),
     ({"readout": "mean", "no_teacher": True}, 1e-5), ({"ends": "shared"}, 1e-5), (STAGED, 1e-5),
+    ({"head": "born"}, 1e-5), ({"projector": "gated", "residual": True}, 1e-5),
 ]  # fmt: skip
 REFUSED = [{"precision": "float16"}]  # by FSDP2
 CASES = [
