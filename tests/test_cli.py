@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +178,14 @@ def test_bench_prints_every_figure_and_writes_them(capsys, tmp_path):
     assert {"objective_share_of_matmul_rate", "distillation_cost", "step_mfu", "step_over_llama"} <= figures.keys()
     assert all(value > 0 for value in figures.values())
     assert all(name in out for name in figures)
+
+
+def test_a_log_file_has_each_line_as_soon_as_it_is_said():
+    said = "cli.run_guarded = lambda action: (print('step 1'), sys.stdin.read(), 0)[-1]"
+    program = f"import sys; from indraquantum import cli; {said}; cli.main(['runs'])"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        ready, _, _ = select.select([process.stdout], [], [], 60)
+        assert ready, "nothing after a minute"
+        assert process.stdout.readline() == b"step 1\n"
+        process.stdin.close()
+        assert process.wait() == 0

@@ -8,6 +8,7 @@ Whatever a user can mend comes out as one line on stderr with exit status 2; wor
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -353,7 +354,8 @@ def run_guarded(action: Callable[[], object]) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `indra` with `arguments` (default: those of the process) and exit with its status."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
-
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a log file is read while the run goes on
+        sys.stdout.reconfigure(line_buffering=True)
     sys.exit(run_guarded(lambda: app.meta(tokens, exit_on_error=False, print_error=False)))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from functools import partial
 from pathlib import Path
 
 from indraquantum.ablation.one_run import drop_checkpoints
@@ -75,7 +74,7 @@ def _run(bench: Bench, tasks: list[Task]) -> list[str]:
     for task in tasks:
         if task not in left:
             drop_checkpoints(task)  # of a process that was killed just before
-    return run_tasks(left, bench.settings.jobs, partial(print, flush=True))
+    return run_tasks(left, bench.settings.jobs, print)
 
 
 def overview(bench: Bench, variants: list[str]) -> str:
