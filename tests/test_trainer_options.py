@@ -17,7 +17,7 @@ from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.evaluation.write import load_model
 from indraquantum.metrics import read_metrics
-from indraquantum.training import acceleration, loop
+from indraquantum.training import acceleration, loop, optimizers
 from indraquantum.training.average import WeightAverage
 from indraquantum.training.best import BestHeldOut
 from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint
@@ -228,6 +228,51 @@ def test_muon_turns_the_layers_matrices_and_adamw_the_rest(world, tmp_path):
         else:
             assert torch.equal(parameter, other), name
     assert turned == 2 * 7
+
+
+def test_muon_is_torchs_own_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(optimizers, "turning_format", lambda device: torch.bfloat16)
+    torch.manual_seed(5)
+    shapes, rates = ((7, 11), (13, 5), (3, 3)), {"lr": 0.02, "weight_decay": 0.3}
+    ours, theirs = ([torch.nn.Parameter(torch.full(shape, 0.1)) for shape in shapes] for _ in range(2))
+    muon = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **rates)
+    bias = {"name": "others", "params": [torch.nn.Parameter(torch.zeros(3))], **rates}
+    optimizer = optimizers.MuonAdamW([bias, {"name": "layers", "params": ours, **rates}])
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        optimizer.step()
+        muon.step()
+        assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(7, 31), (31, 7), (17, 17)])
+def test_a_turned_matrix_has_its_singular_vectors_and_values_near_1(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    before = matrix.clone()
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    s /= s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert ((s > 0.65) & (s < 1.25)).all()
+    torch.testing.assert_close(optimizers.orthogonal(matrix, torch.float64), u @ s.diag() @ v)
+    torch.testing.assert_close(optimizers.orthogonal(matrix, torch.float32), (u @ s.diag() @ v).float())
+    assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize(
+    ("device", "units", "expected"),
+    [
+        ("cpu", {"amx_bf16": True}, torch.bfloat16),
+        ("cpu", {"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ("cpu", {"avx2": True, "amx_bf16": False}, torch.float32),
+        ("cuda", {}, torch.bfloat16),
+    ],
+)
+def test_matrices_are_turned_in_bfloat16_where_there_are_units_for_it(monkeypatch, device, units, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    assert optimizers.turning_format.__wrapped__(device) == expected
 
 
 def test_muon_state_goes_through_its_state_dict(world, tmp_path):
