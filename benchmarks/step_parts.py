@@ -1,6 +1,7 @@
 """Where a training step spends its time, as a table and a picture: `python benchmarks/step_parts.py [--plot FILE]`.
 
-The parts of `training.step.optimizer_step` are timed one by one at the user's sizes; run it on an idle machine.
+The parts of `training.step.optimizer_step` are timed one by one at the user's sizes, and beside them, outside of the
+sum, the optimiser with its matrices turned in the other format; run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -15,17 +16,25 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from indraquantum.bench_step import RandomSignals, StepShape, adamw, student, synthetic_split
+from indraquantum.bench_step import RandomSignals, StepShape, student, synthetic_split
+from indraquantum.config import TrainSettings
 from indraquantum.kernels.onednn import onednn_products
 from indraquantum.learner import to_tensors
 from indraquantum.loss_v2 import SemanticDistillationLoss
+from indraquantum.training import optimizers
+
+CHOSEN = optimizers.turning_format("cpu")
+OTHER = torch.float32 if CHOSEN is torch.bfloat16 else torch.bfloat16
+OPTIMISER = f"Muon ({str(CHOSEN).removeprefix('torch.')}) and AdamW"
+INSTEAD = f"the same in {str(OTHER).removeprefix('torch.')}"
 
 
 @onednn_products()
 def measure(shape: StepShape, repeats: int) -> dict[str, float]:
     """Median seconds of each part, in the order in which they come."""
     split, model = synthetic_split(shape), student(shape)
-    signals, optimizer = RandomSignals(shape, split.num_tokens), adamw(model)
+    signals = RandomSignals(shape, split.num_tokens)
+    optimizer = optimizers.new_optimizer(model, TrainSettings())
     objective = SemanticDistillationLoss(kd_weight=0.05, phase_weight=0.1, magnitude_weight=0.1)
     seconds: dict[str, list[float]] = defaultdict(list)
     for round_number in range(repeats + 1):
@@ -60,7 +69,11 @@ def measure(shape: StepShape, repeats: int) -> dict[str, float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         done("clip")
         optimizer.step()
-        done("AdamW")
+        done(OPTIMISER)
+        optimizers.turning_format = lambda _: OTHER
+        optimizer.step()
+        done(INSTEAD)
+        optimizers.turning_format = lambda _: CHOSEN
     return {part: statistics.median(measured) for part, measured in seconds.items()}
 
 
@@ -86,10 +99,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     shape = StepShape()
     seconds = measure(shape, arguments.repeats)
+    instead = seconds.pop(INSTEAD)
     total = sum(seconds.values())
     for part, value in seconds.items():
         print(f"{part:<34} {value * 1000:8.1f} ms  {value / total:6.1%}")
     print(f"{'the step':<34} {total * 1000:8.1f} ms  {shape.step_tokens / total:.0f} tokens/s")
+    print(f"{INSTEAD:<34} {instead * 1000:8.1f} ms  {instead / seconds[OPTIMISER]:6.2f}x")
     if arguments.plot:
         sizes = f"d_model {shape.d_model}, {shape.layers} layers, V {shape.vocabulary:,}"
         draw(arguments.plot, seconds, f"A step of {shape.step_tokens:,} tokens: {sizes}")
