@@ -10,7 +10,7 @@ import torch
 import forked
 import survival
 from indraquantum.metrics import read_metrics
-from indraquantum.training import checkpoint
+from indraquantum.training import checkpoint, optimizers
 from indraquantum.training.checkpoint import load_checkpoint
 from test_parallel_runs import stop_after
 
@@ -67,6 +67,30 @@ def test_an_option_does_what_it_does_in_one_process(world, tmp_path, kind, chang
     torch.testing.assert_close((a.model, a.average), (b.model, b.average), rtol=0.01, atol=0.01)
     assert a.best.keys() == b.best.keys()
     assert a.best["step"] == b.best["step"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_each_matrix_is_turned_by_one_process(world, tmp_path, monkeypatch, kind):
+    """3 processes and the 14 matrices of 2 layers: five chunks, in the last of which one has nothing to do."""
+    settings = survival.small_run(world, tmp_path, **{**LENGTH, **TURNED, "max_steps": 1}, parallel=kind)
+    turn = optimizers.orthogonal
+
+    def counted(rank):
+        def one(matrix, dtype):
+            with (tmp_path / f"turned{rank}").open("a") as file:
+                file.write(f"{matrix.shape[0] * matrix.shape[1]}\n")
+            return turn(matrix, dtype)
+
+        monkeypatch.setattr(optimizers, "orthogonal", one)
+        survival.train_small(settings)
+
+    assert forked.run(3, counted, tmp_path / "said") == [0, 0, 0]
+    turned = [(tmp_path / f"turned{rank}").read_text().split() for rank in range(3)]
+    assert [len(sizes) for sizes in turned] == [5, 5, 4]
+    width, inner = 2 * settings.d_model, settings.mlp_width
+    assert sorted(int(size) for sizes in turned for size in sizes) == sorted(
+        2 * (4 * [width * width] + 3 * [width * inner])
+    )
 
 
 @pytest.mark.parametrize("changes", REFUSED)

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m indraquantum train
 
 What is exchanged here is small (counts, sums, errors, signals of the system) and goes over gloo, also where the
-gradients go over NCCL; those are carried by DDP or FSDP2 (training/parallel.py), never from here.
+gradients go over NCCL; those are carried by DDP or FSDP2 (training/parallel.py). As large as a gradient are only what
+`whole` gathers and `from_process` sends on.
 """
 
 from __future__ import annotations
@@ -180,6 +181,13 @@ def own_device(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     return device
+
+
+def from_process(processes: Processes, rank: int, value: Tensor) -> Tensor:
+    """`value` of the process numbered `rank`, which all get by asking for it; written into their own."""
+    if not processes.alone:
+        torch.distributed.broadcast(value, src=rank)  # over the group of the gradients, for it is as large
+    return value
 
 
 def whole(value: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from indraquantum.config import TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.model.modeling import IndraQuantumPhase2
-from indraquantum.processes import shard_like, whole
+from indraquantum.processes import ALONE, Processes, from_process, shard_like, whole
 
 BETAS = (0.9, 0.95)
 MUON_GROUP = "layers"
@@ -35,9 +35,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         groups: AdamW's parameter groups with names; those of the one named MUON_GROUP are matrices, for Muon.
+        processes: those of the run, which share out the matrices to be turned.
     """
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
+    def __init__(self, groups: list[dict[str, Any]], processes: Processes = ALONE) -> None:
+        self._processes = processes
         self._adamw = torch.optim.AdamW([g for g in groups if g["name"] != MUON_GROUP], betas=BETAS, fused=True)
         super().__init__([*self._adamw.param_groups, *(g for g in groups if g["name"] == MUON_GROUP)], {})
 
@@ -49,25 +51,31 @@ class MuonAdamW(torch.optim.Optimizer):
         self._adamw.param_groups = [g for g in self.param_groups if g["name"] != MUON_GROUP]
         self._adamw.step()
         for group in self.param_groups:
-            for parameter in group["params"] if group["name"] == MUON_GROUP else ():
-                if parameter.grad is not None:
-                    self._turn(parameter, group["lr"], group["weight_decay"])
+            if group["name"] == MUON_GROUP:
+                # By size, so that those which are turned at one time take about as long.
+                matrices = sorted((p for p in group["params"] if p.grad is not None), key=torch.numel)
+                for first in range(0, len(matrices), self._processes.world):
+                    self._turn(matrices[first : first + self._processes.world], group["lr"], group["weight_decay"])
 
-    def _turn(self, matrix: Tensor, learning_rate: float, weight_decay: float) -> None:
-        """Muon's update with Nesterov's momentum.
+    def _turn(self, matrices: list[Tensor], learning_rate: float, weight_decay: float) -> None:
+        """Muon's update of as many matrices as there are processes, or fewer: each turns one, whole, for all."""
+        updates = [whole(self._update(matrix)).contiguous() for matrix in matrices]
+        for rank, update in enumerate(updates):
+            if rank == self._processes.rank:
+                update.copy_(orthogonal(update, turning_format(update.device.type)))
+        for rank, (matrix, update) in enumerate(zip(matrices, updates, strict=True)):
+            turned = from_process(self._processes, rank, update)
+            matrix.mul_(1 - learning_rate * weight_decay)
+            matrix.add_(shard_like(turned, matrix), alpha=-learning_rate * 0.2 * math.sqrt(max(turned.shape)))
 
-        Where processes have shards, an update is gathered, for it is turned as a whole; every process turns every
-        matrix, as with DDP.
-        """
+    def _update(self, matrix: Tensor) -> Tensor:
+        """What Nesterov's momentum makes of the gradient."""
         state = self.state[matrix]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
         momentum = state["momentum_buffer"]
         momentum.lerp_(matrix.grad, 1 - MOMENTUM)
-        update = whole(matrix.grad.lerp(momentum, MOMENTUM))
-        turned = orthogonal(update, turning_format(update.device.type))
-        matrix.mul_(1 - learning_rate * weight_decay)
-        matrix.add_(shard_like(turned, matrix), alpha=-learning_rate * 0.2 * math.sqrt(max(update.shape)))
+        return matrix.grad.lerp(momentum, MOMENTUM)
 
 
 def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,8 +100,10 @@ def turning_format(device_type: str) -> torch.dtype:
     return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
 
 
-def new_optimizer(model: IndraQuantumPhase2, settings: TrainSettings) -> torch.optim.Optimizer:
-    """A fresh optimiser of `model`, whose weights may lie in shards.
+def new_optimizer(
+    model: IndraQuantumPhase2, settings: TrainSettings, processes: Processes = ALONE
+) -> torch.optim.Optimizer:
+    """A fresh optimiser of `model`, whose weights may lie in shards among `processes`.
 
     Raises:
         UserError: a rate is given for what is not there.
@@ -118,4 +128,4 @@ def new_optimizer(model: IndraQuantumPhase2, settings: TrainSettings) -> torch.o
         if group["name"] == MUON_GROUP:
             group["rate"] = settings.muon_rate
             group["lr"] = settings.learning_rate * settings.muon_rate
-    return MuonAdamW(groups)
+    return MuonAdamW(groups, processes)

@@ -128,7 +128,7 @@ def start_run(settings: TrainSettings, plan: StagePlan, device: torch.device, pr
         plan=plan,
         model=model,
         parallel=parallel,
-        optimizer=new_optimizer(model, settings),
+        optimizer=new_optimizer(model, settings, processes),
         average=WeightAverage(model, settings.ema_decay),
         device=device,
         # Its weights and temperature are set at each step.
