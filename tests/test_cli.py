@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import select
 import subprocess
@@ -183,9 +184,11 @@ def test_bench_prints_every_figure_and_writes_them(capsys, tmp_path):
 def test_a_log_file_has_each_line_as_soon_as_it_is_said():
     said = "cli.run_guarded = lambda action: (print('step 1'), sys.stdin.read(), 0)[-1]"
     program = f"import sys; from indraquantum import cli; {said}; cli.main(['runs'])"
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], env=buffered, **pipes) as process:
         ready, _, _ = select.select([process.stdout], [], [], 60)
-        assert ready, "nothing after a minute"
+        assert ready or process.kill(), "nothing after a minute"
         assert process.stdout.readline() == b"step 1\n"
         process.stdin.close()
         assert process.wait() == 0
