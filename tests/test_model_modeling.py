@@ -35,6 +35,7 @@ def test_parameter_count_by_formula(projector, ends):
     lift = {
         "quantum": 2 * (D_MODEL**2 + D_MODEL),
         "frozen": 2 * (D_MODEL**2 + D_MODEL),
+        "gated": 2 * (D_MODEL**2 + D_MODEL),
         "phase-only": D_MODEL**2 + D_MODEL,
         "linear": D_MODEL * width,
         "mlp": D_MODEL * width + width,
