@@ -60,9 +60,9 @@ class MuonAdamW(torch.optim.Optimizer):
     def _turn(self, matrices: list[Tensor], learning_rate: float, weight_decay: float) -> None:
         """Muon's update of as many matrices as there are processes, or fewer: each turns one, whole, for all."""
         updates = [whole(self._update(matrix)).contiguous() for matrix in matrices]
-        for rank, update in enumerate(updates):
-            if rank == self._processes.rank:
-                update.copy_(orthogonal(update, turning_format(update.device.type)))
+        if self._processes.rank < len(updates):
+            own = updates[self._processes.rank]
+            own.copy_(orthogonal(own, turning_format(own.device.type)))
         for rank, (matrix, update) in enumerate(zip(matrices, updates, strict=True)):
             turned = from_process(self._processes, rank, update)
             matrix.mul_(1 - learning_rate * weight_decay)
