@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from indraquantum.config import TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.files import read_json, without_nan, write_json
+from indraquantum.training.run import with_defaults
 
 FORMAT = "indraquantum-ablation-run"
 FORMAT_VERSION = 1
@@ -45,12 +45,10 @@ def check_record(path: Path, record: Record, planned: Record) -> None:
     Raises:
         UserError: naming the first difference.
     """
-    then, now = ({**part, **part["settings"]} for part in (record, planned))
-    defaults = {name: field.default for name, field in TrainSettings.model_fields.items()}
-    for name in planned.keys() | then["settings"].keys() | now["settings"].keys():
-        if name == "settings":
-            continue
-        before, wanted = (part.get(name, defaults.get(name)) for part in (then, now))
+    names = (planned.keys() | record["settings"].keys() | planned["settings"].keys()) - {"settings"}
+    then, now = (with_defaults({**part, **part["settings"]}, names) for part in (record, planned))
+    for name in sorted(names):
+        before, wanted = then.get(name), now.get(name)
         if before != wanted:
             where = f"{name} {wanted}, as planned, not {before}"
             raise UserError("results", path, f"must be of a run with {where}; remove it, or give another --output")

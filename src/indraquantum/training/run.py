@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,9 +250,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: the checkpoint is of a run with other settings; the first that differs is named.
     """
-    fields = TrainSettings.model_fields
-    defaults = {name: fields[name].default for name in run.identity if name in fields}
-    if (found := first_difference(run.identity, defaults | checkpoint.settings)) is not None:
+    if (found := first_difference(run.identity, with_defaults(checkpoint.settings, run.identity))) is not None:
         allowed = f"must be {found.then}, as in the run that {run.settings.output} holds, or give another --output"
         raise UserError(*found.option_and_value(), allowed)
     run.model.load_state_dict(scattered(checkpoint.model, run.model.state_dict()))
@@ -260,6 +259,12 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
     run.average.load(scattered(checkpoint.average, run.average.weights))
     run.parallel.precision.scaler.load_state_dict(checkpoint.loss_scale)
+
+
+def with_defaults(then: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """What decided an earlier run, with the default of each option among `names` that the program did not have then."""
+    fields = TrainSettings.model_fields
+    return {name: fields[name].default for name in names if name in fields} | dict(then)
 
 
 class Difference(NamedTuple):
