@@ -25,6 +25,7 @@ class Handler(BaseHTTPRequestHandler):
     """`server.faults` holds what goes wrong with the next requests; `server.prompts` what was answered."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
 
     def log_message(self, *arguments):
         pass
