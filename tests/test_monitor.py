@@ -64,14 +64,18 @@ def test_the_newest_run_is_found(tmp_path, monkeypatch):
     for age, name in enumerate(("new", "old")):
         folder = tmp_path / "logs" / name
         folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text("")
+        (folder / "metrics.jsonl").write_text("{}\n")
         os.utime(folder / "metrics.jsonl", (1_000_000 - age, 1_000_000 - age))
     assert find_run(tmp_path / "nowhere", tmp_path / "logs").parent.name == "new"
+    (tmp_path / "logs" / "begun").mkdir()
+    (tmp_path / "logs" / "begun" / "metrics.jsonl").write_text("")  # a run that has not done a step
+    assert find_run(tmp_path / "logs").parent.name == "new"
     monkeypatch.setenv("INDRA_METRICS", str(tmp_path / "logs" / "old" / "metrics.jsonl"))
     assert find_run(tmp_path / "logs").parent.name == "old"
-    monkeypatch.setenv("INDRA_METRICS", str(tmp_path / "gone"))
-    with pytest.raises(UserError, match="must be a run's metrics"):
-        find_run(tmp_path)
+    for empty in ("gone", "logs/begun/metrics.jsonl"):
+        monkeypatch.setenv("INDRA_METRICS", str(tmp_path / empty))
+        with pytest.raises(UserError, match=r"must be the metrics\.jsonl of a run that has done a step"):
+            find_run(tmp_path)
 
 
 def test_no_run_says_what_to_do(tmp_path, monkeypatch):

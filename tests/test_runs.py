@@ -74,6 +74,12 @@ def test_the_comparison_shows_what_differs_and_the_figures(logs, capsys):
     ]  # fmt: skip
 
 
+def test_a_folder_elsewhere_is_called_by_its_own_name(logs, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(capsys, "compare", logs / "a", logs / "deep" / "b")
+    assert (status, out.splitlines()[0]) == (0, "\ta\tb")
+
+
 def test_in_a_terminal_it_is_a_table(logs, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "140")

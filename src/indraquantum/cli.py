@@ -8,6 +8,7 @@ Whatever a user can mend comes out as one line on stderr with exit status 2; wor
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -37,11 +38,14 @@ from indraquantum.config import (
     TrainSettings,
 )
 from indraquantum.errors import TrainingStopped, UserError
-from indraquantum.files import atomic_file
+from indraquantum.files import atomic_file, check_new_file
 from indraquantum.yaml_settings import read_yaml
 
 # `*` lifts the fields of a settings class to options of the command; switches have no --no- twin.
 OPTIONS = Parameter(name="*", negative="")
+
+# Errors of writing that are the disk's, wherever they come up.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 app = App(
     name="indra",
@@ -265,6 +269,8 @@ def bench(*, settings: Annotated[BenchSettings, OPTIONS] = BenchSettings()) -> N
     from indraquantum.bench import Shape, figures_json, figures_table, objective_memory, objective_speed
     from indraquantum.bench_step import StepShape, step_memory, step_speed
 
+    if settings.json_file:
+        check_new_file("--json-file", settings.json_file)
     torch.set_num_threads(settings.threads)
     if settings.quick:
         shape, step, rows = Shape(128, 32, 1000, 4), StepShape(8, 1, 16, 300, 128, 1024, 4), (128,)
@@ -348,6 +354,12 @@ def run_guarded(action: Callable[[], object]) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        told = UserError(error.filename or "output", error.strerror, "must be a place with room that can be written")
+        print(f"indra: error: {told}", file=sys.stderr)
+        return told.exit_status
     return 0
 
 

@@ -51,6 +51,17 @@ def make_folder(field: str, path: Path) -> Path:
     return path
 
 
+def check_new_file(field: str, path: Path) -> None:
+    """Check before long work that its result can be written at `path`; makes the folder.
+
+    Raises:
+        UserError: it is a folder, or stands where none can be written; `field` is the option to name.
+    """
+    if path.is_dir():
+        raise UserError(field, path, "must be a file, not a folder")
+    make_folder(field, path.parent)
+
+
 @contextlib.contextmanager
 def folder_lock(field: str, folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone; the system drops the lock when a process ends, however it ends.

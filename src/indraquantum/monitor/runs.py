@@ -21,13 +21,13 @@ def find_run(*roots: str | Path) -> Path:
     """
     chosen = os.environ.get("INDRA_METRICS")
     if chosen:
-        if not Path(chosen).is_file():
-            raise UserError("INDRA_METRICS", chosen, "must be a run's metrics.jsonl")
+        if not Path(chosen).is_file() or not Path(chosen).stat().st_size:
+            raise UserError("INDRA_METRICS", chosen, "must be the metrics.jsonl of a run that has done a step")
         return Path(chosen)
-    found = [path for root in roots for path in Path(root).rglob("metrics.jsonl")]
+    found = [path for root in roots for path in Path(root).rglob("metrics.jsonl") if path.stat().st_size]
     if not found:
         searched = ", ".join(map(str, roots))
-        raise UserError("logs", searched, "holds no metrics.jsonl yet: train first, or set INDRA_METRICS")
+        raise UserError("logs", searched, "holds no run with a step yet: train first, or set INDRA_METRICS")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
@@ -109,5 +109,5 @@ def named_runs(root: Path, names: tuple[str, ...]) -> list[RunSummary]:
         if there is None:
             known = ", ".join(sorted(str(path.parent.relative_to(root)) for path in root.rglob("metrics.jsonl")))
             raise UserError("RUNS", name, f"must be a run below {root} ({known or 'it holds none'}) or a run's folder")
-        runs.append(summarise(there, root if there == paths[0] else Path(name).parent))
+        runs.append(summarise(there, root if there.is_relative_to(root) else there.parent.parent))
     return runs
