@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import time
 import pytest
 import yaml
 from filelock import FileLock
+from matplotlib.figure import Figure
 
 import survival
 from indraquantum import cli
@@ -204,6 +206,51 @@ def test_a_finished_plan_runs_nothing_again_and_refuses_other_settings(world, fi
     assert "must be of a run with warmup_fraction 0.5, as planned, not 0.05" in said
     assert "search/quantum-try0.json" in said
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "said"),
+    [
+        ("quantum", {"d_model": 8}, "must be of a run with d_model 8, as planned, not 6"),
+        ("plain", {}, "must be of a run with a setting of the plan's search, not {'table_rate': 20}"),
+    ],
+)
+def test_a_report_refuses_the_runs_of_another_plan(world, finished, tmp_path, capsys, variant, changes, said):
+    """Those of variants that this command does not run, too."""
+    folder, _ = finished
+    shutil.copytree(folder / "results", tmp_path / "results")
+    before = (tmp_path / "results" / "report.md").read_bytes()
+    variants = PLAN["variants"] | {variant: PLAN["variants"][variant] | changes}
+    grids = PLAN["search"]["variants"] | ({} if changes else {variant: [{"table_rate": 3}]})
+    plan = write_plan(world, tmp_path, variants=variants, search=PLAN["search"] | {"variants": grids})
+    for options in (("--report-only",), ("--work", tmp_path / "work", "--only", "broken")):
+        assert indra("ablate", plan, "--output", tmp_path / "results", *options) == 2
+        assert f"{variant}-seed3.json; {said}" in capsys.readouterr().err
+    assert (tmp_path / "results" / "report.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [("--only", "plain"), ("--dry-run",)])
+def test_a_report_alone_is_of_all_and_is_written(finished, capsys, options):
+    folder, plan = finished
+    assert indra("ablate", plan, *folders(folder), "--report-only", *options) == 2
+    assert f"{options[0]}: got given; must not stand beside --report-only" in capsys.readouterr().err
+
+
+def test_a_report_that_finds_no_room_leaves_the_pictures_of_before(finished, tmp_path, capsys, monkeypatch):
+    folder, plan = finished
+    shutil.copytree(folder / "results", tmp_path / "results")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "results").glob("report*")}
+
+    def half_of(figure, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Figure, "savefig", half_of)
+    assert indra("ablate", plan, "--output", tmp_path / "results", "--report-only") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "got No space left on device; must be a place with room" in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / "results").glob("*report*")} == before
 
 
 def test_the_figures_are_those_of_the_checkpoint_on_half_of_the_documents(world, finished, tmp_path, monkeypatch):

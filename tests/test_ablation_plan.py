@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from indraquantum.ablation import tasks
 from indraquantum.ablation.blocks import markdown
 from indraquantum.ablation.one_run import run_task
 from indraquantum.ablation.plan import load_plan, resolved
@@ -80,6 +83,51 @@ def test_a_file_that_is_no_plan_is_one_line(tmp_path, capsys, text, said):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert said in error
+
+
+@pytest.mark.parametrize(
+    ("setting", "field", "said"),
+    [
+        ({"max_steps": 19}, "variants", "got plain; must train on as many rows as variant quantum (200), not 190"),
+        ({"mlp_width": 40}, "equal_parameters", "must agree within 1 %: quantum 3,697, plain 3,697 or 4,129"),
+    ],
+)
+def test_what_a_search_may_choose_is_as_fair(world, tmp_path, capsys, setting, field, said):
+    usual = {name: BASE[name] for name in setting}
+    variant = {"projector": "none", "d_model": 8}
+    variants = {"quantum": variant | usual, "plain": variant}
+    search = {"variants": {"plain": [usual, setting]}}
+    base = {name: value for name, value in BASE.items() if name not in setting}
+    plan = write_plan(
+        world, tmp_path, base=base, variants=variants, search=search, pairs=[], equal_parameters=[["quantum", "plain"]]
+    )
+    assert indra("ablate", plan, *folders(tmp_path), "--dry-run") == 2
+    assert f"{field}: " in (error := capsys.readouterr().err)
+    assert said in error
+
+
+def test_a_search_needs_something_held_out_to_choose_by(world, tmp_path, capsys, monkeypatch):
+    plan = write_plan(world, tmp_path)
+    monkeypatch.setattr(tasks, "documents_of_half", lambda dataset, half: np.array([half == "table"]))
+    assert indra("ablate", plan, *folders(tmp_path)) == 2
+    assert "must hold out two different documents of a source, for a search" in capsys.readouterr().err
+    plan = write_plan(world, tmp_path, search=None)
+    assert indra("ablate", plan, *folders(tmp_path), "--dry-run") == 0
+
+
+def test_a_change_anywhere_in_the_program_marks_the_commit(tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    for file in (package / "ablation" / "tasks.py", package / "model" / "head.py"):
+        file.parent.mkdir(parents=True)
+        file.write_text("")
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "first")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(tasks, "__file__", str(package / "ablation" / "tasks.py"))
+    head = tasks.commit()
+    assert len(head) == 40
+    (package / "model" / "head.py").write_text("changed")
+    assert tasks.commit() == f"{head}+changes"
 
 
 def test_anchors_and_paths_beside_the_plan(tmp_path):

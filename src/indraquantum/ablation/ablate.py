@@ -31,10 +31,15 @@ def ablate(path: Path, settings: AblateSettings) -> Path | None:
     plan = load_plan(path)
     plan = plan.model_copy(update={"data": settings.data or plan.data, "signals": settings.signals or plan.signals})
     results = settings.output or Path("results") / plan.name
+    variants = _variants(plan, settings.only)
     if settings.report_only:
+        if settings.dry_run or settings.only:
+            other = "--dry-run" if settings.dry_run else "--only"
+            raise UserError(
+                other, "given", "must not stand beside --report-only, which runs nothing and reports on all"
+            )
         return write_report(plan, results)
     work = settings.work or Path("runs") / "ablate" / plan.name
-    variants = _variants(plan, settings.only)
     bench = Bench(plan, settings, results, work, command_line(path, settings))
     bench.check()
     if settings.dry_run:

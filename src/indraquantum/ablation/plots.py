@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from indraquantum.ablation.intervals import interval
 from indraquantum.ablation.results import Record
 from indraquantum.evaluation.collapse import CollapseFigures
+from indraquantum.files import atomic_file
 
 Runs = dict[str, dict[int, Record]]  # finished runs by variant and seed
 
@@ -98,7 +99,8 @@ def save_picture(folder: Path, name: str, runs: Runs) -> Path:
     figure = Figure(figsize=(10, 8) if name == "collapse" else (10, 5), layout="constrained")
     PICTURES[name](figure, runs)
     path = folder / f"report_{name}.png"
-    figure.savefig(path, dpi=90)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
     return path
 
 

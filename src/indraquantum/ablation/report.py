@@ -11,7 +11,7 @@ from indraquantum.ablation.blocks import Block, Code, Heading, Paragraph, Pictur
 from indraquantum.ablation.intervals import Interval, interval, paired
 from indraquantum.ablation.plan import Plan
 from indraquantum.ablation.plots import PICTURES, Runs, save_picture
-from indraquantum.ablation.results import Record, read_record
+from indraquantum.ablation.results import Record, check_stated, read_record
 from indraquantum.ablation.sizes import FLOPS_FORMULA
 from indraquantum.errors import UserError
 from indraquantum.evaluation.samples import PROMPTS
@@ -43,9 +43,15 @@ def write_report(plan: Plan, folder: Path) -> Path:
     """Write report.md and report.html of the JSONs in `folder`; the path of the latter.
 
     Raises:
-        UserError: no run is finished.
+        UserError: no run is finished, or one is not of this plan.
     """
-    records = {v: {s: r for s in plan.seeds if (r := read_record(folder / f"{v}-seed{s}.json"))} for v in plan.variants}
+    records: Runs = {variant: {} for variant in plan.variants}
+    for variant in plan.variants:
+        for seed in plan.seeds:
+            path = folder / f"{variant}-seed{seed}.json"
+            if record := read_record(path):
+                check_stated(path, record, plan, variant)
+                records[variant][seed] = record
     finished = {v: {s: r for s, r in by_seed.items() if r["status"] == "finished"} for v, by_seed in records.items()}
     runs = {variant: by_seed for variant, by_seed in finished.items() if by_seed}
     if not runs:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from indraquantum.ablation.plan import Plan, resolved
 from indraquantum.errors import UserError
 from indraquantum.files import read_json, without_nan, write_json
-from indraquantum.training.run import with_defaults
+from indraquantum.training.run import FREE_SETTINGS, with_defaults
 
 FORMAT = "indraquantum-ablation-run"
 FORMAT_VERSION = 1
@@ -45,7 +47,26 @@ def check_record(path: Path, record: Record, planned: Record) -> None:
     Raises:
         UserError: naming the first difference.
     """
-    names = (planned.keys() | record["settings"].keys() | planned["settings"].keys()) - {"settings"}
+    _compare(path, record, planned, record["settings"].keys() | planned["settings"].keys())
+
+
+def check_stated(path: Path, record: Record, plan: Plan, variant: str) -> None:
+    """Check that the run at `path` is one of `variant`, as far as the plan alone tells; data may be elsewhere.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    grid = plan.grid_of(variant) or ({},)
+    if record["chosen"] not in grid:
+        where = f"a setting of the plan's search, not {record['chosen']}"
+        raise UserError("results", path, f"must be of a run with {where}; remove it, or give another --output")
+    settings = resolved(plan, variant, record["chosen"], data=plan.data)
+    stated = settings.model_dump(mode="json", exclude=FREE_SETTINGS | {"strategy", "start_from", "seed"})
+    _compare(path, record, {"variant": variant, "settings": stated}, stated)
+
+
+def _compare(path: Path, record: Record, planned: Record, options: Iterable[str]) -> None:
+    names = (planned.keys() | set(options)) - {"settings"}
     then, now = (with_defaults({**part, **part["settings"]}, names) for part in (record, planned))
     for name in sorted(names):
         before, wanted = then.get(name), now.get(name)

@@ -15,7 +15,7 @@ from indraquantum.ablation.sizes import planned_steps, sizes_of
 from indraquantum.config import AblateSettings, TrainSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.errors import UserError
-from indraquantum.evaluation.halves import Half
+from indraquantum.evaluation.halves import Half, documents_of_half
 from indraquantum.files import combined_sha256
 from indraquantum.strategy import resolve
 from indraquantum.teacher.signals import SignalStore, open_signals
@@ -129,26 +129,32 @@ class Bench:
     def check(self) -> None:
         """Check that every variant can be built, sees the same rows, and that groups agree in size within 1 %.
 
+        A variant that searches is looked at in each setting that it may choose.
+
         Raises:
-            UserError: naming the variant.
+            UserError: naming the variant; or there is nothing held out to search by.
         """
-        runs = {variant: self.run(variant, self.plan.seeds[0], {}).settings for variant in self.plan.variants}
-        counts = {}
-        for variant, settings in runs.items():
-            try:
-                counts[variant] = sizes_of(settings, self.dataset).parameters
-            except UserError as error:
-                raise UserError(f"variants.{variant}: {error.field}", error.value, error.allowed) from None
-        seen = {variant: self._rows_seen(settings) for variant, settings in runs.items()}
-        first = next(iter(seen))
-        for variant, rows in seen.items():
-            if rows != seen[first]:
-                allowed = f"must train on as many rows as variant {first} ({seen[first]:,}), not {rows:,}"
-                raise UserError("variants", variant, allowed)
+        counts: dict[str, list[int]] = {}
+        first, expected = next(iter(self.plan.variants)), None
+        for variant in self.plan.variants:
+            for chosen in self.plan.grid_of(variant) or ({},):
+                settings = self.run(variant, self.plan.seeds[0], chosen).settings
+                try:
+                    counts.setdefault(variant, []).append(sizes_of(settings, self.dataset).parameters)
+                except UserError as error:
+                    raise UserError(f"variants.{variant}: {error.field}", error.value, error.allowed) from None
+                rows = self._rows_seen(settings)
+                expected = rows if expected is None else expected
+                if rows != expected:
+                    allowed = f"must train on as many rows as variant {first} ({expected:,}), not {rows:,}"
+                    raise UserError("variants", variant, allowed)
         for group in self.plan.equal_parameters:
-            if max(counts[variant] for variant in group) > 1.01 * min(counts[variant] for variant in group):
-                said = ", ".join(f"{variant} {counts[variant]:,}" for variant in group)
+            sizes = [count for variant in group for count in counts[variant]]
+            if max(sizes) > 1.01 * min(sizes):
+                said = ", ".join(f"{v} {' or '.join(f'{n:,}' for n in dict.fromkeys(counts[v]))}" for v in group)
                 raise UserError("equal_parameters", " ".join(group), f"must agree within 1 %: {said}")
+        if self.plan.search is not None and not documents_of_half(self.dataset, "choice").any():
+            raise UserError("--data", self.plan.data, "must hold out two different documents of a source, for a search")
 
     def _rows_seen(self, settings: TrainSettings) -> int:
         """Rows that a run visits, each as often as it does, as if the last step of each epoch were a full one."""
@@ -165,7 +171,7 @@ def _held_out_sha256(store: SignalStore) -> str:
 
 def commit() -> str | None:
     """The commit that the program runs from, with `+changes` where files differ from it; None outside a repository."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]  # the whole package
     try:
         commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--", "."])
         head, changes = (

@@ -12,6 +12,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from indraquantum.files import atomic_file
+
 Metrics = list[dict[str, Any]]
 SMOOTHING = 0.9  # of the exponential mean that is drawn over the raw curve
 
@@ -67,7 +69,8 @@ def save_overview(path: Path, metrics: Metrics, title: str) -> None:
     figure.suptitle(title)
     for axes, draw in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         draw(axes, metrics)
-    figure.savefig(path, dpi=110)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=110)
 
 
 def save_range_test(
