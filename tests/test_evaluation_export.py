@@ -72,12 +72,15 @@ def test_a_fresh_process_needs_one_import(exported):
     assert done.stdout.split()[-1] == "IndraQuantumPhase2"
 
 
-def test_nothing_is_replaced_and_a_bad_checkpoint_is_one_line(exported, tmp_path, capsys):
+def test_nothing_is_replaced_and_a_bad_checkpoint_is_one_line(exported, tmp_path, capsys, monkeypatch):
     checkpoint, folder = exported
     before = sorted(path.name for path in folder.iterdir())
     assert indra("export", checkpoint, folder) == 2
     assert "FOLDER: got" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == before
+    monkeypatch.chdir(tmp_path)
+    assert indra("export", checkpoint, ".") == 2
+    assert "FOLDER: got .; must not be the working folder" in capsys.readouterr().err
     assert indra("export", tmp_path / "nowhere.pt", tmp_path / "new") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "new").exists()

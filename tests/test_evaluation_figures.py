@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 from indraquantum import cli
 from indraquantum.config import EvalSettings, TrainSettings
 from indraquantum.data.dataset import open_dataset
+from indraquantum.errors import UserError
 from indraquantum.evaluation.figures import evaluate, expected_calibration_error, pearson
 from indraquantum.evaluation.report import evaluate_checkpoint
 from indraquantum.evaluation.write import load_model
+from indraquantum.files import SEAL, write_manifest_json
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training.loop import train
 
@@ -141,6 +144,67 @@ def test_a_text_file_has_its_own_documents_and_bytes(checkpoint, tmp_path, capsy
     assert "bits/byte" in capsys.readouterr().out
 
 
+def test_rows_of_a_text_are_as_long_as_asked(checkpoint, tmp_path):
+    """A long document, a row at a time: nothing before a row is seen from within it."""
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sees a dog at night . " * 20 + "\n")
+    model, tokenizer = load_model(checkpoint, torch.device("cpu"))
+    ids = torch.from_numpy(tokenizer.encode_documents([text.read_text().strip()])[0].astype(np.int64))
+    assert len(ids) > 100
+    for length in (48, 128):
+        total = 0.0
+        for start in range(0, len(ids) - 1, length):
+            with torch.no_grad():
+                log_p = model(ids[None, start : start + length]).logits[0].log_softmax(-1)
+            labels = ids[start + 1 : start + length + 1]
+            total -= log_p[torch.arange(len(labels)), labels].sum().item()
+        figures = evaluate_checkpoint(checkpoint, EvalSettings(text=str(text), row_length=length)).sources["text"]
+        assert (figures.tokens, figures.cross_entropy) == (
+            len(ids) - 1,
+            pytest.approx(total / (len(ids) - 1), rel=1e-4),
+        )
+
+
+def signals_beside(world, folder, **changes):
+    """The world's data with its signals beside them, whose manifest is changed."""
+    shutil.copytree(world.data, folder / "mixed")
+    shutil.copytree(world.signals, folder / "teacher_signals")
+    path = folder / "teacher_signals" / "manifest.json"
+    content = json.loads(path.read_text())
+    del content[SEAL]
+    write_manifest_json(path, content | changes)
+    return folder / "mixed", folder / "teacher_signals"
+
+
+@pytest.mark.parametrize(
+    ("changes", "beside", "asked"),
+    [
+        ({"dataset_sha256": "0" * 64}, "of another dataset", "must belong to the dataset"),
+        ({"served": True}, "of a served teacher", "must not be a served teacher's"),
+    ],
+)
+def test_signals_beside_that_tell_nothing_are_left_and_asked_for_refused(
+    world, checkpoint, found, tmp_path, capsys, changes, beside, asked
+):
+    data, signals = signals_beside(world, tmp_path, **changes)
+    evaluation = evaluate_checkpoint(checkpoint, EvalSettings(data=data))
+    assert evaluation.alignment is None
+    assert evaluation.sources == found[0].sources
+    assert f"Without teacher signals: those at {signals} are {beside}." in capsys.readouterr().out
+    with pytest.raises(UserError, match=asked):
+        evaluate_checkpoint(checkpoint, EvalSettings(data=data, signals=signals))
+
+
+@pytest.mark.parametrize("damaged", ["mixed/validation/tokens.npy", "teacher_signals/validation-000000.safetensors"])
+def test_damaged_data_and_signals_are_refused(world, checkpoint, tmp_path, damaged):
+    data, _ = signals_beside(world, tmp_path)
+    content = bytearray((tmp_path / damaged).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / damaged).write_bytes(content)
+    with pytest.raises(UserError, match=r"sha256|SHA-256"):
+        evaluate_checkpoint(checkpoint, EvalSettings(data=data))
+
+
 def test_a_learner_without_readouts_has_no_correlation(world):
     from transformers import AutoModelForCausalLM
 
@@ -162,6 +226,9 @@ def test_a_learner_without_readouts_has_no_correlation(world):
         (("--text", "nowhere.txt"), "nowhere.txt"),
         (("--data", "nowhere"), "--data: got nowhere; does not exist"),
         (("--text", "a.txt", "--signals", "here"), "--signals: got here; belongs to --data"),
+        (("--text", "a.txt", "--row-length", "4096"), "--row-length: got 4096; must be at most 2048 for this model"),
+        (("--json-file", "."), "--json-file: got .; must be a file, not a folder"),
+        (("--json-file", "/dev/null/figures.json"), "--json-file: got /dev/null; must be a folder that can be written"),
     ],
 )
 def test_bad_input_is_one_line(checkpoint, capsys, arguments, said):

@@ -258,11 +258,9 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSet
     dry_run: bool = False
     """Print shapes, parameters, memory, FLOPs and the time to finish, from real steps that are thrown away."""
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
-    """How the processes that torchrun starts share the model: each holds all of it (ddp, which auto takes), or a shard
-    (fsdp2); one process needs neither."""
+    """What each process of a torchrun holds: the whole model (ddp, which auto takes), or a shard of it (fsdp2)."""
     resume: str = "auto"
-    """auto goes on from the newest whole checkpoint of the output folder, never refuses a folder that holds any;
-    or the path of a checkpoint."""
+    """auto goes on from the newest whole checkpoint of output, never refuses a folder with any; or a checkpoint."""
 
 
 class LrTestSettings(TrainSettings):
@@ -338,6 +336,8 @@ class EvalSettings(WeightsSettings, DeviceSettings):
     """The prepared dataset whose held-out side is predicted."""
     text: str | None = None
     """A text file to predict instead: each line that is not blank and no heading is a document."""
+    row_length: int = Field(default=128, ge=8, le=32_768)
+    """Tokens in a row of it; the model sees no further back. By default as `indra prepare` lays training text."""
     signals: Path | None = None
     """Teacher signals of the dataset, to correlate the model's readouts with; by default those beside it, if any."""
     json_file: Path | None = None

@@ -31,6 +31,8 @@ def export_checkpoint(path: Path, folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("FOLDER", folder, "must be new or empty")
+    if folder.resolve() == Path.cwd():  # the whole folder is put in place of the old one
+        raise UserError("FOLDER", folder, "must not be the working folder")
     model, tokenizer = load_model(path, torch.device("cpu"))
     make_folder("FOLDER", folder.parent)
     with atomic_folder(folder) as temporary:

@@ -22,6 +22,7 @@ from indraquantum.errors import UserError
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.model.readout import wrapped_phase
 
+GREEDY_BELOW = 1e-6  # a temperature at which the likeliest token is certain, and logits / temperature may overflow
 UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are not yet a whole character
 
 
@@ -64,8 +65,10 @@ def generate_text(
         prompt: the text to continue.
 
     Raises:
-        UserError: prompt and text together are longer than the model takes.
+        UserError: prompt and text together are longer than the model takes, or the prompt is no UTF-8.
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python passes on bytes that are no UTF-8
+        raise UserError("--prompt", ascii(prompt), "must be UTF-8 text")
     prompt_ids = tokenizer.encode_prompt(prompt)
     _check_length(len(prompt_ids), model.config.max_position_embeddings, settings)
     ids_1T = torch.tensor([prompt_ids], device=model.device)
@@ -97,7 +100,7 @@ def _generation(tokenizer: TextTokenizer, settings: TestSettings) -> GenerationC
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.eos_id,
     }
-    if settings.temperature == 0:
+    if settings.temperature < GREEDY_BELOW:
         return GenerationConfig(do_sample=False, **common)
     return GenerationConfig(
         do_sample=True,

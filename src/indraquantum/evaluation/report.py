@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,8 +18,9 @@ from indraquantum.errors import UserError
 from indraquantum.evaluation.figures import Alignment, Evaluation, evaluate
 from indraquantum.evaluation.halves import bytes_by_source
 from indraquantum.evaluation.write import load_model
-from indraquantum.files import atomic_file, without_nan
-from indraquantum.teacher.signals import SignalStore, open_signals
+from indraquantum.files import check_new_file, without_nan, write_json
+from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest
+from indraquantum.teacher.signals import SignalStore, verify_signals
 
 
 def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
@@ -30,14 +30,18 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
         UserError: no checkpoint, another tokenizer than the dataset's, nothing to predict.
     """
     device = choose_device(settings)
+    if settings.json_file is not None:
+        check_new_file("--json-file", settings.json_file)
     model, tokenizer = load_model(path, device, settings.weights)
     if settings.text is not None:
         if settings.signals is not None:
             raise UserError("--signals", settings.signals, "belongs to --data; a text file has no signals")
-        split, source_bytes = text_split(settings.text, tokenizer, model.config.max_position_embeddings)
+        if settings.row_length > (limit := model.config.max_position_embeddings):
+            raise UserError("--row-length", settings.row_length, f"must be at most {limit} for this model")
+        split, source_bytes = text_split(settings.text, tokenizer, settings.row_length)
         found = evaluate(model, split, source_bytes, device)
     else:
-        dataset = open_dataset("--data", settings.data)
+        dataset = open_dataset("--data", settings.data, verify=True)
         if dataset.tokenizer.sha256 != tokenizer.sha256:
             allowed = f"must have the checkpoint's tokenizer ({tokenizer.sha256[:12]}, not "
             raise UserError("--data", settings.data, f"{allowed}{dataset.tokenizer.sha256[:12]})")
@@ -45,8 +49,7 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
         found = evaluate(model, dataset.validation, held_out_bytes(dataset), device, signals)
     print(evaluation_table(found))
     if settings.json_file is not None:
-        with atomic_file(settings.json_file) as temporary:
-            temporary.write_text(json.dumps(without_nan(asdict(found)), indent=2) + "\n", encoding="utf-8")
+        write_json(settings.json_file, without_nan(asdict(found)))
     return found
 
 
@@ -95,11 +98,23 @@ def _alignment_lines(alignment: Alignment) -> str:
 
 
 def _find_signals(settings: EvalSettings, dataset: PreparedDataset) -> SignalStore | None:
-    """The signals asked for, or those beside the dataset if they cover any held-out row."""
+    """The signals asked for, or those beside the dataset if they are its own and tell of any held-out row.
+
+    Raises:
+        UserError: those asked for are another dataset's, or a served teacher's; or any are damaged.
+    """
     if settings.signals is not None:
-        return open_signals("--signals", settings.signals, dataset)
+        store = verify_signals("--signals", settings.signals, dataset)
+        if store.manifest.served:
+            raise UserError("--signals", settings.signals, "must not be a served teacher's: its entropy is not exact")
+        return store
     beside = settings.data.parent / "teacher_signals"
-    if not beside.is_dir():
+    if not (beside / MANIFEST_NAME).is_file():
         return None
-    store = open_signals("--signals", beside, dataset)
+    manifest = read_manifest("--signals", beside)
+    if manifest.served or manifest.dataset_sha256 != dataset.content_sha256:
+        what = "a served teacher" if manifest.served else "another dataset"
+        print(f"Without teacher signals: those at {beside} are of {what}.")
+        return None
+    store = verify_signals("--signals", beside, dataset)
     return store if store.coverage_by_split["validation"] > 0 else None
