@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from indraquantum.config import TeacherSettings
 from indraquantum.data.dataset import open_dataset
+from indraquantum.errors import UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy, unigram_cross_entropy
+from indraquantum.training import pretrain_teacher
 from indraquantum.training.pretrain_teacher import LlamaLearner, new_llama, parameter_groups
 
 
@@ -25,6 +31,27 @@ def test_groups_cover_every_parameter_once_and_muon_gets_the_layers_matrices(wor
         "table": (7, 0.0), "layers": (3, 0.3), "others": (1.0, 0.0),
     }  # fmt: skip
     assert {group["lr"] for group in groups.values()} == {1e-3}
+
+
+@pytest.mark.parametrize("place", ["full", ".", "file"])
+def test_what_is_no_teacher_is_not_replaced(world, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "full" / "run"
+    run.mkdir(parents=True)
+    for file in (run / "checkpoint.pt", run.parent / "config.json", run.parent / "model.safetensors"):
+        file.write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(pretrain_teacher, "optimizer_step", None)  # no step is taken
+    with pytest.raises(UserError, match=r"--output: got \S+; must (not )?be"):
+        pretrain_teacher.pretrain_teacher(TeacherSettings(data=world.data, output=Path(place), steps=1))
+    assert (run / "checkpoint.pt").read_text() == (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_teacher_of_before_is_replaced(world, tmp_path):
+    shutil.copytree(world.teacher, tmp_path / "teacher")
+    settings = TeacherSettings(data=world.data, output=tmp_path / "teacher", steps=1, width=8, layers=1, heads=2)
+    pretrain_teacher.pretrain_teacher(settings)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").config.hidden_size == 8
 
 
 def test_a_teacher_has_learned(world):

@@ -126,6 +126,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
     """
     device = choose_device(settings)
     dataset = open_dataset("--data", settings.data, verify=True)
+    check_replaceable(settings.output)
     make_folder("--output", settings.output.parent)
     torch.manual_seed(settings.seed)
     learner = LlamaLearner(new_llama(settings, dataset)).to(device).train()
@@ -158,6 +159,22 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
     figures = ", ".join(f"{name} {value:.4f}" for name, value in held_out.items())
     print(f"teacher after {tokens:,} tokens: held-out cross-entropy (nats/token) {figures}; wrote {settings.output}")
     return TeacherReport(settings.output, sum(p.numel() for p in learner.parameters()), tokens, held_out)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Check that nothing but an earlier teacher is lost when a new one takes the place of `folder`.
+
+    Raises:
+        UserError: it is the working folder, a file, or holds something else.
+    """
+    if folder.resolve() == Path.cwd():
+        raise UserError("--output", folder, "must not be the working folder")
+    if not folder.exists():
+        return
+    there = list(folder.iterdir()) if folder.is_dir() else [folder]
+    is_teacher = {"config.json", "model.safetensors"} <= {path.name for path in there}
+    if there and (not is_teacher or any(path.is_dir() for path in there)):
+        raise UserError("--output", folder, "must be new, empty, or an earlier teacher's folder, which is replaced")
 
 
 def save_teacher(learner: LlamaLearner, dataset: PreparedDataset, folder: Path) -> None:
