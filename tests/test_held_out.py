@@ -20,6 +20,15 @@ def test_means_per_source_by_hand():
     assert per_source(losses, sources, ("a", "b", "empty")) == {"a": 1.0, "b": 4.0, "all": 3.0}
 
 
+def test_a_model_that_says_nan_has_no_figure_left_out(world):
+    """A teacher's loss that is not known is left out; a model's that is no number is none."""
+    dataset = open_dataset("--data", world.data)
+    learner = LlamaLearner(AutoModelForCausalLM.from_pretrained(world.teacher).eval())
+    with torch.no_grad():
+        learner.llama.model.embed_tokens.weight[dataset.validation.tokens[0]] = math.nan
+    assert set(held_out_cross_entropy(learner, dataset, torch.device("cpu")).values()) == {math.inf}
+
+
 def test_perplexity_of_a_uniform_guess_is_the_vocabulary():
     assert perplexity(math.log(31)) == pytest.approx(31)
 

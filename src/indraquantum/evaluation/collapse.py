@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indraquantum.data.split import Batch
+from indraquantum.errors import TrainingStopped
 from indraquantum.learner import to_tensors
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.modeling import IndraQuantumPhase2
@@ -43,9 +45,15 @@ class CollapseFigures(NamedTuple):
 
 @torch.no_grad()  # not inference_mode, which FSDP2 does not bear
 def collapse_figures(model: IndraQuantumPhase2, batch: Batch) -> CollapseFigures:
-    """Measure `model` on the rows of `batch`."""
+    """Measure `model` on the rows of `batch`.
+
+    Raises:
+        TrainingStopped: its predictions, or a figure, are not finite.
+    """
     table_VD = model.lift_table()
     logits_NV = _logits(model, batch, table_VD)
+    if not (logits_NV.isfinite().all() and table_VD.isfinite().all()):
+        raise TrainingStopped("predictions on held-out rows are not finite")
     labels_N = _thinned(torch.from_numpy(batch.labels[batch.labels >= 0])).to(logits_NV.device)
 
     def rise(part: Literal["phases", "magnitudes"]) -> float:
@@ -60,7 +68,10 @@ def collapse_figures(model: IndraQuantumPhase2, batch: Batch) -> CollapseFigures
             magnitude_rise = rise("magnitudes")
     read_ND = table_VD[torch.from_numpy(np.unique(batch.input_ids)).to(table_VD.device)]
     rank = effective_rank(read_ND - read_ND.mean(dim=0))
-    return CollapseFigures(context_divergence(logits_NV), phase_rise, magnitude_rise, rank)
+    found = CollapseFigures(context_divergence(logits_NV), phase_rise, magnitude_rise, rank)
+    if not all(figure is None or math.isfinite(figure) for figure in found):
+        raise TrainingStopped(f"figures of the look for collapse are not finite: {found._asdict()}")
+    return found
 
 
 @contextlib.contextmanager

@@ -51,8 +51,9 @@ def held_out_cross_entropy(
                 sources_N.append(batch.sources[batch.labels >= 0])
     learner.train(training)
     parts = [part for parts in processes.gather(list(zip(losses_N, sources_N, strict=True))) for part in parts]
-    losses, sources = zip(*parts, strict=True)
-    return per_source(np.concatenate(losses), np.concatenate(sources), dataset.source_names)
+    losses, sources = map(np.concatenate, zip(*parts, strict=True))
+    losses[np.isnan(losses)] = np.inf  # what is no number predicts nothing; `per_source` would leave it out
+    return per_source(losses, sources, dataset.source_names)
 
 
 def unigram_cross_entropy(dataset: PreparedDataset) -> dict[str, float]:
