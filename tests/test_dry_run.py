@@ -128,6 +128,14 @@ def test_activations_grow_with_rows_and_layers(world, tmp_path):
     assert kept(2, layers=3) - two == pytest.approx(two - one, rel=0.01)
 
 
+def test_activations_of_16_bits_are_smaller(world, tmp_path):
+    kept = {}
+    for precision in ("float32", "bfloat16"):
+        run = scratch.scratch_run(settings(world, tmp_path, layers=3, precision=precision))
+        kept[precision] = activation_bytes(run, np.arange(4))
+    assert 0.5 * kept["float32"] < kept["bfloat16"] < 0.9 * kept["float32"]
+
+
 def test_each_stage_is_timed(world, tmp_path, monkeypatch):
     """A step of stage 1 takes a second here, one with the teacher ten."""
     run = scratch.scratch_run(settings(world, tmp_path, strategy="stage2-v3-gentle"))

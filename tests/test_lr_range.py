@@ -82,6 +82,13 @@ def test_rows_and_weights_are_those_of_the_first_stage(monkeypatch, world, tmp_p
     assert seen == [({wikitext}, None, 0.0, 0.0)] * 3
 
 
+def test_the_tables_rate_is_that_of_the_stage(world, tmp_path):
+    (tmp_path / "my.yaml").write_text("stages: [{name: a, fraction: 1.0, table_rate: 3.0}]")
+    run = scratch_run(settings(world, tmp_path, strategy=str(tmp_path / "my.yaml")))
+    lr_range.climb(run, [1e-4])
+    assert {g["name"]: g["lr"] for g in run.optimizer.param_groups}["table"] == pytest.approx(3e-4)
+
+
 @pytest.mark.parametrize("end", ["rises", "is not finite"])
 def test_it_ends_where_the_loss(monkeypatch, world, tmp_path, end):
     run = scratch_run(settings(world, tmp_path, no_teacher=True))
@@ -102,15 +109,17 @@ def test_it_ends_where_the_loss(monkeypatch, world, tmp_path, end):
     [
         (["--picture=x.txt"], "--picture: got x.txt; must end in .png, .pdf, .svg"),
         (["--lowest-rate=0.1", "--highest-rate=0.01"], "--highest-rate: got 0.01; must be above --lowest-rate 0.1"),
+        (["--picture=folder.png"], "--picture: got folder.png; must be a file, not a folder"),
         (["--dry-run"], "--dry-run: got True; belongs to indra train"),
         (["--steps=3"], "--steps: got 3"),
     ],
 )
 def test_what_is_wrong_is_one_line(world, tmp_path, capsys, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     with pytest.raises(SystemExit) as exit_:
         cli.main(["lr-test", f"--data={world.data}", *words])
     error = capsys.readouterr().err
     assert (exit_.value.code, error.count("\n")) == (2, 1)
     assert said in error
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder.png"]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from indraquantum.errors import UserError
 from indraquantum.metrics import FIELDS, MetricsLog, read_metrics
 
 
@@ -29,6 +30,13 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1}]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": \xff\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl; is damaged: its line 2 is no JSON"):
+        read_metrics(path)
 
 
 def test_resume_drops_the_lines_after_its_step(tmp_path):

@@ -130,8 +130,18 @@ def _line(metrics: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; a last line that is still being written is left out, no file is no lines."""
+    """All whole lines of a metrics file; a last line that is still being written is left out, no file is no lines.
+
+    Raises:
+        UserError: a line is damaged.
+    """
     if not path.exists():
         return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    found = []
+    for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise UserError("--logs", path, f"is damaged: its line {number} is no JSON; remove that line") from None
+    return found

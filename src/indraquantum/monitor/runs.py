@@ -56,7 +56,7 @@ def summarise(metrics_path: Path, root: Path) -> RunSummary:
         evaluations = [line["held_out"] for line in lines if line["held_out"]]
         losses = [line["loss"] for line in lines if line["loss"] is not None]
         steps, tokens = (lines[-1]["step"], lines[-1]["tokens"]) if lines else (0, 0)
-    except (ValueError, KeyError, TypeError, OSError):
+    except (UserError, ValueError, KeyError, TypeError, OSError):
         return RunSummary(name, "unreadable", 0, None, 0, None, {}, {}, {})
     return RunSummary(
         name=name,

@@ -93,7 +93,8 @@ def activation_bytes(run: Run, rows: np.ndarray) -> int:
         return tensor
 
     table_VD = model.lift_table().detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, run.parallel.precision.autocast():
         inputs = to_tensors(run.plan.at(0).train.batch(rows), run.device)
         states_BTD = model.hidden_states(**inputs, table_VD=table_VD)
     kept[states_BTD.untyped_storage().data_ptr()] = states_BTD.untyped_storage().nbytes()

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from indraquantum.config import LrTestSettings
 from indraquantum.errors import TrainingStopped, UserError
-from indraquantum.files import atomic_file, make_folder
+from indraquantum.files import atomic_file, check_new_file
 from indraquantum.training.loop import set_objective
 from indraquantum.training.run import Run
 from indraquantum.training.scratch import scratch_run
-from indraquantum.training.step import optimizer_step
+from indraquantum.training.step import optimizer_step, set_base_rate
 
 SUFFIXES = (".png", ".pdf", ".svg")
 SMOOTHING = 0.8  # of the exponential mean over the steps' losses
@@ -52,8 +52,8 @@ def lr_range_test(settings: LrTestSettings) -> RangeTest:
     if settings.highest_rate <= settings.lowest_rate:
         allowed = f"must be above --lowest-rate {settings.lowest_rate:g}"
         raise UserError("--highest-rate", f"{settings.highest_rate:g}", allowed)
+    check_new_file("--picture", settings.picture)
     run = scratch_run(settings)
-    make_folder("--picture", settings.picture.parent)
     found = climb(run, rising_rates(settings.lowest_rate, settings.highest_rate, settings.steps))
     _draw(settings, found)
     if found.suggested is None:
@@ -91,10 +91,9 @@ def climb(run: Run, rates: Sequence[float]) -> RangeTest:
 
 def _loss_at(run: Run, rate: float) -> float:
     """The loss of the next step, which is then taken at `rate`; each group keeps its multiple."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate * group["rate"]
-    torch.manual_seed(run.settings.seed + run.step)
     stage = run.plan.at(0)
+    set_base_rate(run.optimizer, stage.settings, rate)
+    torch.manual_seed(run.settings.seed + run.step)
     result = optimizer_step(
         run.parallel,
         run.objective,

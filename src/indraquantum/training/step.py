@@ -48,10 +48,15 @@ def set_learning_rates(
         settings.decay_fraction,
         settings.final_rate,
     )
+    set_base_rate(optimizer, settings, base)
+    return base
+
+
+def set_base_rate(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, base: float) -> None:
+    """Give each parameter group its multiple of `base`; the table's is that of `settings`, which a stage may state."""
     for group in optimizer.param_groups:
         rate = settings.table_rate if group.get("name") == "table" else group["rate"]
         group["lr"] = base * rate
-    return base
 
 
 @onednn_products()
