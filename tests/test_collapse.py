@@ -119,10 +119,29 @@ def test_a_collapse_is_found_within_50_steps(world, healthy, tmp_path, monkeypat
     with pytest.raises(TrainingStopped) as error:
         survival.train_small(settings)
     step, found = re.match(r"step (\d+): collapse \((.*?)\)", str(error.value)).groups()
+    last = read_metrics(settings.logs / "run" / "metrics.jsonl")[-1]  # "see these figures in the metrics"
+    assert (last["step"], set(found.split(", ")) <= set(last["collapse"])) == (int(step), True)
     assert HEALTHY_STEPS < int(step) <= HEALTHY_STEPS + 50
     assert kinds <= set(found.split(", "))
     if kinds == {"magnitude_rise"} or "dead_phase" in kinds:
         assert set(found.split(", ")) == kinds  # and nothing else is blamed; without phases the rank falls too
+
+
+def test_a_look_at_what_is_not_finite_stops_the_run(healthy, world, tmp_path, monkeypatch):
+    settings = survival.small_run(world, tmp_path, **LONG, **WIDE, save_every=1000)
+    shutil.copytree(healthy.output, settings.output)
+    shutil.copytree(healthy.logs, settings.logs)
+
+    def spoilt(run, original=loop.take_step):
+        metrics = original(run)
+        if run.step % loop.PROBE_EVERY == 0:
+            with torch.no_grad():
+                run.model.head.bias_V[0] = torch.nan
+        return metrics
+
+    monkeypatch.setattr(loop, "take_step", spoilt)
+    with pytest.raises(TrainingStopped, match=r"step 60: predictions on held-out rows are not finite"):
+        survival.train_small(settings)
 
 
 @pytest.mark.parametrize("options", [{}, WIDE], ids=["small", "wide"])

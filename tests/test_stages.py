@@ -297,6 +297,41 @@ def test_signals_that_are_missing_are_captured_at_the_stages_temperature(world, 
     assert metrics(settings)[-1]["kd"] > 0
 
 
+@pytest.mark.parametrize("second", ["", ", temperature: 3.0"])
+def test_stages_on_the_same_data_share_one_temperature(world, tmp_path, second):
+    """The one that any of them states; two are refused before the teacher is asked."""
+    shutil.copytree(world.data, tmp_path / "mixed")
+    stage = "{name: %s, steps: 1, weights: {kd: 1}%s}"
+    stages = (stage % ("a", ""), stage % ("b", ", temperature: 2.0"), stage % ("c", second))
+    (tmp_path / "my.yaml").write_text(f"stages: [{', '.join(stages)}]")
+    common = small(world, tmp_path, data=tmp_path / "mixed", teacher=str(world.teacher))
+    settings = TrainSettings(
+        **common.model_dump(exclude_unset=True, exclude={"epochs"}), strategy=str(tmp_path / "my.yaml")
+    )
+    if second:
+        with pytest.raises(UserError, match=r"stage c: temperature: got 3\.0; must be 2\.0, as in stage b"):
+            loop.train(settings)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["mixed", "my.yaml"]
+    else:
+        loop.train(settings)
+        signals = open_signals("", tmp_path / "teacher_signals", open_dataset("--data", world.data))
+        assert signals.manifest.temperature == 2.0
+
+
+def test_the_order_of_stages_is_part_of_a_run(world, tmp_path):
+    stages = ["{name: a, steps: 2}", "{name: b, steps: 2}"]
+    common = small(world, tmp_path).model_dump(exclude_unset=True, exclude={"epochs"})
+
+    def run(order, **changes):
+        (tmp_path / "my.yaml").write_text(f"stages: [{', '.join(order)}]")
+        return loop.train(TrainSettings(**common | changes, strategy=str(tmp_path / "my.yaml")))
+
+    report = run(stages)
+    with pytest.raises(UserError, match="--strategy: got stages b, a; must be a, b, as in the run"):
+        run(stages[::-1])
+    assert run(stages).steps == report.steps == 4
+
+
 OWN = "stages: [{name: a, fraction: 1.0, %s}]"
 REFUSED = {
     "unknown source": (OWN % "sources: [novels]", r"stage a: sources: got novels; must be one of .*wikitext"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -167,6 +168,47 @@ def test_a_run_from_before_an_option_had_it_at_its_default(world, finished, tmp_
     with pytest.raises(UserError, match="--residual: got True; must be False, as in the run"):
         loop.train(run.model_copy(update={"residual": True, "resume": str(report.checkpoint)}))
     assert loop.train(run.model_copy(update={"resume": str(report.checkpoint)})).steps == report.steps
+
+
+def test_runs_of_one_name_do_not_share_a_log_folder(world, tmp_path):
+    first = settings(world, tmp_path, output=tmp_path / "a" / "run", max_steps=1)
+    report = loop.train(first)
+    before = report.metrics.read_bytes()
+    other = first.model_copy(update={"output": tmp_path / "b" / "run"})
+    with pytest.raises(UserError, match=r"--logs: got \S+logs/run; holds the metrics of \S+a/run; give another"):
+        loop.train(other)
+    assert report.metrics.read_bytes() == before
+    assert not (tmp_path / "b").exists()
+    shutil.move(first.output, other.output)  # the same run, at another place
+    assert loop.train(other).steps == 1
+
+
+def test_logs_may_stand_in_the_output_folder(world, tmp_path):
+    report = loop.train(settings(world, tmp_path, logs=tmp_path, max_steps=1))
+    assert report.metrics.parent == report.checkpoint.parent == tmp_path / "run"
+    assert loop.train(settings(world, tmp_path, logs=tmp_path, max_steps=1)).steps == 1
+
+
+@pytest.mark.parametrize("seed", [20251128123456, 2**63 - 1])
+def test_any_seed_trains(world, tmp_path, seed):
+    assert loop.train(settings(world, tmp_path, seed=seed, max_steps=1)).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"heads": 3}, "--heads: got 3; must divide the width 28"),
+        ({"optimizer": "adamw", "muon_rate": 3}, "--muon-rate: got 3.0; must be 1 without --optimizer muon"),
+        ({"projector": "none", "ends": "separate"}, "--ends: got separate; must be shared where --projector is none"),
+        ({"resume": "nowhere.pt"}, "--resume: got nowhere.pt; must be auto, never, or the path of a checkpoint"),
+    ],
+)
+def test_what_no_run_can_begin_with_is_refused_before_the_teacher_is_asked(world, tmp_path, changes, said):
+    shutil.copytree(world.data, tmp_path / "mixed")
+    wanted = settings(world, tmp_path, data=tmp_path / "mixed", teacher=str(world.teacher), **changes)
+    with pytest.raises(UserError, match=re.escape(said)):
+        loop.train(wanted)
+    assert [path.name for path in tmp_path.iterdir()] == ["mixed"]
 
 
 def test_max_steps_ends_inside_an_epoch_and_keeps_its_checkpoint(world, tmp_path):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
-from indraquantum.errors import TrainingStopped
+from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import folder_lock, make_folder
 from indraquantum.metrics import MetricsLog, NoLog
@@ -40,8 +40,8 @@ from indraquantum.training.collapse_guard import PROBE_EVERY, look_at
 from indraquantum.training.guards import require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
 from indraquantum.training.parallel import gathered
-from indraquantum.training.record import write_record
-from indraquantum.training.run import Run, resume, start_run, starting_weights
+from indraquantum.training.record import output_of_record, write_record
+from indraquantum.training.run import Run, check_settings, resume, start_run
 from indraquantum.training.stages import plan_stages
 from indraquantum.training.step import StepResult, optimizer_step, set_learning_rates
 from indraquantum.training.taught import captured_signals, found_signals, with_signals
@@ -78,7 +78,7 @@ def train(settings: TrainSettings) -> TrainReport:
             plan = plan_stages(settings, open_dataset("--data", settings.data, settings.tokenizer, verify=True))
         plan = with_signals(plan, lambda stage: found_signals(stage, processes), processes)
         with processes.together():
-            starting_weights(settings, plan)  # refused before anything is written or captured
+            check_settings(settings, plan, device)
             if processes.is_first:
                 hold_folders(settings.output, metrics_path.parent, stack)
         plan = with_signals(plan, lambda stage: captured_signals(stage, processes), processes)
@@ -114,12 +114,15 @@ def hold_folders(output: Path, logs: Path, stack: contextlib.ExitStack) -> None:
     """Make the folders that a run writes to and keep others out of them for as long as `stack` is open.
 
     Raises:
-        UserError: they can't be written, or another run has them.
+        UserError: they can't be written, another run has them, or the logs are of a run with another output folder.
     """
+    if (other := output_of_record(logs)) and other.resolve() != output.resolve() and other.exists():
+        raise UserError("--logs", logs, f"holds the metrics of {other}; give another, or an --output of another name")
     make_folder("--output", output)
     make_folder("--logs", logs)
     stack.enter_context(folder_lock("--output", output))
-    stack.enter_context(folder_lock("--logs", logs))
+    if logs.resolve() != output.resolve():
+        stack.enter_context(folder_lock("--logs", logs))
     remove_leftovers(output)
 
 
@@ -134,17 +137,19 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts) -> N
     with interrupts.deferred(), tqdm(total=run.total_steps, initial=run.step, unit="step", disable=silent) as bar:
         try:
             while run.pending is not None or not run.finished:
-                is_best = False
+                is_best, collapsed = False, None
                 with run.processes.together():
                     if run.pending is None:
                         run.pending = take_step(run)
                         bar.update()
                         bar.set_postfix_str(postfix(run.pending))
-                        watch_for_collapse(run)
+                        collapsed = watch_for_collapse(run)
                     if run.epoch_ends or run.step % run.settings.evaluate_every == 0:
                         run.pending["held_out"] = evaluate(run, interrupts)
                         is_best = judge(run)
                     log.write(run.pending)
+                    if collapsed:
+                        raise TrainingStopped(f"{collapsed}; --on-collapse warn goes on")
                 run.pending = None
                 if is_best and run.step and run.settings.keep_best:  # before the one to resume from: it is never behind
                     write_checkpoint(run, run.settings.output / BEST_NAME, log)
@@ -164,7 +169,7 @@ def take_step(run: Run) -> dict[str, Any]:
     set_objective(run, step)
     # Dropout is the only randomness of a step: seeding it by the step makes resume exact without saving any state.
     processes = run.processes
-    torch.manual_seed((settings.seed * 1_000_003 + step) * processes.world + processes.rank)
+    torch.manual_seed(((settings.seed * 1_000_003 + step) * processes.world + processes.rank) % 2**64)
     started = time.perf_counter()
     rows = stage.rows_of(step)
     try:
@@ -195,24 +200,31 @@ def set_objective(run: Run, step: int) -> None:
     run.objective.temperature = 1.0 if stage.signals is None else stage.signals.manifest.temperature
 
 
-def watch_for_collapse(run: Run) -> None:
+def watch_for_collapse(run: Run) -> str | None:
     """Look for collapse where its turn has come; the figures go to the metrics of the step.
 
+    Returns:
+        What to stop with, where a collapse is confirmed and the settings ask to stop there.
+
     Raises:
-        TrainingStopped: a collapse is confirmed, and the settings ask to stop there.
+        TrainingStopped: the model's predictions are not finite.
     """
     if run.step % PROBE_EVERY or run.settings.on_collapse == "ignore":
-        return
+        return None
     stage, held_out = run.stage, run.dataset.validation
     with run.parallel.readable():
-        look = look_at(run.guard, run.model, run.objective, stage.dataset.train, held_out, stage.signals)
+        try:
+            look = look_at(run.guard, run.model, run.objective, stage.dataset.train, held_out, stage.signals)
+        except TrainingStopped as error:
+            raise TrainingStopped(f"step {run.step}: {error}") from None
     look = run.processes.gather(look)[0]  # should they differ in the last digit, all do as the first one does
     run.pending |= look.figures
     if look.confirmed:
         said = f"step {run.step}: collapse ({', '.join(look.confirmed)}); see these figures in the metrics"
         if run.settings.on_collapse == "stop":
-            raise TrainingStopped(f"{said}; --on-collapse warn goes on")
+            return said
         tqdm.write(f"warning: {said}")
+    return None
 
 
 def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: float) -> dict[str, Any]:

@@ -100,6 +100,31 @@ def turning_format(device_type: str) -> torch.dtype:
     return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
 
 
+def check_rates(model: IndraQuantumPhase2, settings: TrainSettings) -> None:
+    """Check that what `settings` give rates for is there; `model` may be without memory.
+
+    Raises:
+        UserError: it is not.
+    """
+    given = settings.model_fields_set
+    if settings.optimizer != "muon" and "muon_rate" in given and settings.muon_rate != 1:
+        raise UserError("--muon-rate", settings.muon_rate, "must be 1 without --optimizer muon")
+    learns = any(group["name"].startswith("projector") for group in _groups(model, settings))
+    if not learns and "projector_rate" in given and settings.projector_rate != 1:
+        allowed = f"must be 1 with --projector {settings.projector}, which has nothing to learn"
+        raise UserError("--projector-rate", settings.projector_rate, allowed)
+
+
+def _groups(model: IndraQuantumPhase2, settings: TrainSettings) -> list[dict[str, Any]]:
+    return model.parameter_groups(
+        settings.learning_rate,
+        settings.table_rate,
+        settings.weight_decay,
+        projector_rate=settings.projector_rate,
+        table_weight_decay=settings.table_weight_decay,
+    )
+
+
 def new_optimizer(
     model: IndraQuantumPhase2, settings: TrainSettings, processes: Processes = ALONE
 ) -> torch.optim.Optimizer:
@@ -108,20 +133,8 @@ def new_optimizer(
     Raises:
         UserError: a rate is given for what is not there.
     """
-    given = settings.model_fields_set
-    if settings.optimizer != "muon" and "muon_rate" in given and settings.muon_rate != 1:
-        raise UserError("--muon-rate", settings.muon_rate, "must be 1 without --optimizer muon")
-    groups = model.parameter_groups(
-        settings.learning_rate,
-        settings.table_rate,
-        settings.weight_decay,
-        projector_rate=settings.projector_rate,
-        table_weight_decay=settings.table_weight_decay,
-    )
-    learns = any(group["name"].startswith("projector") for group in groups)
-    if not learns and "projector_rate" in given and settings.projector_rate != 1:
-        allowed = f"must be 1 with --projector {settings.projector}, which has nothing to learn"
-        raise UserError("--projector-rate", settings.projector_rate, allowed)
+    check_rates(model, settings)
+    groups = _groups(model, settings)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=BETAS, fused=True)
     for group in groups:

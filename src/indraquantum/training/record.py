@@ -12,6 +12,16 @@ from indraquantum.metrics import RECORD_NAME
 from indraquantum.training.run import Run
 
 
+def output_of_record(folder: Path) -> Path | None:
+    """The output folder of the run that logs to `folder`; None where none does: no whole record, or a copied one."""
+    try:
+        settings = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))["settings"]
+        output, logs = Path(settings["output"]), Path(settings["logs"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return output if (logs / output.resolve().name).resolve() == folder.resolve() else None
+
+
 def write_record(folder: Path, run: Run) -> None:
     """Write `folder`/run.json: settings, the data's and signals' hashes, steps in all, and whether `run` has finished.
 

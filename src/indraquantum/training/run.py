@@ -19,7 +19,7 @@ from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.processes import ALONE, Processes
 from indraquantum.teacher.signals import SignalStore
-from indraquantum.training.acceleration import accelerate
+from indraquantum.training.acceleration import accelerate, require_compiler
 from indraquantum.training.average import WeightAverage
 from indraquantum.training.best import BestHeldOut
 from indraquantum.training.checkpoint import (
@@ -32,7 +32,7 @@ from indraquantum.training.checkpoint import (
     set_aside,
 )
 from indraquantum.training.collapse_guard import CollapseGuard
-from indraquantum.training.optimizers import new_optimizer
+from indraquantum.training.optimizers import check_rates, new_optimizer
 from indraquantum.training.parallel import Alone, make_parallel, scattered, scattered_optimizer
 from indraquantum.training.precision import choose_precision
 from indraquantum.training.stages import RunStage, StagePlan
@@ -150,6 +150,24 @@ def model_config(settings: TrainSettings, plan: StagePlan) -> IndraQuantumConfig
     )
 
 
+def check_settings(settings: TrainSettings, plan: StagePlan, device: torch.device) -> None:
+    """Refuse what no run can begin with, before anything is written and before a teacher is asked.
+
+    Raises:
+        UserError: settings that contradict each other, no compiler, or a checkpoint that is missing or does not fit.
+    """
+    starting_weights(settings, plan)
+    with torch.device("meta"):
+        model = IndraQuantumPhase2(model_config(settings, plan))
+    check_rates(model, settings)
+    if settings.compile:
+        require_compiler(device)
+    if settings.resume == "never":
+        _refuse_checkpoints(settings, plan)
+    elif settings.resume != "auto" and not Path(settings.resume).is_file():
+        raise UserError("--resume", settings.resume, "must be auto, never, or the path of a checkpoint")
+
+
 def starting_weights(settings: TrainSettings, plan: StagePlan) -> dict[str, Tensor] | None:
     """The weights of the checkpoint that the strategy starts from; None where it starts from none.
 
@@ -226,12 +244,17 @@ def _wanted_checkpoint(run: Run) -> Found | None:
     """The checkpoint that the settings ask for, None to start afresh."""
     output, wanted = run.settings.output, run.settings.resume
     if wanted == "never":
-        if there := checkpoints_in(output, run.plan.step_of_epoch):
-            raise UserError("--resume", wanted, f"must be auto: {output} holds {there[0][1].name}; or another --output")
+        _refuse_checkpoints(run.settings, run.plan)
         return None
     if wanted == "auto":
         return newest_checkpoint(output, run.plan.step_of_epoch)
     return Found(Path(wanted), load_checkpoint("--resume", Path(wanted)))
+
+
+def _refuse_checkpoints(settings: TrainSettings, plan: StagePlan) -> None:
+    if there := checkpoints_in(settings.output, plan.step_of_epoch):
+        allowed = f"must be auto: {settings.output} holds {there[0][1].name}; or another --output"
+        raise UserError("--resume", settings.resume, allowed)
 
 
 def _set_later_ones_aside(run: Run, used: Path) -> None:
@@ -253,6 +276,10 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     if (found := first_difference(run.identity, with_defaults(checkpoint.settings, run.identity))) is not None:
         allowed = f"must be {found.then}, as in the run that {run.settings.output} holds, or give another --output"
         raise UserError(*found.option_and_value(), allowed)
+    now, then = (", ".join(settings["stages"]) for settings in (run.identity, checkpoint.settings))
+    if now != then:
+        allowed = f"must be {then}, as in the run that {run.settings.output} holds, or give another --output"
+        raise UserError("--strategy", f"stages {now}", allowed)
     run.model.load_state_dict(scattered(checkpoint.model, run.model.state_dict()))
     run.optimizer.load_state_dict(scattered_optimizer(checkpoint.optimizer, run.optimizer))
     run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True

@@ -36,13 +36,28 @@ def with_signals(
         if stage.about.asks_the_teacher and stage.signals is None:
             key = id(stage.dataset)
             if key not in found:
-                found[key] = find(stage)
+                found[key] = find(_whose_temperature_counts(plan, stage))
             stage = replace(stage, signals=found[key])
             if stage.signals is not None:
                 with processes.together():
                     _check_signals(stage, stage.signals)
         stages.append(stage)
     return replace(plan, stages=tuple(stages))
+
+
+def _whose_temperature_counts(plan: StagePlan, first: RunStage) -> RunStage:
+    """Of the stages that share the signals of `first`, one that states their temperature, or `first`.
+
+    Raises:
+        UserError: two state different ones.
+    """
+    sharing = (stage for stage in plan.stages if stage.dataset is first.dataset and stage.about.asks_the_teacher)
+    stated = [stage for stage in sharing if stage.about.temperature is not None]
+    for stage in stated:
+        if stage.about.temperature != stated[0].about.temperature:
+            allowed = f"must be {stated[0].about.temperature}, as in stage {stated[0].about.name}, on the same data"
+            raise UserError(f"--strategy: stage {stage.about.name}: temperature", stage.about.temperature, allowed)
+    return stated[0] if stated else first
 
 
 def found_signals(stage: RunStage, processes: Processes = ALONE) -> SignalStore | None:
