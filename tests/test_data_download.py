@@ -178,6 +178,11 @@ def test_a_pin_must_be_one(server):
     assert Handler.requests == []
 
 
+def test_an_address_that_is_none_is_one_line():
+    with pytest.raises(UserError, match=r"--alpaca: got http://\[bad/x\.json; must be an address"):
+        download_url("--alpaca", "http://[bad/x.json", "help")
+
+
 def test_no_server_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("INDRAQUANTUM_CACHE", str(tmp_path))
     with socket.socket() as free:

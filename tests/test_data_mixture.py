@@ -21,6 +21,7 @@ from indraquantum.data.prepare import prepare
 from indraquantum.errors import UserError
 from tiny_tokenizer import save_tiny_tokenizer
 
+LONG = "so long that whoever has it as well has it from there"
 WORDS = [f"w{number}" for number in range(500)]
 
 
@@ -77,6 +78,15 @@ def test_weights_and_counts(tmp_path):
     assert np.bincount(wiki.numbers[wiki.held_out]).max() == 1, "what is held out is not repeated"
     assert wiki.texts == [lines[number] for number in wiki.numbers]
     assert (len(counted.texts), len(half.texts)) == (7, 20)
+    for url, path, samples, weight in (
+        ("http://host/a.jsonl?version=20", "http://host/a.jsonl?version=20", 0, 1),
+        ("http://host/a.jsonl?version=20=300", "http://host/a.jsonl?version=20", 300, None),
+        ("http://host/a.jsonl?version=20=2x", "http://host/a.jsonl?version=20", 0, 2),
+        ("http://host/a.jsonl=20", "http://host/a.jsonl", 20, None),
+    ):
+        option = source_options(chosen.model_copy(update={"text": None, "instructions": (url,)}))[-1]
+        assert (option.path, option.samples, option.weight) == (path, samples, weight)
+    refused(chosen.model_copy(update={"text": ("caf\udce9.txt",)}), "--text", r"caf\udce9.txt", "UTF-8")
     url = "https://host/a.jsonl?x=1#sha256=" + "1a" * 32
     options = source_options(chosen.model_copy(update={"text": None, "instructions": (url, f"{url}=3x")}))
     assert [(option.path, option.weight) for option in options[1:]] == [(url, 1), (url, 3)]
@@ -113,6 +123,28 @@ def test_near_duplicates_against_all_pairs():
     assert not near_duplicates([]).size
 
 
+def test_no_copy_is_missed_among_many_texts_that_are_almost_near():
+    """Texts at 0.7 of the first stand between it and its copies, and share bands with them."""
+    draw = random.Random(1)
+    first = draw.choices(WORDS, k=200)
+    part = [" ".join([*first[:170], *draw.choices(WORDS, k=30)]) for _ in range(40)]
+    near = [" ".join([*first[:190], *draw.choices(WORDS, k=10)]) for _ in range(20)]
+    found = near_duplicates([*part, " ".join(first), *near, " ".join(first), *part])
+    assert not found[:41].any()
+    assert found[41:].all()
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
+    lines = [f"line {number}" for number in range(20)]
+    chosen = settings(tmp_path, lines)
+    for changed in (lines[:-1], [*lines[:7], "another", *lines[8:]]):
+        (source,) = draw_sources(chosen).sources
+        (tmp_path / "wiki.txt").write_text("\n".join(changed))
+        with pytest.raises(UserError, match="--wikitext: got wikitext; must stay as it is while it is read"):
+            list(source.read_texts())
+        (tmp_path / "wiki.txt").write_text("\n".join(lines))
+
+
 def test_exact_and_near_copies_are_counted_or_removed_over_all_sources(tmp_path):
     draw = random.Random(0)
     long = [" ".join(draw.choices(WORDS, k=40)) for _ in range(10)]
@@ -145,28 +177,32 @@ def test_no_paragraph_on_both_sides(documents, cut):
     assert not sides[0] & sides[1]
 
 
-def test_held_out_articles_share_no_paragraph_with_training(tmp_path):
+@pytest.mark.parametrize("detokenize", [False, True])
+def test_held_out_articles_share_no_paragraph_with_training(tmp_path, detokenize):
+    """The part's heading and the line of a single sign, which all articles have, link none of them."""
     draw = random.Random(1)
     lines = []
     for number in range(200):
-        common = draw.choice(["", f"shared {draw.randrange(60)}"])
-        lines += [f"= Title {number} =", f"own {number}", "= = Part = =", common, f"more {number}"]
+        common = draw.choice(["", f"shared {draw.randrange(60)}, and {LONG}"])
+        part = "= = The part that every article has , under the same name = ="
+        lines += [f"= Title {number} =", f"own {number}", part, common, '"', f"more {number}"]
     items = [{"instruction": f"Do {n // 2}", "input": "", "output": f"out {n}"} for n in range(80)]
-    chosen = settings(tmp_path, lines, items, documents="articles")
+    chosen = settings(tmp_path, lines, items, documents="articles", detokenize=detokenize)
     save_tiny_tokenizer(tmp_path / "tokenizer")
     wiki, alpaca = draw_sources(chosen).sources
     for source, size in ((wiki, 4), (alpaca, 4)):
         assert source.held_out.sum() == size
         sides = [set(), set()]
         for text, held in zip(source.texts, source.held_out, strict=True):
-            sides[int(held)] |= {part for part in text.split("\n") if part and part[0] not in "=#"}
+            sides[int(held)] |= {part for part in text.split("\n") if "shared" in part or part[:3] in ("out", "Do ")}
         assert not sides[0] & sides[1]
+    assert sum("shared" in text for text in wiki.texts) > 50
     assert len({int(n) // 2 for n in alpaca.numbers[alpaca.held_out]}) == 2, "one task's two answers go together"
 
 
 def test_samples_that_were_not_drawn_link_nothing(tmp_path):
     """Each article shares a line with one other, which is drawn or not; the families are made once more by hand."""
-    lines = [line for n in range(60) for line in (f"= T{n} =", f"own {n}", f"line {n % 30}")]
+    lines = [line for n in range(60) for line in (f"= T{n} =", f"own {n}", f"line {n % 30}, {LONG}")]
     for seed in range(4):
         chosen = settings(tmp_path, lines, documents="articles", wikitext_samples=20, seed=seed)
         (source,) = draw_sources(chosen).sources
@@ -183,7 +219,7 @@ def test_samples_that_were_not_drawn_link_nothing(tmp_path):
 
 
 def test_where_everything_hangs_together_nothing_can_be_held_out(tmp_path):
-    lines = [line for number in range(9) for line in (f"= T{number} =", f"own {number}", "the same")]
+    lines = [line for number in range(9) for line in (f"= T{number} =", f"own {number}", f"the same {LONG}")]
     refused(settings(tmp_path, lines, documents="articles"), "share no paragraph")
 
 

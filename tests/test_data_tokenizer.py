@@ -116,6 +116,22 @@ def test_a_tokenizer_without_bos_or_eos_is_refused(folder, token, key, config):
     assert key in refused(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer_config.json", {"bos_token": ["<s>"]}),
+        ("tokenizer.json", {"added_tokens": [7]}),
+        ("tokenizer.json", {"added_tokens": [{"id": 1}]}),
+        ("tokenizer.json", {"model": {"vocab": [1, 2]}}),
+        ("tokenizer.json", {"model": {"vocab": [[], []]}}),
+    ],
+)
+def test_a_malformed_tokenizer_is_refused_in_one_line(folder, file, change):
+    page = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(page | change))
+    refused(folder)
+
+
 def test_a_tokenizer_that_reads_control_tokens_from_text_is_refused(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

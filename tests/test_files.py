@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 
@@ -34,6 +35,39 @@ def test_a_folder_takes_its_place_as_a_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_a_folder_comes_back_where_the_exchange_is_cut(tmp_path, monkeypatch):
+    """Between the two renames: the old one has gone, the new one has not come."""
+    folder, renamed, replace = tmp_path / "folder", [], os.replace
+    folder.mkdir()
+    (folder / "old").write_text("old")
+
+    def cut(source, target):
+        renamed.append(source)
+        if len(renamed) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", cut)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder) as temporary:
+        (temporary / "new").write_text("whole")
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_others_may_read_what_a_library_wrote_for_its_owner(tmp_path):
+    def private(path):
+        path.write_text("x")
+        path.chmod(0o600)
+
+    with atomic_file(tmp_path / "file") as temporary:
+        private(temporary)
+    with atomic_folder(tmp_path / "folder") as temporary:
+        private(temporary / "file")
+    (tmp_path / "plain").write_text("x")
+    expected = (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "folder" / "file").stat().st_mode == expected
+
+
 def test_sha256_of_known_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256_of(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
@@ -46,7 +80,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"{", "must be JSON"), (b'"\xff"', "must be UTF-8"), (None, "No such file")]
+    ("content", "reason"),
+    [
+        (b"{", "must be JSON"),
+        (b'"\xff"', "must be UTF-8"),
+        (None, "No such file"),
+        (b"[" * 100_000, "that can be read"),
+        (b"1" * 5000, "that can be read"),
+    ],
 )
 def test_bad_json_is_one_line(tmp_path, content, reason):
     path = tmp_path / "x.json"

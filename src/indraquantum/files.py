@@ -15,6 +15,9 @@ from typing import Any
 
 from indraquantum.errors import UserError
 
+_UMASK = os.umask(0)  # the only way to ask for it
+os.umask(_UMASK)
+
 
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of the file's bytes."""
@@ -103,6 +106,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        _readable(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -122,6 +126,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                _readable(file)
                 with open(file, "rb") as opened:
                     os.fsync(opened.fileno())
         if path.exists():
@@ -129,8 +134,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     finally:
+        if replaced.exists() and not path.exists():  # stopped between the two
+            os.replace(replaced, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _readable(path: Path) -> None:
+    """Let others read what a library wrote for its owner alone, as far as the umask lets them."""
+    path.chmod(path.stat().st_mode | 0o666 & ~_UMASK)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -189,3 +201,5 @@ def read_json(field: str, path: Path) -> Any:
         raise UserError(field, path, f"must be UTF-8 text (byte {error.start} is not)") from None
     except json.JSONDecodeError as error:
         raise UserError(field, path, f"must be JSON ({error.msg} at line {error.lineno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
+        raise UserError(field, path, f"must be JSON that can be read ({' '.join(str(error).split())[:80]})") from None

@@ -116,8 +116,12 @@ def download_url(field: str, url: str, remedy: str) -> Path:
     if fragment and (kind != "sha256" or not re.fullmatch("[0-9a-f]{64}", pinned)):
         raise UserError(field, f"{url}#{fragment}", "must end in nothing or in #sha256= and 64 digits from 0 to f")
     identify = sha256_of if fragment else git_blob_id
+    try:
+        name = Path(urllib.parse.urlsplit(url).path).name or "download"
+    except ValueError as error:
+        raise UserError(field, url, f"must be an address ({error})") from None
     folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16]
-    path = folder / (Path(urllib.parse.urlsplit(url).path).name or "download")
+    path = folder / name
     if pinned and path.is_file() and identify(path) == pinned:
         return path
     part = folder / f".{path.name}.part"

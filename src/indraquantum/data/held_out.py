@@ -1,4 +1,4 @@
-"""Which documents are held out: by a hash of the document, so that neither order nor seed nor position decides.
+"""Which documents are held out: by a hash of the document, so that neither order nor position decides.
 
 Documents that share a paragraph are chosen together or not at all, so that nothing held out has been trained on.
 """

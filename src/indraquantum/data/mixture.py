@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from indraquantum.config import PrepareSettings
+from indraquantum.data.detokenize import detokenize
 from indraquantum.data.duplicates import exact_duplicates, near_duplicates
 from indraquantum.data.held_out import Keys, hold_out, text_key
 from indraquantum.data.large import chunks
@@ -29,7 +30,7 @@ from indraquantum.errors import UserError
 
 SAMPLING = 0  # number of the random stream that draws samples
 MAX_SOURCES = 255  # a source's number is one byte
-# A line of an answer counts as a paragraph from this length on: "Yes." is shared without giving anything away.
+# A line counts as a paragraph from this length on: "Yes." is shared without giving anything away.
 PARAGRAPH_CHARACTERS = 40
 AMOUNT = re.compile(r"\d{1,12}|\d+(\.\d+)?x")
 
@@ -46,6 +47,8 @@ class DrawnSource:
     wanted: int  # samples asked for, at most `usable` for a weight
     numbers: np.ndarray  # (documents,) int64: place of each in the source, ascending; a weight may repeat them
     read: Callable[[], Iterator[_Document]]  # reads the source from its beginning
+    keys: np.ndarray  # (available,) uint64: of all its documents, as they were when it was read first
+    field: str  # the option that names it, for errors
     held_out: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))  # (documents,)
 
     @property
@@ -61,13 +64,20 @@ class DrawnSource:
         return list(self.read_texts())
 
     def read_texts(self) -> Iterator[str]:
-        """Read the source again and yield the texts of `numbers`, so that no more than one is in memory."""
+        """Read the source again and yield the texts of `numbers`, so that no more than one is in memory.
+
+        Raises:
+            UserError: it is no longer what was read first.
+        """
         documents = enumerate(self.read())
         place, document = -1, None
         for part in chunks(self.numbers):
             for number in part.tolist():
                 while place < number:
-                    place, document = next(documents)
+                    place, document = next(documents, (number, None))
+                    if document is None or (place == number and text_key(document.text.encode()) != self.keys[place]):
+                        allowed = "must stay as it is while it is read; it has changed: prepare again"
+                        raise UserError(self.field, self.name, allowed)
                 yield document.text
 
 
@@ -120,8 +130,10 @@ def source_options(settings: PrepareSettings) -> list[SourceOption]:
     ):  # fmt: skip
         for value in given or ():
             path, _, amount = value.rpartition("=")
-            if not path or (path.startswith("http") and not AMOUNT.fullmatch(amount)):  # an address may have its own =
+            if not path or (path.startswith("http") and not _is_amount_of_address(path, amount)):
                 path, amount = value, "1x"
+            if any("\ud800" <= letter <= "\udfff" for letter in value):  # bytes of a name that are no UTF-8
+                raise UserError(flag, ascii(value), "must be a name in UTF-8; a manifest can't hold another")
             samples, weight = _amount(flag, value, amount)
             stem, names = Path(path).stem or "text", {option.name for option in options}
             name = next(n for n in (stem, *(f"{stem}-{number}" for number in range(2, 999))) if n not in names)
@@ -134,6 +146,12 @@ def source_options(settings: PrepareSettings) -> list[SourceOption]:
             "--wikitext-samples", 0, "must be above 0 where --alpaca-samples is 0 and nothing else is given"
         )
     return used
+
+
+def _is_amount_of_address(path: str, amount: str) -> bool:
+    """Whether what stands behind the last = of an address is an amount; its query may have = and numbers of its own."""
+    _, asks, query = path.partition("?")
+    return AMOUNT.fullmatch(amount) is not None and (not asks or "=" in query or amount.endswith("x"))
 
 
 def _amount(field: str, value: str, amount: str) -> tuple[int, float | None]:
@@ -169,7 +187,7 @@ def draw_sources(settings: PrepareSettings) -> Mixture:
         near_count = None if near is None else int(near[part].sum())
         drawn.append(
             DrawnSource(option.name, len(source.documents), int(exact[part].sum()), near_count, len(usable), wanted,
-                        numbers, partial(_documents, option, settings))
+                        numbers, partial(_documents, option, settings), source.documents, option.field)
         )  # fmt: skip
     _hold_out(options[0], drawn, keys)
     return Mixture(drawn, skipped)
@@ -185,11 +203,11 @@ def _documents(
             yield _Document(format_alpaca(*sample), _sample_parts(sample))
         return
     articles = settings.documents == "articles"
-    for text in wikitext_documents(
-        option.field, option.path, articles=articles, undo=settings.detokenize, problems=problems
-    ):
-        # A document of one paragraph is that paragraph.
-        yield _Document(text, [line for line in text.split("\n") if not is_heading(line)] if articles else [])
+    for text in wikitext_documents(option.field, option.path, articles=articles, problems=problems):
+        lines = text.split("\n")  # as they stand there: without their signs headings look like paragraphs
+        long = [line for line in lines if not is_heading(line) and len(line) >= PARAGRAPH_CHARACTERS]
+        shown = "\n".join(map(detokenize, lines)) if settings.detokenize else text
+        yield _Document(shown, long if articles else [])  # a document of one paragraph is that paragraph
 
 
 def _keys(documents: Iterator[_Document]) -> Keys:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from indraquantum.config import WIKITEXT
-from indraquantum.data.detokenize import detokenize
 from indraquantum.data.download import download_url, hub_files
 from indraquantum.errors import UserError
 
@@ -59,7 +58,7 @@ def read_wikitext(field: str, name: str, **options: Any) -> list[str]:
 
 
 def wikitext_documents(
-    field: str, name: str, *, articles: bool = False, undo: bool = False, problems: Problems | None = None
+    field: str, name: str, *, articles: bool = False, problems: Problems | None = None
 ) -> Iterator[str]:
     """Yield WikiText's paragraphs: the lines that are neither blank nor a heading, stripped of surrounding space.
 
@@ -69,7 +68,6 @@ def wikitext_documents(
             configuration wikitext-103-v1: `owner/name`, `owner/name/CONFIGURATION`, either with `@REVISION`.
         articles: Whole articles instead, from one `= Title =` to the next, headings among their lines; a text without
             titles is one article.
-        undo: Undo WikiText's own tokenisation.
         problems: What to do with lines that are wrong; by default they are refused.
 
     Raises:
@@ -92,9 +90,7 @@ def wikitext_documents(
     else:
         lines = _hub_lines(field, name, remedy)
     stripped = (line for line in map(str.strip, lines) if line)
-    documents = _articles(stripped, undo) if articles else (
-        detokenize(line) if undo else line for line in stripped if not is_heading(line)
-    )  # fmt: skip
+    documents = _articles(stripped) if articles else (line for line in stripped if not is_heading(line))
     first = next(documents, None)
     if first is None:
         raise UserError(field, name, "must hold at least one paragraph that is no heading")
@@ -102,7 +98,7 @@ def wikitext_documents(
     yield from documents
 
 
-def _articles(lines: Iterable[str], undo: bool) -> Iterator[str]:
+def _articles(lines: Iterable[str]) -> Iterator[str]:
     """Join stripped lines to articles; one without a paragraph is none."""
     article: list[str] = []
     paragraphs = 0
@@ -112,7 +108,7 @@ def _articles(lines: Iterable[str], undo: bool) -> Iterator[str]:
             if paragraphs:
                 yield "\n".join(article)
             article, paragraphs = [], 0
-        article.append(detokenize(line) if undo else line)
+        article.append(line)
         paragraphs += not heading
     if paragraphs:
         yield "\n".join(article)
@@ -297,6 +293,8 @@ def _read_parquet(field: str, path: Path, columns: dict[str, bool]) -> Iterator[
                 raise UserError(field, path, f"must have a column {missing[0]!r}; it has {', '.join(schema.names)}")
             there = [name for name in columns if name in schema.names]
             for name in there:
+                if schema.names.count(name) > 1:
+                    raise UserError(field, path, f"must have one column {name!r}, not {schema.names.count(name)}")
                 if not is_text(schema.field(name).type):
                     raise UserError(field, path, f"column {name!r} must be text; it is {schema.field(name).type}")
             for batch in file.iter_batches(PARQUET_ROWS, columns=there):

@@ -183,15 +183,18 @@ def _control_ids(field: str, file: Path, description: Any) -> tuple[int, int]:
     config = read_json(field, config_file) if config_file.is_file() else {}
     vocabulary = description["model"].get("vocab") if isinstance(description["model"], dict) else None
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-    if isinstance(vocabulary, list):  # Unigram: pairs of piece and score, the place is the id
-        ids = {piece[0]: place for place, piece in enumerate(vocabulary)}
-    ids |= {token["content"]: token["id"] for token in description.get("added_tokens") or []}
+    try:
+        if isinstance(vocabulary, list):  # Unigram: pairs of piece and score, the place is the id
+            ids = {piece[0]: place for place, piece in enumerate(vocabulary)}
+        ids |= {token["content"]: token["id"] for token in description.get("added_tokens") or []}
+    except (TypeError, KeyError, IndexError):
+        raise UserError(field, file, "must be a tokenizer.json; its vocab or added_tokens are not") from None
     found = []
     for key, usual in (("bos_token", "<s>"), ("eos_token", "</s>")):
         token = config.get(key) if isinstance(config, dict) else None
         token = token.get("content") if isinstance(token, dict) else token
         token = usual if token is None else token
-        if token not in ids:
+        if not isinstance(token, str) or token not in ids:
             allowed = f"needs a {key} in tokenizer_config.json that is in the vocabulary ({token!r} is not)"
             raise UserError(field, file, allowed)
         found.append(ids[token])
