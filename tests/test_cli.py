@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -109,6 +110,9 @@ def test_options_from_a_file_count_where_the_command_line_is_silent(monkeypatch,
         ("epochs: 1\nepochs: 2", "--options", "given twice"),
         ("- epochs", "--options", "must hold options"),
         ("epochs: [", "--options", "must be YAML"),
+        ("seed: 2024-13-45", "--options", "must be YAML"),
+        ("seed: " + "1" * 5000, "--options", "must be YAML"),
+        ("on: 2", "--options", "True; must be an option's name; put it in quotes"),
         (None, "--options", "must be a file that can be read"),
     ],
 )
@@ -120,6 +124,24 @@ def test_a_wrong_file_of_options_is_one_line(capsys, tmp_path, content, field, s
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert field in err
     assert said in err
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "must be a place with room"), (errno.EACCES, "must be open to this user"),
+     (errno.ENAMETOOLONG, "must be a shorter path")],
+)  # fmt: skip
+def test_what_the_system_refuses_is_one_line(capsys, number, said):
+    def action():
+        raise OSError(number, os.strerror(number), "some/file")
+
+    assert cli.run_guarded(action) == 2
+    assert capsys.readouterr().err == f"indra: error: some/file: got {os.strerror(number)}; {said}" + (
+        " to write\n" if number == errno.ENOSPC else "\n"
+    )
+    number = errno.EBADF  # a bug, whose trace is wanted
+    with pytest.raises(OSError, match="Bad file"):
+        cli.run_guarded(action)
 
 
 @pytest.mark.parametrize("arguments", ["runs", "train --dry-run", "train --dry-run=true", "--options {} train"])

@@ -47,6 +47,11 @@ def test_what_is_no_teacher_is_not_replaced(world, tmp_path, monkeypatch, place)
     assert (run / "checkpoint.pt").read_text() == (tmp_path / "file").read_text() == "kept"
 
 
+def test_a_pickle_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match=r"--data: got \S+pkl; must be the packed folder"):
+        pretrain_teacher.pretrain_teacher(TeacherSettings(data=world.pickle, output=tmp_path / "new", steps=1))
+
+
 def test_a_teacher_of_before_is_replaced(world, tmp_path):
     shutil.copytree(world.teacher, tmp_path / "teacher")
     settings = TeacherSettings(data=world.data, output=tmp_path / "teacher", steps=1, width=8, layers=1, heads=2)

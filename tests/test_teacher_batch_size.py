@@ -78,6 +78,7 @@ def test_the_estimate_covers_what_a_forward_pass_holds(tmp_path, kind, vocabular
     split = make_split(random_documents([20, 44] * 8, 0), row_length=64)
     tokenizer = type("", (), {"vocabulary_size": 263, "sha256": ""})
     teacher = load_teacher(files, as_dataset(split, split, tokenizer), torch.device("cpu"))
+    teacher.logits(split.batch(np.arange(1)))  # the first product of a process tries what the processor can do
     with LiveBytes() as live:
         teacher.logits(split.batch(np.arange(8)))
     assert live.peak <= size.token * 8 * 64 <= 3 * live.peak
@@ -184,7 +185,13 @@ def test_other_batches_are_refused(value):
         CaptureSettings(batch_tokens=value)
 
 
-def test_a_teacher_that_is_none_is_refused_before_it_is_sized(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+@pytest.mark.parametrize(
+    "config",
+    [{"model_type": "vit"}, {"num_attention_heads": 7}, {"hidden_size": "256"}, {"vocab_size": -1}],
+    ids=str,
+)
+def test_a_teacher_that_is_none_is_refused_before_it_is_sized(tmp_path, config):
+    page = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 30}
+    (tmp_path / "config.json").write_text(json.dumps(page | config))
     with pytest.raises(UserError, match=r"^--teacher: .*causal LM"):
         teacher_size(find_teacher("--teacher", str(tmp_path)), 4)

@@ -250,6 +250,30 @@ def test_bfloat16_is_recorded_and_near_float32(settings, dataset, tmp_path):
     assert (ours.confidence_N - theirs.confidence_N).abs().mean() < 0.03
 
 
+def test_what_else_lies_in_the_folder_stays(settings, dataset):
+    settings.output.mkdir()
+    others = ["finance.journal", ".notes.tmp", ".mixed_train.pkl.12.tmp", "train-000000.safetensors.bak"]
+    for name in others:
+        (settings.output / name).write_text("kept")
+    (settings.output / ".build.tmp").mkdir()
+    left = ["train-000000.safetensors.journal", ".train-000001.safetensors.77.tmp", ".manifest.json.77.tmp"]
+    for name in left:  # of a capture that was killed
+        (settings.output / name).write_bytes(b"half")
+    capture(settings, dataset, SHARD)
+    assert {path.name for path in settings.output.iterdir()} >= {*others, ".build.tmp"}
+    assert not {path.name for path in settings.output.iterdir()} & set(left)
+
+
+def test_a_capture_does_not_go_on_from_a_manifest_that_was_changed(settings, dataset):
+    capture(settings, dataset, SHARD)
+    path = settings.output / "manifest.json"
+    path.write_text(path.read_text().replace(settings.teacher, settings.teacher + "x"))
+    before = files_of(settings.output)
+    with pytest.raises(UserError, match=r"--output: got \S+manifest\.json; is damaged"):
+        capture(settings, dataset, SHARD)
+    assert files_of(settings.output) == before
+
+
 def test_two_captures_into_one_folder(settings, dataset):
     settings.output.mkdir()
     with capture_module._only_writer(settings.output, new=True):  # noqa: SIM117 - two different things

@@ -94,6 +94,16 @@ def test_tokens_without_probability_are_never_drawn():
     assert np.isfinite(signals.entropy_N).all()
 
 
+@pytest.mark.parametrize("temperature", [0.01, 10.0, 100.0])
+def test_what_the_teacher_excludes_stays_excluded_at_any_temperature(temperature):
+    logits_NV = torch.full((97, 61), -torch.inf)
+    logits_NV[:, [5, 20, 40]] = torch.tensor([3.0, 2.0, 1.0])
+    signals = signals_of(logits_NV.clone(), temperature=temperature)
+    assert set(signals.ids_M.tolist()) <= {5, 20, 40}
+    expected = torch.special.entr((torch.tensor([3.0, 2.0, 1.0]).double() / temperature).softmax(0)).sum().item()
+    np.testing.assert_allclose(signals.temperature_entropy_N, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_large_vocabulary_keeps_every_token_in_its_place():
     """Of a million equal tokens, number i begins at i / V; a float32 running sum is off by hundreds at the end."""
     vocabulary = 1_000_003

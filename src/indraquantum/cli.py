@@ -44,8 +44,10 @@ from indraquantum.yaml_settings import read_yaml
 # `*` lifts the fields of a settings class to options of the command; switches have no --no- twin.
 OPTIONS = Parameter(name="*", negative="")
 
-# Errors of writing that are the disk's, wherever they come up.
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# What the system may refuse wherever a file is touched, and what must be otherwise.
+REFUSALS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS), "must be a place with room to write")
+REFUSALS |= dict.fromkeys((errno.EACCES, errno.EPERM), "must be open to this user")
+REFUSALS[errno.ENAMETOOLONG] = "must be a shorter path"
 
 app = App(
     name="indra",
@@ -79,6 +81,9 @@ def options_of(path: Path) -> Callable[[App, tuple[str, ...], ArgumentCollection
         UserError: it can't be read, or is no mapping.
     """
     content = read_yaml("--options", path, "options of the command, such as `epochs: 3`")
+    for name in content:
+        if not isinstance(name, str):
+            raise UserError("--options", f"{path}: {name}", "must be an option's name; put it in quotes")
 
     def fill(command: App, names: tuple[str, ...], arguments: ArgumentCollection) -> None:
         # As values of the command's own key: a flat mapping loses options that are called like a command.
@@ -355,9 +360,9 @@ def run_guarded(action: Callable[[], object]) -> int:
     except BrokenPipeError:
         return 141
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in REFUSALS:
             raise
-        told = UserError(error.filename or "output", error.strerror, "must be a place with room that can be written")
+        told = UserError(f"{error.filename or 'output'}"[:200], error.strerror, REFUSALS[error.errno])
         print(f"indra: error: {told}", file=sys.stderr)
         return told.exit_status
     return 0

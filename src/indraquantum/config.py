@@ -105,7 +105,7 @@ class CaptureSettings(DeviceSettings):
     """Tokens drawn from the teacher at each position."""
     top_k: int = Field(default=50, ge=1, le=65_535)
     """Likeliest tokens kept at each position, for the kind topk."""
-    temperature: float = Field(default=1.0, gt=0, le=100)
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
     """Temperature of the teacher's distribution when drawing."""
     batch_tokens: int | Literal["auto"] = "auto"
     """Tokens in one forward pass of the teacher, at least one row; auto takes what fits the free memory and helps."""

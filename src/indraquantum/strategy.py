@@ -149,7 +149,7 @@ class Stage(Settings):
     """The teacher's signals for `data`; by default the folder teacher_signals beside it."""
     weights: Weights = Weights()
     """Loss weights."""
-    temperature: float | None = Field(default=None, gt=0, le=100, strict=True)
+    temperature: float | None = Field(default=None, ge=0.01, le=100, strict=True)
     """Temperature that the signals must have been captured at; by default whatever they have."""
     learning_rate: float | None = Field(default=None, gt=0, le=10, strict=True)
     """Peak learning rate; like the five below by default the option of that name."""

@@ -41,7 +41,7 @@ def read_yaml(field: str, path: Path, holds: str) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # no UTF-8, no such date, too many digits or brackets
         raise UserError(field, path, f"must be YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise UserError(field, path, f"must hold {holds}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from indraquantum.config import CaptureSettings
-from indraquantum.teacher.teacher_model import TeacherFiles, compute_dtype, teacher_config
+from indraquantum.teacher.teacher_model import TeacherFiles, compute_dtype, refused_in_one_line, teacher_config
 
 CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16_384  # larger batches bring no speed, and a kill loses one
 SERVER_TOKENS = 2048
@@ -65,13 +65,13 @@ def teacher_size(files: TeacherFiles, item_bytes: int) -> TeacherSize:
     from transformers import AutoModelForCausalLM
 
     config = teacher_config(files)
-    with torch.device("meta"):
+    with refused_in_one_line(files), torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(config).num_parameters()
-    about = config.get_text_config()
-    width = about.hidden_size
-    inner = getattr(about, "intermediate_size", None) or 4 * width
-    # The logits; the gated MLP's two products and what becomes of them; states, queries, keys, values and their copies.
-    per_token = about.vocab_size + 4 * inner + 10 * width
+        about = config.get_text_config()
+        width = about.hidden_size
+        inner = getattr(about, "intermediate_size", None) or 4 * width
+        # The logits; the gated MLP's two products and what becomes of them; states, queries, keys, values, copies.
+        per_token = about.vocab_size + 4 * inner + 10 * width
     return TeacherSize(weights * item_bytes, per_token * item_bytes)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import numpy as np
 
 from indraquantum.config import CaptureSettings
 from indraquantum.errors import UserError
-from indraquantum.files import make_folder, sha256_of
+from indraquantum.files import check_manifest_json, make_folder, sha256_of
 from indraquantum.teacher.batch_size import choose_batch_rows
 from indraquantum.teacher.engines import open_data, run_jobs
 from indraquantum.teacher.journal import SUFFIX, journal_path
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     from indraquantum.data.dataset import PreparedDataset
 
 SHARD_POSITIONS = 65_536  # about 3 MB; what one worker does at a time
+# What a capture writes beside shards and manifest; whatever else lies in its folder is somebody else's.
+JOURNAL = re.compile(rf"(train|validation)-\d{{6,}}\.safetensors{re.escape(SUFFIX)}")
+LEFTOVER = re.compile(r"\.(manifest\.json|(train|validation)-\d{6,}\.safetensors)\.\d+\.tmp")
 _OPTIONS = {
     "kind": "--kind",
     "served": "--teacher",
@@ -147,6 +151,7 @@ def _begin_or_continue(
     if settings.kind == "topk" and settings.top_k > identity.vocabulary_size:
         raise UserError("--top-k", settings.top_k, f"must be at most the vocabulary's {identity.vocabulary_size}")
     if (settings.output / MANIFEST_NAME).is_file():
+        check_manifest_json("--output", settings.output / MANIFEST_NAME)
         existing = read_manifest("--output", settings.output)
         for name, option in _OPTIONS.items():
             ours, theirs = getattr(identity, name), getattr(existing, name)
@@ -187,18 +192,17 @@ def _only_writer(folder: Path, new: bool) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError("--output", folder, "another capture is writing there; wait for it") from None
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink()
-        if new:  # a journal without a manifest belongs to nothing
-            _remove_journals(folder)
+        for path in folder.iterdir():
+            # Written by a process that was killed; or a journal without a manifest, which belongs to nothing.
+            if path.is_file() and (LEFTOVER.fullmatch(path.name) or (new and JOURNAL.fullmatch(path.name))):
+                path.unlink()
         yield
     finally:
         os.close(descriptor)
 
 
-def _remove_journals(folder: Path) -> None:
-    for journal in folder.glob("*" + SUFFIX):
-        journal.unlink()
+def _journals(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if JOURNAL.fullmatch(path.name)]
 
 
 def _verified(folder: Path, manifest: Manifest) -> Manifest:
@@ -276,8 +280,9 @@ def _capture(
                 asked += result.positions_asked
                 packed = result.packed if packed is None else packed
     except UserError:
-        if not manifest.shards and not any(path.stat().st_size for path in folder.glob("*" + SUFFIX)):
-            _remove_journals(folder)  # nothing was captured: nothing is left behind
+        if not manifest.shards and not any(path.stat().st_size for path in _journals(folder)):
+            for journal in _journals(folder):  # nothing was captured: nothing is left behind
+                journal.unlink()
             (folder / MANIFEST_NAME).unlink()
         raise
     return _Outcome(manifest, asked, packed)

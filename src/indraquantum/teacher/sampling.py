@@ -183,15 +183,16 @@ def _exact_figures(logits_CV: torch.Tensor, labels_C: torch.Tensor, temperature:
         raise FloatingPointError("the teacher's logits are not finite")
     shifted_CV = logits_CV.sub_(top_C1)
     label_logit_C = shifted_CV.gather(1, labels_C.clamp(min=0)[:, None])[:, 0]
-    shifted_CV.clamp_(min=_UNDERFLOW)  # 0 * -inf would be nan
-    weights_CV = shifted_CV.exp()
+    # 0 * -inf would be nan. What is excluded at temperature 1 stays so at a higher one: that needs the unclamped.
+    clamped_CV = shifted_CV.clamp_(min=_UNDERFLOW) if temperature == 1.0 else shifted_CV.clamp(min=_UNDERFLOW)
+    weights_CV = clamped_CV.exp()
     total_C = weights_CV.sum(-1)
     log_total_C = total_C.log()
-    entropy_C = log_total_C - (weights_CV * shifted_CV).sum(-1) / total_C
+    entropy_C = log_total_C - (weights_CV * clamped_CV).sum(-1) / total_C
     next_logprob_C = (label_logit_C - log_total_C).masked_fill(labels_C < 0, float("nan"))
     tempered_entropy_C = entropy_C
     if temperature != 1.0:
-        weights_CV = torch.exp(shifted_CV.div_(temperature), out=weights_CV)
+        weights_CV = torch.exp(shifted_CV.div_(temperature).clamp_(min=_UNDERFLOW), out=weights_CV)
         tempered_total_C = weights_CV.sum(-1)
         dot_C = (weights_CV * shifted_CV).sum(-1)
         tempered_entropy_C = tempered_total_C.log() - dot_C / tempered_total_C

@@ -265,7 +265,7 @@ def teacher_config(files: TeacherFiles) -> PretrainedConfig:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    with _refused_in_one_line(files), _quiet_transformers():
+    with refused_in_one_line(files), _quiet_transformers():
         config = AutoConfig.from_pretrained(files.folder, local_files_only=True)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{config.model_type} is none")
@@ -312,7 +312,7 @@ def _load_model(files: TeacherFiles, dtype: torch.dtype) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-    with _refused_in_one_line(files), _quiet_transformers():
+    with refused_in_one_line(files), _quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(files.folder, attn_implementation="sdpa", **options)
         except (ValueError, ImportError):  # the architecture has no such attention
@@ -324,14 +324,16 @@ def _load_model(files: TeacherFiles, dtype: torch.dtype) -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def _refused_in_one_line(files: TeacherFiles) -> Iterator[None]:
+def refused_in_one_line(files: TeacherFiles) -> Iterator[None]:
     """Whatever transformers says of a teacher that it can't read."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    known = (OSError, ValueError, TypeError, KeyError, AssertionError, RuntimeError, SafetensorError)
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    except (*known, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(files.field, files.name, f"must be a causal LM that transformers can load ({reason})") from None
 
 

@@ -125,6 +125,8 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
         TrainingStopped: the loss or a gradient is not finite.
     """
     device = choose_device(settings)
+    if settings.data.is_file():
+        raise UserError("--data", settings.data, "must be the packed folder, which carries its tokenizer")
     dataset = open_dataset("--data", settings.data, verify=True)
     check_replaceable(settings.output)
     make_folder("--output", settings.output.parent)
