@@ -23,6 +23,7 @@ from indraquantum.data.sources import (
     Problems,
     alpaca_samples,
     is_heading,
+    is_text,
     local_instructions,
     wikitext_documents,
 )
@@ -132,7 +133,7 @@ def source_options(settings: PrepareSettings) -> list[SourceOption]:
             path, _, amount = value.rpartition("=")
             if not path or (path.startswith("http") and not _is_amount_of_address(path, amount)):
                 path, amount = value, "1x"
-            if any("\ud800" <= letter <= "\udfff" for letter in value):  # bytes of a name that are no UTF-8
+            if not is_text(value):
                 raise UserError(flag, ascii(value), "must be a name in UTF-8; a manifest can't hold another")
             samples, weight = _amount(flag, value, amount)
             stem, names = Path(path).stem or "text", {option.name for option in options}

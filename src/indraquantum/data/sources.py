@@ -191,7 +191,7 @@ def _wrong(number: int, item: Any, known: dict[str, int], strict: bool) -> str |
             continue
         if not isinstance(text, str):
             return f"item {number} must have a text {key!r}; {_kind(text) if key in item else 'it is missing'}"
-        if not text.isascii() and not _is_text(text):
+        if not text.isascii() and not is_text(text):
             return f"item {number} holds half a surrogate pair, which is no text"
         if len(text) > MAX_LINE_BYTES:
             return f"item {number}: {key!r} must be at most {MAX_LINE_BYTES} characters long; it has {len(text)}"
@@ -209,8 +209,11 @@ def _kind(value: object) -> str:
     return f"it is {names.get(type(value), 'a number')}"
 
 
-def _is_text(text: str) -> bool:
-    """Whether `text` is free of half surrogate pairs, which JSON can spell but no tokenizer can read."""
+def is_text(text: str) -> bool:
+    """Whether `text` is free of half surrogate pairs, which no tokenizer can read.
+
+    JSON can spell them, and Python puts them for bytes of the command line that are no UTF-8.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -282,7 +285,7 @@ def _read_parquet(field: str, path: Path, columns: dict[str, bool]) -> Iterator[
     import pyarrow
     import pyarrow.parquet
 
-    def is_text(kind: pyarrow.DataType) -> bool:
+    def is_string(kind: pyarrow.DataType) -> bool:
         return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_null(kind)
 
     try:
@@ -295,7 +298,7 @@ def _read_parquet(field: str, path: Path, columns: dict[str, bool]) -> Iterator[
             for name in there:
                 if schema.names.count(name) > 1:
                     raise UserError(field, path, f"must have one column {name!r}, not {schema.names.count(name)}")
-                if not is_text(schema.field(name).type):
+                if not is_string(schema.field(name).type):
                     raise UserError(field, path, f"column {name!r} must be text; it is {schema.field(name).type}")
             for batch in file.iter_batches(PARQUET_ROWS, columns=there):
                 yield from batch.to_pylist()

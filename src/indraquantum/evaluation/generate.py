@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from indraquantum.config import TestSettings
+from indraquantum.data.sources import is_text
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.model.modeling import IndraQuantumPhase2
@@ -67,7 +68,7 @@ def generate_text(
     Raises:
         UserError: prompt and text together are longer than the model takes, or the prompt is no UTF-8.
     """
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python passes on bytes that are no UTF-8
+    if not is_text(prompt):
         raise UserError("--prompt", ascii(prompt), "must be UTF-8 text")
     prompt_ids = tokenizer.encode_prompt(prompt)
     _check_length(len(prompt_ids), model.config.max_position_embeddings, settings)
