@@ -164,7 +164,7 @@ class OptimizerSettings(Settings):
     """Token positions in one optimiser step; at least one row is taken."""
     micro_batch_tokens: int = Field(default=8192, ge=1)
     """Token positions in one forward pass, at least one row; a larger step adds up gradients, the same but rounded."""
-    learning_rate: float = Field(default=4e-3, gt=0, le=10)
+    learning_rate: float = Field(default=2e-3, gt=0, le=10)
     """Peak learning rate."""
     table_rate: float = Field(default=50.0, gt=0, le=1000)
     """The embedding table's learning rate, as a multiple of the rest's."""
