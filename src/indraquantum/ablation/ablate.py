@@ -31,7 +31,6 @@ def ablate(path: Path, settings: AblateSettings) -> Path | None:
     plan = load_plan(path)
     plan = plan.model_copy(update={"data": settings.data or plan.data, "signals": settings.signals or plan.signals})
     results = settings.output or Path("results") / plan.name
-    variants = _variants(plan, settings.only)
     if settings.report_only:
         if settings.dry_run or settings.only:
             other = "--dry-run" if settings.dry_run else "--only"
@@ -40,6 +39,7 @@ def ablate(path: Path, settings: AblateSettings) -> Path | None:
             )
         return write_report(plan, results)
     work = settings.work or Path("runs") / "ablate" / plan.name
+    variants = _variants(plan, settings.only)
     bench = Bench(plan, settings, results, work, command_line(path, settings))
     bench.check()
     if settings.dry_run:

@@ -206,9 +206,9 @@ def _documents(
     articles = settings.documents == "articles"
     for text in wikitext_documents(option.field, option.path, articles=articles, problems=problems):
         lines = text.split("\n")  # as they stand there: without their signs headings look like paragraphs
-        long = [line for line in lines if not is_heading(line) and len(line) >= PARAGRAPH_CHARACTERS]
+        long = (line for line in lines if not is_heading(line) and len(line) >= PARAGRAPH_CHARACTERS)
         shown = "\n".join(map(detokenize, lines)) if settings.detokenize else text
-        yield _Document(shown, long if articles else [])  # a document of one paragraph is that paragraph
+        yield _Document(shown, list(long) if articles else [])  # a document of one paragraph is that paragraph
 
 
 def _keys(documents: Iterator[_Document]) -> Keys:
