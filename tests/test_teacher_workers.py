@@ -101,6 +101,7 @@ def test_workers_give_the_same_bytes_and_one_may_be_killed(settings, whole, monk
         if manifest.shards and not killed:
             killed.append(multiprocessing.active_children()[0].pid)
             os.kill(killed[0], signal.SIGKILL)
+            (folder / f".train-000009.safetensors.{killed[0]}.tmp").write_bytes(b"half")  # as if it had died writing
 
     monkeypatch.setattr(capture_module, "write_manifest", murderous)
     report = capture(changed(settings, workers=2), None, SHARD)

@@ -192,17 +192,23 @@ def _only_writer(folder: Path, new: bool) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError("--output", folder, "another capture is writing there; wait for it") from None
-        for path in folder.iterdir():
-            # Written by a process that was killed; or a journal without a manifest, which belongs to nothing.
-            if path.is_file() and (LEFTOVER.fullmatch(path.name) or (new and JOURNAL.fullmatch(path.name))):
-                path.unlink()
+        _remove_leftovers(folder)  # of a capture that was killed
+        for journal in _journals(folder) if new else ():
+            journal.unlink()  # without a manifest it belongs to nothing
         yield
+        _remove_leftovers(folder)  # of workers that died on the way and of those that were stopped with them
     finally:
         os.close(descriptor)
 
 
 def _journals(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if JOURNAL.fullmatch(path.name)]
+    return [path for path in folder.iterdir() if path.is_file() and JOURNAL.fullmatch(path.name)]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_file() and LEFTOVER.fullmatch(path.name):
+            path.unlink()
 
 
 def _verified(folder: Path, manifest: Manifest) -> Manifest:
