@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -214,3 +215,16 @@ def test_a_log_file_has_each_line_as_soon_as_it_is_said():
         assert process.stdout.readline() == b"step 1\n"
         process.stdin.close()
         assert process.wait() == 0
+
+
+def test_what_is_stopped_by_sigterm_leaves_no_temporary_files(world, tmp_path):
+    waits = "prepare.write_padded = lambda *_: (print('half', flush=True), time.sleep(600))"
+    program = f"import time; from indraquantum import cli; from indraquantum.data import prepare; {waits}; cli.main()"
+    options = ["prepare", "--wikitext", world.wikitext, "--alpaca", world.alpaca, "--tokenizer", world.tokenizer]
+    command = [sys.executable, "-c", program, *options, "--output", tmp_path / "mixed.pkl"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"half\n"
+        assert list(tmp_path.glob(".prepare-*/*"))
+        process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []

@@ -54,6 +54,20 @@ def test_a_folder_comes_back_where_the_exchange_is_cut(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_links_to_another_disk_stay(tmp_path):
+    (tmp_path / "disk" / "folder").mkdir(parents=True)
+    for name in ("file", "folder"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "inside").write_text("new")
+    assert (tmp_path / "file").is_symlink()
+    assert (tmp_path / "folder").is_symlink()
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert names == {"disk", "disk/file", "disk/folder", "disk/folder/inside", "file", "folder"}
+
+
 def test_others_may_read_what_a_library_wrote_for_its_owner(tmp_path):
     def private(path):
         path.write_text("x")

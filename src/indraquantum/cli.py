@@ -11,7 +11,9 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -371,6 +373,8 @@ def run_guarded(action: Callable[[], object]) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `indra` with `arguments` (default: those of the process) and exit with its status."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
+    if threading.current_thread() is threading.main_thread():  # elsewhere no signal arrives, nor can one be caught
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that temporary files go
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log file is read while the run goes on
         sys.stdout.reconfigure(line_buffering=True)
     sys.exit(run_guarded(lambda: app.meta(tokens, exit_on_error=False, print_error=False)))

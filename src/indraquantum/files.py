@@ -102,7 +102,11 @@ def is_locked(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed."""
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
+
+    A symbolic link is followed, and stays.
+    """
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -117,7 +121,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes `path`'s place as a whole, on failure it goes."""
+    """Yield a temporary folder beside `path`; on success it takes `path`'s place as a whole, on failure it goes.
+
+    A symbolic link is followed, and stays.
+    """
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(temporary, ignore_errors=True)
