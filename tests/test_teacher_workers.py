@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,28 @@ def test_a_missing_ray_is_one_line(settings, monkeypatch):
     with pytest.raises(UserError, match=r"^--engine: got ray; needs Ray: pip install"):
         capture(changed(settings, engine="ray"), None, SHARD)
     assert files_of(settings.output) == {}
+
+
+def begin_nothing(plan, counter):
+    pass
+
+
+def nap(job):
+    time.sleep(60)
+
+
+def test_a_capture_that_is_stopped_stops_its_workers_within_their_shard(settings, monkeypatch):
+    workers = []
+
+    def stop(futures):
+        workers.extend(multiprocessing.active_children())
+        sys.exit(143)
+
+    for name, function in {"_begin_process": begin_nothing, "_do_job": nap, "as_completed": stop}.items():
+        monkeypatch.setattr(engines, name, function)
+    with pytest.raises(SystemExit):
+        capture(changed(settings, workers=2), None, SHARD)
+    assert [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 2
 
 
 def test_an_error_crosses_from_worker_to_parent(settings):

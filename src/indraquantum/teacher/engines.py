@@ -123,6 +123,7 @@ def _do_job(job: Job) -> ShardResult:
 def _processes(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
     """Processes of this machine; when one dies all are replaced, and the jobs that are left begin anew."""
     context, left, deaths = multiprocessing.get_context("spawn"), set(jobs), 0
+    others = set(multiprocessing.active_children())
     while left:
         counter = context.Value("i", 0)
         pool = ProcessPoolExecutor(plan.settings.workers, context, _begin_process, (plan, counter))
@@ -139,6 +140,10 @@ def _processes(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
                 allowed = "must be fewer: workers die before they finish a shard, perhaps for want of memory"
                 raise UserError("--workers", plan.settings.workers, allowed) from None
             print("capture: a worker died; going on with what it left", file=sys.stderr)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()  # its shard may take an hour more; the journal has what it was told
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
