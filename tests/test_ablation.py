@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 import survival
 from indraquantum import cli
-from indraquantum.ablation import one_run, results
+from indraquantum.ablation import one_run, processes, results
 from indraquantum.ablation.ablate import command_line
 from indraquantum.ablation.blocks import markdown
 from indraquantum.ablation.one_run import curve, measure, run_task
@@ -84,11 +84,12 @@ def record(folder, name):
 def without_timing(path):
     """The bytes of a run's JSON but for what may differ between two runs of the same thing."""
     content = json.loads(path.read_text())
-    return json.dumps({name: value for name, value in content.items() if name not in ("timing", "command")})
+    kept = {name: value for name, value in content.items() if name not in ("timing", "command", "checkpoint_kept")}
+    return json.dumps(kept)
 
 
-def bench_of(plan, folder):
-    settings = AblateSettings(keep_checkpoints=True)
+def bench_of(plan, folder, keep=True):
+    settings = AblateSettings(keep_checkpoints=keep)
     return Bench(load_plan(plan), settings, folder / "results", folder / "work", command_line(plan, settings))
 
 
@@ -204,7 +205,7 @@ def test_a_finished_plan_runs_nothing_again_and_refuses_other_settings(world, fi
     assert indra("ablate", other, *folders(folder)) == 2
     said = capsys.readouterr().err
     assert "must be of a run with warmup_fraction 0.5, as planned, not 0.05" in said
-    assert "search/quantum-try0.json" in said
+    assert "quantum-seed3.json" in said
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -227,6 +228,79 @@ def test_a_report_refuses_the_runs_of_another_plan(world, finished, tmp_path, ca
         assert indra("ablate", plan, "--output", tmp_path / "results", *options) == 2
         assert f"{variant}-seed3.json; {said}" in capsys.readouterr().err
     assert (tmp_path / "results" / "report.md").read_bytes() == before
+
+
+def change(folder, name, **changes):
+    """A copy of a finished plan's JSON with other values, those of its settings among them."""
+    path = folder / "results" / f"{name}.json"
+    content = json.loads(path.read_text())
+    settings = content["settings"] | {key: value for key, value in changes.items() if key in content["settings"]}
+    content |= {key: value for key, value in changes.items() if key not in settings} | {"settings": settings}
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("plain-seed5", {"data": "other"}, "data .*, as the others, not other"),
+        ("search/plain-try0", {"data": "other"}, "data .*, as the others, not other"),
+        ("plain-seed3", {"readouts_measured_with": "other"}, "readouts_measured_with .*, as the others, not other"),
+        ("quantum-seed5", {"signals": "other"}, "signals of quantum .*, as the others, not other"),
+        ("quantum-seed5", {"strategy": "stage1"}, "strategy v4-unified, as planned, not stage1"),
+        ("quantum-seed5", {"half": "choice"}, "half table, as planned, not choice"),
+        (
+            "search/plain-try1",
+            {"chosen": {"table_rate": 7}},
+            r"chosen {'table_rate': 20}, as planned, not {'table_rate': 7}",
+        ),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(finished, tmp_path, capsys, name, changes, said):
+    """By the report, and before hours are spent on a variant beside them."""
+    folder, plan = finished
+    shutil.copytree(folder / "results", tmp_path / "results")
+    change(tmp_path, name, **changes)
+    (tmp_path / "results" / "broken-seed3.json").unlink()
+    for options in (("--report-only",), ("--work", tmp_path / "work", "--only", "broken")):
+        assert indra("ablate", plan, "--output", tmp_path / "results", *options) == 2
+        assert re.search(
+            rf"results: got \S*{name}\.json; must be of a run with {said}; remove it", capsys.readouterr().err
+        )
+    assert not (tmp_path / "results" / "broken-seed3.json").exists()
+
+
+def test_other_data_are_refused_before_anything_runs(world, finished, tmp_path, capsys):
+    folder, _ = finished
+    shutil.copytree(folder / "results", tmp_path / "results")
+    (tmp_path / "results" / "broken-seed3.json").unlink()
+    for path in tmp_path.glob("results/*.json"):
+        change(tmp_path, path.stem, data="other")
+    plan = write_plan(world, tmp_path)
+    assert indra("ablate", plan, *folders(tmp_path), "--only", "broken") == 2
+    assert "as the others, not other" in capsys.readouterr().err
+    assert not (tmp_path / "results" / "broken-seed3.json").exists()
+
+
+def test_checkpoints_that_were_to_be_kept_are_kept_by_the_next_command(world, tmp_path):
+    plan = write_plan(world, tmp_path, seeds=[3], search=None, base=BASE | {"max_steps": 2})
+    for options in (("--keep-checkpoints",), ()):
+        assert indra("ablate", plan, *folders(tmp_path), "--only", "plain", *options) == 0
+        assert list((tmp_path / "work").rglob("*.pt"))
+
+
+def test_a_run_that_is_killed_is_said_to_be(world, tmp_path, capsys, monkeypatch):
+    plan = write_plan(world, tmp_path, seeds=[3], search=None)
+    monkeypatch.setattr(processes, "_run_here", killed)
+    assert indra("ablate", plan, *folders(tmp_path), "--only", "plain") == 2
+    assert "1 runs have no result; the first: plain-seed3: not done (killed by signal 9)" in capsys.readouterr().err
+
+
+def killed(task):
+    """What the kernel does where memory is short; as a module's function, for another process."""
+    log = processes.log_path(task)
+    log.parent.mkdir(parents=True)
+    log.write_text("wrote a checkpoint\n")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("options", [("--only", "plain"), ("--dry-run",)])
@@ -329,11 +403,11 @@ def test_a_json_of_before_an_option_came_counts_at_its_default(finished):
 def test_unequal_tokens_are_told(finished):
     folder, plan = finished
     runs = {name: {3: record(folder, f"{name}-seed3")} for name in ("quantum", "plain")}
-    assert "NOT AT EQUAL" not in markdown(report_blocks(load_plan(plan), folder / "results", runs, runs))
+    assert "NOT AT EQUAL" not in markdown(report_blocks(load_plan(plan), folder / "results", runs, runs, {}))
     tokens = runs["quantum"][3]["tokens"]
     for part, told in ((0.0005, "Equal rows, not quite as full"), (0.002, "NOT AT EQUAL TOKENS: seeds 3")):
         runs["plain"][3]["tokens"] = round(tokens * (1 + part))
-        said = markdown(report_blocks(load_plan(plan), folder / "results", runs, runs))
+        said = markdown(report_blocks(load_plan(plan), folder / "results", runs, runs, {}))
         assert f"{told}: tokens differ by up to {round(tokens * (1 + part)) / tokens - 1:.3%}." in said
 
 
@@ -351,7 +425,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(finished, tmp_path, own
 
     def killed():
         survival.at(owner, name, when, occurrence, survival.die)
-        run_task(bench_of(plan, tmp_path).run("plain", 5, {"table_rate": 20}))
+        run_task(bench_of(plan, tmp_path, keep=False).run("plain", 5, {"table_rate": 20}))
 
     assert survival.in_fork(killed) == -signal.SIGKILL
     written = (tmp_path / "results" / "plain-seed5.json").exists()

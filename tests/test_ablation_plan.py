@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -106,6 +107,22 @@ def test_what_a_search_may_choose_is_as_fair(world, tmp_path, capsys, setting, f
     assert said in error
 
 
+def test_a_search_needs_stages_that_it_can_shorten(world, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("stages: [{name: a, steps: 6}]")
+    base = {name: value for name, value in BASE.items() if name != "max_steps"}
+    variants = {"own": {"projector": "none", "d_model": 8, "strategy": "own.yaml"}}
+    search = {"grid": [{"table_rate": 1}, {"table_rate": 2}]}
+    plan = write_plan(world, tmp_path, base=base, variants=variants, pairs=[], search=search)
+    assert indra("ablate", plan, *folders(tmp_path), "--dry-run") == 2
+    assert re.search(r"variants\.own\.strategy: got \S*own\.yaml; must have stages that are", capsys.readouterr().err)
+
+
+def test_a_plan_needs_the_packed_folder(world, tmp_path, capsys):
+    plan = write_plan(world, tmp_path)
+    assert indra("ablate", plan, *folders(tmp_path), "--data", world.pickle, "--dry-run") == 2
+    assert re.search(r"--data: got \S*mixed\.pkl; must be the packed folder", capsys.readouterr().err)
+
+
 def test_a_search_needs_something_held_out_to_choose_by(world, tmp_path, capsys, monkeypatch):
     plan = write_plan(world, tmp_path)
     monkeypatch.setattr(tasks, "documents_of_half", lambda dataset, half: np.array([half == "table"]))
@@ -169,7 +186,7 @@ def test_a_strategy_may_be_what_is_compared(world, tmp_path):
     curve = {line["step"]: line for line in gentle["curve"]}
     assert [curve[step]["stage"] for step in (2, 3, 4, 6)] == ["stage1", "stage1", "stage2-v3", "stage2-v3"]
     rise = curve[6]["held_out"]["wikitext"] - curve[3]["held_out"]["wikitext"]
-    text = markdown(report_blocks(plan, tmp_path / "results", runs, runs))
+    text = markdown(report_blocks(plan, tmp_path / "results", runs, runs, {}))
     assert f"| gentle | stage2-v3 | wikitext | {curve[6]['held_out']['wikitext']:.4f} | {rise:+.4f} |" in text
     assert f"| gentle | stage1 | wikitext | {curve[3]['held_out']['wikitext']:.4f} |  |" in text
     assert "| ce | unified" not in text  # one stage alone tells nothing of forgetting

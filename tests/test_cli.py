@@ -217,6 +217,13 @@ def test_a_log_file_has_each_line_as_soon_as_it_is_said():
         assert process.wait() == 0
 
 
+def test_a_ctrl_c_is_told(monkeypatch, capsys):
+    monkeypatch.setattr("indraquantum.monitor.run_table.list_runs", lambda logs: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["runs"])
+    assert (exit_.value.code, capsys.readouterr().err) == (130, "indra: interrupted\n")
+
+
 def test_what_is_stopped_by_sigterm_leaves_no_temporary_files(world, tmp_path):
     waits = "prepare.write_padded = lambda *_: (print('half', flush=True), time.sleep(600))"
     program = f"import time; from indraquantum import cli; from indraquantum.data import prepare; {waits}; cli.main()"

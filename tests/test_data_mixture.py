@@ -87,6 +87,8 @@ def test_weights_and_counts(tmp_path):
         option = source_options(chosen.model_copy(update={"text": None, "instructions": (url,)}))[-1]
         assert (option.path, option.samples, option.weight) == (path, samples, weight)
     refused(chosen.model_copy(update={"text": ("caf\udce9.txt",)}), "--text", r"caf\udce9.txt", "UTF-8")
+    for name in ("wikitext", "alpaca"):
+        refused(chosen.model_copy(update={name: "caf\udce9.txt"}), f"--{name}", r"caf\udce9.txt", "UTF-8")
     url = "https://host/a.jsonl?x=1#sha256=" + "1a" * 32
     options = source_options(chosen.model_copy(update={"text": None, "instructions": (url, f"{url}=3x")}))
     assert [(option.path, option.weight) for option in options[1:]] == [(url, 1), (url, 3)]

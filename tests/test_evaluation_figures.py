@@ -18,6 +18,7 @@ from indraquantum.evaluation.figures import evaluate, expected_calibration_error
 from indraquantum.evaluation.report import evaluate_checkpoint
 from indraquantum.evaluation.write import load_model
 from indraquantum.files import SEAL, write_manifest_json
+from indraquantum.metrics import read_metrics
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training.loop import train
 
@@ -142,6 +143,18 @@ def test_a_text_file_has_its_own_documents_and_bytes(checkpoint, tmp_path, capsy
     assert figures.bits_per_byte == pytest.approx(total / math.log(2) / size, rel=1e-4)
     assert evaluation.alignment is None
     assert "bits/byte" in capsys.readouterr().out
+
+
+def test_a_run_on_a_pickle_is_measured_with_the_tokenizer_that_it_carries(world, tmp_path):
+    report = train(
+        TrainSettings(data=world.pickle, tokenizer=str(world.tokenizer), output=tmp_path / "run", no_teacher=True,
+                      logs=tmp_path / "logs", d_model=6, layers=1, heads=2, mlp_width=22, max_steps=3)
+    )  # fmt: skip
+    found = evaluate_checkpoint(report.checkpoint, EvalSettings(data=world.pickle))
+    dataset = open_dataset("--data", world.pickle, str(world.tokenizer))
+    tokens = dataset.validation.num_tokens - dataset.validation.num_documents
+    assert sum(figures.tokens for name, figures in found.sources.items() if name != "all") == tokens
+    assert found.sources["all"].cross_entropy == pytest.approx(read_metrics(report.metrics)[-1]["held_out"]["all"])
 
 
 def test_rows_of_a_text_are_as_long_as_asked(checkpoint, tmp_path):

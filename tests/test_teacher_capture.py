@@ -281,6 +281,14 @@ def test_two_captures_into_one_folder(settings, dataset):
             capture(settings, dataset, SHARD)
 
 
+def test_a_capture_that_is_stopped_leaves_nothing_half_written(settings):
+    settings.output.mkdir()
+    with pytest.raises(SystemExit), capture_module._only_writer(settings.output, new=True):  # noqa: PT012 - what stops it
+        (settings.output / ".train-000001.safetensors.7.tmp").write_bytes(b"half")  # a worker's
+        raise SystemExit(143)
+    assert files_of(settings.output) == {}
+
+
 def test_a_teacher_of_nan_is_refused_and_nothing_is_stored(settings, dataset, folder, tmp_path):
     broken = shutil.copytree(folder, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")

@@ -56,7 +56,9 @@ app = App(
     help="IndraQuantum phase 2: prepare, capture, train, test.",
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # run_guarded says it
 )
+app.meta.suppress_keyboard_interrupt = False
 
 
 @app.meta.default

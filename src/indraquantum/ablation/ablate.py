@@ -9,6 +9,7 @@ from indraquantum.ablation.one_run import drop_checkpoints
 from indraquantum.ablation.plan import Plan, load_plan
 from indraquantum.ablation.processes import run_tasks
 from indraquantum.ablation.report import write_report
+from indraquantum.ablation.results import read_results
 from indraquantum.ablation.search import best_setting, trial_tasks, trials_of
 from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Bench, Task
@@ -46,6 +47,7 @@ def ablate(path: Path, settings: AblateSettings) -> Path | None:
         print(overview(bench, variants))
         return None
     make_folder("--output", results)
+    read_results(plan, results, bench.shared)  # what other variants have there, before hours are spent beside it
     with folder_lock("--work", make_folder("--work", work)):
         without = _run(bench, [task for variant in variants for task in trial_tasks(bench, variant)])
         tasks = []
@@ -58,9 +60,13 @@ def ablate(path: Path, settings: AblateSettings) -> Path | None:
             tasks += [bench.run(variant, seed, chosen) for seed in plan.seeds]
         # Seed by seed, so that a stopped ablation has whole pairs.
         without += _run(bench, sorted(tasks, key=lambda task: plan.seeds.index(task.settings.seed)))
-    report = write_report(plan, results)
-    if without:
-        raise UserError("ablate", path, f"{len(without)} runs have no result; the first: {without[0]}")
+    missing = without and UserError("ablate", path, f"{len(without)} runs have no result; the first: {without[0]}")
+    try:
+        report = write_report(plan, results)
+    except UserError as error:
+        raise missing or error from None
+    if missing:
+        raise missing
     return report
 
 
@@ -73,11 +79,12 @@ def _variants(plan: Plan, only: tuple[str, ...] | None) -> list[str]:
 
 def _run(bench: Bench, tasks: list[Task]) -> list[str]:
     """Do those of `tasks` that have no JSON yet; a line for each that has none afterwards."""
-    left = [task for task in tasks if task.record() is None]
+    records = [task.record() for task in tasks]
+    left = [task for task, record in zip(tasks, records, strict=True) if record is None]
     if len(left) < len(tasks):
         print(f"{len(tasks) - len(left)} of {len(tasks)} runs are done already.")
-    for task in tasks:
-        if task not in left:
+    for task, record in zip(tasks, records, strict=True):
+        if record is not None and not record.get("checkpoint_kept"):
             drop_checkpoints(task)  # of a process that was killed just before
     return run_tasks(left, bench.settings.jobs, print)
 

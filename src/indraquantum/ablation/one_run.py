@@ -45,6 +45,7 @@ def run_task(task: Task) -> None:
     steps_before = max((line["step"] for line in read_metrics(metrics_path)), default=0)
     dataset = open_dataset("--data", settings.data)
     record: Record = {**task.planned, **task.origin, "seed": settings.seed, **asdict(sizes_of(settings, dataset))}
+    record["checkpoint_kept"] = task.keep_checkpoint
     try:
         report = train(settings)
     except TrainingStopped as stopped:

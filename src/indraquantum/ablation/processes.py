@@ -82,7 +82,8 @@ def _ended(running: list[BaseProcess]) -> list[BaseProcess]:
 def _outcome(task: Task, exit_status: int | None, left: int) -> _Outcome:
     record = task.record()
     if record is None:
-        said = _last_line(log_path(task)) or f"exit status {exit_status}"
+        killed = f"killed by signal {-exit_status}" if exit_status and exit_status < 0 else ""  # by lack of memory, say
+        said = killed or _last_line(log_path(task)) or f"exit status {exit_status}"
         return _Outcome(f"{task.name}: not done ({said}); see {log_path(task)}", recorded=False)
     if record["status"] == "failed":
         return _Outcome(f"{task.name}: failed: {record['line']}", recorded=True)

@@ -11,7 +11,7 @@ from indraquantum.ablation.blocks import Block, Code, Heading, Paragraph, Pictur
 from indraquantum.ablation.intervals import Interval, interval, paired
 from indraquantum.ablation.plan import Plan
 from indraquantum.ablation.plots import PICTURES, Runs, save_picture
-from indraquantum.ablation.results import Record, check_stated, read_record
+from indraquantum.ablation.results import Record, read_results
 from indraquantum.ablation.sizes import FLOPS_FORMULA
 from indraquantum.errors import UserError
 from indraquantum.evaluation.samples import PROMPTS
@@ -24,6 +24,7 @@ FIGURES = {  # of a source: title, digits
     "calibration_error": ("ECE", 4),
     "accuracy": ("accuracy", 4),
 }
+Trials = dict[str, list[Record | None]]  # by variant, in the order of its grid; None: still to be done
 EQUAL = 0.001  # tokens of variants whose rows are padded a little differently
 SAMPLES = {
     "words": ("words", 1),
@@ -45,25 +46,19 @@ def write_report(plan: Plan, folder: Path) -> Path:
     Raises:
         UserError: no run is finished, or one is not of this plan.
     """
-    records: Runs = {variant: {} for variant in plan.variants}
-    for variant in plan.variants:
-        for seed in plan.seeds:
-            path = folder / f"{variant}-seed{seed}.json"
-            if record := read_record(path):
-                check_stated(path, record, plan, variant)
-                records[variant][seed] = record
+    records, trials = read_results(plan, folder)
     finished = {v: {s: r for s, r in by_seed.items() if r["status"] == "finished"} for v, by_seed in records.items()}
     runs = {variant: by_seed for variant, by_seed in finished.items() if by_seed}
     if not runs:
         raise UserError("results", folder, "holds no finished run of this plan")
-    blocks = report_blocks(plan, folder, records, runs)
+    blocks = report_blocks(plan, folder, records, runs, trials)
     for name, text in (("report.md", markdown(blocks)), ("report.html", html_page(blocks))):
         with atomic_file(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return folder / "report.html"
 
 
-def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs) -> list[Block]:
+def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs, trials: Trials) -> list[Block]:
     """Everything that the report says."""
     blocks: list[Block] = [Heading(f"Ablation {plan.name}", 1), Paragraph(plan.about or "Variants at equal tokens.")]
     blocks += [Heading("Held-out figures"), Paragraph(_about_figures(runs)), figures_table(runs)]
@@ -86,7 +81,7 @@ def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs) -> list[B
     blocks += [Heading("Samples"), Paragraph(said), samples_table(runs), *sample_texts(runs)]
     if plan.search is not None:
         said = "Each setting's cross-entropy on the choice half, nats per token; the best is what the variant ran with."
-        blocks += [Heading("Search"), Paragraph(said), search_table(plan, folder)]
+        blocks += [Heading("Search"), Paragraph(said), search_table(plan, trials)]
     blocks += [Heading("Runs"), Paragraph(_about_runs(plan, records)), runs_table(records)]
     return [*blocks, Heading("Where this comes from"), Code(_origin(records))]
 
@@ -189,14 +184,13 @@ def sample_texts(runs: Runs) -> Iterable[Block]:
         yield Code("\n\n".join([prompt, *texts]))
 
 
-def search_table(plan: Plan, folder: Path) -> Table:
+def search_table(plan: Plan, trials: Trials) -> Table:
     """What was tried for each variant, and what its runs took."""
     rows = []
-    for variant in plan.variants:
-        trials = [read_record(folder / "search" / f"{variant}-try{i}.json") for i in range(len(plan.grid_of(variant)))]
-        losses = [r["sources"]["all"]["cross_entropy"] if r and r["status"] == "finished" else None for r in trials]
+    for variant, tried in trials.items():
+        losses = [r["sources"]["all"]["cross_entropy"] if r and r["status"] == "finished" else None for r in tried]
         best = min((loss for loss in losses if loss is not None), default=None)
-        for setting, record, loss in zip(plan.grid_of(variant), trials, losses, strict=True):
+        for setting, record, loss in zip(plan.grid_of(variant), tried, losses, strict=True):
             told = "not done" if record is None else f"failed: {record.get('line')}" if loss is None else f"{loss:.4f}"
             chosen = "chosen" if loss is not None and losses.index(best) == losses.index(loss) else ""
             rows.append([variant, _setting(setting), told, chosen])

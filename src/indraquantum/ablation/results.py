@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from indraquantum.ablation.plan import Plan, resolved
 from indraquantum.errors import UserError
@@ -14,6 +14,7 @@ from indraquantum.training.run import FREE_SETTINGS, with_defaults
 FORMAT = "indraquantum-ablation-run"
 FORMAT_VERSION = 1
 Record = dict[str, Any]
+_NEEDED = {"variant", "half", "chosen", "settings", "status"}
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -31,7 +32,7 @@ def read_record(path: Path) -> Record | None:
     if not path.exists():
         return None
     record = read_json("results", path)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not record.keys() >= _NEEDED:
         raise UserError("results", path, "must be the JSON of a run; remove it, or give another --output")
     if record.get("format_version") != FORMAT_VERSION:
         found = record.get("format_version")
@@ -50,19 +51,61 @@ def check_record(path: Path, record: Record, planned: Record) -> None:
     _compare(path, record, planned, record["settings"].keys() | planned["settings"].keys())
 
 
-def check_stated(path: Path, record: Record, plan: Plan, variant: str) -> None:
-    """Check that the run at `path` is one of `variant`, as far as the plan alone tells; data may be elsewhere.
+class Results(NamedTuple):
+    """What a folder holds of a plan, by variant: runs by seed, and trials in the order of the grid."""
+
+    runs: dict[str, dict[int, Record]]
+    trials: dict[str, list[Record | None]]  # None: still to be done
+
+
+def read_results(plan: Plan, folder: Path, shared: Record | None = None) -> Results:
+    """Read the JSONs of the plan's runs and trials, checked as far as the plan tells, and against each other.
+
+    Args:
+        plan: the paths of its data and signals don't matter.
+        folder: of the JSONs.
+        shared: what all of them must have: `data`, content SHA-256, and `readouts_measured_with`; without it, what the
+            first one has.
 
     Raises:
-        UserError: naming the first difference.
+        UserError: naming one that is of other settings, data or signals.
     """
-    grid = plan.grid_of(variant) or ({},)
-    if record["chosen"] not in grid:
-        where = f"a setting of the plan's search, not {record['chosen']}"
-        raise UserError("results", path, f"must be of a run with {where}; remove it, or give another --output")
+    shared, runs, trials = dict(shared or {}), {}, {}
+    for variant in plan.variants:
+        grid = plan.grid_of(variant)
+        paths = {seed: folder / f"{variant}-seed{seed}.json" for seed in plan.seeds}
+        runs[variant] = {seed: record for seed, path in paths.items() if (record := read_record(path))}
+        trials[variant] = [read_record(folder / "search" / f"{variant}-try{i}.json") for i in range(len(grid))]
+        for seed, record in runs[variant].items():
+            if record["chosen"] not in (grid or ({},)):
+                raise _of_another(paths[seed], "a setting of the plan's search", record["chosen"])
+            _check_stated(paths[seed], record, plan, variant)
+            _check_shared(paths[seed], record, variant, shared)
+        for i, record in enumerate(trials[variant]):
+            if record is not None:
+                path = folder / "search" / f"{variant}-try{i}.json"
+                _compare(path, record, {"variant": variant, "half": "choice", "chosen": grid[i], "settings": {}}, ())
+                _check_shared(path, record, variant, shared)
+    return Results(runs, trials)
+
+
+def _check_stated(path: Path, record: Record, plan: Plan, variant: str) -> None:
     settings = resolved(plan, variant, record["chosen"], data=plan.data)
-    stated = settings.model_dump(mode="json", exclude=FREE_SETTINGS | {"strategy", "start_from", "seed"})
-    _compare(path, record, {"variant": variant, "settings": stated}, stated)
+    stated = settings.model_dump(mode="json", exclude=FREE_SETTINGS | {"start_from", "seed"})
+    stated["strategy"] = Path(settings.strategy).name  # a plan may lie in another folder
+    _compare(path, record, {"variant": variant, "half": "table", "settings": stated}, stated)
+
+
+def _check_shared(path: Path, record: Record, variant: str, shared: Record) -> None:
+    """Check that the run at `path` has the data of the others and the signals of its variant's others."""
+    has = {
+        "data": record["settings"]["data"],
+        "readouts_measured_with": record["readouts_measured_with"],
+        f"signals of {variant}": record["settings"]["signals"],
+    }
+    for name, value in has.items():
+        if shared.setdefault(name, value) != value:
+            raise _of_another(path, f"{name} {shared[name]}, as the others", value)
 
 
 def _compare(path: Path, record: Record, planned: Record, options: Iterable[str]) -> None:
@@ -71,5 +114,9 @@ def _compare(path: Path, record: Record, planned: Record, options: Iterable[str]
     for name in sorted(names):
         before, wanted = then.get(name), now.get(name)
         if before != wanted:
-            where = f"{name} {wanted}, as planned, not {before}"
-            raise UserError("results", path, f"must be of a run with {where}; remove it, or give another --output")
+            raise _of_another(path, f"{name} {wanted}, as planned", before)
+
+
+def _of_another(path: Path, wanted: str, found: Any) -> UserError:
+    allowed = f"must be of a run with {wanted}, not {found}; remove it, or give another --output"
+    return UserError("results", path, allowed)

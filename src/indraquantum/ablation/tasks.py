@@ -61,10 +61,21 @@ class Bench:
 
     def __init__(self, plan: Plan, settings: AblateSettings, results: Path, work: Path, command: str) -> None:
         self.plan, self.settings, self.results, self.work = plan, settings, results, work
+        if plan.data.is_file():
+            raise UserError("--data", plan.data, "must be the packed folder, which carries its tokenizer")
         self.dataset: PreparedDataset = open_dataset("--data", plan.data)
         self._stores: dict[Path, SignalStore] = {}
         self.measured_with = self._covering_held_out(plan.signals)
         self._origin = {"commit": commit(), "command": command, "versions": versions()}
+
+    @property
+    def shared(self) -> Record:
+        """What all runs must have in common, for `read_results`."""
+        yardstick = self.measured_with and self._store(self.measured_with)
+        return {
+            "data": self.dataset.content_sha256,
+            "readouts_measured_with": yardstick and _held_out_sha256(yardstick),
+        }
 
     def _covering_held_out(self, path: Path | None) -> Path | None:
         if path is None:
@@ -102,12 +113,11 @@ class Bench:
             allowed = "must be given, or no_teacher: true"
             raise UserError(f"variants.{variant}.signals", "none", allowed)
         store = self._store(settings.signals) if taught else None
-        yardstick = self.measured_with and self._store(self.measured_with)
         planned = {
             "variant": variant,
             "half": half,
             "chosen": chosen,
-            "readouts_measured_with": yardstick and _held_out_sha256(yardstick),
+            "readouts_measured_with": self.shared["readouts_measured_with"],
             "settings": self._identity(settings, store),
         }
         return Task(
@@ -137,12 +147,16 @@ class Bench:
         counts: dict[str, list[int]] = {}
         first, expected = next(iter(self.plan.variants)), None
         for variant in self.plan.variants:
-            for chosen in self.plan.grid_of(variant) or ({},):
+            grid = self.plan.grid_of(variant)
+            for chosen in grid or ({},):
                 settings = self.run(variant, self.plan.seeds[0], chosen).settings
                 try:
                     counts.setdefault(variant, []).append(sizes_of(settings, self.dataset).parameters)
                 except UserError as error:
                     raise UserError(f"variants.{variant}: {error.field}", error.value, error.allowed) from None
+                if grid and resolve(settings).stages[0].fraction is None:
+                    allowed = "must have stages that are fractions of the run, where there is a search of shorter runs"
+                    raise UserError(f"variants.{variant}.strategy", settings.strategy, allowed)
                 rows = self._rows_seen(settings)
                 expected = rows if expected is None else expected
                 if rows != expected:

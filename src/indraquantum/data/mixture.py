@@ -126,6 +126,8 @@ def source_options(settings: PrepareSettings) -> list[SourceOption]:
         SourceOption("alpaca", "--alpaca", settings.alpaca, True, settings.alpaca_samples, settings.alpaca_weight,
                      1),
     ]  # fmt: skip
+    for option in options:
+        _check_name(option.field, option.path)
     for flag, given, instructions in (
         ("--text", settings.text, False), ("--instructions", settings.instructions, True)
     ):  # fmt: skip
@@ -133,8 +135,7 @@ def source_options(settings: PrepareSettings) -> list[SourceOption]:
             path, _, amount = value.rpartition("=")
             if not path or (path.startswith("http") and not _is_amount_of_address(path, amount)):
                 path, amount = value, "1x"
-            if not is_text(value):
-                raise UserError(flag, ascii(value), "must be a name in UTF-8; a manifest can't hold another")
+            _check_name(flag, value)
             samples, weight = _amount(flag, value, amount)
             stem, names = Path(path).stem or "text", {option.name for option in options}
             name = next(n for n in (stem, *(f"{stem}-{number}" for number in range(2, 999))) if n not in names)
@@ -147,6 +148,11 @@ def source_options(settings: PrepareSettings) -> list[SourceOption]:
             "--wikitext-samples", 0, "must be above 0 where --alpaca-samples is 0 and nothing else is given"
         )
     return used
+
+
+def _check_name(field: str, value: str) -> None:
+    if not is_text(value):
+        raise UserError(field, ascii(value), "must be a name in UTF-8; a manifest can't hold another")
 
 
 def _is_amount_of_address(path: str, amount: str) -> bool:

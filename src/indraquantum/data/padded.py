@@ -76,20 +76,21 @@ def _records(documents: Sequence[np.ndarray], row_length: int, padding_id: int) 
     return records
 
 
-def open_pickle(field: str, path: Path, tokenizer_name: str | None) -> PreparedDataset:
+def open_pickle(field: str, path: Path, tokenizer: str | TextTokenizer | None) -> PreparedDataset:
     """Open a pickle of padded rows as a dataset: one document a row, 1 % of the rows held out by their hash.
 
     Args:
         field: The option to name in an error.
         path: The pickle; more keys than the two in a row are ignored.
-        tokenizer_name: Folder, file or hub id; a pickle carries no tokenizer.
+        tokenizer: Folder, file or hub id, or the tokenizer itself; a pickle carries none.
 
     Raises:
         UserError: no tokenizer given, not a plain pickle, a row of another shape, ids beyond the vocabulary.
     """
-    if tokenizer_name is None:
+    if tokenizer is None:
         raise UserError("--tokenizer", None, f"must be given, because the pickle {path} carries no tokenizer")
-    tokenizer = load_tokenizer("--tokenizer", tokenizer_name)
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer("--tokenizer", tokenizer)
     rows = _check_rows(field, path, load_plain_pickle(field, path), tokenizer.vocabulary_size)
     row_length = rows.row_length
     held = choose_held_out([[document.tobytes() for document in rows.documents]])[0]

@@ -10,6 +10,7 @@ import numpy as np
 from indraquantum.config import EvalSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.packing import packed_split
+from indraquantum.data.padded import open_pickle
 from indraquantum.data.sources import read_wikitext
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer
@@ -41,7 +42,10 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
         split, source_bytes = text_split(settings.text, tokenizer, settings.row_length)
         found = evaluate(model, split, source_bytes, device)
     else:
-        dataset = open_dataset("--data", settings.data, verify=True)
+        if settings.data.is_file():
+            dataset = open_pickle("--data", settings.data, tokenizer)
+        else:
+            dataset = open_dataset("--data", settings.data, verify=True)
         if dataset.tokenizer.sha256 != tokenizer.sha256:
             allowed = f"must have the checkpoint's tokenizer ({tokenizer.sha256[:12]}, not "
             raise UserError("--data", settings.data, f"{allowed}{dataset.tokenizer.sha256[:12]})")

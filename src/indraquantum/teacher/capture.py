@@ -195,8 +195,10 @@ def _only_writer(folder: Path, new: bool) -> Iterator[None]:
         _remove_leftovers(folder)  # of a capture that was killed
         for journal in _journals(folder) if new else ():
             journal.unlink()  # without a manifest it belongs to nothing
-        yield
-        _remove_leftovers(folder)  # of workers that died on the way and of those that were stopped with them
+        try:
+            yield
+        finally:
+            _remove_leftovers(folder)  # of workers that died on the way and of those that were stopped with them
     finally:
         os.close(descriptor)
 
