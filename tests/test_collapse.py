@@ -127,6 +127,25 @@ def test_a_collapse_is_found_within_50_steps(world, healthy, tmp_path, monkeypat
         assert set(found.split(", ")) == kinds  # and nothing else is blamed; without phases the rank falls too
 
 
+@pytest.mark.parametrize("looks", [LOOKS, LOOKS + 3])
+def test_a_collapse_that_was_confirmed_before_stops_the_run_that_goes_on(healthy, world, tmp_path, monkeypatch, looks):
+    """Left within the look that confirmed it, or under --on-collapse warn."""
+    settings = survival.small_run(world, tmp_path, **LONG, **WIDE, save_every=1000)
+    shutil.copytree(healthy.output, settings.output)
+    shutil.copytree(healthy.logs, settings.logs)
+    resume = loop.resume
+
+    def broken(run):
+        resumed = resume(run)
+        no_phases(run, monkeypatch)
+        run.guard.found = {"phase_rise": looks}
+        return resumed
+
+    monkeypatch.setattr(loop, "resume", broken)
+    with pytest.raises(TrainingStopped, match=rf"step {HEALTHY_STEPS + loop.PROBE_EVERY}: collapse \(.*phase_rise"):
+        survival.train_small(settings)
+
+
 def test_a_look_at_what_is_not_finite_stops_the_run(healthy, world, tmp_path, monkeypatch):
     settings = survival.small_run(world, tmp_path, **LONG, **WIDE, save_every=1000)
     shutil.copytree(healthy.output, settings.output)

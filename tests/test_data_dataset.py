@@ -293,6 +293,7 @@ BAD_ROWS = [
     ([*ROWS, {"input_ids": [1, 1, 1, 1, len(IDS)], "attention_mask": ONES}], "row 13", f"token id {len(IDS)}"),
     ([*ROWS, {"input_ids": [1, 1, 1, 1, -1], "attention_mask": ONES}], "row 13", "token id -1"),
     ([ROWS[0], ROWS[0]], "2 different rows"),
+    ([{"input_ids": [number, 1], "attention_mask": [1, 0]} for number in range(9)], "at least 2 tokens among those"),
 ]
 
 

@@ -115,6 +115,18 @@ def test_loss_and_gradients(world, tmp_path, monkeypatch, bad, where):
     assert sorted(named) == guilty
 
 
+def test_rows_of_a_stage_with_sources_are_said_to_be_theirs(world, tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text("stages: [{name: a, fraction: 1.0, sources: [alpaca]}]")
+    settings = survival.small_run(world, tmp_path, strategy=str(tmp_path / "own.yaml"))
+
+    def strike(run):
+        hidden_states = run.model.hidden_states
+        monkeypatch.setattr(run.model, "hidden_states", lambda **inputs: hidden_states(**inputs) * torch.nan)
+
+    at_fourth_step(monkeypatch, strike)
+    assert " (rows of alpaca alone)" in stopped(settings)
+
+
 def test_a_state_that_is_not_finite_is_never_saved(world, tmp_path, monkeypatch):
     take_step, settings = loop.take_step, survival.small_run(world, tmp_path)
 

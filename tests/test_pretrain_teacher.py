@@ -52,6 +52,14 @@ def test_a_pickle_is_refused(world, tmp_path):
         pretrain_teacher.pretrain_teacher(TeacherSettings(data=world.pickle, output=tmp_path / "new", steps=1))
 
 
+def test_a_schedule_without_room_to_decay_is_refused(world, tmp_path):
+    settings = TeacherSettings(data=world.data, output=tmp_path / "new", schedule="wsd", warmup_fraction=0.9)
+    with pytest.raises(
+        UserError, match=r"--decay-fraction: got 0\.2; must be at most 1 with the warm-up fraction 0\.9"
+    ):
+        pretrain_teacher.pretrain_teacher(settings)
+
+
 def test_a_teacher_of_before_is_replaced(world, tmp_path):
     shutil.copytree(world.teacher, tmp_path / "teacher")
     settings = TeacherSettings(data=world.data, output=tmp_path / "teacher", steps=1, width=8, layers=1, heads=2)

@@ -297,6 +297,24 @@ def test_signals_that_are_missing_are_captured_at_the_stages_temperature(world, 
     assert metrics(settings)[-1]["kd"] > 0
 
 
+def test_datasets_that_would_share_a_folder_of_signals_are_refused_before_the_teacher_is_asked(world, tmp_path):
+    shutil.copytree(world.data, tmp_path / "mixed")
+    texts = {"wikitext": str(world.wikitext), "alpaca": str(world.alpaca)}
+    options = {"tokenizer": str(world.tokenizer), "max_length": 40, "output": tmp_path / "short.pkl"}
+    prepare(PrepareSettings(**texts, **options))
+    kd = "weights: {kd: 1.0}"
+    (tmp_path / "my.yaml").write_text(
+        f"stages: [{{name: a, steps: 2, {kd}}}, {{name: b, steps: 2, data: short, {kd}}}]"
+    )
+    common = small(world, tmp_path, data=tmp_path / "mixed", teacher=str(world.teacher))
+    settings = TrainSettings(
+        **common.model_dump(exclude_unset=True, exclude={"epochs"}), strategy=str(tmp_path / "my.yaml")
+    )
+    with pytest.raises(UserError, match=r"stage b: signals: got \S+; must be another folder than stage a's"):
+        loop.train(settings)
+    assert not (tmp_path / "teacher_signals").exists()
+
+
 @pytest.mark.parametrize("second", ["", ", temperature: 3.0"])
 def test_stages_on_the_same_data_share_one_temperature(world, tmp_path, second):
     """The one that any of them states; two are refused before the teacher is asked."""

@@ -109,6 +109,15 @@ def test_kill_9_in_the_middle_of_a_write(world, whole, tmp_path, name):
     assert end_of(settings) == whole[1]
 
 
+def wait_for_steps(metrics, count, pid):
+    """Until `metrics` has grown `count` times, or the process has ended."""
+    size, grown = 0, -1  # a run that goes on cuts it first, or finds it as it was
+    while grown < count and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        now = metrics.stat().st_size if metrics.exists() else 0
+        grown, size = grown + (now > size), now
+        time.sleep(0.001)
+
+
 @pytest.mark.slow
 def test_kill_9_at_100_random_times(world, whole, tmp_path):
     settings = survival.small_run(world, tmp_path, epochs=120)
@@ -121,7 +130,7 @@ def test_kill_9_at_100_random_times(world, whole, tmp_path):
             survival.quiet()
             survival.train_small(settings)
             os._exit(0)
-        time.sleep(draw.uniform(0.1, 0.3))
+        wait_for_steps(settings.logs / "run" / "metrics.jsonl", draw.randint(0, 9), pid)
         os.kill(pid, signal.SIGKILL)
         kills += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert kills == 100

@@ -12,17 +12,19 @@ import pytest
 import torch
 
 from indraquantum import cli
-from indraquantum.config import TrainSettings
+from indraquantum.config import CaptureSettings, TrainSettings
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.evaluation.write import load_model
 from indraquantum.metrics import read_metrics
+from indraquantum.teacher.capture import capture
 from indraquantum.training import acceleration, loop, optimizers
+from indraquantum.training import run as training_run
 from indraquantum.training.average import WeightAverage
 from indraquantum.training.best import BestHeldOut
 from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint
 from indraquantum.training.dry_run import activation_bytes
-from indraquantum.training.precision import choose_precision
+from indraquantum.training.precision import Precision, choose_precision
 from indraquantum.training.scratch import scratch_run
 
 SMALL = {
@@ -83,6 +85,26 @@ def test_phases_of_the_inputs_own_projector_stay_float32(world, tmp_path):
 def test_auto_is_float32_on_a_cpu(world, tmp_path):
     chosen = choose_precision(settings(world, tmp_path, precision="auto"), torch.device("cpu"))
     assert (chosen.dtype, chosen.scaler.is_enabled(), chosen.may_overflow) == (torch.float32, False, False)
+
+
+def test_what_auto_has_chosen_is_part_of_a_run(world, tmp_path, monkeypatch):
+    """Else a run begun on a CPU went on in 16 bits on a GPU."""
+    run = settings(world, tmp_path, precision="auto", max_steps=2)
+    assert loop.train(run).steps == 2
+    assert loop.train(run.model_copy(update={"precision": "float32"})).steps == 2
+    monkeypatch.setattr(training_run, "choose_precision", lambda settings, device: Precision(torch.bfloat16, device))
+    with pytest.raises(UserError, match="--precision: got bfloat16; must be float32, as in the run that"):
+        loop.train(run)
+
+
+def test_the_likeliest_tokens_give_no_estimate_of_the_divergence(world, tmp_path):
+    for kind, known in (("topk", False), ("sampled", True)):
+        signals = tmp_path / kind
+        options = {"kind": kind, "top_k": 2} if kind == "topk" else {"kind": kind}
+        capture(CaptureSettings(data=world.data, teacher=str(world.teacher), output=signals, **options))
+        report = loop.train(settings(world, tmp_path / kind, signals=signals, max_steps=1))
+        last = read_metrics(report.metrics)[-1]
+        assert (last["kd"] > 0, last["kd_estimate"] is not None) == (True, known)
 
 
 def test_a_loss_scale_that_is_too_large_leaves_the_update_out_and_halves(world, tmp_path):

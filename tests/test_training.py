@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,20 +166,26 @@ def test_a_run_from_before_an_option_had_it_at_its_default(world, finished, tmp_
     assert torch.equal(again.model.embedding.weight, checkpoint.model["embedding.weight"])
     with pytest.raises(UserError, match=r"--start-from: .* must be of a model with --residual True, not False"):
         started(residual=True, no_teacher=True, start_from=report.checkpoint)
-    with pytest.raises(UserError, match="--residual: got True; must be False, as in the run"):
+    with pytest.raises(UserError, match=r"--residual: got True; must be False, as in the run of --resume \S+\.pt$"):
         loop.train(run.model_copy(update={"residual": True, "resume": str(report.checkpoint)}))
     assert loop.train(run.model_copy(update={"resume": str(report.checkpoint)})).steps == report.steps
 
 
-def test_runs_of_one_name_do_not_share_a_log_folder(world, tmp_path):
-    first = settings(world, tmp_path, output=tmp_path / "a" / "run", max_steps=1)
+def test_runs_of_one_name_do_not_share_a_log_folder(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = settings(world, tmp_path, output=Path("a/run"), logs=Path("logs"), max_steps=1)
     report = loop.train(first)
     before = report.metrics.read_bytes()
     other = first.model_copy(update={"output": tmp_path / "b" / "run"})
-    with pytest.raises(UserError, match=r"--logs: got \S+logs/run; holds the metrics of \S+a/run; give another"):
+    with pytest.raises(UserError, match=r"--logs: got \S*logs/run; holds the metrics of \S+a/run; give another"):
         loop.train(other)
     assert report.metrics.read_bytes() == before
     assert not (tmp_path / "b").exists()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where the same folders have other names
+    with pytest.raises(UserError, match=r"--logs: got \S*logs/run; holds the metrics of \S+a/run; give another"):
+        loop.train(first.model_copy(update={"output": Path("../b/run"), "logs": Path("../logs")}))
+    monkeypatch.chdir(tmp_path)
     shutil.move(first.output, other.output)  # the same run, at another place
     assert loop.train(other).steps == 1
 

@@ -8,6 +8,11 @@ from indraquantum.config import DeviceSettings
 from indraquantum.errors import UserError
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on MPS, which has no wider format."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def choose_device(settings: DeviceSettings) -> torch.device:
     """The device that `settings` ask for, after setting torch's threads.
 

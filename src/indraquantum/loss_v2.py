@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from indraquantum.kernels import Implementation, ObjectiveOptions, ObjectiveResult, fused_linear_objective
@@ -180,8 +179,8 @@ class SemanticDistillationLoss:
             entropy_N = signals.temperature_entropy_N
         if entropy_N is None or objective.kd_cross_entropy is None:
             return None
-        entropy = entropy_N[rows_R].sum(dtype=torch.float64) / token_count
-        return objective.kd_cross_entropy - self.temperature**2 * entropy.to(objective.kd_cross_entropy)
+        entropy = entropy_N[rows_R].to(objective.kd_cross_entropy).sum() / token_count
+        return objective.kd_cross_entropy - self.temperature**2 * entropy
 
 
 def phase_loss(amplitude_R: Tensor, entropy_R: Tensor, vocabulary_size: int) -> Tensor:

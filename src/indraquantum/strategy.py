@@ -111,7 +111,17 @@ class Steps(Settings):
 
 
 def _curve(value: Any) -> Any:
-    return {"shape": "constant", "value": value} if isinstance(value, int | float) else value
+    if isinstance(value, int | float):
+        return {"shape": "constant", "value": value}
+    if not isinstance(value, Settings | dict) or (isinstance(value, dict) and "shape" not in value):
+        raise ValueError("must be a number, or a curve: its shape (constant, linear, cosine or step) and its values")
+    return value
+
+
+def _sources(value: Any) -> Any:
+    if isinstance(value, str) and value != "all":
+        raise ValueError(f"must be all, or a list of sources: [{value}]")
+    return value
 
 
 Curve = Annotated[
@@ -141,7 +151,9 @@ class Stage(Settings):
     """Passes over the stage's rows."""
     steps: int | None = Field(default=None, ge=1, strict=True)
     """Optimiser steps."""
-    sources: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
+    sources: Annotated[Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(_sources)] = (
+        "all"
+    )
     """Sources of the dataset to train on."""
     data: Path | None = None
     """Another dataset than --data, with the same tokenizer; relative to the file."""

@@ -99,6 +99,11 @@ def open_pickle(field: str, path: Path, tokenizer: str | TextTokenizer | None) -
     splits = {}
     for name, keep in (("train", ~held), ("validation", held)):
         documents = [document for document, kept in zip(rows.documents, keep, strict=True) if kept]
+        if max(map(len, documents)) < 2:
+            where = "that are held out" if name == "validation" else "to train on"
+            raise UserError(
+                field, path, f"must have a row of at least 2 tokens among those {where}: nothing follows one"
+            )
         splits[name] = _one_document_a_row(documents, row_length, tokenizer)
         check_split(field, path, splits[name], tokenizer.vocabulary_size, 1)
     digest = content_hash(splits, [SOURCE], tokenizer)

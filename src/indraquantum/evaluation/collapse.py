@@ -104,7 +104,8 @@ def context_divergence(logits_NV: Tensor) -> float:
 
 def effective_rank(states_ND: Tensor) -> float:
     """Exp of the entropy of the squared singular values' shares: 0 for none, 1 for one direction, D for all alike."""
-    squared_D = torch.linalg.eigvalsh(states_ND.double().T @ states_ND.double()).clamp_min(0)
+    states_ND = states_ND.cpu().double()  # MPS has no float64
+    squared_D = torch.linalg.eigvalsh(states_ND.T @ states_ND).clamp_min(0)
     if squared_D.sum() == 0:
         return 0.0
     share_D = squared_D / squared_D.sum()

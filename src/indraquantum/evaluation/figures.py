@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from indraquantum.data.split import Split
+from indraquantum.device import widest_float
 from indraquantum.evaluation.held_out import LOGIT_ROWS, batches, perplexity
 from indraquantum.kernels.onednn import onednn_products
 from indraquantum.learner import Learner, to_tensors
@@ -151,9 +152,9 @@ def pearson(left_N: np.ndarray, right_N: np.ndarray) -> float:
 def _softmax_readings(
     learner: Learner, states_ND: torch.Tensor, labels_N: torch.Tensor, table_VD: torch.Tensor
 ) -> tuple[np.ndarray, ...]:
-    columns = []
+    columns, wide = [], widest_float(states_ND.device)
     for states_nD, labels_n in zip(states_ND.split(LOGIT_ROWS), labels_N.split(LOGIT_ROWS), strict=True):
-        log_p_nV = learner.logits(states_nD, table_VD).double().log_softmax(dim=-1)
+        log_p_nV = learner.logits(states_nD, table_VD).to(wide).log_softmax(dim=-1)
         top_n, choice_n = log_p_nV.max(dim=-1)
         loss_n = F.nll_loss(log_p_nV, labels_n, reduction="none")
         columns.append((loss_n, top_n.exp(), -(log_p_nV.exp() * log_p_nV).sum(-1), choice_n == labels_n))
@@ -165,7 +166,7 @@ def _state_readings(learner: Learner, states_ND: torch.Tensor) -> tuple[np.ndarr
     if amplitude_N is None:
         unknown = np.full(len(states_ND), np.nan)
         return unknown, unknown
-    return amplitude_N.abs().double().cpu().numpy(), wrapped_phase(amplitude_N.angle()).double().cpu().numpy()
+    return amplitude_N.abs().cpu().double().numpy(), wrapped_phase(amplitude_N.angle()).cpu().double().numpy()
 
 
 def _figures(found: Predictions, here_N: np.ndarray, size: int) -> Figures:

@@ -135,7 +135,7 @@ def check_signals(ids_NK: Tensor, probs_NK: Tensor, num_rows: int, vocabulary_si
     wrong_NK = ~((known_NK >= 0) & (known_NK <= 1 + ROW_SUM_TOLERANCE))  # so written, NaN is wrong too
     if wrong_NK.any():
         require(False, "probs_NK", known_NK[wrong_NK][0].item(), "a probability in [0, 1]")
-    sums_N = known_NK.sum(dim=1, dtype=torch.float64)
+    sums_N = known_NK.float().sum(dim=1)
     if num_rows and (largest := sums_N.max().item()) > 1 + ROW_SUM_TOLERANCE:
         allowed = f"at most 1 a row, to {ROW_SUM_TOLERANCE}"
         require(False, "probs_NK", f"a row that sums to {largest:.6g}", allowed)

@@ -253,7 +253,8 @@ def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
     import torch
 
     if device.type == "cuda" and precision == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        own = torch.cuda.is_bf16_supported(including_emulation=False)  # an emulated one is slow
+        return torch.bfloat16 if own else torch.float16
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 

@@ -59,13 +59,19 @@ class CollapseGuard:
         self.found = {name: self.found.get(name, 0) + 1 for name in suspects}
         return [name for name, looks in self.found.items() if looks == LOOKS]
 
+    @property
+    def standing(self) -> list[str]:
+        """The kinds of collapse that are confirmed, now or by an earlier look."""
+        return [name for name, looks in self.found.items() if looks >= LOOKS]
+
 
 @dataclass(frozen=True)
 class Look:
-    """What one look brought: figures for the metrics, and what has just been confirmed."""
+    """What one look brought: figures for the metrics, what has just been confirmed, and what is since a while."""
 
     figures: dict[str, Any]
     confirmed: list[str]
+    standing: list[str]
 
 
 def look_at(
@@ -84,7 +90,7 @@ def look_at(
     dead = [] if signals is None else _dead_terms(model, objective, train, signals)
     model.train(training)
     confirmed = guard.look(figures, dead)
-    return Look({**figures._asdict(), "collapse": sorted(guard.found) or None}, confirmed)
+    return Look({**figures._asdict(), "collapse": sorted(guard.found) or None}, confirmed, guard.standing)
 
 
 def _dead_terms(

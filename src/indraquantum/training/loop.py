@@ -44,7 +44,7 @@ from indraquantum.training.record import output_of_record, write_record
 from indraquantum.training.run import Run, check_settings, resume, start_run
 from indraquantum.training.stages import plan_stages
 from indraquantum.training.step import StepResult, optimizer_step, set_learning_rates
-from indraquantum.training.taught import captured_signals, found_signals, with_signals
+from indraquantum.training.taught import captured_signals, check_folders, found_signals, with_signals
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def train(settings: TrainSettings) -> TrainReport:
         plan = with_signals(plan, lambda stage: found_signals(stage, processes), processes)
         with processes.together():
             check_settings(settings, plan, device)
+            check_folders(plan)
             if processes.is_first:
                 hold_folders(settings.output, metrics_path.parent, stack)
         plan = with_signals(plan, lambda stage: captured_signals(stage, processes), processes)
@@ -184,7 +185,8 @@ def take_step(run: Run) -> dict[str, Any]:
             max_grad_norm=settings.max_grad_norm,
         )
     except TrainingStopped as error:
-        raise TrainingStopped(f"step {step + 1}: {error}") from None
+        counted = "" if stage.train is stage.dataset.train else f" (rows of {', '.join(stage.about.sources)} alone)"
+        raise TrainingStopped(f"step {step + 1}: {error}{counted}") from None
     run.step += 1
     run.average.update(run.model, run.step)
     run.tokens += result.tokens
@@ -219,12 +221,14 @@ def watch_for_collapse(run: Run) -> str | None:
             raise TrainingStopped(f"step {run.step}: {error}") from None
     look = run.processes.gather(look)[0]  # should they differ in the last digit, all do as the first one does
     run.pending |= look.figures
-    if look.confirmed:
-        said = f"step {run.step}: collapse ({', '.join(look.confirmed)}); see these figures in the metrics"
-        if run.settings.on_collapse == "stop":
-            return said
+    stops = run.settings.on_collapse == "stop"  # also by what an earlier part of the run confirmed
+    found = look.standing if stops else look.confirmed
+    if not found:
+        return None
+    said = f"step {run.step}: collapse ({', '.join(found)}); see these figures in the metrics"
+    if not stops:
         tqdm.write(f"warning: {said}")
-    return None
+    return said if stops else None
 
 
 def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: float) -> dict[str, Any]:

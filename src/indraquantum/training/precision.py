@@ -30,6 +30,11 @@ class Precision:
         return torch.autocast(self._device_type, self.dtype)
 
     @property
+    def name(self) -> str:
+        """As `--precision` spells it."""
+        return next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
+
+    @property
     def may_overflow(self) -> bool:
         """Whether gradients that are not finite may be the loss scale's fault: it is halved then, down to 1."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
@@ -41,4 +46,9 @@ def choose_precision(settings: TrainSettings, device: torch.device) -> Precision
         return Precision(DTYPES[settings.precision], device)
     if device.type != "cuda":
         return Precision(torch.float32, device)
-    return Precision(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16, device)
+    return Precision(best_16_bits(), device)
+
+
+def best_16_bits() -> torch.dtype:
+    """The 16-bit format of the CUDA device: bfloat16 where the card itself has it, for an emulated one is slow."""
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -124,6 +124,9 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
         UserError: settings or data that don't fit.
         TrainingStopped: the loss or a gradient is not finite.
     """
+    if settings.schedule == "wsd" and settings.warmup_fraction + settings.decay_fraction > 1:
+        allowed = f"must be at most 1 with the warm-up fraction {settings.warmup_fraction}"
+        raise UserError("--decay-fraction", settings.decay_fraction, allowed)
     device = choose_device(settings)
     if settings.data.is_file():
         raise UserError("--data", settings.data, "must be the packed folder, which carries its tokenizer")

@@ -30,8 +30,10 @@ def write_record(folder: Path, run: Run) -> None:
     """
     for leftover in folder.glob(".*.tmp"):  # of a process that was killed: the folder is locked
         leftover.unlink()
+    # As typed they would mean others to a command in another folder.
+    folders = {name: str(getattr(run.settings, name).resolve()) for name in ("output", "logs")}
     record = {
-        "settings": run.settings.model_dump(mode="json"),
+        "settings": run.settings.model_dump(mode="json") | folders,
         "data": run.identity["data"],
         "signals": run.identity["signals"],
         "total_steps": run.total_steps,

@@ -134,7 +134,7 @@ def start_run(settings: TrainSettings, plan: StagePlan, device: torch.device, pr
         device=device,
         # Its weights and temperature are set at each step.
         objective=SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0, head=settings.head),
-        identity=run_identity(settings, plan),
+        identity=run_identity(settings, plan) | {"precision": precision.name},
     )
 
 
@@ -189,7 +189,10 @@ def starting_weights(settings: TrainSettings, plan: StagePlan) -> dict[str, Tens
 
 
 def run_identity(settings: TrainSettings, plan: StagePlan) -> dict[str, Any]:
-    """What decides a run's result, as plain values: options, content of data and signals, the resolved strategy."""
+    """What decides a run's result, as plain values: options, content of data and signals, the resolved strategy.
+
+    A precision that the device chooses stands as "auto".
+    """
     # In place of the strategy's and the checkpoint's names stands what they hold.
     chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS | {"strategy", "start_from"})
     start = plan.strategy.start_from
@@ -274,18 +277,23 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         UserError: the checkpoint is of a run with other settings; the first that differs is named.
     """
     if (found := first_difference(run.identity, with_defaults(checkpoint.settings, run.identity))) is not None:
-        allowed = f"must be {found.then}, as in the run that {run.settings.output} holds, or give another --output"
-        raise UserError(*found.option_and_value(), allowed)
+        raise UserError(*found.option_and_value(), _as_there(run, found.then))
     now, then = (", ".join(settings["stages"]) for settings in (run.identity, checkpoint.settings))
     if now != then:
-        allowed = f"must be {then}, as in the run that {run.settings.output} holds, or give another --output"
-        raise UserError("--strategy", f"stages {now}", allowed)
+        raise UserError("--strategy", f"stages {now}", _as_there(run, then))
     run.model.load_state_dict(scattered(checkpoint.model, run.model.state_dict()))
     run.optimizer.load_state_dict(scattered_optimizer(checkpoint.optimizer, run.optimizer))
     run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True
     run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
     run.average.load(scattered(checkpoint.average, run.average.weights))
     run.parallel.precision.scaler.load_state_dict(checkpoint.loss_scale)
+
+
+def _as_there(run: Run, then: Any) -> str:
+    """What an option must be for the run to go on from its checkpoint."""
+    if run.settings.resume == "auto":
+        return f"must be {then}, as in the run that {run.settings.output} holds, or give another --output"
+    return f"must be {then}, as in the run of --resume {run.settings.resume}"
 
 
 def with_defaults(then: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

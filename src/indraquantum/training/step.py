@@ -112,6 +112,7 @@ def optimizer_step(
     parallel.precision.scaler.step(optimizer)  # leaves the weights alone where a gradient overflowed
     parallel.precision.scaler.update()
     grad_norm = grad_norm if math.isfinite(grad_norm) else None
+    terms = _without_estimate(terms, signals)
     return StepResult(tokens=int(tokens), grad_norm=grad_norm, terms=terms, readout=readout)
 
 
@@ -187,6 +188,11 @@ def _guilty_rows(
     return sorted(row for found in parallel.processes.gather(guilty) for row in found) or rows.tolist()
 
 
+def _without_estimate(terms: dict[str, float | None], signals: SignalStore | None) -> dict[str, float | None]:
+    """The likeliest tokens say nothing of the rest, so that no estimate by them is unbiased."""
+    return terms | {"kd_estimate": None} if signals is not None and signals.manifest.kind == "topk" else terms
+
+
 def teacher_signals(signals: SignalStore | None, index_N: np.ndarray, device: torch.device) -> TeacherSignals | None:
     """The teacher's signals at training positions `index_N` on `device`; None without signals."""
     if signals is None:
@@ -218,8 +224,8 @@ class _Totals:
             if value is not None:
                 self.terms[name] = self.terms.get(name, 0.0) + value.item()
         if result.amplitude_N is not None:
-            magnitude_N = result.amplitude_N.abs().double()
-            phase_N = wrapped_phase(result.amplitude_N.angle()).double()
+            magnitude_N = result.amplitude_N.abs().cpu().double()  # MPS has no float64
+            phase_N = wrapped_phase(result.amplitude_N.angle()).cpu().double()
             sums = [part.sum().item() for x_N in (magnitude_N, phase_N) for part in (x_N, x_N.square())]
             self.moments = [a + b for a, b in zip(self.moments, [len(magnitude_N), *sums], strict=True)]
 

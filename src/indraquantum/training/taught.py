@@ -30,11 +30,11 @@ def with_signals(
     Raises:
         UserError: the signals can't give what a stage needs.
     """
-    found: dict[int, SignalStore | None] = {}
+    found: dict[str, SignalStore | None] = {}
     stages = []
     for stage in plan.stages:
         if stage.about.asks_the_teacher and stage.signals is None:
-            key = id(stage.dataset)
+            key = stage.dataset.content_sha256
             if key not in found:
                 found[key] = find(_whose_temperature_counts(plan, stage))
             stage = replace(stage, signals=found[key])
@@ -51,13 +51,30 @@ def _whose_temperature_counts(plan: StagePlan, first: RunStage) -> RunStage:
     Raises:
         UserError: two state different ones.
     """
-    sharing = (stage for stage in plan.stages if stage.dataset is first.dataset and stage.about.asks_the_teacher)
+    data = first.dataset.content_sha256
+    sharing = (stage for stage in plan.stages if stage.dataset.content_sha256 == data and stage.about.asks_the_teacher)
     stated = [stage for stage in sharing if stage.about.temperature is not None]
     for stage in stated:
         if stage.about.temperature != stated[0].about.temperature:
             allowed = f"must be {stated[0].about.temperature}, as in stage {stated[0].about.name}, on the same data"
             raise UserError(f"--strategy: stage {stage.about.name}: temperature", stage.about.temperature, allowed)
     return stated[0] if stated else first
+
+
+def check_folders(plan: StagePlan) -> None:
+    """Check, before a teacher is asked for hours, that each dataset has a folder of signals of its own.
+
+    Raises:
+        UserError: two would be captured into one.
+    """
+    first: dict[Path, RunStage] = {}
+    for stage in plan.stages:
+        if stage.about.asks_the_teacher:
+            folder = folder_of(stage.settings).resolve()
+            other = first.setdefault(folder, stage)
+            if other.dataset.content_sha256 != stage.dataset.content_sha256:
+                allowed = f"must be another folder than stage {other.about.name}'s, whose data are others"
+                raise UserError(f"--strategy: stage {stage.about.name}: signals", folder_of(stage.settings), allowed)
 
 
 def found_signals(stage: RunStage, processes: Processes = ALONE) -> SignalStore | None:
