@@ -27,6 +27,7 @@ from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import folder_lock, make_folder
 from indraquantum.metrics import MetricsLog, NoLog
 from indraquantum.processes import joined_processes, own_device
+from indraquantum.teacher.signals import SignalStore
 from indraquantum.trackers import open_tracker, require_tracker
 from indraquantum.training.checkpoint import (
     BEST_NAME,
@@ -231,6 +232,11 @@ def watch_for_collapse(run: Run) -> str | None:
     return said if stops else None
 
 
+def _without_estimate(terms: dict[str, float | None], signals: SignalStore | None) -> dict[str, float | None]:
+    """The likeliest tokens say nothing of the rest, so that no estimate by them is unbiased."""
+    return terms | {"kd_estimate": None} if signals is not None and signals.manifest.kind == "topk" else terms
+
+
 def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: float) -> dict[str, Any]:
     """The metrics line of the step that was just done."""
     return {
@@ -238,7 +244,7 @@ def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: floa
         "tokens": run.tokens,
         "stage": run.stage.about.name,
         "epoch": run.plan.epochs_done(run.step),
-        **result.terms,
+        **_without_estimate(result.terms, run.stage.signals),
         "kd_weight": run.objective.kd_weight,
         "phase_weight": run.objective.phase_weight,
         "magnitude_weight": run.objective.magnitude_weight,

@@ -112,7 +112,6 @@ def optimizer_step(
     parallel.precision.scaler.step(optimizer)  # leaves the weights alone where a gradient overflowed
     parallel.precision.scaler.update()
     grad_norm = grad_norm if math.isfinite(grad_norm) else None
-    terms = _without_estimate(terms, signals)
     return StepResult(tokens=int(tokens), grad_norm=grad_norm, terms=terms, readout=readout)
 
 
@@ -186,11 +185,6 @@ def _guilty_rows(
         if not all_finite(result.terms.total.item(), gradients):
             guilty.append(int(row))
     return sorted(row for found in parallel.processes.gather(guilty) for row in found) or rows.tolist()
-
-
-def _without_estimate(terms: dict[str, float | None], signals: SignalStore | None) -> dict[str, float | None]:
-    """The likeliest tokens say nothing of the rest, so that no estimate by them is unbiased."""
-    return terms | {"kd_estimate": None} if signals is not None and signals.manifest.kind == "topk" else terms
 
 
 def teacher_signals(signals: SignalStore | None, index_N: np.ndarray, device: torch.device) -> TeacherSignals | None:
