@@ -297,6 +297,24 @@ def test_signals_that_are_missing_are_captured_at_the_stages_temperature(world, 
     assert metrics(settings)[-1]["kd"] > 0
 
 
+def test_stages_on_the_same_data_may_have_signals_of_their_own(world, tmp_path, monkeypatch):
+    shutil.copytree(world.data, tmp_path / "own")
+    capture(CaptureSettings(data=world.data, teacher=str(world.teacher), output=tmp_path / "soft", temperature=2.0))
+    shutil.copytree(world.signals, tmp_path / "hard")
+    stage = "{name: %s, steps: 1, data: own, signals: %s, weights: {kd: 1.0}}"
+    (tmp_path / "my.yaml").write_text(f"stages: [{stage % ('a', 'hard')}, {stage % ('b', 'soft')}]")
+    common = small(world, tmp_path).model_dump(exclude_unset=True, exclude={"epochs"})
+    step, seen = loop.optimizer_step, []
+
+    def watched(*arguments, **options):
+        seen.append((arguments[5].manifest.temperature, arguments[1].temperature))
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(loop, "optimizer_step", watched)
+    loop.train(TrainSettings(**common, strategy=str(tmp_path / "my.yaml")))
+    assert seen == [(1.0, 1.0), (2.0, 2.0)]
+
+
 def test_datasets_that_would_share_a_folder_of_signals_are_refused_before_the_teacher_is_asked(world, tmp_path):
     shutil.copytree(world.data, tmp_path / "mixed")
     texts = {"wikitext": str(world.wikitext), "alpaca": str(world.alpaca)}

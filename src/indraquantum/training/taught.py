@@ -24,17 +24,17 @@ def with_signals(
 
     Args:
         plan: the stages.
-        find: the signals for the dataset of a stage, which is asked once for each dataset; None where there are none.
+        find: the signals for the dataset of a stage, asked once for each dataset and folder; None where there are none.
         processes: those of the run, which all call this.
 
     Raises:
         UserError: the signals can't give what a stage needs.
     """
-    found: dict[str, SignalStore | None] = {}
+    found: dict[tuple[str, Path], SignalStore | None] = {}
     stages = []
     for stage in plan.stages:
         if stage.about.asks_the_teacher and stage.signals is None:
-            key = stage.dataset.content_sha256
+            key = _place(stage)
             if key not in found:
                 found[key] = find(_whose_temperature_counts(plan, stage))
             stage = replace(stage, signals=found[key])
@@ -51,14 +51,18 @@ def _whose_temperature_counts(plan: StagePlan, first: RunStage) -> RunStage:
     Raises:
         UserError: two state different ones.
     """
-    data = first.dataset.content_sha256
-    sharing = (stage for stage in plan.stages if stage.dataset.content_sha256 == data and stage.about.asks_the_teacher)
+    sharing = (stage for stage in plan.stages if _place(stage) == _place(first) and stage.about.asks_the_teacher)
     stated = [stage for stage in sharing if stage.about.temperature is not None]
     for stage in stated:
         if stage.about.temperature != stated[0].about.temperature:
             allowed = f"must be {stated[0].about.temperature}, as in stage {stated[0].about.name}, on the same data"
             raise UserError(f"--strategy: stage {stage.about.name}: temperature", stage.about.temperature, allowed)
     return stated[0] if stated else first
+
+
+def _place(stage: RunStage) -> tuple[str, Path]:
+    """What stages have in common that share signals: the data, and the folder of the signals."""
+    return stage.dataset.content_sha256, folder_of(stage.settings).resolve()
 
 
 def check_folders(plan: StagePlan) -> None:
