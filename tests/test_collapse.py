@@ -49,6 +49,26 @@ def healthy(world, tmp_path_factory):
     return settings
 
 
+def going_on(healthy, world, folder):
+    """Settings of a run in `folder` that goes on from the healthy one's checkpoint."""
+    settings = survival.small_run(world, folder, **LONG, **WIDE, save_every=1000)
+    shutil.copytree(healthy.output, settings.output)
+    shutil.copytree(healthy.logs, settings.logs)
+    return settings
+
+
+def strike_when_resumed(monkeypatch, strike):
+    """Call `strike(run)` once a run has its checkpoint."""
+    resume = loop.resume
+
+    def broken(run):
+        resumed = resume(run)
+        strike(run)
+        return resumed
+
+    monkeypatch.setattr(loop, "resume", broken)
+
+
 def fixed_at(parameter: torch.nn.Parameter, value) -> None:
     """Set a weight, and keep it from learning."""
     with torch.no_grad():
@@ -105,17 +125,8 @@ def empty_signals(run, patch):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_collapse_is_found_within_50_steps(world, healthy, tmp_path, monkeypatch, collapse, kinds):
-    settings = survival.small_run(world, tmp_path, **LONG, **WIDE, save_every=1000)
-    shutil.copytree(healthy.output, settings.output)
-    shutil.copytree(healthy.logs, settings.logs)
-    resume = loop.resume
-
-    def broken(run):
-        resumed = resume(run)
-        collapse(run, monkeypatch)
-        return resumed
-
-    monkeypatch.setattr(loop, "resume", broken)
+    settings = going_on(healthy, world, tmp_path)
+    strike_when_resumed(monkeypatch, lambda run: collapse(run, monkeypatch))
     with pytest.raises(TrainingStopped) as error:
         survival.train_small(settings)
     step, found = re.match(r"step (\d+): collapse \((.*?)\)", str(error.value)).groups()
@@ -130,26 +141,19 @@ def test_a_collapse_is_found_within_50_steps(world, healthy, tmp_path, monkeypat
 @pytest.mark.parametrize("looks", [LOOKS, LOOKS + 3])
 def test_a_collapse_that_was_confirmed_before_stops_the_run_that_goes_on(healthy, world, tmp_path, monkeypatch, looks):
     """Left within the look that confirmed it, or under --on-collapse warn."""
-    settings = survival.small_run(world, tmp_path, **LONG, **WIDE, save_every=1000)
-    shutil.copytree(healthy.output, settings.output)
-    shutil.copytree(healthy.logs, settings.logs)
-    resume = loop.resume
+    settings = going_on(healthy, world, tmp_path)
 
-    def broken(run):
-        resumed = resume(run)
+    def confirmed(run):
         no_phases(run, monkeypatch)
         run.guard.found = {"phase_rise": looks}
-        return resumed
 
-    monkeypatch.setattr(loop, "resume", broken)
+    strike_when_resumed(monkeypatch, confirmed)
     with pytest.raises(TrainingStopped, match=rf"step {HEALTHY_STEPS + loop.PROBE_EVERY}: collapse \(.*phase_rise"):
         survival.train_small(settings)
 
 
 def test_a_look_at_what_is_not_finite_stops_the_run(healthy, world, tmp_path, monkeypatch):
-    settings = survival.small_run(world, tmp_path, **LONG, **WIDE, save_every=1000)
-    shutil.copytree(healthy.output, settings.output)
-    shutil.copytree(healthy.logs, settings.logs)
+    settings = going_on(healthy, world, tmp_path)
 
     def spoilt(run, original=loop.take_step):
         metrics = original(run)

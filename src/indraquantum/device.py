@@ -13,6 +13,11 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def best_16_bits() -> torch.dtype:
+    """The 16-bit format of the CUDA device: bfloat16 where the card itself has it, for an emulated one is slow."""
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 def choose_device(settings: DeviceSettings) -> torch.device:
     """The device that `settings` ask for, after setting torch's threads.
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from indraquantum.config import Settings, TrainSettings
+from indraquantum.config import OptimizerSettings, Settings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.yaml_settings import checked, read_yaml
 
@@ -305,10 +305,19 @@ def _with_rates(settings: TrainSettings, stages: tuple[Stage, ...]) -> tuple[Sta
         own = getattr(settings, name)
         stages = tuple(s if getattr(s, name) is not None else s.model_copy(update={name: own}) for s in stages)
     for stage in stages:
-        if stage.schedule == "wsd" and stage.warmup_fraction + stage.decay_fraction > 1:
-            allowed = f"must be at most 1 with the warm-up fraction {stage.warmup_fraction} of stage {stage.name}"
-            raise UserError("--decay-fraction", stage.decay_fraction, allowed)
+        check_decay(stage, f" of stage {stage.name}")
     return stages
+
+
+def check_decay(rates: Stage | OptimizerSettings, of: str = "") -> None:
+    """Check that wsd has room to decay behind its warm-up; `of` ends the message.
+
+    Raises:
+        UserError: the two parts are more than the whole.
+    """
+    if rates.schedule == "wsd" and rates.warmup_fraction + rates.decay_fraction > 1:
+        allowed = f"must be at most 1 with the warm-up fraction {rates.warmup_fraction}{of}"
+        raise UserError("--decay-fraction", rates.decay_fraction, allowed)
 
 
 def _with_weights(settings: TrainSettings, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:

@@ -252,9 +252,10 @@ def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
     """What `--precision` means on a device; see `load_teacher`."""
     import torch
 
+    from indraquantum.device import best_16_bits
+
     if device.type == "cuda" and precision == "auto":
-        own = torch.cuda.is_bf16_supported(including_emulation=False)  # an emulated one is slow
-        return torch.bfloat16 if own else torch.float16
+        return best_16_bits()
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from indraquantum.config import TrainSettings
+from indraquantum.device import best_16_bits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,8 +48,3 @@ def choose_precision(settings: TrainSettings, device: torch.device) -> Precision
     if device.type != "cuda":
         return Precision(torch.float32, device)
     return Precision(best_16_bits(), device)
-
-
-def best_16_bits() -> torch.dtype:
-    """The 16-bit format of the CUDA device: bfloat16 where the card itself has it, for an emulated one is slow."""
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

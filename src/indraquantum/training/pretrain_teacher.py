@@ -23,6 +23,7 @@ from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import atomic_folder, make_folder
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.masks import document_mask
+from indraquantum.strategy import check_decay
 from indraquantum.training.optimizers import MUON_GROUP, MuonAdamW
 from indraquantum.training.parallel import Alone
 from indraquantum.training.schedule import rows_of_step
@@ -124,9 +125,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
         UserError: settings or data that don't fit.
         TrainingStopped: the loss or a gradient is not finite.
     """
-    if settings.schedule == "wsd" and settings.warmup_fraction + settings.decay_fraction > 1:
-        allowed = f"must be at most 1 with the warm-up fraction {settings.warmup_fraction}"
-        raise UserError("--decay-fraction", settings.decay_fraction, allowed)
+    check_decay(settings)
     device = choose_device(settings)
     if settings.data.is_file():
         raise UserError("--data", settings.data, "must be the packed folder, which carries its tokenizer")
