@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from indraquantum.data.dataset import open_dataset, write_dataset
-from indraquantum.data.held_out import choose_held_out
+from indraquantum.data.held_out import TEST, VALIDATION, choose_held_out
 from indraquantum.data.packing import pack
 from indraquantum.data.padded import write_padded
 from indraquantum.data.split import Split
@@ -103,6 +104,7 @@ def folder(tmp_path, tokenizer_folder):
     tokenizer = load_tokenizer("-", str(tokenizer_folder))
     documents = [[BOS, *range(5, 5 + length), EOS] for length in (3, 11, 2, 7, 1)]
     splits = {"train": make_split(documents, [0, 0, 1, 1, 1], 7), "validation": make_split(documents[:2], [0, 1], 7)}
+    splits["test"] = make_split(documents[1:4], [0, 0, 1], 7)
     write_dataset(tmp_path / "mixed", splits, [{"name": "wiki"}, {"name": "alpaca"}], tokenizer, {"seed": 3})
     return tmp_path / "mixed"
 
@@ -143,10 +145,10 @@ def change_manifest(folder, **changes):
 def test_other_folders_are_refused(folder, tmp_path):
     refused(tmp_path / "missing", "does not exist")
     refused(tmp_path, "manifest.json")
-    for version in (1, 3):
+    for version in (1, 4):
         change_manifest(folder, format_version=version)
-        refused(folder, f"format version {version}", "reads 2")
-    change_manifest(folder, format_version=2, files=None)
+        refused(folder, f"format version {version}", "reads 2 and 3")
+    change_manifest(folder, format_version=3, files=None)
     refused(folder, "manifest.json", "is damaged")
     (folder / "manifest.json").write_text("[]")
     refused(folder, "manifest.json")
@@ -309,20 +311,50 @@ def test_a_pickle_needs_a_tokenizer(tmp_path):
 def test_held_out_documents_are_the_smallest_hashes_and_take_their_copies_along():
     texts = [f"text {number}".encode() for number in range(1000)]
     by_hash = sorted(texts, key=lambda text: hashlib.sha256(b"held out\0" + text).digest())
-    (held,) = choose_held_out([texts])
-    assert {text for text, is_held in zip(texts, held, strict=True) if is_held} == set(by_hash[:10])
+    (parts,) = choose_held_out([texts])
+    for part, expected in ((VALIDATION, by_hash[:10]), (TEST, by_hash[10:20])):
+        assert {text for text, of_text in zip(texts, parts, strict=True) if of_text == part} == set(expected)
     (backwards,) = choose_held_out([texts[::-1]])
-    assert np.array_equal(backwards[::-1], held)
+    assert np.array_equal(backwards[::-1], parts)
     # Copies of the chosen ones, in their own source and in another, are held out as well.
-    both = choose_held_out([texts + by_hash[:3], [by_hash[0], *[f"other {n}".encode() for n in range(30)]]])
-    assert both[0].sum() == 13
-    assert both[1][0]
+    copies = [*by_hash[:3], *by_hash[10:12]]
+    others = [f"other {n}".encode() for n in range(30)]
+    others.sort(key=lambda text: hashlib.sha256(b"held out\0" + text).digest())
+    both = choose_held_out([texts + copies, [by_hash[0], *others], [by_hash[10]]])
+    assert np.bincount(both[0]).tolist() == [980, 13, 12]
+    assert both[1].tolist() == [VALIDATION] * 4 + [TEST] * 4 + [0] * 23
+    assert both[2].tolist() == [TEST], "a copy goes the way of the text, though a source of one document has no share"
 
 
-@pytest.mark.parametrize(("count", "expected"), [(1, 0), (2, 1), (5, 2), (7, 3), (8, 4), (400, 4), (401, 5)])
-def test_how_many_are_held_out(count, expected):
-    (held,) = choose_held_out([[str(number).encode() for number in range(count)]])
-    assert held.sum() == expected
+@pytest.mark.parametrize(
+    ("count", "validation", "test"),
+    [(1, 0, 0), (2, 1, 0), (5, 2, 0), (7, 3, 0), (9, 4, 0), (10, 4, 1), (16, 4, 4), (400, 4, 4), (401, 5, 5)],
+)
+def test_how_many_are_held_out(count, validation, test):
+    (parts,) = choose_held_out([[str(number).encode() for number in range(count)]])
+    assert np.bincount(parts, minlength=3).tolist() == [count - validation - test, validation, test]
+
+
+def test_a_dataset_of_version_2_opens_without_a_test_split(folder):
+    """Its content hash, which signals and checkpoints name, is still over the two splits that it has."""
+    dataset = open_dataset("--data", folder, verify=True)
+    assert list(dataset.splits) == ["train", "validation", "test"]
+    assert dataset.test.num_documents == 3
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest = hashlib.sha256(json.dumps([manifest["tokenizer_sha256"], ["wiki", "alpaca"]]).encode())
+    for name in ("train", "validation"):
+        digest.update(json.dumps([name, 7, EOS]).encode())
+        arrays = ("tokens", "document_offsets", "document_sources", "document_numbers", "pieces", "row_pieces")
+        for array in arrays:
+            values = np.load(folder / name / f"{array}.npy")
+            digest.update(json.dumps([array, values.dtype.str, values.shape]).encode() + values.tobytes())
+    shutil.rmtree(folder / "test")
+    files = {name: facts for name, facts in manifest["files"].items() if not name.startswith("test/")}
+    largest = {name: manifest["largest_ids"][name] for name in ("train", "validation")}
+    change_manifest(folder, format_version=2, files=files, largest_ids=largest, content_sha256=digest.hexdigest())
+    dataset = open_dataset("--data", folder, verify=True)
+    assert dataset.test is None
+    assert list(dataset.splits) == ["train", "validation"]
 
 
 def test_splits_are_frozen():

@@ -15,7 +15,7 @@ from indraquantum.config import PrepareSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.data.detokenize import detokenize
 from indraquantum.data.duplicates import NEAR, exact_duplicates, near_duplicates
-from indraquantum.data.held_out import choose_held_out
+from indraquantum.data.held_out import TEST, TRAIN, VALIDATION, choose_held_out
 from indraquantum.data.mixture import draw_sources, source_options
 from indraquantum.data.prepare import prepare
 from indraquantum.errors import UserError
@@ -72,10 +72,10 @@ def test_weights_and_counts(tmp_path):
     chosen = settings(tmp_path, lines, wikitext_weight=2.5, text=(f"{more}=7", f"{more}=0.5x"))
     wiki, counted, half = draw_sources(chosen).sources
     assert [source.name for source in (wiki, counted, half)] == ["wikitext", "more", "more-2"]
-    times = np.bincount(wiki.numbers[~wiki.held_out], minlength=20)
-    assert wiki.held_out.sum() == 4
+    times = np.bincount(wiki.numbers[wiki.parts == TRAIN], minlength=20)
+    assert [(wiki.parts == part).sum() for part in (VALIDATION, TEST)] == [4, 4]
     assert set(times[times > 0]) == {2, 3}, "each twice, half of them once more"
-    assert np.bincount(wiki.numbers[wiki.held_out]).max() == 1, "what is held out is not repeated"
+    assert np.bincount(wiki.numbers[wiki.parts != TRAIN]).max() == 1, "what is held out is not repeated"
     assert wiki.texts == [lines[number] for number in wiki.numbers]
     assert (len(counted.texts), len(half.texts)) == (7, 20)
     for url, path, samples, weight in (
@@ -170,13 +170,12 @@ def test_exact_and_near_copies_are_counted_or_removed_over_all_sources(tmp_path)
 def test_no_paragraph_on_both_sides(documents, cut):
     parts = [[f"paragraph {number}" for number in document] for document in documents]
     sources = [part for part in (parts[:cut], parts[cut:]) if part]
-    held = choose_held_out([["\n".join(d).encode() for d in source] for source in sources], sources)
-    sides = [set(), set()]
-    for source, flags in zip(sources, held, strict=True):
-        assert flags.sum() <= len(source) or len(source) == 1
-        for document, flag in zip(source, flags, strict=True):
-            sides[int(flag)] |= set(document)
-    assert not sides[0] & sides[1]
+    chosen = choose_held_out([["\n".join(d).encode() for d in source] for source in sources], sources)
+    sides = [set(), set(), set()]
+    for source, parts in zip(sources, chosen, strict=True):
+        for document, part in zip(source, parts, strict=True):
+            sides[part] |= set(document)
+    assert len(set.union(*sides)) == sum(map(len, sides)), "no paragraph is in two parts"
 
 
 @pytest.mark.parametrize("detokenize", [False, True])
@@ -192,14 +191,16 @@ def test_held_out_articles_share_no_paragraph_with_training(tmp_path, detokenize
     chosen = settings(tmp_path, lines, items, documents="articles", detokenize=detokenize)
     save_tiny_tokenizer(tmp_path / "tokenizer")
     wiki, alpaca = draw_sources(chosen).sources
-    for source, size in ((wiki, 4), (alpaca, 4)):
-        assert source.held_out.sum() == size
-        sides = [set(), set()]
-        for text, held in zip(source.texts, source.held_out, strict=True):
-            sides[int(held)] |= {part for part in text.split("\n") if "shared" in part or part[:3] in ("out", "Do ")}
-        assert not sides[0] & sides[1]
+    for source in (wiki, alpaca):
+        assert [(source.parts == part).sum() for part in (VALIDATION, TEST)] == [4, 4]
+        sides = [set(), set(), set()]
+        for text, part in zip(source.texts, source.parts, strict=True):
+            sides[part] |= {part for part in text.split("\n") if "shared" in part or part[:3] in ("out", "Do ")}
+        assert len(set.union(*sides)) == sum(map(len, sides))
     assert sum("shared" in text for text in wiki.texts) > 50
-    assert len({int(n) // 2 for n in alpaca.numbers[alpaca.held_out]}) == 2, "one task's two answers go together"
+    for part in (VALIDATION, TEST):
+        tasks = {int(n) // 2 for n in alpaca.numbers[alpaca.parts == part]}
+        assert len(tasks) == 2, "one task's two answers go together"
 
 
 def test_samples_that_were_not_drawn_link_nothing(tmp_path):
@@ -211,13 +212,16 @@ def test_samples_that_were_not_drawn_link_nothing(tmp_path):
         parts = [text.split("\n")[2] for text in source.texts]
         alone = {text for text, part in zip(source.texts, parts, strict=True) if parts.count(part) == 1}
         by_hash = sorted(source.texts, key=lambda text: hashlib.sha256(b"held out\0" + text.encode()).digest())
-        expected, left = set(), 4
-        for text in by_hash:
-            family = {text} if text in alone else {t for t in source.texts if t.split("\n")[2] == text.split("\n")[2]}
-            if text not in expected and len(family) <= left:
-                expected |= family
-                left -= len(family)
-        assert {text for text, held in zip(source.texts, source.held_out, strict=True) if held} == expected
+        expected = {VALIDATION: set(), TEST: set()}
+        for part, chosen_texts in expected.items():
+            left = 4
+            for text in by_hash:
+                family = {t for t in source.texts if t.split("\n")[2] == text.split("\n")[2]} - alone | {text}
+                if text not in set.union(*expected.values()) and len(family) <= left:
+                    chosen_texts |= family
+                    left -= len(family)
+            found = {text for text, of_text in zip(source.texts, source.parts, strict=True) if of_text == part}
+            assert found == chosen_texts
 
 
 def test_where_everything_hangs_together_nothing_can_be_held_out(tmp_path):

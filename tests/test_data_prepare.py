@@ -11,12 +11,14 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from indraquantum.config import PrepareSettings
+from indraquantum.config import PrepareSettings, ShowSettings
 from indraquantum.data import dataset
 from indraquantum.data.dataset import open_dataset
+from indraquantum.data.inspect import describe, show_rows
 from indraquantum.data.prepare import prepare, random_order
 from indraquantum.data.tokenizer import load_tokenizer
 from indraquantum.errors import UserError
+from indraquantum.monitor.summaries import prepare_summary
 from tiny_tokenizer import BOS, EOS, ids, save_tiny_tokenizer
 
 PROMPT = "### Instruction : "
@@ -69,7 +71,7 @@ def documents():
 
 
 def held_out(texts):
-    """The texts of a small source that are held out: the half, at most 4, with the smallest hashes."""
+    """The texts of a source of at most 8 that are held out: the half, at most 4, with the smallest hashes."""
     by_hash = sorted(texts, key=lambda text: hashlib.sha256(b"held out\0" + text.encode()).digest())
     return set(by_hash[: min(4, len(texts) // 2)])
 
@@ -116,6 +118,31 @@ def test_the_pickle_and_the_folder_to_the_last_id(tmp_path):
     ]  # fmt: skip
     assert len(report.notes) == 2
     assert "wikitext holds 6 samples, fewer than the 22,000 asked for" in report.notes[0]
+
+
+def test_the_test_split_is_another_part_that_no_training_file_holds(tmp_path):
+    settings(tmp_path)
+    texts = [f"the cat sat on the mat {number}" for number in range(500)]
+    (tmp_path / "wiki.tokens").write_text("\n".join(texts))
+    report = prepare(settings(tmp_path, alpaca_samples=0))
+    by_hash = sorted(texts, key=lambda text: hashlib.sha256(b"held out\0" + text.encode()).digest())
+    dataset = open_dataset("--data", report.folder, verify=True)
+    places = {name: [texts[n] for n in split.document_numbers] for name, split in dataset.splits.items()}
+    assert sorted(places["validation"]) == sorted(by_hash[:5])
+    assert sorted(places["test"]) == sorted(by_hash[5:10])
+    assert sorted(places["train"]) == sorted(by_hash[10:])
+    assert len(pickle.loads(report.pickle.read_bytes())) == report.padded_rows == 490
+    source = dataset.manifest["sources"][0]
+    assert (source["documents"], source["validation_documents"], source["test_documents"]) == (500, 5, 5)
+    assert (report.test_rows, report.test_tokens) == (dataset.test.num_rows, dataset.test.num_tokens)
+    assert "held out: 5 for validation, 5 for the test" in prepare_summary(report)
+    assert "\ntest: " in describe(report.folder)
+    shown = show_rows(report.folder, ShowSettings(split="test", rows=9))
+    assert shown.count("wikitext ") >= 5
+    few = prepare(settings(tmp_path, wikitext_samples=0, output=tmp_path / "few" / "m.pkl"))
+    assert (few.test_rows, open_dataset("--data", few.folder).test) == (0, None)
+    with pytest.raises(UserError, match="--split: got test; must be one of the dataset's splits"):
+        show_rows(few.folder, ShowSettings(split="test"))
 
 
 # Three of them as plain numbers, by counting in the tiny tokenizer's list of words; cut or padded to 13.
@@ -305,7 +332,7 @@ def test_memory_for_each_document_is_bounded(tmp_path, monkeypatch, amount):
         assert report.rows > report.sources[0].documents / 2, "rows take memory too"
         return found
 
-    peak(10)  # imports are done
+    peak(100)  # imports are done
     small, large = peak(1_000), peak(9_000)
     assert large - small < 64 * 8_000, (large - small) / 8000
 

@@ -76,8 +76,8 @@ class ShowSettings(Settings):
 
     tokenizer: str | None = None
     """The tokenizer of a pickle (folder, file or hub id); a packed folder carries its own."""
-    split: Literal["train", "validation"] = "train"
-    """Which side of the dataset."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Which part of the dataset."""
     first: int = Field(default=0, ge=0)
     """Number of the first row to show, from 0."""
     rows: int = Field(default=3, ge=1)

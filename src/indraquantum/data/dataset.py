@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from indraquantum import __version__
+from indraquantum.data.held_out import SPLITS
 from indraquantum.data.large import chunks, save_npy
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
@@ -25,8 +26,8 @@ from indraquantum.errors import UserError
 from indraquantum.files import atomic_folder, check_manifest_json, read_json, sha256_of, write_manifest_json
 
 FORMAT = "indraquantum-dataset"
-FORMAT_VERSION = 2
-SPLITS = ("train", "validation")
+FORMAT_VERSION = 3
+READABLE = (2, 3)  # version 2 has no test split
 DTYPES = {
     "tokens": (np.uint16, np.uint32),
     "document_offsets": (np.int64,),
@@ -40,7 +41,10 @@ ARRAYS = tuple(DTYPES)
 
 @dataclass(frozen=True, eq=False)
 class PreparedDataset:
-    """A dataset that is open for reading."""
+    """A dataset that is open for reading.
+
+    Training, choices and captures read `train` and `validation`; `test` is for a final report alone.
+    """
 
     train: Split
     validation: Split
@@ -49,12 +53,19 @@ class PreparedDataset:
     tokenizer: TextTokenizer
     content_sha256: str  # over all arrays and the tokenizer: signals belong to exactly one dataset
     manifest: dict[str, Any]
+    test: Split | None = None  # None in datasets of version 2, in pickles, and where the sources are too small
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that are there, by name."""
+        named = {name: getattr(self, name) for name in SPLITS}
+        return {name: split for name, split in named.items() if split is not None}
 
 
 def content_hash(splits: dict[str, Split], source_names: Sequence[str], tokenizer: TextTokenizer) -> str:
     """Hex SHA-256 over every array, the names of the sources and the tokenizer."""
     digest = hashlib.sha256(json.dumps([tokenizer.sha256, list(source_names)]).encode())
-    for name in SPLITS:
+    for name in (name for name in SPLITS if name in splits):
         split = splits[name]
         digest.update(json.dumps([name, split.row_length, split.padding_id]).encode())
         for array in ARRAYS:
@@ -77,7 +88,7 @@ def write_dataset(
 
     Args:
         folder: Where it goes; a dataset that is there is replaced.
-        splits: "train" and "validation".
+        splits: "train", "validation" and, where there is one, "test".
         sources: A dict for each source, in the order of their numbers, with at least its `name`.
         tokenizer: What the ids mean.
         options: The settings that made it, for the manifest.
@@ -168,9 +179,9 @@ def _open_folder(field: str, folder: Path, tokenizer_name: str | None) -> Prepar
     if not is_dataset(folder):
         raise UserError(field, folder, f"must be a folder with a manifest.json of format {FORMAT!r}")
     manifest = read_json(field, folder / "manifest.json")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        found = manifest.get("format_version")
-        raise UserError(field, folder, f"is of format version {found}; this program reads {FORMAT_VERSION}")
+    if (found := manifest.get("format_version")) not in READABLE:
+        allowed = " and ".join(map(str, READABLE))
+        raise UserError(field, folder, f"is of format version {found}; this program reads {allowed}")
     try:
         return _open_parts(field, folder, manifest, tokenizer_name)
     except (KeyError, TypeError, AttributeError) as error:
@@ -192,6 +203,8 @@ def _open_parts(field: str, folder: Path, manifest: dict[str, Any], tokenizer_na
     names = tuple(source["name"] for source in manifest["sources"])
     splits = {}
     for name in SPLITS:
+        if name == "test" and name not in manifest["largest_ids"]:
+            continue
         arrays = {array: _load(field, folder / name / f"{array}.npy") for array in ARRAYS}
         splits[name] = Split(**arrays, row_length=manifest["row_length"], padding_id=tokenizer.eos_id)
         check_shapes(field, folder / name, splits[name])
@@ -204,6 +217,7 @@ def _open_parts(field: str, folder: Path, manifest: dict[str, Any], tokenizer_na
         tokenizer,
         manifest["content_sha256"],
         manifest,
+        splits.get("test"),
     )
 
 
@@ -287,8 +301,7 @@ def _verify(field: str, folder: Path, dataset: PreparedDataset) -> None:
     for key in ("sha256", "vocabulary_size"):
         if getattr(rebuilt, key) != getattr(tokenizer, key):
             raise UserError(field, folder / "manifest.json", f"is damaged: {key} is not the tokenizer's")
-    splits = {"train": dataset.train, "validation": dataset.validation}
-    for name, split in splits.items():
+    for name, split in dataset.splits.items():
         check_split(field, folder / name, split, tokenizer.vocabulary_size, len(dataset.source_names))
-    if content_hash(splits, dataset.source_names, tokenizer) != dataset.content_sha256:
+    if content_hash(dataset.splits, dataset.source_names, tokenizer) != dataset.content_sha256:
         raise UserError(field, folder / "manifest.json", "is damaged: content_sha256 is not the arrays'")

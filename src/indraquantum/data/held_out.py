@@ -1,6 +1,7 @@
 """Which documents are held out: by a hash of the document, so that neither order nor position decides.
 
-Documents that share a paragraph are chosen together or not at all, so that nothing held out has been trained on.
+Two parts are held out. Validation is what choices look at while a model is made; test is for a final report alone.
+Documents that share a paragraph go to one part together, so that nothing held out has been trained on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import numpy as np
 
 from indraquantum.data.large import first_places, key_parts
 
-FRACTION_PERCENT = 1
+SPLITS = ("train", "validation", "test")  # a document's part is its number here
+TRAIN, VALIDATION, TEST = range(len(SPLITS))
+FRACTION_PERCENT = 1  # of each held-out part
 AT_LEAST = 4
 
 
@@ -34,7 +37,7 @@ def text_key(text: bytes) -> int:
 def choose_held_out(
     sources: Iterable[Iterable[bytes]], paragraphs: Sequence[Sequence[Sequence[str]]] | None = None
 ) -> list[np.ndarray]:
-    """Choose the held-out documents of each source, given as bytes, maybe with their paragraphs; see `hold_out`."""
+    """Choose the part of each document of each source, given as bytes, maybe with their paragraphs; see `hold_out`."""
     keys = [np.fromiter(map(text_key, source), dtype=np.uint64) for source in sources]
     all_keys = []
     for place, documents in enumerate(keys):
@@ -46,34 +49,45 @@ def choose_held_out(
 
 
 def hold_out(sources: Sequence[Keys]) -> list[np.ndarray]:
-    """Choose the held-out documents of each source.
+    """Choose which documents of each source are held out, for validation and for the test.
 
-    In each source 1 % of its different documents are held out, those with the smallest hashes: at least 4, but never
-    more than half of them, so that a source of 1 document has none. Equal documents, and those that share a paragraph,
-    go the same way, whatever their source; a family of such documents that is too large to be held out is passed over.
+    Validation takes 1 % of each source's different documents, those with the smallest hashes: at least 4, but never
+    more than half of them, so that a source of 1 document has none. The test takes as many of the next smallest, while
+    at least half of the documents are left to train on. Equal documents, and those that share a paragraph, go the same
+    way, whatever their source; a family of such documents that is too large for a part is passed over.
 
     Returns:
-        For each source a boolean array, True where the document is held out.
+        For each source the part of each document, (documents,) uint8: TRAIN, VALIDATION or TEST.
     """
     starts = np.cumsum([0, *(len(source.documents) for source in sources)])
     first = first_places(_joined([source.documents for source in sources]))
     family = _families(sources, starts, first)
     different = first == np.arange(len(first))
     sizes = np.bincount(family[different], minlength=len(first))  # different documents of each family
-    chosen = np.zeros(len(first), dtype=bool)  # by family
-    for source, start in zip(sources, starts, strict=False):
-        count = sum(len(part.first) for part in key_parts(source.documents))
-        wanted = min(max(-(-count * FRACTION_PERCENT // 100), AT_LEAST), count // 2)
-        by_key = (family[start + part.places[part.first]] for part in key_parts(source.documents))
-        taken: set[int] = set()
-        for candidate in itertools.chain.from_iterable(by_key):
-            if wanted == 0:
-                break
-            if candidate not in taken and sizes[candidate] <= wanted:
-                taken.add(int(candidate))
-                wanted -= int(sizes[candidate])
-        chosen[list(taken)] = True
-    return [chosen[family[start:stop]] for start, stop in itertools.pairwise(starts)]
+    parts = np.zeros(len(first), dtype=np.uint8)  # by family
+    for part in (VALIDATION, TEST):
+        chosen: set[int] = set()
+        for source, start in zip(sources, starts, strict=False):
+            count = sum(len(keys.first) for keys in key_parts(source.documents))
+            share = max(-(-count * FRACTION_PERCENT // 100), AT_LEAST)
+            wanted = min(share, count // 2 - (part - VALIDATION) * share)
+            by_key = (family[start + keys.places[keys.first]] for keys in key_parts(source.documents))
+            candidates = (place for place in itertools.chain.from_iterable(by_key) if parts[place] == TRAIN)
+            chosen |= _take(candidates, sizes, wanted)
+        parts[list(chosen)] = part
+    return [parts[family[start:stop]] for start, stop in itertools.pairwise(starts)]
+
+
+def _take(candidates: Iterable[int], sizes: np.ndarray, wanted: int) -> set[int]:
+    """The first families that together have `wanted` different documents, or as many as fit."""
+    taken: set[int] = set()
+    for candidate in candidates:
+        if wanted <= 0:
+            break
+        if candidate not in taken and sizes[candidate] <= wanted:
+            taken.add(int(candidate))
+            wanted -= int(sizes[candidate])
+    return taken
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

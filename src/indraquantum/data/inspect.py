@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from indraquantum.config import ShowSettings
-from indraquantum.data.dataset import SPLITS, PreparedDataset, open_dataset
+from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.split import Split
 from indraquantum.errors import UserError
 
@@ -31,8 +31,7 @@ def describe(path: Path, tokenizer: str | None = None) -> str:
         f"content {dataset.content_sha256}",
         f"tokenizer {manifest['tokenizer_sha256']}, {manifest['vocabulary_size']:,} tokens",
     ]
-    for name in SPLITS:
-        split = getattr(dataset, name)
+    for name, split in dataset.splits.items():
         fill = split.num_tokens / (split.num_rows * split.row_length)
         lengths = np.diff(split.document_offsets)
         lines.append(
@@ -71,7 +70,10 @@ def show_rows(path: Path, settings: ShowSettings) -> str:
         UserError: the dataset can't be opened, or has no such row.
     """
     dataset = open_dataset(FIELD, path, settings.tokenizer)
-    split = getattr(dataset, settings.split)
+    if settings.split not in dataset.splits:
+        allowed = f"must be one of the dataset's splits ({', '.join(dataset.splits)})"
+        raise UserError("--split", settings.split, allowed)
+    split = dataset.splits[settings.split]
     if settings.first >= split.num_rows:
         allowed = f"{settings.split} has {split.num_rows:,} rows, numbered from 0"
         raise UserError("--first", settings.first, allowed)

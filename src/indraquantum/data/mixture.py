@@ -15,7 +15,7 @@ import numpy as np
 from indraquantum.config import PrepareSettings
 from indraquantum.data.detokenize import detokenize
 from indraquantum.data.duplicates import exact_duplicates, near_duplicates
-from indraquantum.data.held_out import Keys, hold_out, text_key
+from indraquantum.data.held_out import TRAIN, VALIDATION, Keys, hold_out, text_key
 from indraquantum.data.large import chunks
 from indraquantum.data.prompt import format_alpaca
 from indraquantum.data.sources import (
@@ -50,7 +50,7 @@ class DrawnSource:
     read: Callable[[], Iterator[_Document]]  # reads the source from its beginning
     keys: np.ndarray  # (available,) uint64: of all its documents, as they were when it was read first
     field: str  # the option that names it, for errors
-    held_out: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))  # (documents,)
+    parts: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))  # (documents,): as `hold_out` has
 
     @property
     def shortfall(self) -> str | None:
@@ -251,7 +251,7 @@ def _draw(usable: np.ndarray, option: SourceOption, seed: int) -> tuple[np.ndarr
 
 
 def _hold_out(first: SourceOption, drawn: list[DrawnSource], keys: list[Keys]) -> None:
-    """Decide what is held out; of a document that a weight repeats, one copy is."""
+    """Decide which part each document goes to; of a held-out document that a weight repeats, one copy is used."""
     used = []  # the keys of what was drawn, each document once, in new places
     for source, of_source in zip(drawn, keys, strict=True):
         is_used = np.zeros(len(of_source.documents), dtype=bool)
@@ -264,13 +264,13 @@ def _hold_out(first: SourceOption, drawn: list[DrawnSource], keys: list[Keys]) -
         used.append(
             Keys(of_source.documents[is_used], of_source.paragraphs[kept], new_place[of_source.owners[kept]])
         )  # fmt: skip
-    held_out = hold_out(used)
-    if not any(held.any() for held in held_out):
+    parts = hold_out(used)
+    if not any((of_source == VALIDATION).any() for of_source in parts):
         allowed = "must give 2 different documents that share no paragraph, 1 of them to be held out"
         raise UserError(first.field, first.path, allowed)
-    for source, held_once in zip(drawn, held_out, strict=True):
+    for source, once in zip(drawn, parts, strict=True):
         repeated = source.numbers[1:] == source.numbers[:-1]
         repeated = np.concatenate([[False], repeated]) if len(source.numbers) else np.zeros(0, dtype=bool)
-        held = held_once[np.cumsum(~repeated) - 1]
-        kept = ~(held & repeated)
-        source.numbers, source.held_out = source.numbers[kept], held[kept]
+        of_each = once[np.cumsum(~repeated) - 1]
+        kept = (of_each == TRAIN) | ~repeated
+        source.numbers, source.parts = source.numbers[kept], of_each[kept]

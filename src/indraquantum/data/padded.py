@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from indraquantum.data.dataset import PreparedDataset, check_split, content_hash
-from indraquantum.data.held_out import choose_held_out
+from indraquantum.data.held_out import VALIDATION, choose_held_out
 from indraquantum.data.safe_pickle import load_plain_pickle
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
@@ -77,7 +77,9 @@ def _records(documents: Sequence[np.ndarray], row_length: int, padding_id: int) 
 
 
 def open_pickle(field: str, path: Path, tokenizer: str | TextTokenizer | None) -> PreparedDataset:
-    """Open a pickle of padded rows as a dataset: one document a row, 1 % of the rows held out by their hash.
+    """Open a pickle of padded rows as a dataset: one document a row.
+
+    1 % of the rows, chosen by their hash, are its validation split; it has no test split.
 
     Args:
         field: The option to name in an error.
@@ -93,7 +95,7 @@ def open_pickle(field: str, path: Path, tokenizer: str | TextTokenizer | None) -
         tokenizer = load_tokenizer("--tokenizer", tokenizer)
     rows = _check_rows(field, path, load_plain_pickle(field, path), tokenizer.vocabulary_size)
     row_length = rows.row_length
-    held = choose_held_out([[document.tobytes() for document in rows.documents]])[0]
+    held = choose_held_out([[document.tobytes() for document in rows.documents]])[0] == VALIDATION
     if not held.any():
         raise UserError(field, path, "must hold at least 2 different rows, one of them to be held out")
     splits = {}

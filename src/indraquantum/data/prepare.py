@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from indraquantum.config import PrepareSettings
-from indraquantum.data.dataset import SPLITS, is_dataset, write_dataset
+from indraquantum.data.dataset import is_dataset, write_dataset
+from indraquantum.data.held_out import SPLITS, TEST, VALIDATION
 from indraquantum.data.large import Spool, chunks, release
 from indraquantum.data.mixture import DrawnSource, Mixture, draw_sources, random_order, source_options
 from indraquantum.data.packing import pack
@@ -47,7 +48,8 @@ class SourceReport:
     duplicates: int  # of these, exact copies of earlier samples of any source
     near_duplicates: int | None  # near copies, the exact ones among them; None where they were not counted
     documents: int  # samples drawn, the held-out ones among them
-    validation_documents: int  # of these, held out
+    validation_documents: int  # of these, held out for validation
+    test_documents: int  # and held out for the test
     tokens: int  # of all documents, BOS and EOS among them
     padding_share: float  # padded layout: positions that are padding, over this source's documents
     cut_share: float  # padded layout: tokens that are cut off
@@ -62,8 +64,10 @@ class PrepareReport:
     row_length: int
     rows: int  # packed training rows
     validation_rows: int
+    test_rows: int  # 0 where the sources are too small for a test split
     tokens: int  # of the training rows
     validation_tokens: int
+    test_tokens: int
     fill: float  # packed training layout: positions that hold a token
     padded_rows: int  # rows of the pickle
     padding_share: float  # padded layout: positions that are padding
@@ -93,7 +97,8 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
     make_folder("--output", settings.output.parent)
     try:
         with tempfile.TemporaryDirectory(dir=settings.output.parent, prefix=".prepare-") as spool:
-            sides = {name: _Side(Path(spool), name, tokenizer.dtype) for name in SPLITS}
+            used = [part for part in range(len(SPLITS)) if any((s.parts == part).any() for s in mixture.sources)]
+            sides = {SPLITS[part]: _Side(Path(spool), part, tokenizer.dtype) for part in used}
             reports = tuple(
                 _encode(source, number, sides, tokenizer, settings.max_length)
                 for number, source in enumerate(mixture.sources)
@@ -116,7 +121,7 @@ def _report(
     reports: tuple[SourceReport, ...],
     mixture: Mixture,
 ) -> PrepareReport:
-    train, validation = splits["train"], splits["validation"]
+    train, validation, test = (splits.get(name) for name in SPLITS)
     lengths = np.diff(train.document_offsets)
     kept = int(np.minimum(lengths, settings.max_length, out=lengths).sum())
     shares = _padded_shares(train.num_documents * settings.max_length, train.num_tokens, kept)
@@ -126,8 +131,10 @@ def _report(
         row_length=settings.max_length,
         rows=train.num_rows,
         validation_rows=validation.num_rows,
+        test_rows=test.num_rows if test else 0,
         tokens=train.num_tokens,
         validation_tokens=validation.num_tokens,
+        test_tokens=test.num_tokens if test else 0,
         fill=train.num_tokens / (train.num_rows * settings.max_length),
         padded_rows=train.num_documents,
         padding_share=shares.padding,
@@ -154,10 +161,10 @@ def _check_output(output: Path) -> Path:
 
 
 class _Side:
-    """One side of the dataset while it is written: everything that grows with the text lies in files."""
+    """One part of the dataset while it is written: everything that grows with the text lies in files."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
-        self.folder, self.held_out = folder / name, name == "validation"
+    def __init__(self, folder: Path, part: int, dtype: np.dtype) -> None:
+        self.folder, self.part = folder / SPLITS[part], part
         self.folder.mkdir()
         self.tokens = Spool(self.folder / "tokens", dtype)
         columns = {"lengths": np.int64, "sources": np.uint8, "numbers": np.int64}
@@ -183,7 +190,7 @@ class _Side:
             sizes.append(np.diff(packing.row_pieces).astype(np.int32))
             release(lengths)
         pieces, sizes = packed.array(), np.concatenate(sizes)
-        order = random_order(len(sizes), settings.seed, ROW_ORDER, int(self.held_out))
+        order = random_order(len(sizes), settings.seed, ROW_ORDER, self.part)
         firsts = _offsets(sizes)[:-1]
         shuffled = Spool(self.folder / "pieces", np.int64, 2)
         for start in range(0, len(order), CHUNK_ROWS):
@@ -220,9 +227,9 @@ def _encode(
     with tqdm(total=len(drawn.numbers), desc=f"tokenize {drawn.name}", unit=" documents", disable=None) as bar:
         while chunk := list(itertools.islice(texts, CHUNK_DOCUMENTS)):
             documents = tokenizer.encode_documents(chunk)
-            held_out, numbers = (values[done : done + len(chunk)] for values in (drawn.held_out, drawn.numbers))
+            parts, numbers = (values[done : done + len(chunk)] for values in (drawn.parts, drawn.numbers))
             for side in sides.values():
-                places = np.flatnonzero(held_out == side.held_out)
+                places = np.flatnonzero(parts == side.part)
                 if len(places):
                     side.add([documents[place] for place in places], number, numbers[places])
             tokens += sum(map(len, documents))
@@ -236,7 +243,8 @@ def _encode(
         duplicates=drawn.duplicates,
         near_duplicates=drawn.near_duplicates,
         documents=done,
-        validation_documents=int(drawn.held_out.sum()),
+        validation_documents=int((drawn.parts == VALIDATION).sum()),
+        test_documents=int((drawn.parts == TEST).sum()),
         tokens=tokens,
         padding_share=shares.padding,
         cut_share=shares.cut,

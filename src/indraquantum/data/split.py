@@ -1,4 +1,4 @@
-"""One side of a dataset: a stream of documents, cut into pieces that lie in rows, and rows gathered as batches."""
+"""One part of a dataset: a stream of documents, cut into pieces that lie in rows, and rows gathered as batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One side of the dataset, training or validation."""
+    """One part of the dataset: training, validation or test."""
 
     tokens: np.ndarray  # (S,) uint16 or uint32
     document_offsets: np.ndarray  # (documents + 1,) int64: document i is tokens[offsets[i]:offsets[i + 1]]

@@ -13,14 +13,16 @@ def prepare_summary(report: PrepareReport) -> str:
         lines.append(
             f"{source.name}: {source.documents:,} of {source.available:,} samples, {source.tokens:,} tokens; "
             f"{_copies(source)}; "
-            f"{source.validation_documents} samples held out; padded to {report.row_length}, "
+            f"held out: {source.validation_documents:,} for validation, {source.test_documents:,} for the test; "
+            f"padded to {report.row_length}, "
             f"{source.padding_share:.0%} of the positions are padding and {source.cut_share:.0%} of the tokens cut off"
         )
     if report.skipped:
         lines.append(f"skipped: {report.skipped:,} wrong records, listed in {report.folder / 'skipped.jsonl'}")
     lines += [
         f"packed: {report.rows:,} rows of {report.row_length}, {report.tokens:,} tokens, {report.fill:.1%} filled; "
-        f"{report.validation_rows} rows, {report.validation_tokens:,} tokens held out: {report.folder}",
+        f"validation {report.validation_rows} rows, {report.validation_tokens:,} tokens; "
+        f"test {report.test_rows} rows, {report.test_tokens:,} tokens: {report.folder}",
         f"padded: {report.padded_rows:,} rows, {report.padding_share:.0%} padding: {report.pickle}",
     ]
     return "\n".join(lines)
