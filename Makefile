@@ -1,11 +1,11 @@
-# make demo | demo-tiny | test | test-slow | lint | lock | clean.   Set-up is part of each: .venv is made when it is missing.
+# make demo | demo-tiny | test | test-slow | test-processors | lint | lock | clean.   Set-up is part of each: .venv is made when it is missing.
 PYTHON ?= python3
 # An index for torch alone: without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny test test-slow lint lock clean
+.PHONY: help demo demo-tiny test test-slow test-processors lint lock clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -33,6 +33,11 @@ test: .venv/installed
 # The long forms: every point of a crash several times, 100 random kills, every bit flip.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# The default suite for each instruction set and number of threads: 18 times, or ONLY='avx512-*-4'.
+ONLY ?= *
+test-processors: .venv/installed
+	$(BIN)/python tests/processors.py --only '$(ONLY)'
 
 lint: .venv/installed
 	$(BIN)/ruff check --fix .

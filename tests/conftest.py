@@ -1,10 +1,11 @@
-"""Fixtures for all tests: offline, one thread, and the real inputs of ../shared where they are."""
+"""Fixtures for all tests: offline, one thread, no GPU, and the real inputs of ../shared where they are."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +14,21 @@ import pytest
 # Before any test imports them: libraries that would ask a hub must fail at once instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Toy sizes are quickest on one thread, and one thread gives one order of summation.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Toy sizes are quickest on one thread; `make test-processors` asks for others.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("INDRA_TEST_THREADS", "1")
+# The tests are of the CPU, and many fork, which a process that has used CUDA can't.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _same_threads():
+    """Each test begins with the number of threads that the suite was started with, whatever was set before."""
+    torch, threads = sys.modules.get("torch"), int(os.environ["OMP_NUM_THREADS"])
+    if torch and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +97,7 @@ def world(tmp_path_factory) -> World:
     )  # fmt: skip
     pretrain_teacher(
         TeacherSettings(data=data, output=teacher, width=24, layers=1, heads=2, steps=40, batch_tokens=480,
-                        learning_rate=1e-2)
+                        learning_rate=1e-2, device="cpu")
     )  # fmt: skip
-    capture(CaptureSettings(data=data, teacher=str(teacher), output=signals))
+    capture(CaptureSettings(data=data, teacher=str(teacher), output=signals, device="cpu"))
     return World(text, questions, folder / "tokenizer", data.with_suffix(".pkl"), data, teacher, signals)

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from indraquantum import cli
 from indraquantum.config import TrainSettings
 from indraquantum.metrics import read_metrics
@@ -24,6 +26,7 @@ from indraquantum.training.checkpoint import load_checkpoint
 SMALL = {
     "d_model": 10, "layers": 1, "heads": 2, "mlp_width": 14, "batch_tokens": 1440, "learning_rate": 5e-3,
     "evaluate_every": 3, "save_every": 2, "epochs": 2, "dropout": 0.1, "threads": 1,
+    "device": "cpu",
     "micro_batch_tokens": 16 * 48,
 }  # fmt: skip
 # Rounding grows slowly: what differs by more than it differs otherwise. Muon rounds to bfloat16.
@@ -41,7 +44,8 @@ def train_small(settings: TrainSettings):
 
 
 def quiet(said: Path | None = None) -> None:
-    """In a fork: what it prints goes to the file `said`, or nowhere."""
+    """In a fork: what it prints goes to the file `said`, or nowhere; one thread, for OpenMP's don't survive a fork."""
+    torch.set_num_threads(1)
     descriptor = os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -10,8 +10,6 @@ from indraquantum.data.dataset import PreparedDataset, content_hash
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import load_tokenizer
 
-torch.set_num_threads(1)  # such small tensors only lose by threads
-
 VOCABULARY = 263  # 2 control tokens, 256 bytes, 5 merges
 ROW = 13
 

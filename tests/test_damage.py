@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 import survival
 from indraquantum import files
@@ -24,8 +23,6 @@ from indraquantum.metrics import MetricsLog, read_metrics
 from indraquantum.teacher.signals import verify_signals
 from indraquantum.training import checkpoint, loop
 from indraquantum.training.checkpoint import load_checkpoint, manifest_path, newest_checkpoint
-
-forks = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +140,6 @@ WRITES = [(checkpoint.Path, "write_bytes"), (checkpoint.Path, "write_text"), (os
           (files, "fsync_folder")]  # fmt: skip
 
 
-@forks
 @pytest.mark.parametrize("occurrence", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO], ids=errno.errorcode.get)
 @pytest.mark.parametrize(("owner", "name"), WRITES, ids=lambda value: getattr(value, "__name__", value))
@@ -170,7 +166,6 @@ def test_a_write_that_fails_harms_nothing(world, run, tmp_path, owner, name, cod
     assert survival.result(settings) == survival.result(run)
 
 
-@forks
 def test_a_disk_that_is_really_full(world, run, tmp_path):
     settings = survival.small_run(world, tmp_path, data=run.data, epochs=1, keep_last=9)
 

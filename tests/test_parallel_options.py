@@ -14,8 +14,6 @@ from indraquantum.training import checkpoint, optimizers
 from indraquantum.training.checkpoint import load_checkpoint
 from test_parallel_runs import stop_after
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
-
 LENGTH = {"dropout": 0.0, "epochs": 100, "max_steps": 12, "evaluate_every": 5, "save_every": 4, "layers": 2,
           **survival.STEADY}  # fmt: skip
 AVERAGED = {"ema_decay": 0.9, "keep_best": True}

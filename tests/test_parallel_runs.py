@@ -23,8 +23,6 @@ from indraquantum.teacher.signals import SignalStore
 from indraquantum.training import checkpoint, loop, parallel, taught
 from indraquantum.training.checkpoint import load_checkpoint, newest_checkpoint
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
-
 STEPS, STEPS_PER_EPOCH = 50, 6
 CHANGES = {"dropout": 0.0, "epochs": 100, "max_steps": STEPS, "evaluate_every": 20, "save_every": 10, "layers": 2,
            **survival.STEADY}  # fmt: skip

@@ -17,8 +17,6 @@ from indraquantum.teacher.signals import open_signals
 from indraquantum.training.parallel import gathered, make_parallel
 from indraquantum.training.step import optimizer_step
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
-
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_shares_are_the_whole_in_order(world):

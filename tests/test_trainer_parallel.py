@@ -9,8 +9,6 @@ import forked
 import survival
 from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
-
 
 @pytest.mark.parametrize(
     ("parallel", "options"),
