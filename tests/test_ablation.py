@@ -246,6 +246,7 @@ def change(folder, name, **changes):
         ("search/plain-try0", {"data": "other"}, "data .*, as the others, not other"),
         ("plain-seed3", {"readouts_measured_with": "other"}, "readouts_measured_with .*, as the others, not other"),
         ("quantum-seed5", {"signals": "other"}, "signals of quantum .*, as the others, not other"),
+        ("quantum-seed5", {"tail": "bucket"}, "tail of quantum none, as the others, not bucket"),
         ("quantum-seed5", {"strategy": "stage1"}, "strategy v4-unified, as planned, not stage1"),
         ("quantum-seed5", {"half": "choice"}, "half table, as planned, not choice"),
         (
@@ -395,6 +396,10 @@ def test_a_json_of_before_an_option_came_counts_at_its_default(finished):
     check_record(path, before, planned)
     with pytest.raises(UserError, match=r"dropout 0\.1, as planned, not 0\.0"):
         check_record(path, before, {**planned, "settings": planned["settings"] | {"dropout": 0.1}})
+    del before["settings"]["tail"]
+    check_record(path, before, planned)
+    with pytest.raises(UserError, match="tail bucket, as planned, not none"):  # its default now, but not then
+        check_record(path, before, {**planned, "settings": planned["settings"] | {"tail": "bucket"}})
     before["settings"]["gone"] = 3
     with pytest.raises(UserError, match="gone None, as planned, not 3"):
         check_record(path, before, planned)

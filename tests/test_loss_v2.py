@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from indraquantum.kernels import softmax
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 
 N, D, V, K = 23, 7, 101, 5
@@ -65,6 +66,70 @@ def test_terms_equal_the_plain_formulas(temperature):
     total = terms.ce + 0.3 * terms.kd + 0.2 * terms.phase + 0.7 * terms.magnitude
     torch.testing.assert_close(terms.total.detach(), total)
     assert not any(term.requires_grad for term in terms[1:6])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_the_tail_of_the_likeliest_tokens_is_one_more_outcome(temperature, implementation):
+    """By default: torch's own KL over K + 1 outcomes, whatever is missing; none leaves out the last one."""
+    states, table, labels, _, _ = make_case()
+    teacher = (2 * torch.randn(N, V, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).softmax(1)
+    teacher[2] = F.one_hot(torch.tensor(17), V)  # nothing is missing
+    probs, ids = teacher.topk(K, dim=1)
+    ids[5] = -1
+    signals, rows = TeacherSignals(ids, probs), [row for row in range(N) if row not in (3, 5)]
+    log_p = (states @ table.T / temperature).log_softmax(1)
+    known = log_p.gather(1, ids.clamp(min=0))[rows]
+    rest = log_p.scatter(1, ids.clamp(min=0), -torch.inf)[rows].logsumexp(1, keepdim=True)
+    missing = (1 - probs[rows].sum(1, keepdim=True)).clamp(min=0)
+    assert 0 < missing[0] < 1
+    scale = temperature**2 / (N - 1)
+    lump = scale * F.kl_div(torch.cat((known, rest), 1), torch.cat((probs[rows], missing), 1), reduction="sum")
+    alone = scale * F.kl_div(known, probs[rows], reduction="sum")
+    for options, expected in (({}, lump), ({"tail": "none"}, alone)):
+        objective = SemanticDistillationLoss(0.3, temperature=temperature, implementation=implementation, **options)
+        terms = objective(states, table, labels, signals=signals)
+        torch.testing.assert_close(terms.kd, expected.detach(), rtol=1e-10, atol=0)
+        whole = 0.3 * expected + F.cross_entropy(states @ table.T, labels, ignore_index=-100)
+        for actual, wanted in zip(
+            *(torch.autograd.grad(total, (states, table), retain_graph=True) for total in (terms.total, whole)),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_student_of_the_likeliest_tokens_learns_the_teacher_only_with_the_tail():
+    """One distribution, free to be anything: with the tail left out the student gives it nothing at all."""
+    teacher = (1.5 * torch.randn(1, V, generator=torch.Generator().manual_seed(3), dtype=torch.float64)).softmax(1)
+    probs, ids = teacher.topk(K, dim=1)
+    outside = {}
+    for tail in ("none", "bucket", "uniform"):
+        table = torch.zeros(V, 1, dtype=torch.float64, requires_grad=True)
+        objective = SemanticDistillationLoss(1e4, tail=tail)
+        optimiser = torch.optim.Adam([table], lr=0.2)
+        for _ in range(100):
+            optimiser.zero_grad()
+            state, label = torch.ones(1, 1, dtype=torch.float64), torch.tensor([0])
+            (objective(state, table, label, signals=TeacherSignals(ids, probs)).total / 1e4).backward()
+            optimiser.step()
+        outside[tail] = 1 - table.detach().T.softmax(1).gather(1, ids).sum().item()
+    left = 1 - probs.sum().item()
+    assert left > 0.3
+    assert outside["none"] < 0.05 * left
+    assert outside["bucket"] == pytest.approx(left, rel=0.01)
+    assert outside["uniform"] == pytest.approx(left, rel=0.01)
+
+
+def test_signals_that_sum_to_1_have_no_tail_and_cost_no_pass_for_one(monkeypatch):
+    states, table, labels, signals, _ = make_case()
+    plain = SemanticDistillationLoss(0.3, tail="none")(states, table, labels, signals=signals)
+    monkeypatch.setattr(softmax, "log_tail_sum", None)  # calling it would fail
+    terms = SemanticDistillationLoss(0.3, implementation="cpu")(states, table, labels, signals=signals)
+    assert torch.equal(terms.total, plain.total)
+    with pytest.raises(TypeError):
+        SemanticDistillationLoss(0.3, implementation="cpu")(
+            states, table, labels, signals=signals._replace(probs_NK=0.9 * signals.probs_NK)
+        )
 
 
 def test_phase_and_magnitude_by_hand():

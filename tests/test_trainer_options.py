@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import shutil
 
@@ -22,7 +23,7 @@ from indraquantum.training import acceleration, loop, optimizers
 from indraquantum.training import run as training_run
 from indraquantum.training.average import WeightAverage
 from indraquantum.training.best import BestHeldOut
-from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint
+from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint, save_checkpoint
 from indraquantum.training.dry_run import activation_bytes
 from indraquantum.training.precision import Precision, choose_precision
 from indraquantum.training.scratch import scratch_run
@@ -95,6 +96,52 @@ def test_what_auto_has_chosen_is_part_of_a_run(world, tmp_path, monkeypatch):
     monkeypatch.setattr(training_run, "choose_precision", lambda settings, device: Precision(torch.bfloat16, device))
     with pytest.raises(UserError, match="--precision: got bfloat16; must be float32, as in the run that"):
         loop.train(run)
+
+
+@pytest.fixture(scope="module")
+def likeliest(world, tmp_path_factory):
+    """Signals of the 2 likeliest tokens, which leave out most of the teacher's probability."""
+    signals = tmp_path_factory.mktemp("likeliest") / "signals"
+    capture(CaptureSettings(data=world.data, teacher=str(world.teacher), output=signals, kind="topk", top_k=2))
+    return signals
+
+
+def test_what_the_likeliest_tokens_lack_is_a_bucket_unless_told_otherwise(world, tmp_path, likeliest):
+    found = {}
+    for tail in ("auto", "bucket", "none", "uniform"):
+        run = scratch_run(settings(world, tmp_path, signals=likeliest, tail=tail, kd_weight_start=1.0))
+        found[tail] = loop.take_step(run)["kd"]
+        assert run.identity["tail"] == run.objective.tail == ("bucket" if tail == "auto" else tail)
+    assert found["auto"] == found["bucket"]
+    assert found["none"] not in (found["bucket"], found["uniform"])
+    assert found["bucket"] < found["uniform"]  # lumping outcomes together never makes two distributions differ more
+    drawn = scratch_run(settings(world, tmp_path, tail="auto"))
+    loop.take_step(drawn)
+    assert drawn.identity["tail"] == drawn.objective.tail == "none"
+
+
+def test_a_run_of_before_there_was_a_tail_goes_on_without_one(world, tmp_path, likeliest):
+    """Whatever the option is by default, and after a second stop too: a run has one objective from start to end."""
+    without = settings(
+        world, tmp_path, signals=likeliest, tail="none", kd_weight_start=1.0, max_steps=6, save_every=2, keep_last=9
+    )
+    report, expected = loop.train(without), load_checkpoint("", tmp_path / "run" / "checkpoint_v4_epoch_1.pt")
+    before = tmp_path / "run" / "checkpoint_v4_step_2.pt"
+    checkpoint = load_checkpoint("", before)
+    assert checkpoint.settings.pop("tail") == "none"
+    save_checkpoint(before, checkpoint)
+    again = without.model_copy(update={"tail": "auto"})
+    for step in (2, 4):  # the first time from a file that says nothing of a tail, then from one that does
+        for later in (f"step_{step + 2}", "epoch_1"):
+            (tmp_path / "run" / f"checkpoint_v4_{later}.pt").unlink(missing_ok=True)
+        if step == 2:
+            with pytest.raises(UserError, match="--tail: got bucket; must be none, as in the run that"):
+                loop.train(without.model_copy(update={"tail": "bucket"}))
+        assert loop.train(again) == report
+        found = load_checkpoint("", report.checkpoint)
+        assert found.settings == expected.settings
+        assert all(torch.equal(weight, expected.model[name]) for name, weight in found.model.items())
+    assert json.loads((report.metrics.parent / "run.json").read_text())["settings"]["tail"] == "none"
 
 
 def test_the_likeliest_tokens_give_no_estimate_of_the_divergence(world, tmp_path):

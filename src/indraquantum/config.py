@@ -247,6 +247,9 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSet
     """Weight of the phase term (teacher's entropy)."""
     magnitude_weight: float = Field(default=0.1, ge=0, le=100)
     """Weight of the magnitude term (teacher's confidence)."""
+    tail: Literal["auto", "bucket", "uniform", "none"] = "auto"
+    """The probability that top-k signals don't store: bucket compares it as one lump, uniform spreads it over the other
+    tokens, none ignores it. auto takes bucket for top-k signals; a run that is resumed keeps what it began with."""
     evaluate_every: int = Field(default=200, ge=1)
     """Optimiser steps between two evaluations on held-out text."""
     save_every: int = Field(default=200, ge=1)

@@ -57,7 +57,7 @@ class SemanticDistillationLoss:
         magnitude_weight: float = 0.0,
         temperature: float = 1.0,
         *,
-        tail: Tail = "none",
+        tail: Tail = "bucket",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         head: Head = "interference",
@@ -70,7 +70,10 @@ class SemanticDistillationLoss:
             phase_weight: weight of the phase term.
             magnitude_weight: weight of the magnitude term.
             temperature: tau of the distillation term, which is multiplied by tau^2.
-            tail: what becomes of mass that the signals don't hold (for top-k): none, bucket or uniform.
+            tail: what becomes of probability that the signals don't hold, as those of the likeliest tokens don't:
+                `bucket` compares it as one lump with all the student gives to the other tokens, `uniform` spreads it
+                evenly over them, `none` leaves it out, which draws the student to giving them nothing. Signals
+                whose rows sum to 1 have none, and are served as fast with any.
             label_smoothing: as in F.cross_entropy.
             z_loss: weight of the mean squared log-sum-exp.
             head: what makes logits of states and table: interference, which is fused, or born, which is dense.

@@ -43,7 +43,7 @@ def read_record(path: Path) -> Record | None:
 def check_record(path: Path, record: Record, planned: Record) -> None:
     """Check that the run at `path` is the planned one: `planned` holds what decides it, its settings among it.
 
-    An option that the program did not have when the run was made stands at its default.
+    An option that the program did not have when the run was made counts as what the program did then.
 
     Raises:
         UserError: naming the first difference.
@@ -93,15 +93,18 @@ def _check_stated(path: Path, record: Record, plan: Plan, variant: str) -> None:
     settings = resolved(plan, variant, record["chosen"], data=plan.data)
     stated = settings.model_dump(mode="json", exclude=FREE_SETTINGS | {"start_from", "seed"})
     stated["strategy"] = Path(settings.strategy).name  # a plan may lie in another folder
+    if settings.tail == "auto":  # the run's signals decided
+        del stated["tail"]
     _compare(path, record, {"variant": variant, "half": "table", "settings": stated}, stated)
 
 
 def _check_shared(path: Path, record: Record, variant: str, shared: Record) -> None:
-    """Check that the run at `path` has the data of the others and the signals of its variant's others."""
+    """Check that the run at `path` has the data of the others, and the signals and tail of its variant's others."""
     has = {
         "data": record["settings"]["data"],
         "readouts_measured_with": record["readouts_measured_with"],
         f"signals of {variant}": record["settings"]["signals"],
+        f"tail of {variant}": with_defaults(record["settings"], ["tail"])["tail"],
     }
     for name, value in has.items():
         if shared.setdefault(name, value) != value:

@@ -98,9 +98,7 @@ class ChunkedObjective:
         self.vocabulary_size, width = self.table_VD.shape
         self.lanes = Lanes(self.vocabulary_size, plan.tile, plan.lanes)
         has_signals = inputs.signal_ids_NK is not None
-        self.is_plain = options.z_loss == 0 and not (
-            has_signals and (options.temperature != 1 or options.tail == "bucket")
-        )
+        self.is_plain = options.z_loss == 0 and not (has_signals and options.temperature != 1)
         self.is_even = options.label_smoothing > 0 or (has_signals and options.tail == "uniform")
         self.table_sum_D = self.table_VD.sum(dim=0, dtype=plan.dtype) if self.is_even else None
         make = self.table_VD.new_zeros
@@ -175,7 +173,7 @@ class ChunkedObjective:
         if self.is_even:
             means_n = scaled_nD @ self.table_sum_D / self.vocabulary_size
             means_n += 0.0 if self.bias_V is None else self.bias_V.mean()
-        step = self._plain if self.is_plain else self._general
+        step = self._plain if self.is_plain and not self._has_bucket(targets) else self._general
         terms, factor_n = step(targets, scaled_nD, buffer_Vn, means_n, is_bounded)
         if any(self.wanted):
             even_n = None
@@ -183,6 +181,10 @@ class ChunkedObjective:
                 even_n = softmax.even_weights(targets, self.options, self.vocabulary_size)
             self._collect(rows, states_nD, scaled_nD, buffer_Vn, factor_n, even_n)
         return terms
+
+    def _has_bucket(self, targets: RowTargets) -> bool:
+        """Whether the tail needs its own normaliser; signals that sum to 1, as draws do, leave nothing to a bucket."""
+        return self.options.tail == "bucket" and targets.has_missing_mass
 
     def _plain(
         self, targets: RowTargets, scaled_nD: Tensor, buffer_Vn: Tensor, means_n: Tensor, is_bounded: bool
@@ -237,7 +239,7 @@ class ChunkedObjective:
         if (signals := targets.signals) is not None:
             if temperature != 1:
                 log_warm_n = softmax.log_sum_exp(buffer_Vn, self.lanes, temperature)
-            if self.options.tail == "bucket":
+            if self._has_bucket(targets):
                 log_tail_n = softmax.log_tail_sum(buffer_Vn, self.lanes, temperature, signals, positions_nJ)
         normalisers = softmax.Normalisers(log_total_n, log_warm_n, log_tail_n)
         terms = softmax.chunk_terms(targets, self.options, named_nJ, normalisers, means_n, 0.0, self.vocabulary_size)

@@ -49,6 +49,11 @@ class RowTargets:
     share_n: Tensor  # the row's weight / token_count
     signals: SignalTargets | None
 
+    @property
+    def has_missing_mass(self) -> bool:
+        """Whether any row's signals leave mass to the tokens outside their ids, which only truncated ones do."""
+        return self.signals is not None and bool((self.signals.missing_n * self.signals.share_n).any())
+
 
 def counted_rows(inputs: LinearInputs) -> Tensor | None:
     """Indices of the rows that have a label and a weight; None where that is all of them."""

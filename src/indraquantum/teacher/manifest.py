@@ -44,6 +44,11 @@ class Identity(_Page):
     seed: int = Field(ge=0, lt=2**63)
     rows_per_shard: int = Field(ge=1)
 
+    @property
+    def is_truncated(self) -> bool:
+        """Whether a position's probabilities are the teacher's own but sum to less than 1: the rest is not stored."""
+        return self.kind == "topk"
+
     @model_validator(mode="after")
     def _amounts_fit_the_kind(self) -> Self:
         if (self.draws is not None, self.top_k is not None) != (self.kind == "sampled", self.kind == "topk"):

@@ -27,7 +27,6 @@ from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import folder_lock, make_folder
 from indraquantum.metrics import MetricsLog, NoLog
 from indraquantum.processes import joined_processes, own_device
-from indraquantum.teacher.signals import SignalStore
 from indraquantum.trackers import open_tracker, require_tracker
 from indraquantum.training.checkpoint import (
     BEST_NAME,
@@ -43,7 +42,7 @@ from indraquantum.training.interrupts import Interrupted, Interrupts
 from indraquantum.training.parallel import gathered
 from indraquantum.training.record import output_of_record, write_record
 from indraquantum.training.run import Run, check_settings, resume, start_run
-from indraquantum.training.stages import plan_stages
+from indraquantum.training.stages import RunStage, plan_stages
 from indraquantum.training.step import StepResult, optimizer_step, set_learning_rates
 from indraquantum.training.taught import captured_signals, check_folders, found_signals, with_signals
 
@@ -196,11 +195,12 @@ def take_step(run: Run) -> dict[str, Any]:
 
 
 def set_objective(run: Run, step: int) -> None:
-    """Give the objective what the stage of `step` says: weights, and the temperature of its signals."""
+    """Give the objective what the stage of `step` says: weights, and the temperature and the tail of its signals."""
     stage = run.plan.at(step)
     for term, weight in stage.weights_of(step).items():
         setattr(run.objective, f"{term}_weight", weight)
     run.objective.temperature = 1.0 if stage.signals is None else stage.signals.manifest.temperature
+    run.objective.tail = run.identity["tail"] if stage.has_truncated_signals else "none"
 
 
 def watch_for_collapse(run: Run) -> str | None:
@@ -232,9 +232,9 @@ def watch_for_collapse(run: Run) -> str | None:
     return said if stops else None
 
 
-def _without_estimate(terms: dict[str, float | None], signals: SignalStore | None) -> dict[str, float | None]:
-    """The likeliest tokens say nothing of the rest, so that no estimate by them is unbiased."""
-    return terms | {"kd_estimate": None} if signals is not None and signals.manifest.kind == "topk" else terms
+def _without_estimate(terms: dict[str, float | None], stage: RunStage) -> dict[str, float | None]:
+    """`terms`, without the estimate of the true divergence where the signals say nothing of the other tokens."""
+    return terms | {"kd_estimate": None} if stage.has_truncated_signals else terms
 
 
 def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: float) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: floa
         "tokens": run.tokens,
         "stage": run.stage.about.name,
         "epoch": run.plan.epochs_done(run.step),
-        **_without_estimate(result.terms, run.stage.signals),
+        **_without_estimate(result.terms, run.stage),
         "kd_weight": run.objective.kd_weight,
         "phase_weight": run.objective.phase_weight,
         "magnitude_weight": run.objective.magnitude_weight,

@@ -33,7 +33,7 @@ def write_record(folder: Path, run: Run) -> None:
     # As typed they would mean others to a command in another folder.
     folders = {name: str(getattr(run.settings, name).resolve()) for name in ("output", "logs")}
     record = {
-        "settings": run.settings.model_dump(mode="json") | folders,
+        "settings": run.settings.model_dump(mode="json") | folders | {"tail": run.identity["tail"]},
         "data": run.identity["data"],
         "signals": run.identity["signals"],
         "total_steps": run.total_steps,

@@ -44,6 +44,9 @@ FREE_SETTINGS = {
     "log_to",
 }  # fmt: skip
 
+# What the program did before it had an option, where that is not the option's default.
+BEFORE_THE_OPTION = {"tail": "none"}
+
 # What two models must share for the weights of one to fit the other: option, and its name in the model's configuration.
 SHAPE = {
     "d-model": "d_model", "layers": "num_hidden_layers", "heads": "num_attention_heads",
@@ -132,7 +135,7 @@ def start_run(settings: TrainSettings, plan: StagePlan, device: torch.device, pr
         optimizer=new_optimizer(model, settings, processes),
         average=WeightAverage(model, settings.ema_decay),
         device=device,
-        # Its weights and temperature are set at each step.
+        # Its weights, temperature and tail are set at each step.
         objective=SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0, head=settings.head),
         identity=run_identity(settings, plan) | {"precision": precision.name},
     )
@@ -199,11 +202,19 @@ def run_identity(settings: TrainSettings, plan: StagePlan) -> dict[str, Any]:
     own = [stage.signals for stage in plan.stages if stage.dataset is plan.dataset and stage.signals is not None]
     return {
         **chosen,
+        "tail": _tail(settings, plan),
         "data": plan.dataset.content_sha256,
         "signals": _signals_sha256(own[0]) if own else None,
         "start_from": start and sha256_of(start),
         "stages": {stage.about.name: _stage_identity(stage, plan) for stage in plan.stages},
     }
+
+
+def _tail(settings: TrainSettings, plan: StagePlan) -> str:
+    """What becomes of the probability that truncated signals don't hold."""
+    if settings.tail != "auto":
+        return settings.tail
+    return "bucket" if any(stage.has_truncated_signals for stage in plan.stages) else "none"
 
 
 def _stage_identity(stage: RunStage, plan: StagePlan) -> dict[str, Any]:
@@ -271,12 +282,15 @@ def _set_later_ones_aside(run: Run, used: Path) -> None:
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Give `run` the state of `checkpoint`; an option that the program did not have then stands at its default.
+    """Give `run` the state of `checkpoint`; an option that the program did not have then counts as what it did then.
 
     Raises:
         UserError: the checkpoint is of a run with other settings; the first that differs is named.
     """
-    if (found := first_difference(run.identity, with_defaults(checkpoint.settings, run.identity))) is not None:
+    before = with_defaults(checkpoint.settings, run.identity)
+    if run.settings.tail == "auto":
+        run.identity["tail"] = before["tail"]
+    if (found := first_difference(run.identity, before)) is not None:
         raise UserError(*found.option_and_value(), _as_there(run, found.then))
     now, then = (", ".join(settings["stages"]) for settings in (run.identity, checkpoint.settings))
     if now != then:
@@ -297,9 +311,12 @@ def _as_there(run: Run, then: Any) -> str:
 
 
 def with_defaults(then: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """What decided an earlier run, with the default of each option among `names` that the program did not have then."""
-    fields = TrainSettings.model_fields
-    return {name: fields[name].default for name in names if name in fields} | dict(then)
+    """What decided an earlier run, with what the program did for each option among `names` that it did not have then.
+
+    That is the option's default, except where the default became another when the option came.
+    """
+    defaults = {name: field.default for name, field in TrainSettings.model_fields.items()} | BEFORE_THE_OPTION
+    return {name: defaults[name] for name in names if name in defaults} | dict(then)
 
 
 class Difference(NamedTuple):

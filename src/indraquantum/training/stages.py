@@ -68,6 +68,11 @@ class RunStage:
         steps = f"steps {self.first + 1:,} to {self.end:,}, {self.steps / self.steps_per_epoch:.2f} epochs"
         return f"stage {self.about.name}: {steps} of {self.train.num_rows:,} rows ({sources}); weights {weights}"
 
+    @property
+    def has_truncated_signals(self) -> bool:
+        """Whether its signals leave out part of the teacher's probability."""
+        return self.signals is not None and self.signals.manifest.is_truncated
+
     def rows_of(self, step: int) -> np.ndarray:
         """Numbers of the rows of `step` in `train`."""
         seed, own_step = self.settings.seed, step - self.first
