@@ -33,8 +33,3 @@ def test_imports_point_downwards(path):
             other = node.module.split(".")[1]
             if (inside.as_posix(), other) not in EXCEPTIONS:
                 assert LEVEL_OF[other] <= LEVEL_OF[own], f"line {node.lineno} imports {node.module}"
-
-
-def test_rooms_are_small():
-    for path in PACKAGE.rglob("*.py"):
-        assert path.read_text(encoding="utf-8").count("\n") <= 400, path
