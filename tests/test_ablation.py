@@ -419,7 +419,7 @@ def test_unequal_tokens_are_told(finished):
 @pytest.mark.parametrize(
     ("owner", "name", "when", "occurrence"),
     [
-        (loop, "take_step", "after", 19),  # after the checkpoint of the first epoch, which has 18 steps
+        (loop, "take_step", "after", 19),  # after the checkpoint of the first epoch, which has 17 steps
         (one_run, "measure", "before", 1),
         (results, "write_json", "before", 1),
         (one_run, "drop_checkpoints", "before", 1),
@@ -445,7 +445,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(finished, tmp_path, own
     assert not list((tmp_path / "work").rglob("*.pt"))
     output = tmp_path / "work" / "logs" / "plain-seed5" / "output.txt"
     if name == "take_step":
-        assert "Going on from step 18 of 20." in output.read_text()
+        assert "Going on from step 17 of 20." in output.read_text()
     if name == "measure":  # this process did none of the training
         assert record(tmp_path, "plain-seed5")["timing"]["peak_memory_bytes"] is None
 
