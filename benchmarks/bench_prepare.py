@@ -21,11 +21,11 @@ LINES = 1024  # given to encode_batch at once, as the preparation does
 
 def tokenizer_alone(text: Path, tokenizer: str, folder: Path) -> int:
     """Encode every line that is a paragraph by `encode_batch` and nothing else; return the tokens."""
-    from indraquantum.data.sources import wikitext_documents
+    from indraquantum.data.sources import read_wikitext
     from indraquantum.data.tokenizer import load_tokenizer
 
     backend, tokens, chunk = load_tokenizer("--tokenizer", tokenizer).backend, 0, []
-    for line in wikitext_documents("--wikitext", str(text)):
+    for line in read_wikitext("--wikitext", str(text)):
         chunk.append(line)
         if len(chunk) == LINES:
             tokens += sum(len(encoding) for encoding in backend.encode_batch(chunk, add_special_tokens=False))

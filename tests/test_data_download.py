@@ -18,7 +18,7 @@ import pytest
 
 from indraquantum.data import download
 from indraquantum.data.download import download_url, git_blob_id
-from indraquantum.data.sources import AlpacaSample, read_alpaca
+from indraquantum.data.instructions import AlpacaSample, read_alpaca
 from indraquantum.errors import UserError
 
 ITEMS = [{"instruction": f"Add {n}", "input": "2 3", "output": "5"} for n in range(2000)]

@@ -242,12 +242,12 @@ def test_provenance_leads_back_to_the_text(tmp_path):
 
 
 def test_wrong_records_are_skipped_counted_and_listed(tmp_path, monkeypatch):
-    from indraquantum.data import sources
+    from indraquantum.data import records
 
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
     save_tiny_tokenizer(tmp_path / "tokenizer")
     good = [{"id": n, "instruction": f"Do {n}", "output": "b"} for n in range(6)]
-    bad = [{"id": 3, "instruction": "Copy", "output": "c"}, {"instruction": None, "output": "b"}]
+    bad = [{"instruction": None, "output": "b"}]
     bad += [{"instruction": {"text": "nested"}, "output": "b"}, {"instruction": "Empty", "output": " "}, [good[0]]]
     rows = [*good, *bad]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"instruction"\n')
@@ -257,9 +257,9 @@ def test_wrong_records_are_skipped_counted_and_listed(tmp_path, monkeypatch):
     report = prepare(chosen)
     assert [(s.name, s.available) for s in report.sources] == [("wikitext", 10), ("alpaca", 6)]
     listed = [json.loads(line) for line in (report.folder / "skipped.jsonl").read_text().splitlines()]
-    assert report.skipped == len(listed) == 8
+    assert report.skipped == len(listed) == 7
     reasons = " | ".join(f"{entry['source']}: {entry['reason']}" for entry in listed)
-    for reason in ("in line 10", "line 11 must be at most", "id of item 4: '3'", "it is null", "it is an object",
+    for reason in ("in line 10", "line 11 must be at most", "it is null", "it is an object",
                    "empty output", "it is a list", "must be JSON"):  # fmt: skip
         assert reason in reasons
     assert "skipped.jsonl" in open_dataset("--data", report.folder, verify=True).manifest["files"]

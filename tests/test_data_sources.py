@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from indraquantum.config import WIKITEXT
+from indraquantum.data.instructions import AlpacaSample, read_alpaca
 from indraquantum.data.prompt import format_alpaca
-from indraquantum.data.sources import AlpacaSample, Problems, read_alpaca, read_wikitext
+from indraquantum.data.records import Reading
+from indraquantum.data.sources import read_wikitext
 from indraquantum.errors import UserError
 
 WIKI_LINES = [
@@ -84,7 +86,8 @@ def refused(read, field, path, *words):
 BAD_ALPACA = [
     (".json", b"", "must not be empty"),
     (".json", b"[]", "at least one instruction"),
-    (".json", b'{"instruction": "a", "output": "b"}', "must be a JSON list", "it is an object"),
+    (".json", b'{"data": [{"instruction": "a", "output": "b"}]}', "item 1", "'instruction'", "it has 'data'"),
+    (".json", b'{"data": [\n  {"instruction": "a", "output": "b"}\n]}', "item 1", "'instruction'", "it has 'data'"),
     (".json", b'[{"instruction": "a", "output": "b"}, "text"]', "item 2", "it is a text"),
     (".json", b'[{"instruction": "a", "input": ""}]', "item 1", "'output'", "missing"),
     (".json", b'[{"instruction": ["a"], "output": "b"}]', "item 1", "'instruction'", "a list"),
@@ -92,11 +95,6 @@ BAD_ALPACA = [
     (".json", b'[{"instruction": "a", "output": "\\ud800"}]', "item 1", "surrogate"),
     (".json", b'[{"instruction": {"text": "a"}, "output": "b"}]', "item 1", "'instruction'", "an object"),
     (".json", b'[{"instruction": null, "output": "b"}]', "item 1", "'instruction'", "null"),
-    (
-        ".json",
-        b'[{"id": 7, "instruction": "a", "output": "b"}, {"id": 7, "instruction": "c", "output": "d"}]',
-        "item 2 has the id of item 1: '7'",
-    ),
     (".json", '[{"instruction": "a", "output": "b"}]'.encode("utf-16"), "must be UTF-8", "byte 0"),
     (
         ".jsonl",
@@ -169,8 +167,8 @@ def test_bad_wikitext(tmp_path):
     refused(read_wikitext, "--wikitext", path, "must be UTF-8 text (byte 6 is not)")
     path.write_bytes("in UTF-16\n".encode("utf-16"))
     refused(read_wikitext, "--wikitext", path, "must be UTF-8 text (byte 0 is not)")
-    refused(read_wikitext, "--wikitext", tmp_path, "is a folder")
     path.rename(tmp_path / "wiki.doc")
+    refused(read_wikitext, "--wikitext", tmp_path, "is a folder without a file that can be read")
     refused(read_wikitext, "--wikitext", tmp_path / "wiki.doc", "unknown ending '.doc'")
 
 
@@ -190,7 +188,7 @@ VALUES = st.recursive(
 
 def fuzz(path, read, field):
     """Read strictly and leniently: one line that names the field, or samples without a word of complaint."""
-    skipping = Problems(field, skip=True)
+    skipping = Reading(field, skip=True)
     strict = lenient = None
     try:
         strict = read(field, str(path))
@@ -199,7 +197,7 @@ def fuzz(path, read, field):
         if "\n" in message or not message.startswith(f"{field}: "):
             raise AssertionError(message) from error
     with contextlib.suppress(UserError):
-        lenient = read(field, str(path), problems=skipping)
+        lenient = read(field, str(path), reading=skipping)
     assert strict is None or lenient is None or len(strict) == len(lenient) + len(skipping.skipped)
     return lenient
 
@@ -212,10 +210,10 @@ def test_any_json_is_read_or_refused(tmp_path_factory, items):
     whole, lines = (fuzz(folder / name, read_alpaca, "--alpaca") for name in ("fuzz.json", "fuzz.jsonl"))
     good = [item for item in items if isinstance(item, dict)]
     good = [item for item in good if all(isinstance(item.get(key), str) for key in ("instruction", "output"))]
-    if not any("id" in item for item in good):
-        good = [item for item in good if item["output"].strip() and isinstance(item.get("input", ""), str | None)]
-        assert [sample.output for sample in whole or []] == [item["output"] for item in good]
-    assert (whole or []) == (lines or [])
+    good = [item for item in good if item["output"].strip() and isinstance(item.get("input", ""), str | None)]
+    assert [sample.output for sample in whole or []] == [item["output"] for item in good]
+    if not (len(items) == 1 and isinstance(items[0], list)):  # a list alone is the whole file's
+        assert (whole or []) == (lines or [])
 
 
 @given(st.binary(max_size=120), st.sampled_from([".json", ".jsonl", ".parquet"]))

@@ -10,9 +10,10 @@ import pytest
 
 from indraquantum.config import PrepareSettings
 from indraquantum.data import python_manual
+from indraquantum.data.instructions import read_alpaca
 from indraquantum.data.prepare import prepare
 from indraquantum.data.python_manual import docstring_questions, manual_paragraphs, write_manual_corpus
-from indraquantum.data.sources import is_heading, read_alpaca, read_wikitext
+from indraquantum.data.sources import is_heading, read_wikitext
 from indraquantum.errors import UserError
 from tiny_tokenizer import save_tiny_tokenizer
 

@@ -38,9 +38,9 @@ class PrepareSettings(Settings):
     """Text to training rows."""
 
     wikitext: str = WIKITEXT
-    """WikiText: a .tokens, .raw, .txt or .parquet file, or a dataset's id on the hub, maybe id@revision."""
+    """WikiText: a text file or table as for --text, or a dataset's id on the hub, maybe id@revision."""
     alpaca: str = ALPACA
-    """Stanford Alpaca: a .json, .jsonl or .parquet file, or a URL, maybe with #sha256=HEX to pin its content."""
+    """Stanford Alpaca: a file as for --instructions, or a URL, maybe with #sha256=HEX to pin its content."""
     tokenizer: str = TINYLLAMA
     """Tokenizer: a folder with tokenizer.json, that file itself, or a model's id on the hub, maybe id@revision."""
     wikitext_samples: int = Field(default=22_000, ge=0)
@@ -52,11 +52,23 @@ class PrepareSettings(Settings):
     alpaca_weight: float | None = Field(default=None, gt=0, le=1000)
     """The same for Alpaca, in place of alpaca-samples."""
     text: tuple[str, ...] | None = None
-    """Another text source in WikiText's place or beside it: PATH, PATH=SAMPLES or PATH=WEIGHTx; may be repeated."""
+    """Another text source: PATH, PATH=SAMPLES or PATH=WEIGHTx; may be repeated. PATH is a .txt, .tokens or .raw file, a
+    .jsonl, .json, .parquet or .arrow one with a field `text`, a folder or glob of those, or a save_to_disk folder."""
     instructions: tuple[str, ...] | None = None
-    """Another source of instructions in Alpaca's shape: PATH, PATH=SAMPLES or PATH=WEIGHTx; may be repeated."""
-    documents: Literal["paragraphs", "articles"] = "paragraphs"
-    """What a document of a text source is: a paragraph, or a whole article with its headings."""
+    """Another source of instructions: PATH, PATH=SAMPLES or PATH=WEIGHTx; may be repeated. PATH is a .json, .jsonl,
+    .parquet or .arrow file with instruction, output and maybe input (or prompt, response, context and the like), or a
+    folder as for --text."""
+    conversations: Literal["refuse", "single"] = "refuse"
+    """Instructions that are lists of messages: refuse them, or read those of a single turn and leave out the others."""
+    empty_noinput: bool = False
+    """Take an input that says there is none, such as <noinput> or Noinput, as empty."""
+    documents: Literal["auto", "paragraphs", "articles", "records"] = "auto"
+    """What a document of a text source is: a paragraph (a line that is no heading), a whole article with its headings,
+    or a record (a JSON object, a table's row, what stands between two separators, or a whole file). auto takes records
+    where the source has a separator, is JSON, or where a row has several lines, and paragraphs otherwise."""
+    separator: str = Field(default="auto", min_length=1)
+    """The line that stands between two documents of a text source, or blank-line. auto looks for a marker such as
+    <|endoftext|>; none takes no line for one."""
     detokenize: bool = False
     """Undo WikiText's own tokenisation: ` @-@ `, spaces before punctuation, `= Title =`."""
     duplicates: Literal["keep", "count", "exact", "near"] = "keep"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,17 +16,11 @@ from indraquantum.config import PrepareSettings
 from indraquantum.data.detokenize import detokenize
 from indraquantum.data.duplicates import exact_duplicates, near_duplicates
 from indraquantum.data.held_out import TRAIN, VALIDATION, Keys, hold_out, text_key
+from indraquantum.data.instructions import AlpacaSample, alpaca_samples, local_instructions
 from indraquantum.data.large import chunks
 from indraquantum.data.prompt import format_alpaca
-from indraquantum.data.sources import (
-    AlpacaSample,
-    Problems,
-    alpaca_samples,
-    is_heading,
-    is_text,
-    local_instructions,
-    wikitext_documents,
-)
+from indraquantum.data.records import Reading, is_text
+from indraquantum.data.sources import TextSource, is_heading, open_text, text_documents
 from indraquantum.errors import UserError
 
 SAMPLING = 0  # number of the random stream that draws samples
@@ -50,6 +44,7 @@ class DrawnSource:
     read: Callable[[], Iterator[_Document]]  # reads the source from its beginning
     keys: np.ndarray  # (available,) uint64: of all its documents, as they were when it was read first
     field: str  # the option that names it, for errors
+    reading: Reading  # what came up when it was read first
     parts: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))  # (documents,): as `hold_out` has
 
     @property
@@ -99,6 +94,7 @@ class SourceOption(NamedTuple):
     samples: int
     weight: float | None  # where given, this many times what the source holds, in place of samples
     stream: int  # number of its random stream
+    text: TextSource | None = None  # its files, once they are found
 
 
 class _Document(NamedTuple):
@@ -174,47 +170,57 @@ def draw_sources(settings: PrepareSettings) -> Mixture:
     Raises:
         UserError: a source that is wrong, or none that has two documents that may be parted.
     """
-    options, keys, skipped = [], [], []
+    options, keys, readings, skipped = [], [], [], []
     for option in source_options(settings):
-        problems = Problems(option.field, settings.skip_bad)
-        local = local_instructions(option.field, option.path) if option.instructions else option.path
-        options.append(option._replace(path=local))
-        keys.append(_keys(_documents(options[-1], settings, problems)))
-        skipped += [{"source": option.name} | entry for entry in problems.skipped]
+        readings.append(reading := Reading(option.field, settings.skip_bad))
+        options.append(_found(option, settings, reading))
+        keys.append(_keys(_documents(options[-1], settings, reading)))
+        skipped += [{"source": option.name} | entry for entry in reading.skipped]
     exact = exact_duplicates(np.concatenate([source.documents for source in keys]))
     near = None
     if settings.duplicates in ("count", "near"):  # compares the texts themselves, which takes memory for all of them
         near = near_duplicates([document.text for option in options for document in _documents(option, settings)])
     removed = {"exact": exact, "near": near}.get(settings.duplicates)
     drawn, start = [], 0
-    for option, source in zip(options, keys, strict=True):
+    for option, source, reading in zip(options, keys, readings, strict=True):
         part = slice(start, start := start + len(source.documents))
         usable = np.arange(len(source.documents)) if removed is None else np.flatnonzero(~removed[part])
         numbers, wanted = _draw(usable, option, settings.seed)
         near_count = None if near is None else int(near[part].sum())
         drawn.append(
             DrawnSource(option.name, len(source.documents), int(exact[part].sum()), near_count, len(usable), wanted,
-                        numbers, partial(_documents, option, settings), source.documents, option.field)
+                        numbers, partial(_documents, option, settings), source.documents, option.field, reading)
         )  # fmt: skip
     _hold_out(options[0], drawn, keys)
     return Mixture(drawn, skipped)
 
 
-def _documents(
-    option: SourceOption, settings: PrepareSettings, problems: Problems | None = None
-) -> Iterator[_Document]:
-    """Read a source from its beginning."""
-    problems = problems or Problems(option.field, settings.skip_bad)
+def _found(option: SourceOption, settings: PrepareSettings, reading: Reading) -> SourceOption:
+    """The source with its files found; an address is downloaded."""
     if option.instructions:
-        for sample in alpaca_samples(option.field, option.path, problems=problems):
+        return option._replace(path=local_instructions(option.field, option.path))
+    ways = {"documents": settings.documents, "separator": settings.separator}
+    return option._replace(text=open_text(option.field, option.path, reading, **ways))
+
+
+def _documents(option: SourceOption, settings: PrepareSettings, reading: Reading | None = None) -> Iterator[_Document]:
+    """Read a source from its beginning."""
+    reading = reading or Reading(option.field, settings.skip_bad)
+    if option.text is None:
+        ways = {"conversations": settings.conversations, "empty_noinput": settings.empty_noinput}
+        for sample in alpaca_samples(option.field, option.path, reading=reading, **ways):
             yield _Document(format_alpaca(*sample), _sample_parts(sample))
         return
-    articles = settings.documents == "articles"
-    for text in wikitext_documents(option.field, option.path, articles=articles, problems=problems):
-        lines = text.split("\n")  # as they stand there: without their signs headings look like paragraphs
-        long = (line for line in lines if not is_heading(line) and len(line) >= PARAGRAPH_CHARACTERS)
-        shown = "\n".join(map(detokenize, lines)) if settings.detokenize else text
-        yield _Document(shown, list(long) if articles else [])  # a document of one paragraph is that paragraph
+    for text in text_documents(option.text, reading):
+        lines = text.split("\n")
+        shown = [detokenize(line) for line in lines] if settings.detokenize else lines
+        # A heading is told by the line as it stood there: without its signs it looks like a paragraph.
+        paragraphs = (new.strip() for old, new in zip(lines, shown, strict=True) if not is_heading(old.strip()))
+        yield _Document("\n".join(shown), _long_ones(paragraphs) if len(lines) > 1 else [])  # one line is its own key
+
+
+def _long_ones(lines: Iterable[str]) -> list[str]:
+    return [line for line in lines if len(line) >= PARAGRAPH_CHARACTERS]
 
 
 def _keys(documents: Iterator[_Document]) -> Keys:
@@ -231,8 +237,7 @@ def _keys(documents: Iterator[_Document]) -> Keys:
 def _sample_parts(sample: AlpacaSample) -> list[str]:
     """The paragraphs of an instruction: the task as a whole, and each line of input and output that is long enough."""
     lines = (line.strip() for text in (sample.input, sample.output) for line in text.split("\n"))
-    task = f"{sample.instruction}\n{sample.input}"
-    return [task, *(line for line in lines if len(line) >= PARAGRAPH_CHARACTERS)]
+    return [f"{sample.instruction}\n{sample.input}", *_long_ones(lines)]
 
 
 def _draw(usable: np.ndarray, option: SourceOption, seed: int) -> tuple[np.ndarray, int]:

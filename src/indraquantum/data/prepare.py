@@ -53,6 +53,9 @@ class SourceReport:
     tokens: int  # of all documents, BOS and EOS among them
     padding_share: float  # padded layout: positions that are padding, over this source's documents
     cut_share: float  # padded layout: tokens that are cut off
+    unused_fields: dict[str, int]  # records that have something in a field that is not used
+    left_out: dict[str, int]  # what was read and is no document, by its kind
+    notes: tuple[str, ...]  # sentences on how it was read
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,9 @@ def _encode(
         tokens=tokens,
         padding_share=shares.padding,
         cut_share=shares.cut,
+        unused_fields=dict(drawn.reading.unused_fields),
+        left_out=dict(drawn.reading.left_out),
+        notes=tuple(drawn.reading.notes),
     )
 
 

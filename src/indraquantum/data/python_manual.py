@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from indraquantum.data.sources import AlpacaSample
+from indraquantum.data.instructions import AlpacaSample
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, make_folder
 

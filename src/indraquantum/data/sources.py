@@ -1,101 +1,257 @@
-"""Reading the two kinds of text: WikiText's lines and Stanford Alpaca's instructions, and any file of the same shape.
+"""Reading text: WikiText's lines, or files, shards and tables of any other text, and what a document of each is.
 
-WikiText is kept as it is unless told otherwise, its own tokenisation (` @-@ `) and its `<unk>` among it: `<unk>` is
+Text is kept as it is unless told otherwise, WikiText's own tokenisation (` @-@ `) and its `<unk>` among it: `<unk>` is
 five characters of text here, never the tokenizer's unknown token, because a model that can write it is honest about
 what it was shown.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
+import mmap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from indraquantum.config import WIKITEXT
-from indraquantum.data.download import download_url, hub_files
+from indraquantum.data.download import hub_files
+from indraquantum.data.records import (
+    JSON_SUFFIXES,
+    MAX_LINE_BYTES,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    Reading,
+    check_text_column,
+    json_records,
+    kind_of,
+    source_files,
+    table_rows,
+    text_lines,
+    wrong_text,
+)
 from indraquantum.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow
+
 WIKITEXT_CONFIGURATION = "wikitext-103-v1"
-TEXT_SUFFIXES = (".tokens", ".raw", ".txt")
-WIKITEXT_REMEDY = "give a .tokens, .raw, .txt or .parquet file"
-ALPACA_REMEDY = "give a .json, .jsonl or .parquet file"
-PARQUET_ROWS = 1024  # read at once
-MAX_LINE_BYTES = 16 << 20  # a longer line is no paragraph; reading stops there, so that memory stays small
+SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
+REMEDY = "give a .txt, .tokens, .raw, .jsonl, .json, .parquet or .arrow file, or a folder of them"
+# What public files put between two documents. Found alone on a line, it separates them; no document is the marker.
+MARKERS = ("<|endoftext|>", "<|end_of_text|>", "<|endofdoc|>", "<|eos|>", "<eos>", "</s>", "[EOS]")
+BLANK_LINE = "blank-line"
+END = None  # in a stream of lines: a document ends here
 
 
-class AlpacaSample(NamedTuple):
-    """One instruction with its answer."""
+class TextSource(NamedTuple):
+    """A text source whose files are found, and how they fall into documents."""
 
-    instruction: str
-    input: str  # empty where the instruction needs none
-    output: str
-
-
-class Problems:
-    """What to do with a record that is wrong: refuse the source at once, or leave the record out and remember it."""
-
-    def __init__(self, field: str, skip: bool = False) -> None:
-        """Begin with none.
-
-        Args:
-            field: The option to name in an error.
-            skip: Leave wrong records out instead of refusing the source.
-        """
-        self.field, self.skip = field, skip
-        self.skipped: list[dict[str, str]] = []  # file and reason of each record that was left out
-
-    def add(self, path: Path, reason: str) -> None:
-        """Raise UserError for a wrong record of the file `path`, or note it where such records are skipped."""
-        if not self.skip:
-            raise UserError(self.field, path, reason)
-        self.skipped.append({"file": str(path), "reason": reason})
+    field: str  # the option to name in an error
+    name: str
+    files: list[Path]
+    documents: str  # auto, paragraphs, articles or records
+    separator: str | None  # what stands between two documents; BLANK_LINE for a blank line
 
 
-def read_wikitext(field: str, name: str, **options: Any) -> list[str]:
-    """Return all that `wikitext_documents` yields."""
-    return list(wikitext_documents(field, name, **options))
+def read_wikitext(field: str, name: str, *, reading: Reading | None = None, **options: str) -> list[str]:
+    """Return all documents of a text source; `options` are those of `open_text`."""
+    reading = reading or Reading(field)
+    return list(text_documents(open_text(field, name, reading, **options), reading))
 
 
-def wikitext_documents(
-    field: str, name: str, *, articles: bool = False, problems: Problems | None = None
-) -> Iterator[str]:
-    """Yield WikiText's paragraphs: the lines that are neither blank nor a heading, stripped of surrounding space.
+def open_text(
+    field: str, name: str, reading: Reading, *, documents: str = "auto", separator: str = "auto"
+) -> TextSource:
+    """Find the files of a text source and what separates its documents.
 
     Args:
         field: The option to name in an error.
-        name: A .tokens, .raw, .txt or .parquet file (column `text`, a line a row), or a hub id with the files of
-            configuration wikitext-103-v1: `owner/name`, `owner/name/CONFIGURATION`, either with `@REVISION`.
-        articles: Whole articles instead, from one `= Title =` to the next, headings among their lines; a text without
-            titles is one article.
-        problems: What to do with lines that are wrong; by default they are refused.
+        name: A .tokens, .raw or .txt file, a .json or .jsonl one or a table (.parquet, .arrow) with `text`; a folder
+            or glob of such; a folder of datasets' `save_to_disk`; or a hub id with the files of configuration
+            wikitext-103-v1: `owner/name`, `owner/name/CONFIGURATION`, either with `@REVISION`.
+        reading: Learns how the source is read.
+        documents: As the option of that name says.
+        separator: auto finds a marker such as <|endoftext|>; none has no separator; blank-line; or the text itself.
 
     Raises:
-        UserError: missing, empty, not UTF-8, not parquet, or the hub can't be reached.
+        UserError: missing, of an unknown kind, or the hub can't be reached.
     """
-    path = Path(name)
-    problems = problems or Problems(field)
-    remedy = f"{WIKITEXT_REMEDY} with {field} PATH"
-    if path.is_file() and path.suffix in TEXT_SUFFIXES:
-        lines: Iterable[str] = (line for _, line in _text_lines(field, path, problems))
-    elif path.is_file() and path.suffix == ".parquet":
-        lines = (row["text"] or "" for row in _read_parquet(field, path, {"text": True}))
-    elif (
-        path.exists()
-        or path.suffix in (*TEXT_SUFFIXES, ".parquet")
-        or name.partition("@")[0].count("/") not in (1, 2)
-        or name[0] in "./~"
-    ):
-        _refuse_file(field, path, remedy)
+    remedy = f"{REMEDY} with {field} PATH"
+    hub = (
+        not Path(name).exists()
+        and not name.endswith(SUFFIXES)
+        and name.partition("@")[0].count("/") in (1, 2)
+        and name[0] not in "./~"
+        and not set("*?[") & set(name)
+    )
+    files = _hub_files(field, name, remedy) if hub else source_files(field, name, SUFFIXES, remedy, reading)
+    source = TextSource(field, name, files, documents, None if separator in ("auto", "none") else separator)
+    if separator == "auto" and not hub:
+        source = source._replace(separator=_marker(source))
+        if source.separator:
+            what = "is no document" if documents in ("paragraphs", "articles") else "separates documents"
+            reading.note(f"{source.separator} {what}")
+    return source
+
+
+def _marker(source: TextSource) -> str | None:
+    """The first of MARKERS that separates the documents of a source, or None."""
+    for path in source.files:
+        if path.suffix in TEXT_SUFFIXES:
+            found = _marker_of_file(path)
+        else:
+            found = next(filter(None, map(_marker_at_an_end, _records(source, path, Reading("", skip=True)))), None)
+        if found:
+            return found
+    return None
+
+
+def _marker_of_file(path: Path) -> str | None:
+    with open(path, "rb") as file:
+        if not path.stat().st_size:
+            return None
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for marker in MARKERS:
+                place = content.find(marker.encode())
+                while place >= 0:
+                    start = content.rfind(b"\n", 0, place) + 1
+                    stop = content.find(b"\n", place)
+                    line = content[start : stop if stop >= 0 else len(content)]
+                    if _marker_at_an_end(line.decode("utf-8-sig", errors="replace")) == marker:
+                        return marker
+                    place = content.find(marker.encode(), place + 1)
+    return None
+
+
+def _marker_at_an_end(text: str) -> str | None:
+    """The marker that a text is; or with which it begins or ends, if it is one that no text has by chance."""
+    text = text.strip()
+    return next(
+        (m for m in MARKERS if text == m or (_is_special(m) and (text.startswith(m) or text.endswith(m)))), None
+    )
+
+
+def _is_special(separator: str) -> bool:
+    """Whether a separator is of the kind that separates wherever it stands, because no text has it by chance."""
+    return separator.startswith("<|") and separator.endswith("|>")
+
+
+def text_documents(source: TextSource, reading: Reading) -> Iterator[str]:
+    """Yield the documents of a text source, stripped of surrounding space.
+
+    A paragraph is a line that is neither blank nor a heading, an article what goes from one `= Title =` to the next
+    with its headings (a text without titles is one article), and a record a row, a JSON object, what stands between two
+    separators, or else a whole file. By default (auto) a document is a paragraph of a text file, unless it has a
+    separator: then it is what stands between two of them; an object of a JSON file; a row of a table, unless the row
+    is a single line: then it is taken as a line of a text file.
+
+    Args:
+        source: From `open_text`.
+        reading: What to do with records that are wrong (by default they are refused), and learns what is left out.
+
+    Raises:
+        UserError: empty, not UTF-8, or no table.
+    """
+    if source.documents in ("paragraphs", "articles"):
+        lines = _stripped(source, reading)
+        documents = _articles(lines) if source.documents == "articles" else _paragraphs(lines, reading)
+    elif source.separator:
+        documents = itertools.chain.from_iterable(_between(source, path, reading) for path in source.files)
     else:
-        lines = _hub_lines(field, name, remedy)
-    stripped = (line for line in map(str.strip, lines) if line)
-    documents = _articles(stripped) if articles else (line for line in stripped if not is_heading(line))
+        documents = itertools.chain.from_iterable(_whole(source, path, reading) for path in source.files)
     first = next(documents, None)
     if first is None:
-        raise UserError(field, name, "must hold at least one paragraph that is no heading")
+        raise UserError(source.field, source.name, "must hold at least one paragraph that is no heading")
     yield first
     yield from documents
+
+
+def _stripped(source: TextSource, reading: Reading) -> Iterator[str]:
+    """All lines of a source that are neither blank nor a separator."""
+    read = _with_ends if source.separator else _lines
+    for path in source.files:
+        yield from (stripped for line in read(source, path, reading) if line is not END and (stripped := line.strip()))
+
+
+def _lines(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
+    if path.suffix in TEXT_SUFFIXES:
+        return (line for _, line in text_lines(source.field, path, reading))
+    return (line for text in _records(source, path, reading) for line in text.split("\n"))
+
+
+def _paragraphs(lines: Iterable[str], reading: Reading) -> Iterator[str]:
+    for line in lines:
+        if is_heading(line):
+            reading.left_out["headings"] += 1
+        else:
+            yield line
+
+
+def _whole(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
+    """The documents of a file without separators."""
+    if path.suffix in TEXT_SUFFIXES and source.documents == "auto":
+        yield from _paragraphs(filter(None, map(str.strip, _lines(source, path, reading))), reading)
+        return
+    if path.suffix in TEXT_SUFFIXES:
+        yield from _joined(path, _lines(source, path, reading), reading)
+        return
+    of_lines = path.suffix in TABLE_SUFFIXES and source.documents == "auto"
+    for text in map(str.strip, _records(source, path, reading)):
+        if not text:
+            reading.left_out["empty records"] += 1
+        elif of_lines and "\n" not in text and is_heading(text):
+            reading.left_out["headings"] += 1
+        else:
+            if of_lines and "\n" in text:
+                reading.note("a row of several lines is one document")
+            yield text
+
+
+def _between(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
+    """The documents of a file with separators: what stands between two of them, or between one and the file's end."""
+    return _joined(path, _with_ends(source, path, reading), reading)
+
+
+def _with_ends(source: TextSource, path: Path, reading: Reading) -> Iterator[str | None]:
+    """The lines of a file, with END where a document ends: at a separator, and around a record of several lines."""
+    if path.suffix in TEXT_SUFFIXES:
+        records: Iterable[list[str]] = ([line] for line in _lines(source, path, reading))
+    else:
+        records = (text.split("\n") for text in _records(source, path, reading))
+    separator = source.separator or ""
+    for lines in records:
+        if len(lines) > 1:
+            yield END
+        for line in lines:
+            if line.strip() == ("" if separator == BLANK_LINE else separator):
+                parts = ["", ""]
+            else:
+                parts = line.split(separator) if _is_special(separator) else [line]
+            yield parts[0]
+            for part in parts[1:]:
+                reading.left_out["separators"] += separator != BLANK_LINE
+                yield END
+                yield part
+        if len(lines) > 1:
+            yield END
+
+
+def _joined(path: Path, lines: Iterable[str | None], reading: Reading) -> Iterator[str]:
+    """Join lines to documents, up to each END; one that is blank is none, one that is too long is wrong."""
+    document: list[str] = []
+    size = 0
+    for line in itertools.chain(lines, [END]):
+        if line is not END:
+            size += len(line) + 1
+            if size <= MAX_LINE_BYTES + 1:
+                document.append(line.rstrip("\r\n"))
+            continue
+        if size > MAX_LINE_BYTES + 1:
+            beginning = next(filter(str.strip, document), "")[:40]
+            reading.add(path, f"a document must be at most {MAX_LINE_BYTES} characters long; see {beginning!r}")
+        elif text := "\n".join(document).strip():
+            yield text
+        document, size = [], 0
 
 
 def _articles(lines: Iterable[str]) -> Iterator[str]:
@@ -119,198 +275,49 @@ def is_heading(line: str) -> bool:
     return line.startswith("= ") and line.endswith(" =") and len(line) > 3
 
 
-def read_alpaca(field: str, name: str, **options: Any) -> list[AlpacaSample]:
-    """Return all that `alpaca_samples` yields."""
-    return list(alpaca_samples(field, name, **options))
-
-
-def local_instructions(field: str, name: str) -> str:
-    """Return the file of an address, downloaded; a file stays what it is."""
-    remote = name.startswith(("http://", "https://"))
-    return str(download_url(field, name, f"{ALPACA_REMEDY} with {field} PATH")) if remote else name
-
-
-def alpaca_samples(field: str, name: str, *, problems: Problems | None = None) -> Iterator[AlpacaSample]:
-    """Yield instructions in Stanford Alpaca's form: objects with texts `instruction`, `output` and, maybe, `input`.
-
-    Args:
-        field: The option to name in an error.
-        name: A .json list, a .jsonl with one object a line, a .parquet with those columns, or a URL of one of them.
-        problems: What to do with items that are wrong; by default they are refused. Where they are skipped, so are
-            items with an empty output, which are kept otherwise: the published file has some.
-
-    Raises:
-        UserError: missing, empty, not UTF-8, of another shape (the first wrong item is named), or no network.
-    """
-    remedy = f"{ALPACA_REMEDY} with {field} PATH"
-    path = Path(local_instructions(field, name))
-    problems = problems or Problems(field)
-    if not path.is_file() or path.suffix not in (".json", ".jsonl", ".parquet"):
-        _refuse_file(field, path, remedy)
-    if path.suffix == ".json":
-        items: Iterable[Any] = _parse_json(field, path, _read_text(field, path), "")
-        if not isinstance(items, list):
-            allowed = f"must be a JSON list of instructions, objects with instruction, input and output; {_kind(items)}"
-            raise UserError(field, path, allowed)
-    elif path.suffix == ".jsonl":
-        items = _json_lines(field, path, problems)
-    else:
-        items = _read_parquet(field, path, {"instruction": True, "input": False, "output": True})
-    known: dict[str, int] = {}
-    none = True
-    for number, item in enumerate(items, start=1):
-        reason = _wrong(number, item, known, problems.skip)
-        if reason:
-            problems.add(path, reason)
-        else:
-            none = False
-            yield AlpacaSample(item["instruction"], item.get("input") or "", item["output"])
-    if none:
-        raise UserError(field, path, "must hold at least one instruction")
-
-
-def _json_lines(field: str, path: Path, problems: Problems) -> Iterator[Any]:
-    for number, line in _text_lines(field, path, problems):
-        if not line.strip():
+def _records(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
+    """The texts of a JSON file or a table, as they stand there."""
+    if path.suffix in TABLE_SUFFIXES:
+        yield from _table_texts(source.field, path, reading)
+        return
+    for number, item in enumerate(json_records(source.field, path, reading), start=1):
+        if isinstance(item, str):
+            text: object = item
+        elif not isinstance(item, dict):
+            reading.add(path, f"record {number} must be an object with a text 'text'; {kind_of(item)}")
             continue
-        try:
-            item = _parse_json(field, path, line, f" (line {number})")
-        except UserError as error:
-            problems.add(path, error.allowed)
-        else:
-            yield item
-
-
-def _wrong(number: int, item: Any, known: dict[str, int], strict: bool) -> str | None:
-    """Say what is wrong with an item, or None; `known` collects the ids of those seen, where they have any."""
-    if not isinstance(item, dict):
-        return f"item {number} must be an object with instruction and output; {_kind(item)}"
-    for key in AlpacaSample._fields:
-        text = item.get(key)
-        if key == "input" and text is None:  # null stands for an empty input, as parquet files have it
+        elif "text" not in item:
+            names = ", ".join(map(repr, list(item)[:8]))
+            reading.add(path, f"record {number} must have a text 'text'; it has {names or 'nothing'}")
             continue
-        if not isinstance(text, str):
-            return f"item {number} must have a text {key!r}; {_kind(text) if key in item else 'it is missing'}"
-        if not text.isascii() and not is_text(text):
-            return f"item {number} holds half a surrogate pair, which is no text"
-        if len(text) > MAX_LINE_BYTES:
-            return f"item {number}: {key!r} must be at most {MAX_LINE_BYTES} characters long; it has {len(text)}"
-    if strict and not item["output"].strip():
-        return f"item {number} has an empty output"
-    if item.get("id") is not None:
-        first = known.setdefault(str(item["id"]), number)
-        if first != number:
-            return f"item {number} has the id of item {first}: {str(item['id'])[:60]!r}"
-    return None
+        else:
+            text = "" if item["text"] is None else item["text"]
+            reading.unused_fields.update(name for name in item if name != "text")
+        if reason := wrong_text(text):
+            reading.add(path, f"record {number} must have a text 'text'; {reason}")
+        else:
+            yield text
 
 
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
-    return f"it is {names.get(type(value), 'a number')}"
+def _table_texts(field: str, path: Path, reading: Reading) -> Iterator[str]:
+    others: list[str] = []
+
+    def only_text(schema: pyarrow.Schema) -> list[str]:
+        if "text" not in schema.names:
+            raise UserError(field, path, f"must have a column 'text'; it has {', '.join(schema.names)}")
+        check_text_column(field, path, schema, "text")
+        others.extend(name for name in schema.names if name != "text")
+        return ["text"]
+
+    rows = 0
+    for row in table_rows(field, path, only_text):
+        rows += 1
+        yield row["text"] or ""
+    reading.unused_fields.update(dict.fromkeys(others, rows))
 
 
-def is_text(text: str) -> bool:
-    """Whether `text` is free of half surrogate pairs, which no tokenizer can read.
-
-    JSON can spell them, and Python puts them for bytes of the command line that are no UTF-8.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _text_lines(field: str, path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a UTF-8 file, numbered from 1, with or without a byte order mark."""
-    blank, offset, number = True, 0, 0
-    try:
-        with open(path, "rb") as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                start, offset = offset, offset + len(line)
-                if len(line) > MAX_LINE_BYTES:
-                    problems.add(path, f"line {number} must be at most {MAX_LINE_BYTES} bytes long")
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(MAX_LINE_BYTES)
-                        offset += len(line)
-                    continue
-                blank = blank and not line.strip()
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    problems.add(path, f"must be UTF-8 text (byte {start + error.start} is not) in line {number}")
-                else:
-                    yield number, text
-    except OSError as error:
-        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
-    if blank and not problems.skipped:
-        raise UserError(field, path, "must not be empty")
-
-
-def _refuse_file(field: str, path: Path, remedy: str) -> None:
-    """Say why `path` can't be the file that is wanted."""
-    if path.is_dir():
-        raise UserError(field, path, f"is a folder; {remedy}")
-    if path.exists():
-        raise UserError(field, path, f"has an unknown ending {path.suffix!r}; {remedy}")
-    raise UserError(field, path, f"does not exist; {remedy}")
-
-
-def _read_text(field: str, path: Path) -> str:
-    """Read a UTF-8 file, with or without a byte order mark, that is not empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(field, path, f"must be UTF-8 text (byte {error.start} is not)") from None
-    if not text.strip():
-        raise UserError(field, path, "must not be empty")
-    return text
-
-
-def _parse_json(field: str, path: Path, text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = where or f" (line {error.lineno})"
-        raise UserError(field, path, f"must be JSON; {error.msg}{place}") from None
-    except (RecursionError, ValueError) as error:  # nested a thousand deep; an integer of thousands of digits
-        raise UserError(field, path, f"must be JSON of instructions; {type(error).__name__}{where}") from None
-
-
-def _read_parquet(field: str, path: Path, columns: dict[str, bool]) -> Iterator[dict[str, Any]]:
-    """Yield a parquet file's text columns as dicts; `columns` says of each whether it is required."""
-    import pyarrow
-    import pyarrow.parquet
-
-    def is_string(kind: pyarrow.DataType) -> bool:
-        return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_null(kind)
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            missing = [name for name, required in columns.items() if required and name not in schema.names]
-            if missing:
-                raise UserError(field, path, f"must have a column {missing[0]!r}; it has {', '.join(schema.names)}")
-            there = [name for name in columns if name in schema.names]
-            for name in there:
-                if schema.names.count(name) > 1:
-                    raise UserError(field, path, f"must have one column {name!r}, not {schema.names.count(name)}")
-                if not is_string(schema.field(name).type):
-                    raise UserError(field, path, f"column {name!r} must be text; it is {schema.field(name).type}")
-            for batch in file.iter_batches(PARQUET_ROWS, columns=there):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(field, path, f"must be a parquet file that can be read ({reason})") from None
-    except UnicodeDecodeError:
-        raise UserError(field, path, "must hold UTF-8 text; a column's bytes are not") from None
-
-
-def _hub_lines(field: str, name: str, remedy: str) -> Iterable[str]:
-    """Read the training lines of a WikiText repository of the hub, shard by shard."""
+def _hub_files(field: str, name: str, remedy: str) -> list[Path]:
+    """The training shards of a WikiText repository of the hub."""
     repository, _, revision = name.partition("@")
     owner, short, *configuration = repository.split("/")
     pattern = f"{configuration[0] if configuration else WIKITEXT_CONFIGURATION}/train-*.parquet"
@@ -319,6 +326,4 @@ def _hub_lines(field: str, name: str, remedy: str) -> Iterable[str]:
     shards = sorted(folder.glob(pattern))
     if not shards:
         raise UserError(field, name, f"has no {pattern} on the hub (the default is {WIKITEXT}); {remedy}")
-    for shard in shards:
-        for row in _read_parquet(field, shard, {"text": True}):
-            yield row["text"] or ""
+    return shards

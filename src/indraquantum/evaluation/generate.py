@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from indraquantum.config import TestSettings
-from indraquantum.data.sources import is_text
+from indraquantum.data.records import is_text
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.model.modeling import IndraQuantumPhase2

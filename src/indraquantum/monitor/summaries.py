@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from indraquantum.data.instructions import ABOUT
 from indraquantum.data.prepare import PrepareReport, SourceReport
 from indraquantum.teacher.capture import CaptureReport
 
@@ -10,6 +11,17 @@ def prepare_summary(report: PrepareReport) -> str:
     """Samples, tokens, rows and waste of a preparation, one line each."""
     lines = [f"note: {note}" for note in report.notes]
     for source in report.sources:
+        lines += [f"note: {source.name}: {note}" for note in source.notes]
+        lines += [
+            f"note: {source.name}: {_samples_have(count)} a field {name!r} that is not used"
+            for name, count in source.unused_fields.items()
+            if name not in ABOUT
+        ]
+        if about := [name for name in source.unused_fields if name in ABOUT]:
+            lines.append(f"note: {source.name}: fields that are not used: {', '.join(about)}")
+        if source.left_out:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in source.left_out.items())
+            lines.append(f"note: {source.name}: left out {kinds}")
         lines.append(
             f"{source.name}: {source.documents:,} of {source.available:,} samples, {source.tokens:,} tokens; "
             f"{_copies(source)}; "
@@ -26,6 +38,10 @@ def prepare_summary(report: PrepareReport) -> str:
         f"padded: {report.padded_rows:,} rows, {report.padding_share:.0%} padding: {report.pickle}",
     ]
     return "\n".join(lines)
+
+
+def _samples_have(count: int) -> str:
+    return "1 sample has" if count == 1 else f"{count:,} samples have"
 
 
 def _copies(source: SourceReport) -> str:

@@ -1,0 +1,227 @@
+"""Reading instructions: Stanford Alpaca's objects, and what other public files call the same three texts.
+
+No field is dropped in silence: what a sample has beside its three texts is counted, for the summary and the manifest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from indraquantum.data.download import download_url
+from indraquantum.data.records import (
+    JSON_SUFFIXES,
+    TABLE_SUFFIXES,
+    Reading,
+    check_text_column,
+    json_records,
+    kind_of,
+    source_files,
+    table_rows,
+    wrong_text,
+)
+from indraquantum.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
+REMEDY = "give a .json, .jsonl, .parquet or .arrow file, or a folder of them"
+# What public files call a sample's three texts; the first name that is there counts.
+NAMES = {
+    "instruction": ("instruction", "prompt", "question", "query"),
+    "input": ("input", "context"),
+    "output": ("output", "response", "completion", "answer"),
+}
+CONVERSATIONS = ("messages", "conversations", "conversation")
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+# Fields about a sample; others are part of it.
+ABOUT = frozenset(
+    [
+        "id",
+        "idx",
+        "index",
+        "uid",
+        "uuid",
+        "source",
+        "category",
+        "dataset",
+        "url",
+        "license",
+        "lang",
+        "language",
+        "name",
+        "is_classification",
+        "model",
+    ]
+)
+NO_INPUT = re.compile(r"<?\s*no[\s_-]*input\s*>?\.?", re.IGNORECASE)
+
+
+class AlpacaSample(NamedTuple):
+    """One instruction with its answer."""
+
+    instruction: str
+    input: str  # empty where the instruction needs none
+    output: str
+
+
+def read_alpaca(field: str, name: str, **options: Any) -> list[AlpacaSample]:
+    """Return all that `alpaca_samples` yields."""
+    return list(alpaca_samples(field, name, **options))
+
+
+def local_instructions(field: str, name: str) -> str:
+    """Return the file of an address, downloaded; a file stays what it is."""
+    remote = name.startswith(("http://", "https://"))
+    return str(download_url(field, name, f"{REMEDY} with {field} PATH")) if remote else name
+
+
+def alpaca_samples(
+    field: str, name: str, *, reading: Reading | None = None, conversations: str = "refuse", empty_noinput: bool = False
+) -> Iterator[AlpacaSample]:
+    """Yield instructions: objects with texts `instruction`, `output` and, maybe, `input`, or other NAMES of them.
+
+    Args:
+        field: The option to name in an error.
+        name: A .json list, a .jsonl with one object a line, a table (.parquet, .arrow) with those columns; a folder or
+            glob of such; a folder of datasets' `save_to_disk`; or a URL of a file.
+        reading: What to do with items that are wrong; by default they are refused. Where they are skipped, so are
+            items with an empty output, which are kept otherwise: the published file has some. It learns of what is
+            not used.
+        conversations: refuse lists of messages, or read those of a single turn.
+        empty_noinput: Take an input that says that there is none (`<noinput>`) as empty.
+
+    Raises:
+        UserError: missing, empty, not UTF-8, of another shape (the first wrong item is named), or no network.
+    """
+    reading = reading or Reading(field)
+    files = source_files(field, local_instructions(field, name), SUFFIXES, f"{REMEDY} with {field} PATH", reading)
+    renamed: Counter[tuple[str, str]] = Counter()
+    inputs_none = samples = 0
+    for path in files:
+        for number, item in enumerate(_items(field, path, reading), start=1):
+            for record in _instances(item):
+                sample = _sample(number, record, reading, conversations)
+                if isinstance(sample, str):
+                    reading.add(path, sample)
+                    continue
+                if sample is None:
+                    continue
+                renamed.update(_renamed(record))
+                if NO_INPUT.fullmatch(sample.input.strip()):
+                    inputs_none += 1
+                    sample = sample._replace(input="") if empty_noinput else sample
+                samples += 1
+                yield sample
+    for (role, found), count in renamed.items():
+        reading.note(f"{count:,} samples have their {role} in {found!r}")
+    if inputs_none:
+        done = "emptied" if empty_noinput else "kept as they are; --empty-noinput empties them"
+        reading.note(f"{inputs_none:,} samples have an input that says there is none, such as <noinput>: {done}")
+    if not samples:
+        raise UserError(field, name, "must hold at least one instruction")
+
+
+def _items(field: str, path: Path, reading: Reading) -> Iterator[Any]:
+    if path.suffix in JSON_SUFFIXES:
+        return json_records(field, path, reading)
+
+    def all_columns(schema: pyarrow.Schema) -> list[str]:
+        names = schema.names
+        if not set(names) & {*CONVERSATIONS, "instances"}:
+            for role in ("instruction", "output"):
+                if not set(NAMES[role]) & set(names):
+                    allowed = f"must have a column {_or_other_names(role)}; it has {', '.join(names)}"
+                    raise UserError(field, path, allowed)
+        for name in dict.fromkeys(name for role in NAMES.values() for name in role if name in names):
+            if names.count(name) == 1:
+                check_text_column(field, path, schema, name)
+        return list(dict.fromkeys(names))
+
+    return table_rows(field, path, all_columns)
+
+
+def _instances(item: Any) -> list[Any]:
+    """The samples of an item: one, or those of self-instruct's `instances`, which share an instruction."""
+    if not isinstance(item, dict) or not isinstance(item.get("instances"), list) or "output" in item:
+        return [item]
+    shared = {key: value for key, value in item.items() if key != "instances"}
+    return [shared | instance if isinstance(instance, dict) else instance for instance in item["instances"]] or [item]
+
+
+def _sample(number: int, item: Any, reading: Reading, conversations: str) -> AlpacaSample | str | None:
+    """Read an item: a sample, what is wrong with it, or None where it is left out; count what is not used."""
+    if not isinstance(item, dict):
+        return f"item {number} must be an object with instruction and output; {kind_of(item)}"
+    talk = next((name for name in CONVERSATIONS if isinstance(item.get(name), list)), None)
+    if talk and None in (_found(item, "instruction"), _found(item, "output")):
+        if conversations == "refuse":
+            return f"item {number} is a conversation ({talk!r}); --conversations single reads those of a single turn"
+        turns = _turns(item[talk])
+        if isinstance(turns, str):
+            return f"item {number}: {turns}"
+        used, texts = {talk}, _single_turn(turns)
+        if texts is None:
+            reading.left_out["conversations that are not one question and its answer"] += 1
+            return None
+        if any(role == "system" and text.strip() for role, text in turns):
+            reading.unused_fields["system message"] += 1
+    else:
+        named = {role: _found(item, role) for role in NAMES}
+        for role, name in named.items():
+            if name is None and role != "input":
+                told = f"it has {', '.join(map(repr, list(item)[:8]))}" if item else "it is empty"
+                return f"item {number} must have a text {_or_other_names(role)}; it is missing ({told})"
+            if name is not None and (reason := wrong_text(item[name])):
+                return f"item {number} must have a text {name!r}; {reason}"
+        used = {name for name in named.values() if name}
+        texts = AlpacaSample(*(item[name] if name else "" for name in named.values()))
+    if reading.skip and not texts.output.strip():
+        return f"item {number} has an empty output"
+    for name, value in item.items():
+        is_whole_prompt = name == "text" and isinstance(value, str) and texts.instruction in value
+        if name not in used and value not in (None, "", [], {}) and not is_whole_prompt:
+            reading.unused_fields[name] += 1
+    return texts
+
+
+def _found(item: dict[str, Any], role: str) -> str | None:
+    """The name under which an item has the text of a role; the first that is not empty, for the input."""
+    there = [name for name in NAMES[role] if item.get(name) is not None or (name == role and name in item)]
+    if role == "input":
+        there = [name for name in there if item[name] not in (None, "")]
+    return there[0] if there else None
+
+
+def _renamed(item: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(role, found) for role in NAMES if (found := _found(item, role)) is not None and found != role]
+
+
+def _or_other_names(role: str) -> str:
+    first, *others = NAMES[role]
+    return f"{first!r} (or {', '.join(others)})"
+
+
+def _turns(messages: list[Any]) -> list[tuple[str, str]] | str:
+    """A conversation as (role, text), in OpenAI's form or ShareGPT's; or what is wrong with it."""
+    turns = []
+    for place, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            return f"message {place} must be an object with role and content, or from and value; {kind_of(message)}"
+        role, text = (message.get(new, message.get(old)) for new, old in (("role", "from"), ("content", "value")))
+        if reason := wrong_text(text):
+            return f"message {place} must have a text 'content' or 'value'; {reason}"
+        turns.append((ROLES.get(str(role).lower(), str(role)), text))
+    return turns
+
+
+def _single_turn(turns: list[tuple[str, str]]) -> AlpacaSample | None:
+    """The one question with its answer, or None where there are more of them, or other roles."""
+    spoken = [(role, text) for role, text in turns if role != "system"]
+    if [role for role, _ in spoken] != ["user", "assistant"]:
+        return None
+    return AlpacaSample(spoken[0][1], "", spoken[1][1])

@@ -1,0 +1,323 @@
+"""Records of any file that text and instructions come in: lines, JSON, parquet and Arrow, one file or many shards."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from indraquantum.errors import UserError
+from indraquantum.files import read_json
+
+if TYPE_CHECKING:
+    import pyarrow
+
+TEXT_SUFFIXES = (".tokens", ".raw", ".txt")
+JSON_SUFFIXES = (".json", ".jsonl")
+TABLE_SUFFIXES = (".parquet", ".arrow")
+TABLE_ROWS = 1024  # read at once
+MAX_LINE_BYTES = 16 << 20  # a longer line is no paragraph; reading stops there, so that memory stays small
+SPLIT_WORD = re.compile(r"(?<![a-z])(train(?:ing)?|valid(?:ation)?|dev|test|eval)(?![a-z])")
+
+
+class Reading:
+    """What comes up while a source is read: records that are wrong, and what is there but not used."""
+
+    def __init__(self, field: str, skip: bool = False) -> None:
+        """Begin with nothing.
+
+        Args:
+            field: The option to name in an error.
+            skip: Leave wrong records out instead of refusing the source.
+        """
+        self.field, self.skip = field, skip
+        self.skipped: list[dict[str, str]] = []  # file and reason of each wrong record that was left out
+        self.left_out: Counter[str] = Counter()  # what is no document, by its kind
+        self.unused_fields: Counter[str] = Counter()  # records that have something in a field that is not used
+        self.notes: dict[str, None] = {}  # sentences that say how the source was read, in order
+
+    def add(self, path: Path, reason: str) -> None:
+        """Raise UserError for a wrong record of the file `path`, or note it where such records are skipped."""
+        if not self.skip:
+            raise UserError(self.field, path, reason)
+        self.skipped.append({"file": str(path), "reason": reason})
+
+    def note(self, sentence: str) -> None:
+        """Say something about how the source is read, once."""
+        self.notes[sentence] = None
+
+
+def source_files(field: str, name: str, suffixes: tuple[str, ...], remedy: str, reading: Reading) -> list[Path]:
+    """Find the files of a source, in sorted order.
+
+    Args:
+        field: The option to name in an error.
+        name: A file, a folder of shards, a folder of `save_to_disk`, or a glob such as `shards/*.parquet`.
+        suffixes: The endings that can be read.
+        remedy: What to give instead, for errors.
+        reading: Learns of files that are left out.
+
+    Raises:
+        UserError: nothing is there, nothing that can be read, or a folder whose files differ in kind.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return _folder_files(field, path, suffixes, remedy, reading)
+    if glob.has_magic(name) and not path.exists():
+        found = sorted(Path(found) for found in glob.glob(name, recursive=True) if Path(found).is_file())
+        if not found:
+            raise UserError(field, name, f"matches no file; {remedy}")
+    else:
+        found = [path]
+    for file in found:
+        if not file.exists():
+            raise UserError(field, file, f"does not exist; {remedy}")
+        if not file.is_file() or file.suffix not in suffixes:
+            raise UserError(field, file, f"has an unknown ending {file.suffix!r}; {remedy}")
+    return found
+
+
+def _folder_files(field: str, folder: Path, suffixes: tuple[str, ...], remedy: str, reading: Reading) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _saved_dataset(field, folder, reading)
+    visible = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    found = [file for file in visible if file.suffix in suffixes]
+    if not found:
+        raise UserError(field, folder, f"is a folder without a file that can be read; {remedy}")
+    if len(kinds := sorted({file.suffix for file in found})) > 1:
+        raise UserError(
+            field, folder, f"is a folder of {' and '.join(kinds)} files; give a glob such as {folder}/*{kinds[-1]}"
+        )
+    splits = {file: SPLIT_WORD.findall(file.name.lower()) for file in found}
+    training = [file for file in found if any(word.startswith("train") for word in splits[file])]
+    taken = training or found
+    others = [file.name for file in visible if file not in taken]
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        reading.note(f"read {len(taken)} files of the folder and left out {', '.join(others[:5])}{more}")
+    return taken
+
+
+def _saved_dataset(field: str, folder: Path, reading: Reading) -> list[Path]:
+    """The Arrow files of a dataset that `save_to_disk` of the `datasets` library wrote, in its own order."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = read_json(field, folder / "dataset_dict.json").get("splits", [])
+        if "train" not in splits:
+            allowed = f"has no split 'train' but {', '.join(splits)}; give the folder of one of them"
+            raise UserError(field, folder, allowed)
+        if len(splits) > 1:
+            reading.note(f"read the split train and left out {', '.join(s for s in splits if s != 'train')}")
+        folder /= "train"
+    state = read_json(field, folder / "state.json")
+    if state.get("_indices_files") or state.get("_indices_data_files"):
+        raise UserError(field, folder, "has rows selected but not written; save it again with datasets' save_to_disk")
+    return [folder / entry["filename"] for entry in state["_data_files"]]
+
+
+def text_lines(field: str, path: Path, reading: Reading) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a UTF-8 file, numbered from 1, with or without a byte order mark."""
+    blank, offset, number = True, 0, 0
+    try:
+        with open(path, "rb") as file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                start, offset = offset, offset + len(line)
+                if len(line) > MAX_LINE_BYTES:
+                    reading.add(path, f"line {number} must be at most {MAX_LINE_BYTES} bytes long")
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(MAX_LINE_BYTES)
+                        offset += len(line)
+                    continue
+                blank = blank and not line.strip()
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    reading.add(path, f"must be UTF-8 text (byte {start + error.start} is not) in line {number}")
+                else:
+                    yield number, text
+    except OSError as error:
+        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
+    if blank and not reading.skipped:
+        raise UserError(field, path, "must not be empty")
+
+
+def json_records(field: str, path: Path, reading: Reading) -> Iterator[Any]:
+    """Yield the records of a JSON file: the items of a list, or an object a line, whatever the file's ending says.
+
+    A file of an object a line is read line by line, any other as a whole.
+    """
+    first = _first_line(field, path).strip()
+    if first.startswith(b"[") or (path.suffix == ".json" and not _is_object(first)):
+        values = _json_values(field, path, only_list=path.suffix == ".jsonl")
+        if values is not None:
+            yield from values
+            return
+    for number, line in text_lines(field, path, reading):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            reading.add(path, _json_reason(error, number))
+        except RecursionError as error:
+            reading.add(path, _json_reason(error, number))
+        else:
+            yield item
+
+
+def _first_line(field: str, path: Path) -> bytes:
+    """The first line that is not blank, or its beginning."""
+    try:
+        with open(path, "rb") as file:
+            while line := file.readline(MAX_LINE_BYTES):
+                if line := line.removeprefix(b"\xef\xbb\xbf").strip():
+                    return line
+    except OSError as error:
+        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
+    return b""
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_values(field: str, path: Path, only_list: bool) -> list[Any] | None:
+    """The items of a file that is one list, or the values of one that has several, one behind the other.
+
+    Returns:
+        The items; None where `only_list` is set and the file is no single list.
+    """
+    text = read_text(field, path)
+    decoder, place, values = json.JSONDecoder(), 0, []
+    try:
+        while place < len(text):
+            while place < len(text) and text[place] in " \t\r\n":
+                place += 1
+            if place < len(text):
+                value, place = decoder.raw_decode(text, place)
+                values.append(value)
+    except (ValueError, RecursionError) as error:
+        if only_list:
+            return None
+        raise UserError(field, path, _json_reason(error)) from None
+    if len(values) == 1 and isinstance(values[0], list):
+        return values[0]
+    return None if only_list else values
+
+
+def _json_reason(error: Exception, line: int | None = None) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"must be JSON; {error.msg} (line {line or error.lineno})"
+    where = f" (line {line})" if line else ""  # nested a thousand deep; an integer of thousands of digits
+    return f"must be JSON of records; {type(error).__name__}{where}"
+
+
+def read_text(field: str, path: Path) -> str:
+    """Read a UTF-8 file, with or without a byte order mark, that is not empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(field, path, f"must be UTF-8 text (byte {error.start} is not)") from None
+    if not text.strip():
+        raise UserError(field, path, "must not be empty")
+    return text
+
+
+def table_rows(field: str, path: Path, choose: Callable[[pyarrow.Schema], list[str]]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet or Arrow file as dicts of the columns that `choose` takes from its schema.
+
+    Raises:
+        UserError: it can't be read; a column is there twice; or what `choose` raises.
+    """
+    import pyarrow
+
+    try:
+        yield from (_parquet_rows if path.suffix == ".parquet" else _arrow_rows)(field, path, choose)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise UserError(field, path, f"must be a {path.suffix[1:]} file that can be read ({reason})") from None
+    except UnicodeDecodeError:
+        raise UserError(field, path, "must hold UTF-8 text; a column's bytes are not") from None
+
+
+def _parquet_rows(field: str, path: Path, choose: Callable[[pyarrow.Schema], list[str]]) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        columns = _once(field, path, file.schema_arrow, choose(file.schema_arrow))
+        for batch in file.iter_batches(TABLE_ROWS, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _arrow_rows(field: str, path: Path, choose: Callable[[pyarrow.Schema], list[str]]) -> Iterator[dict[str, Any]]:
+    import pyarrow
+
+    with pyarrow.OSFile(str(path)) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        opened = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+        columns = _once(field, path, opened.schema, choose(opened.schema))
+        batches = (opened.get_batch(n) for n in range(opened.num_record_batches)) if is_file else opened
+        for batch in batches:
+            for start in range(0, batch.num_rows, TABLE_ROWS):
+                yield from batch.select(columns).slice(start, TABLE_ROWS).to_pylist()
+
+
+def _once(field: str, path: Path, schema: pyarrow.Schema, columns: list[str]) -> list[str]:
+    for name in columns:
+        if schema.names.count(name) > 1:
+            raise UserError(field, path, f"must have one column {name!r}, not {schema.names.count(name)}")
+    return columns
+
+
+def check_text_column(field: str, path: Path, schema: pyarrow.Schema, name: str) -> None:
+    """Check that a column holds text.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    import pyarrow
+
+    kind = schema.field(name).type
+    value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    tests = ("is_string", "is_large_string", "is_string_view", "is_null")
+    if not any(getattr(pyarrow.types, test)(value) for test in tests):
+        raise UserError(field, path, f"column {name!r} must be text; it is {kind}")
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, for errors."""
+    names = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
+    return f"it is {names.get(type(value), 'a number')}"
+
+
+def wrong_text(text: object) -> str | None:
+    """What is wrong with a text, as the end of a sentence, or None."""
+    if not isinstance(text, str):
+        return kind_of(text)
+    if not text.isascii() and not is_text(text):
+        return "it holds half a surrogate pair, which is no text"
+    if len(text) > MAX_LINE_BYTES:
+        return f"it must be at most {MAX_LINE_BYTES} characters long, and has {len(text)}"
+    return None
+
+
+def is_text(text: str) -> bool:
+    """Whether `text` is free of half surrogate pairs, which no tokenizer can read.
+
+    JSON can spell them, and Python puts them for bytes of the command line that are no UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

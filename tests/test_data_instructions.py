@@ -1,0 +1,183 @@
+"""Instructions as public files have them: other names for the three texts, fields beside them, conversations."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from indraquantum.config import PrepareSettings
+from indraquantum.data.dataset import open_dataset
+from indraquantum.data.instructions import AlpacaSample, read_alpaca
+from indraquantum.data.prepare import prepare
+from indraquantum.data.records import Reading
+from indraquantum.errors import UserError
+from indraquantum.monitor.summaries import prepare_summary
+from tiny_tokenizer import save_tiny_tokenizer
+
+PLAIN = [AlpacaSample(f"Do {n}", "" if n % 2 else f"with {n}", f"Done {n}") for n in range(6)]
+
+
+def read(path, items, **options):
+    """Write `items` to `path` and read them; the samples, and what came up."""
+    reading = Reading("--instructions", skip=options.pop("skip", False))
+    path.write_text(items if isinstance(items, str) else json.dumps(items), encoding="utf-8")
+    return read_alpaca("--instructions", str(path), reading=reading, **options), reading
+
+
+def objects(instruction, given, output, **more):
+    return [
+        {instruction: sample.instruction, given: sample.input, output: sample.output} | more for sample in PLAIN
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("instruction", "input", "output"),
+        ("instruction", "context", "response"),  # Dolly
+        ("prompt", "input", "completion"),
+        ("question", "context", "answer"),
+    ],
+)
+def test_other_names_for_the_three_texts_are_used_and_told(tmp_path, names):
+    found, reading = read(tmp_path / "a.json", objects(*names, category="open_qa"))
+    assert found == PLAIN
+    assert reading.unused_fields == {"category": 6}
+    told = [f"6 samples have their {role} in {name!r}" for role, name in zip(PLAIN[0]._fields, names, strict=True)]
+    told[1] = told[1].replace("6", "3")  # only those that have any
+    expected = [line for line, plain, name in zip(told, PLAIN[0]._fields, names, strict=True) if plain != name]
+    assert list(reading.notes) == expected
+    columns = {name: [item[name] for item in objects(*names)] for name in names}
+    pq.write_table(pa.table({name: pa.array(values, pa.string_view()) for name, values in columns.items()}),
+                   tmp_path / "a.parquet")  # fmt: skip
+    assert read_alpaca("-", str(tmp_path / "a.parquet")) == PLAIN
+
+
+def test_an_input_and_a_context_are_not_both_used_and_the_other_is_told(tmp_path):
+    items = [{"instruction": "a", "input": "in", "context": "con", "output": "c"},
+             {"instruction": "b", "input": "", "context": "con", "output": "c"},
+             {"instruction": "d", "input": None, "context": None, "output": "c", "response": "other"}]  # fmt: skip
+    found, reading = read(tmp_path / "a.json", items)
+    assert [sample.input for sample in found] == ["in", "con", ""]
+    assert reading.unused_fields == {"context": 1, "response": 1}
+
+
+def test_fields_that_are_not_used_are_counted_in_summary_and_manifest(tmp_path):
+    save_tiny_tokenizer(tmp_path / "tokenizer")
+    items = [
+        {"instruction": f"Do {n}", "input": "", "output": "c", "id": "same", "system": "Be terse." if n < 7 else "",
+         "history": [["a", "b"]] if n < 3 else [], "text": f"Below is an instruction: Do {n} c"}
+        for n in range(12)
+    ]  # fmt: skip
+    items[0] |= {"text": "something of its own", "score": 0}
+    (tmp_path / "factory.json").write_text(json.dumps(items))
+    report = prepare(
+        PrepareSettings(wikitext_samples=0, alpaca_samples=0, instructions=(str(tmp_path / "factory.json"),),
+                        tokenizer=str(tmp_path / "tokenizer"), output=tmp_path / "out" / "m.pkl")
+    )  # fmt: skip
+    said = prepare_summary(report).splitlines()
+    for name, count in (("system", 7), ("history", 3)):
+        assert f"note: factory: {count} samples have a field {name!r} that is not used" in said
+    for name in ("text", "score"):
+        assert f"note: factory: 1 sample has a field {name!r} that is not used" in said
+    assert "note: factory: fields that are not used: id" in said
+    (source,) = open_dataset("--data", report.folder, verify=True).manifest["sources"]
+    assert source["unused_fields"] == {"id": 12, "system": 7, "history": 3, "text": 1, "score": 1}
+    assert source["documents"] == 12, "a repeated id is no key"
+
+
+ITEMS = objects("instruction", "input", "output")
+LINES = "\n".join(map(json.dumps, ITEMS))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", LINES),
+        ("b.json", "\ufeff\n" + LINES.replace("\n", "\r\n\r\n")),
+        ("a.jsonl", json.dumps(ITEMS)),
+        ("b.jsonl", "\n" + json.dumps(ITEMS, indent=1)),
+        ("c.json", "\n".join(json.dumps(item, indent=2) for item in ITEMS)),
+        ("c.jsonl", LINES + "\n"),
+        ("d.json", json.dumps(ITEMS)),
+    ],
+)
+def test_a_list_and_an_object_a_line_are_read_whatever_the_ending(tmp_path, name, content):
+    assert read(tmp_path / name, content)[0] == PLAIN
+
+
+def test_a_wrong_line_of_a_json_file_is_named_or_skipped(tmp_path):
+    content = LINES.replace('"Do 2"', "Do 2")
+    with pytest.raises(UserError, match=r"must be JSON; .* \(line 3\)"):
+        read(tmp_path / "a.json", content)
+    found, reading = read(tmp_path / "a.json", content, skip=True)
+    assert (len(found), len(reading.skipped)) == (5, 1)
+
+
+def test_inputs_that_say_there_is_none_are_counted_and_by_option_emptied(tmp_path):
+    inputs = ["<noinput>", "Noinput", "No input.", "no_input", "None of these", "there is no input here", ""]
+    items = [{"instruction": f"Do {n}", "input": given, "output": "b"} for n, given in enumerate(inputs)]
+    found, reading = read(tmp_path / "a.json", items)
+    assert [sample.input for sample in found] == inputs
+    assert "4 samples have an input that says there is none" in next(iter(reading.notes))
+    found, reading = read(tmp_path / "a.json", items, empty_noinput=True)
+    assert [sample.input for sample in found] == ["", "", "", "", *inputs[4:]]
+    assert next(iter(reading.notes)).endswith("emptied")
+
+
+def test_instances_share_their_instruction(tmp_path):
+    items = [{"id": "seed_0", "instruction": "Add", "instances": [{"input": "1 2", "output": "3"},
+                                                                   {"input": "", "output": "0"}]}]  # fmt: skip
+    found, reading = read(tmp_path / "seed.jsonl", items)
+    assert found == [AlpacaSample("Add", "1 2", "3"), AlpacaSample("Add", "", "0")]
+    assert reading.unused_fields == {"id": 2}
+
+
+CHATS = {
+    "messages": [("role", "content"), ("user", "assistant")],
+    "conversations": [("from", "value"), ("human", "gpt")],
+}
+
+
+@pytest.mark.parametrize("kind", CHATS)
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_conversations_of_a_single_turn_are_read_by_option(tmp_path, kind, suffix):
+    (who, what), (user, answerer) = CHATS[kind]
+
+    def talk(*texts, system=None):
+        turns = [{who: (user, answerer)[n % 2], what: text} for n, text in enumerate(texts)]
+        return {kind: ([{who: "system", what: system}] if system else []) + turns, "id": 3}
+
+    items = [talk("Hello?", "Hi."), talk("a", "b", "c", "d"), talk("Two?", "2", system="Be terse."), talk("alone")]
+    path = tmp_path / f"chat{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(items))
+    else:
+        pq.write_table(pa.Table.from_pylist(items), path)
+    with pytest.raises(UserError, match=f"item 1 is a conversation .'{kind}'.; --conversations single"):
+        read_alpaca("--instructions", str(path))
+    reading = Reading("--instructions")
+    found = read_alpaca("--instructions", str(path), reading=reading, conversations="single")
+    assert found == [AlpacaSample("Hello?", "", "Hi."), AlpacaSample("Two?", "", "2")]
+    assert reading.left_out == {"conversations that are not one question and its answer": 2}
+    assert reading.unused_fields == {"id": 2, "system message": 1}
+
+
+@pytest.mark.parametrize(
+    ("message", "word"),
+    [
+        ("Hello", "message 1 must be an object"),
+        ({"role": "user"}, "'content'"),
+        ({"role": "user", "content": []}, "a list"),
+    ],
+)
+def test_messages_of_another_shape_are_refused(tmp_path, message, word):
+    with pytest.raises(UserError, match=word):
+        read(
+            tmp_path / "a.json",
+            [{"messages": [message, {"role": "assistant", "content": "b"}]}],
+            conversations="single",
+        )

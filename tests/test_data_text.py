@@ -1,0 +1,237 @@
+"""What a document of a text is: stories between markers, records, rows, shards; the same by every kind of file."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from indraquantum.config import PrepareSettings
+from indraquantum.data.mixture import draw_sources
+from indraquantum.data.records import Reading
+from indraquantum.data.sources import read_wikitext
+from indraquantum.errors import UserError
+
+STORIES = [
+    f"Once there was a fox number {n}.\n\nIt ran along the road = until = night came.\nThe end." for n in range(9)
+]
+MARKER = "<|endoftext|>"
+
+
+def read(path, **options):
+    reading = Reading("--text")
+    return read_wikitext("--text", str(path), reading=reading, **options), reading
+
+
+@pytest.mark.parametrize(
+    ("between", "options"),
+    [
+        ("\n<|endoftext|>\n", {}),
+        ("\r\n <|endoftext|> \r\n", {}),
+        ("<|endoftext|>\n", {}),  # at a line's end
+        ("\n</s>\n", {}),
+        ("\n<|endoftext|>\n", {"separator": "<|endoftext|>", "documents": "records"}),
+        ("\n* * *\n", {"separator": "* * *"}),
+        ("<|sep|>", {"separator": "<|sep|>"}),
+    ],
+)
+def test_a_story_between_markers_is_one_document(tmp_path, between, options):
+    path = tmp_path / "stories.txt"
+    content = between + between.join(STORIES)
+    if "\r" in between:
+        content = "\ufeff" + content.replace("\r\n", "\n").replace("\n", "\r\n")
+    for end in ("", between, between * 2):
+        path.write_bytes((content + end).encode())
+        found, reading = read(path, **options)
+        assert found == STORIES
+    assert reading.left_out["separators"] == 11
+
+
+def test_a_marker_is_never_a_document_and_nothing_else_is_a_marker(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text(f"\n{MARKER}\n".join(STORIES[:2]) + f"\n{MARKER}\n")
+    lines = [line for story in STORIES[:2] for line in story.split("\n") if line]
+    found, reading = read(path, documents="paragraphs")
+    assert (found, reading.left_out["separators"]) == (lines, 2)
+    assert MARKER in read(path, separator="none")[0], "asked for"
+    path.write_text("One line tells of <|endoftext|> and </s> .\nAnother ends with it: </s>\n")
+    assert len(read(path)[0]) == 2
+    path.write_text("a\nb\n\n\nc\n \nd\n")
+    assert read(path, separator="blank-line")[0] == ["a\nb", "c", "d"]
+    assert read(path, documents="records")[0] == ["a\nb\n\n\nc\n \nd"]
+    assert read(path)[0] == ["a", "b", "c", "d"]
+
+
+def write_every_kind(folder, texts):
+    """The same texts as files of every kind; their names."""
+    (folder / "a.txt").write_text(f"\n{MARKER}\n".join(texts))
+    objects = [{"text": text, "url": f"u{n}"} for n, text in enumerate(texts)]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, objects)))
+    (folder / "a.json").write_text(json.dumps(objects))
+    (folder / "b.json").write_text("\n".join(map(json.dumps, objects)))
+    kinds = {
+        "s": pa.string(),
+        "l": pa.large_string(),
+        "v": pa.string_view(),
+        "d": pa.dictionary(pa.int32(), pa.string()),
+    }
+    for name, kind in kinds.items():
+        table = pa.table({"url": [o["url"] for o in objects], "text": pa.array(texts).cast(kind)})
+        pq.write_table(table, folder / f"{name}.parquet")
+        for end, new in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
+            with new(folder / f"{name}-{end}.arrow", table.schema) as writer:
+                writer.write_table(table, max_chunksize=2)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_every_kind_of_file_has_the_same_documents(tmp_path):
+    names = write_every_kind(tmp_path, STORIES)
+    assert len(names) == 16
+    for name in names:
+        found, reading = read(tmp_path / name)
+        assert found == STORIES, name
+        assert set(reading.unused_fields) == ({"url"} if name != "a.txt" else set())
+        shown = [line for story in STORIES for line in story.split("\n") if line]
+        assert read(tmp_path / name, documents="paragraphs")[0] == shown, name
+
+
+def test_shards_are_read_in_order_as_folder_and_as_glob(tmp_path):
+    for n in range(3):
+        pq.write_table(pa.table({"text": STORIES[3 * n : 3 * n + 3]}), tmp_path / f"train-0000{n}-of-00003.parquet")
+    for name in (tmp_path, tmp_path / "*.parquet", tmp_path / "train-*"):
+        found, reading = read(name)
+        assert found == STORIES
+    pq.write_table(pa.table({"text": ["of another split"]}), tmp_path / "validation-00000-of-00001.parquet")
+    (tmp_path / "README.md").write_text("about")
+    found, reading = read(tmp_path)
+    assert found == STORIES
+    assert "left out README.md, validation-00000-of-00001.parquet" in next(iter(reading.notes))
+    assert len(read(tmp_path / "*.parquet")[0]) == 10, "a glob takes what it names"
+    (tmp_path / "more.txt").write_text("more")
+    wrong = {"": "folder of .parquet and .txt files; give a glob", "*.csv": "matches no file",
+             "*.md": "unknown ending '.md'", "no.txt": "does not exist"}  # fmt: skip
+    for name, words in wrong.items():
+        with pytest.raises(UserError, match=words):
+            read(tmp_path / name)
+
+
+LINES = ["", " = One = ", "a", " = = Part = = ", "b", "", " = Two = ", "c"]
+
+
+def test_two_shards_of_wikitexts_rows_are_its_lines(tmp_path):
+    """As WikiText-103 comes: a line a row, and an article goes on in the next shard."""
+    for n, part in enumerate((LINES[:4], LINES[4:])):
+        pq.write_table(pa.table({"text": part}), tmp_path / f"train-0000{n}-of-00002.parquet")
+    (tmp_path / "wiki.txt").write_text("\n".join(LINES))
+    for name in (tmp_path / "train-*", tmp_path / "wiki.txt"):
+        found, reading = read(name)
+        assert (found, reading.left_out["headings"]) == (["a", "b", "c"], 3)
+        assert read(name, documents="articles")[0] == ["= One =\na\n= = Part = =\nb", "= Two =\nc"]
+
+
+def test_rows_that_are_lines_with_markers_between_are_stories(tmp_path):
+    rows = list(chain.from_iterable([*story.split("\n"), MARKER] for story in STORIES))
+    pq.write_table(pa.table({"text": rows}), tmp_path / "lines.parquet")
+    assert read(tmp_path / "lines.parquet")[0] == STORIES
+
+
+def test_folders_of_save_to_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    data = datasets.Dataset.from_dict({"text": STORIES, "n": list(range(9))})
+    data.save_to_disk(tmp_path / "one", num_shards=2)
+    data.select([8, 0, 3]).save_to_disk(tmp_path / "some")
+    datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "dict")
+    datasets.DatasetDict({"test": data}).save_to_disk(tmp_path / "none")
+    assert read(tmp_path / "one")[0] == STORIES
+    assert read(tmp_path / "some")[0] == [STORIES[8], STORIES[0], STORIES[3]]
+    found, reading = read(tmp_path / "dict")
+    assert found == STORIES
+    assert next(iter(reading.notes)) == "read the split train and left out test"
+    with pytest.raises(UserError, match="no split 'train' but test"):
+        read(tmp_path / "none")
+    assert read(tmp_path / "none" / "test")[0] == STORIES
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"title": "b"}', ("record 2", "'text'", "it has 'title'")),
+        ("a.jsonl", '{"text": "a"}\n{"text": ["b"]}', ("record 2", "a list")),
+        ("a.json", '[{"text": "a"}, 3]', ("record 2", "a number")),
+        ("a.jsonl", '{"text": "\\ud800"}', ("record 1", "surrogate")),
+        ("a.jsonl", '{"text": " "}\n{"text": null}', ("at least one paragraph",)),
+        ("a.arrow", "no Arrow", ("must be a arrow file",)),
+        ("state.json", "{}", ("record 1", "'text'")),
+    ],
+)
+def test_records_without_text_are_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / name)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_document_that_is_too_long_is_refused_or_skipped(tmp_path, monkeypatch):
+    from indraquantum.data import sources
+
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 100)
+    (tmp_path / "a.txt").write_text(f"short\n{MARKER}\n" + "a line of it\n" * 9 + f"{MARKER}\nlast\n")
+    with pytest.raises(UserError, match="at most 100 characters long; see 'a line of it'"):
+        read(tmp_path / "a.txt")
+    reading = Reading("--text", skip=True)
+    assert read_wikitext("--text", str(tmp_path / "a.txt"), reading=reading) == ["short", "last"]
+    assert len(reading.skipped) == 1
+
+
+# The promise: a line from 40 characters on is in one part alone, whatever kind of source it comes from.
+
+POOL = [f"the line with number {n} is long enough to count here" for n in range(40)] + ["short", "= a heading =", " "]
+KINDS = ("lines.txt", "stories.txt", "rows.parquet", "records.jsonl", "shown.json", "instructions.json")
+
+
+def write_kind(path, documents):
+    if path.name == "lines.txt":
+        path.write_text("\n".join(line for document in documents for line in document))
+    elif path.name == "stories.txt":
+        path.write_text(f"\n{MARKER}\n".join("\n".join(document) for document in documents))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": ["\r\n".join(document) for document in documents]}), path)
+    elif path.name == "instructions.json":
+        items = [{"instruction": f"Do {n}", "input": document[0], "output": "\n".join(document[1:])}
+                 for n, document in enumerate(documents)]  # fmt: skip
+        path.write_text(json.dumps(items))
+    else:
+        path.write_text("\n".join(json.dumps({"text": "\n".join(document)}) for document in documents))
+
+
+DOCUMENTS = st.lists(st.lists(st.sampled_from(POOL), min_size=1, max_size=3), min_size=3, max_size=14)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(KINDS), DOCUMENTS), min_size=1, max_size=3), st.booleans())
+def test_no_line_is_in_two_parts_whatever_the_kind(tmp_path, sources, detokenize):
+    texts, instructions = [], []
+    for number, (kind, documents) in enumerate(sources):
+        path = tmp_path / str(number) / kind
+        path.parent.mkdir(exist_ok=True)
+        write_kind(path, [[f"own {number}", *document] for document in documents])
+        (instructions if kind == "instructions.json" else texts).append(str(path))
+    chosen = PrepareSettings(wikitext_samples=0, alpaca_samples=0, text=tuple(texts), instructions=tuple(instructions),
+                             detokenize=detokenize)  # fmt: skip
+    try:
+        drawn = draw_sources(chosen).sources
+    except UserError as error:
+        if "share no paragraph" not in str(error):
+            raise
+        return
+    parts = [set(), set(), set()]
+    for source in drawn:
+        for text, part in zip(source.read_texts(), source.parts, strict=True):
+            parts[part] |= {line for line in text.splitlines() if len(line) >= 40}
+    assert len(set.union(*parts)) == sum(map(len, parts))
