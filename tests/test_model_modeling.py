@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from indraquantum.config import ModelSettings
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
-from small_model import D_MODEL, HEADS, LAYERS, MLP, V, make, tokens
+from small_model import D_MODEL, LAYERS, MLP, V, make, make_with_twin, tokens
 
 VARIANTS = ("quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none")
 
@@ -86,25 +86,9 @@ def test_a_seed_gives_the_same_weights():
 
 
 def test_plain_variant_equals_transformers_llama():
-    model = make(projector="none")
-    reference = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=V,
-            hidden_size=D_MODEL,
-            num_attention_heads=HEADS,
-            num_hidden_layers=LAYERS,
-            intermediate_size=MLP,
-            rms_norm_eps=model.config.rms_norm_eps,
-            tie_word_embeddings=True,
-        )
-    ).eval()
-    weights = {f"model.{name}": value for name, value in model.backbone.state_dict().items()}
-    weights["model.embed_tokens.weight"] = weights["lm_head.weight"] = model.embedding.weight
-    reference.load_state_dict(weights)
-    with torch.no_grad():
-        model.head.scale_1.fill_(1.0)
+    model, llama = make_with_twin()
     ids = tokens(2, 11)
-    torch.testing.assert_close(model(ids).logits, reference(ids).logits)
+    torch.testing.assert_close(model(ids).logits, llama(ids).logits)
 
 
 PIECES = (5, 1, 7)  # three documents of one row of 17 positions, 4 of padding behind them
@@ -235,39 +219,22 @@ def test_a_frozen_projector_is_not_optimised():
     assert len(listed) == len(list(model.parameters())) - 8
 
 
-def test_labels_give_the_full_vocabulary_cross_entropy_and_its_gradients():
-    model = make()
-    ids, positions, segments = packed()
-    labels = tokens(2, 17, seed=6).masked_fill(segments < 0, -100)
-    output = model(ids, position_ids=positions, segment_ids=segments, labels=labels)
-    logits = model(ids, position_ids=positions, segment_ids=segments).logits
-    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    assert output.logits is None
-    assert output.terms.kd is None
-    torch.testing.assert_close(output.loss, expected)
-    parameters = [p for name, p in model.named_parameters() if "references" not in name]
-    for ours, reference in zip(
-        torch.autograd.grad(output.loss, parameters), torch.autograd.grad(expected, parameters), strict=True
-    ):
-        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-7)
-
-
 @pytest.mark.parametrize("readout", ["reference", "mean"])
 def test_every_term_and_its_gradient_is_alive_with_signals(readout):
     model, ids = make(readout=readout), tokens(2, 7)
     labels = tokens(2, 7, seed=6)
     signals = TeacherSignals(tokens(14, 5, seed=1), torch.full((14, 5), 0.2), torch.rand(14), torch.rand(14))
-    output = model(ids, labels=labels, signals=signals)
+    output = model(ids, shift_labels=labels, signals=signals)
     terms = output.terms
     weighted = terms.ce + 0.05 * terms.kd + 0.1 * terms.phase + 0.1 * terms.magnitude
     torch.testing.assert_close(output.loss.detach(), weighted)
     assert min(terms.kd, terms.phase, terms.magnitude) > 0
-    half = model(ids, labels=labels, signals=signals, token_count=28)
+    half = model(ids, shift_labels=labels, signals=signals, num_items_in_batch=28)
     torch.testing.assert_close(half.loss, output.loss / 2)
     for weights in ((0.05, 0, 0), (0, 0.1, 0), (0, 0, 0.1)):
         model.zero_grad()
         objective = SemanticDistillationLoss(*weights)
-        (model(ids, labels=labels, signals=signals, objective=objective).loss - output.terms.ce).backward()
+        (model(ids, shift_labels=labels, signals=signals, objective=objective).loss - output.terms.ce).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is None or parameter.grad.isfinite().all(), name
             assert "references" not in name or parameter.grad.any() == (weights[0] == 0)
@@ -275,8 +242,8 @@ def test_every_term_and_its_gradient_is_alive_with_signals(readout):
 
 def test_a_born_head_is_trained_on_its_own_logits():
     model, ids = make(head="born"), tokens(2, 7)
-    output = model(ids, labels=ids.roll(-1, dims=1))
-    expected = F.cross_entropy(model(ids).logits.flatten(0, 1), ids.roll(-1, dims=1).flatten())
+    output = model(ids, labels=ids)
+    expected = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
 
 

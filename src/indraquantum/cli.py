@@ -248,7 +248,7 @@ def export(checkpoint: Path, folder: Path, /) -> None:
     from indraquantum.evaluation.export import export_checkpoint
 
     export_checkpoint(checkpoint, folder)
-    print(f"The model is in {folder}. After `from indraquantum.model import IndraQuantumPhase2` transformers reads it.")
+    print(f"The model is in {folder}. After `import indraquantum`, AutoModelForCausalLM.from_pretrained loads it.")
 
 
 @app.command

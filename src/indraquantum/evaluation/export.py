@@ -1,10 +1,13 @@
 """A checkpoint as a folder that transformers reads: the command `indra export`.
 
-    from indraquantum.model import IndraQuantumPhase2    # tells the Auto classes what the folder holds
+    import indraquantum    # tells the Auto classes what the folder holds
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(FOLDER)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 
-The tokenizer puts BOS before a text, as in training, and takes `</s>` within it for text.
+The tokenizer puts BOS before a text, as in training, and takes `</s>` within it for text. It has no padding token, like
+Llama's, and pads on the left, so that a batch of prompts can be continued.
 """
 
 from __future__ import annotations
@@ -49,4 +52,6 @@ def transformers_tokenizer(tokenizer: TextTokenizer) -> PreTrainedTokenizerFast:
     backend = Tokenizer.from_str(tokenizer.to_json())
     bos, eos = (backend.id_to_token(number) for number in (tokenizer.bos_id, tokenizer.eos_id))
     backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, split_special_tokens=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=eos, split_special_tokens=True, padding_side="left"
+    )

@@ -41,7 +41,8 @@ def born_objective(inputs: LinearInputs, options: ObjectiveOptions) -> Objective
 
     def part(chunk: LinearInputs) -> ObjectiveResult:
         logits_nV = born_logits(chunk.states_ND, chunk.table_VD, chunk.bias_V, chunk.scale)
-        return dense_objective(logits_nV, chunk, options)
+        # Sums of 16-bit terms would be rounded as they grow.
+        return dense_objective(logits_nV.to(torch.promote_types(dtype, torch.float32)), chunk, options)
 
     sums: list[Tensor | None] = [None] * len(ObjectiveResult._fields)
     for start in range(0, max(1, len(inputs.labels_N)), BORN_ROWS):

@@ -20,7 +20,8 @@ class IndraQuantumConfig(PreTrainedConfig):
     """Sizes and variant of IndraQuantumPhase2; the fields mean what ModelSettings says."""
 
     model_type = "indraquantum"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # What Trainer's compute_metrics gets is the logits alone, as of a Llama.
+    keys_to_ignore_at_inference = ["past_key_values", "magnitude", "phase", "terms"]
 
     vocab_size: int = 32_000
     d_model: int = 128
@@ -44,6 +45,7 @@ class IndraQuantumConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = None
+    use_cache: bool = True
     # The head reuses the lifted table by construction; transformers has no second weight to tie.
     tie_word_embeddings: bool = False
 
@@ -147,4 +149,4 @@ class IndraQuantumConfig(PreTrainedConfig):
         )
 
 
-AutoConfig.register(IndraQuantumConfig.model_type, IndraQuantumConfig)
+AutoConfig.register(IndraQuantumConfig.model_type, IndraQuantumConfig, exist_ok=True)

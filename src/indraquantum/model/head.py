@@ -39,6 +39,15 @@ class InterferenceHead(nn.Module):
         init.constant_(self.scale_1, 1 / math.sqrt(self.width))
         init.zeros_(self.bias_V)
 
+    def resize(self, vocab_size: int, mean: bool) -> None:
+        """Give the bias another length; new tokens get the mean of the old ones' (`mean`), or 0."""
+        old_V = self.bias_V
+        if (added := vocab_size - len(old_V)) == 0:
+            return
+        new = old_V.detach().mean() if mean else old_V.new_zeros(())
+        bias_V = torch.cat([old_V.detach()[:vocab_size], new.expand(max(0, added))])
+        self.bias_V = nn.Parameter(bias_V, requires_grad=old_V.requires_grad)
+
     def forward(self, states: Tensor, table_VD: Tensor) -> Tensor:
         """Return the logits (..., V) of `states` (..., D) against the lifted table (V, D)."""
         return F.linear(states * self.scale_1, table_VD, self.bias_V)

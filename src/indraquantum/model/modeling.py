@@ -14,9 +14,6 @@ Legend: B batch, T positions, N = B*T, d complex width, D real width (2d), V voc
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,29 +22,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, LlamaConfig, LlamaModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import can_return_tuple
 
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.head import HEADS, InterferenceHead
 from indraquantum.model.masks import additive, document_mask
+from indraquantum.model.output import PASSED_ON, IndraQuantumOutput, unknown_argument
 from indraquantum.model.projector import PROJECTORS, LiftLinear, PhaseLinear, uniform_by_fan_in
 from indraquantum.model.readout import READOUTS, ReferenceReadout
+from indraquantum.model.vocabulary import LiftedVocabulary
 
 if TYPE_CHECKING:
     from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
-
-
-@dataclass
-class IndraQuantumOutput(ModelOutput):
-    """What a forward pass returns; fields that do not apply are None."""
-
-    loss: Tensor | None = None  # the objective's total, if labels were given
-    logits: Tensor | None = None  # (B, kept positions, V), only without labels
-    terms: Any = None  # loss_v2's named terms, if labels were given
-    magnitude: Tensor | None = None  # (B, T) |c|, the state's own confidence
-    phase: Tensor | None = None  # (B, T) arg c in (-pi, pi], the state's own uncertainty
-    past_key_values: Cache | None = None
 
 
 class Backbone(LlamaModel):
@@ -67,7 +56,25 @@ class Backbone(LlamaModel):
             super()._init_weights(module)
 
 
-class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
+# Outputs of the layers that the configuration can ask for too.
+RECORDED = ("output_hidden_states", "output_attentions")
+
+
+def _has_restarts(position_ids: Tensor | None) -> bool:
+    """Whether several documents share a row of `position_ids` (B, T): only a pass without a cache keeps them apart."""
+    return position_ids is not None and find_packed_sequence_indices(position_ids) is not None
+
+
+def _shifted(labels_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
+    """Return (B, T) the label of the next position, -100 at the row's end and where another document begins."""
+    shifted_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
+    if segment_ids_BT is None:
+        return shifted_BT
+    following_BT = F.pad(segment_ids_BT[:, 1:], (0, 1), value=-1)
+    return shifted_BT.masked_fill((following_BT != segment_ids_BT) | (segment_ids_BT < 0), -100)
+
+
+class IndraQuantumPhase2(LiftedVocabulary, PreTrainedModel, GenerationMixin):
     """A causal language model whose tokens are states with magnitude and phase.
 
     Args:
@@ -83,26 +90,22 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: IndraQuantumConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # so Trainer counts the labels that the shift leaves
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.projector = PROJECTORS[config.projector](config)
         self.input_projector = PROJECTORS[config.projector](config) if config.ends == "separate" else None
         self.backbone = Backbone(config.backbone())
         self.head = HEADS[config.head](config)
         self.readout = READOUTS[config.readout](config)
-        self._lifted_VD: Tensor | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for every module, also for those a checkpoint lacks; its default would draw
         # every Linear and Embedding with std 0.02, which puts all phases near 0.
-        if module is self.embedding:
+        if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.table_std or self.projector.table_std)
         elif isinstance(module, LiftLinear | PhaseLinear | InterferenceHead | ReferenceReadout):
             module.initialise()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """Return the one table of the model, E (V, d)."""
-        return self.embedding
 
     @property
     def bias_V(self) -> Tensor:
@@ -114,44 +117,17 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
         """The head's scale, a differentiable scalar."""
         return self.head.scale_1[0]
 
-    def lift_table(self) -> Tensor:
-        """Return the states (V, D) of all tokens: the projector applied to the whole table."""
-        return self._lift(self.projector, self.embedding.weight)
-
-    @contextlib.contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Lift the table once for all gradient-free forward passes inside; the weights must not change meanwhile."""
-        before = self._lifted_VD
-        with torch.no_grad():
-            self._lifted_VD = self.lift_table()
-        try:
-            yield
-        finally:
-            self._lifted_VD = before
-
-    def _table(self) -> Tensor:
-        """Return the lifted table (V, D): the one of `lifted()` where that is open and no gradient is wanted."""
-        if self._lifted_VD is not None and not torch.is_grad_enabled():
-            return self._lifted_VD
-        return self.lift_table()
-
-    def _embed(self, input_ids_BT: Tensor, table_VD: Tensor | None) -> Tensor:
-        """Return the input states (B, T, D), from the lifted table or from the needed rows alone.
-
-        A projector of the inputs' own has another table than the head's.
-        """
-        if self.input_projector is not None:
-            # A phase of several radians loses its digits in 16 bits.
-            with torch.autocast(input_ids_BT.device.type, enabled=False):
-                return self._lift(self.input_projector, self.embedding(input_ids_BT))
-        if table_VD is not None:
-            return F.embedding(input_ids_BT, table_VD)
-        return self._lift(self.projector, self.embedding(input_ids_BT))
+    def _input_states(self, embeddings: Tensor) -> Tensor:
+        """States (..., D) of the embeddings (..., d) of the inputs, which may have a projector of their own."""
+        projector = self.projector if self.input_projector is None else self.input_projector
+        return self._lift(projector, embeddings)
 
     def _lift(self, projector: nn.Module, embeddings: Tensor) -> Tensor:
         """States (..., D) of `embeddings` (..., d), with the embedding in their real part where that is asked for."""
-        states = projector(embeddings)
-        return states + F.pad(embeddings, (0, embeddings.shape[-1])) if self.config.residual else states
+        # A phase of several radians loses its digits in 16 bits.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            states = projector(embeddings)
+            return states + F.pad(embeddings, (0, embeddings.shape[-1])) if self.config.residual else states
 
     def _document_mask(self, segment_ids_BT: Tensor) -> Tensor:
         mask_B1TT = document_mask(segment_ids_BT)
@@ -179,8 +155,12 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
         Returns:
             (B, T, D) the states psi.
         """
+        if table_VD is None or self.input_projector is not None:
+            states_BTD = self._input_states(self.embedding(input_ids_BT))
+        else:
+            states_BTD = F.embedding(input_ids_BT, table_VD)
         return self.backbone(
-            inputs_embeds=self._embed(input_ids_BT, table_VD),
+            inputs_embeds=states_BTD,
             attention_mask=None if segment_ids_BT is None else self._document_mask(segment_ids_BT),
             position_ids=position_ids_BT,
             use_cache=False,
@@ -192,55 +172,82 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
 
     def amplitude(self, states: Tensor) -> Tensor:
         """Return the complex readout c (...) of `states` (..., D): |c| is the magnitude, its angle the phase."""
-        return self.readout(states)
+        with torch.autocast(states.device.type, enabled=False):  # there are no complex numbers of 16 bits
+            return self.readout(states)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool = False,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: float | Tensor | None = None,
+        skip_logits: bool | None = None,
+        segment_ids: Tensor | None = None,
         signals: TeacherSignals | None = None,
         objective: SemanticDistillationLoss | None = None,
-        token_count: int | Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> IndraQuantumOutput:
-        """Logits for generation and evaluation, or, with labels, the loss without ever building logits.
+        """Logits and, with labels, the loss, which does not need them; the arguments mean what they mean to Llama.
 
         Args:
             input_ids: (B, T) token ids.
             attention_mask: (B, all positions so far) 1 for real tokens, 0 for padding; or a 4-D mask as
                 transformers takes it.
             position_ids: (B, T) positions within each document.
+            past_key_values: the cache of earlier positions.
+            inputs_embeds: (B, T, d) in place of input_ids: what `get_input_embeddings()` gives.
+            labels: (B, T) usually a copy of input_ids: the model shifts them, so position t learns labels[:, t + 1];
+                -100 is ignored. With segment_ids, position t learns nothing where t + 1 is another document's.
+            use_cache: return a cache for the next positions. By default as the configuration says where documents are
+                not packed, but not while training.
+            logits_to_keep: how many of the last positions get logits, 0 for all. The loss is of all positions.
+            num_items_in_batch: labelled tokens of the whole optimiser step, which divides the loss; by default those
+                of this call.
+            skip_logits: leave out the logits; by default while training with labels, where they would take most of
+                the memory.
             segment_ids: (B, T) document number within the row, -1 on padding; not together with
                 attention_mask or a cache.
-            past_key_values: the cache of earlier positions.
-            inputs_embeds: (B, T, D) states in place of input_ids.
-            use_cache: return a cache for the next positions.
-            labels: (B, T) already aligned: labels[:, t] is the token after input_ids[:, t]; -100 is ignored.
-            signals: the teacher's signals for the N = B*T positions, row by row.
+            signals: the teacher's signals for the N = B*T positions, row by row. Those of position t tell of the token
+                after t, like logits[:, t] and shift_labels[:, t]; they count where that token is labelled.
             objective: the loss; by default CE alone, or with signals the weights at which v4 ends.
-            token_count: labelled tokens of the whole optimiser step; by default those of this call.
-            logits_to_keep: how many of the last positions get logits, 0 for all.
-            kwargs: passed on to the Llama layers.
+            kwargs: `shift_labels` (B, T), in place of labels: already aligned, position t learns shift_labels[:, t];
+                output_hidden_states, output_attentions, return_dict; others of TransformersKwargs go to the layers.
 
         Raises:
-            ValueError: segment_ids together with attention_mask or a cache, or an objective for another head.
+            TypeError: an argument is unknown.
+            ValueError: segment_ids together with attention_mask or a cache, not exactly one of input_ids and
+                inputs_embeds, embeddings or labels of another shape, or an objective for another head.
         """
+        # Not a parameter: Trainer would take each one with "label" in its name for something that every batch has.
+        shift_labels = kwargs.pop("shift_labels", None)
+        if unknown := kwargs.keys() - PASSED_ON:
+            raise unknown_argument(min(unknown), self.forward)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: must be given, or inputs_embeds in their place, and not both")
         if segment_ids is not None:
             if attention_mask is not None or past_key_values is not None or use_cache:
                 raise ValueError("segment_ids: must not be given together with attention_mask or a cache")
             attention_mask = self._document_mask(segment_ids)
-        table_VD = self._table()
+        if use_cache is None:
+            packed = segment_ids is not None or (attention_mask is None and _has_restarts(position_ids))
+            use_cache = self.config.use_cache and not self.training and not packed
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, table_VD)
+            inputs_embeds = self.embedding(input_ids)
+        elif inputs_embeds.shape[-1] != self.config.d_model:
+            got, must = inputs_embeds.shape[-1], self.config.d_model
+            raise ValueError(f"inputs_embeds: got width {got}; must be d_model, {must}")
+        for name in RECORDED:
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.config, name)
+        table_VD = self._table(use_cache)
         outputs = self.backbone(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=self._input_states(inputs_embeds),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -249,32 +256,43 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
         )
         states_BTD = outputs.last_hidden_state
         amplitude_BT = self.amplitude(states_BTD)
+        if shift_labels is None and labels is not None:
+            shift_labels = _shifted(labels, segment_ids)
         terms = logits = None
-        if labels is None:
+        if shift_labels is not None:
+            terms = self._terms(
+                states_BTD, table_VD, amplitude_BT, shift_labels, signals, objective, num_items_in_batch
+            )
+        if skip_logits is None:
+            skip_logits = self.training and terms is not None
+        if not skip_logits:
             logits = self.logits(slice_logits_to_keep(states_BTD, logits_to_keep), table_VD)
-        else:
-            terms = self._objective_terms(states_BTD, table_VD, amplitude_BT, labels, signals, objective, token_count)
         return IndraQuantumOutput(
             loss=None if terms is None else terms.total,
             logits=logits,
-            terms=terms,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             magnitude=amplitude_BT.abs(),
             phase=amplitude_BT.angle(),
-            past_key_values=outputs.past_key_values,
+            terms=terms,
         )
 
-    def _objective_terms(
+    def _terms(
         self,
         states_BTD: Tensor,
         table_VD: Tensor,
         amplitude_BT: Tensor,
-        labels_BT: Tensor,
+        shift_labels_BT: Tensor,
         signals: TeacherSignals | None,
         objective: SemanticDistillationLoss | None,
-        token_count: int | Tensor | None,
+        num_items_in_batch: float | Tensor | None,
     ) -> Any:
         from indraquantum.loss_v2 import SemanticDistillationLoss
 
+        if shift_labels_BT.shape != amplitude_BT.shape:
+            got, must = tuple(shift_labels_BT.shape), tuple(amplitude_BT.shape)
+            raise ValueError(f"labels: got shape {got}; must be (B, T) = {must}")
         if objective is None:
             weights = (0.0, 0.0, 0.0) if signals is None else (0.05, 0.1, 0.1)
             objective = SemanticDistillationLoss(*weights, head=self.config.head)
@@ -283,12 +301,13 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
         return objective(
             states_BTD.flatten(0, 1),
             table_VD,
-            labels_BT.flatten(),
+            shift_labels_BT.flatten().to(states_BTD.device),
             bias_V=self.bias_V,
             scale=self.scale,
             signals=signals,
             amplitude_N=amplitude_BT.flatten(),
-            token_count=token_count,
+            # A step without any label has a loss of 0, here as elsewhere.
+            token_count=None if num_items_in_batch is None else max(1.0, float(num_items_in_batch)),
         )
 
     @torch.no_grad()
@@ -351,3 +370,5 @@ class IndraQuantumPhase2(PreTrainedModel, GenerationMixin):
 
 
 AutoModelForCausalLM.register(IndraQuantumConfig, IndraQuantumPhase2)
+# Trainer's label smoothing shifts the labels only of classes that are named here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[IndraQuantumConfig.model_type] = IndraQuantumPhase2.__name__

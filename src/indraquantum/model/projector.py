@@ -55,7 +55,11 @@ class PhaseLinear(nn.Linear):
         init.zeros_(self.bias)
 
 
-MAGNITUDES = {"softplus": F.softplus, "exp": torch.exp, "linear": lambda magnitude: magnitude}
+def _unchanged(magnitude: Tensor) -> Tensor:  # has a name, so that a model can be pickled
+    return magnitude
+
+
+MAGNITUDES = {"softplus": F.softplus, "exp": torch.exp, "linear": _unchanged}
 
 
 class QuantumProjector(nn.Module):

@@ -1,0 +1,44 @@
+"""What a forward pass returns, and the names of the arguments that it passes on.
+
+Legend: B batch, T positions, V vocabulary, D real width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import TransformersKwargs
+
+# What transformers may pass to any model and what the Llama layers read; this model has no router.
+PASSED_ON = frozenset(TransformersKwargs.__annotations__) - {"output_router_logits"}
+
+
+@dataclass
+class IndraQuantumOutput(CausalLMOutputWithPast):
+    """What Llama's forward returns, and the readouts; fields that do not apply are None.
+
+    As a tuple (`return_dict=False`, or an index) it is what Llama's is: loss, logits, past_key_values, hidden_states,
+    attentions. `hidden_states` begins with the lifted inputs and ends with the states psi, all (B, T, D).
+    """
+
+    magnitude: Tensor | None = None  # (B, T) |c|, the state's own confidence
+    phase: Tensor | None = None  # (B, T) arg c in (-pi, pi], the state's own uncertainty
+    terms: Any = None  # loss_v2's named terms, if there were labels
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return Llama's fields in Llama's order, without those that are None."""
+        fields = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
+        return tuple(self[name] for name in fields if name in self)
+
+
+def unknown_argument(name: str, function: Callable[..., Any]) -> TypeError:
+    """Return the error for an argument that neither `function` nor PASSED_ON knows, with the one that may be meant."""
+    close = difflib.get_close_matches(name, {*PASSED_ON, "shift_labels", *inspect.signature(function).parameters}, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return TypeError(f"forward() got an unexpected keyword argument '{name}'{hint}")

@@ -1,0 +1,122 @@
+"""The vocabulary at both ends of the model: one table of embeddings, lifted for the head by the projector.
+
+What changes the number of tokens, what replaces or wraps the table, and when it must be lifted anew.
+
+Legend: V vocabulary, d complex width, D real width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from indraquantum.model.kept_table import KeptTable
+
+
+class LiftedVocabulary:
+    """A part of IndraQuantumPhase2, which has `embedding`, `projector`, `head` and `_lift`."""
+
+    _input_embed_layer = "embedding"
+
+    def __init__(self, *arguments: object, **keywords: object) -> None:
+        super().__init__(*arguments, **keywords)
+        self._lifted_VD: Tensor | None = None
+        self._kept = KeptTable()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the table E (V, d), which is the head's table too.
+
+        Raises:
+            ValueError: the new table has another shape; `resize_token_embeddings` changes the number of tokens.
+        """
+        expected = (self.config.vocab_size, self.config.d_model)
+        if value is not self.embedding and tuple(value.weight.shape) != expected:
+            raise ValueError(f"embeddings: got shape {tuple(value.weight.shape)}; must be (V, d) = {expected}")
+        super().set_input_embeddings(value)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return the module of that name; by BERT's name for the embedding too, which PEFT's prompt tuning asks for."""
+        return self.embedding if target == "embeddings.word_embeddings" else super().get_submodule(target)
+
+    def get_output_embeddings(self) -> None:
+        """Nothing: the head has no table of its own, it lifts the input embeddings."""
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Refuse: the head has no table of its own.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "set_output_embeddings: the head has no table of its own, it lifts the input embeddings; "
+            "use set_input_embeddings or resize_token_embeddings"
+        )
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Change the number of tokens V as transformers does, and the head's bias with it.
+
+        Args:
+            new_num_tokens: the new V; tokens are added or removed at the end. None leaves it.
+            pad_to_multiple_of: round V up to a multiple of this number.
+            mean_resizing: draw new embeddings around the mean of the old ones, and give new tokens their mean bias;
+                otherwise draw them as a new model's, with a bias of 0.
+
+        Returns:
+            The embedding.
+        """
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        # transformers changes the parameter in place, to which an earlier graph or gradient of the old size may cling.
+        embedding.weight = nn.Parameter(embedding.weight.detach(), requires_grad=embedding.weight.requires_grad)
+        self.head.resize(self.config.vocab_size, mean_resizing)
+        return embedding
+
+    def lift_table(self) -> Tensor:
+        """Return the states (V, D) of all tokens: the projector applied to the whole table."""
+        embedding = self.embedding
+        if _is_plain(embedding):
+            return self._lift(self.projector, embedding.weight)
+        # An adapter around the embedding, for example, adds to what its weight alone would give.
+        return self._lift(self.projector, embedding(torch.arange(self.config.vocab_size, device=self.bias_V.device)))
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Lift the table once for all gradient-free forward passes inside; the weights must not change meanwhile."""
+        before = self._lifted_VD
+        with torch.no_grad():
+            self._lifted_VD = self._kept_table()
+        try:
+            yield
+        finally:
+            self._lifted_VD = before
+
+    def _table(self, use_cache: bool) -> Tensor:
+        """Return the lifted table (V, D).
+
+        Without gradients it is that of `lifted()` where that is open, and in calls that may be steps of a decoding loop
+        the one that was kept from the last.
+        """
+        if torch.is_grad_enabled():
+            self._kept.drop()
+            return self.lift_table()
+        if self._lifted_VD is not None:
+            return self._lifted_VD
+        return self._kept_table() if use_cache else self.lift_table()
+
+    def _kept_table(self) -> Tensor:
+        """The table of the last call that came here; lifted anew where that may differ."""
+        modules = list(self.projector.modules())
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        if hooked or not all(map(_is_plain, [self.embedding, *modules])):
+            return self.lift_table()  # it may depend on more than the weights
+        return self._kept.get([self.embedding.weight, *self.projector.parameters()], self.lift_table)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether `module` computes what its class and weights say: no adapter around it, no other forward in its place."""
+    of_class = type(module).__module__.startswith(("torch.nn.modules.", "indraquantum."))
+    return of_class and "forward" not in vars(module)
