@@ -227,10 +227,14 @@ def save_rows(path, rows):
     return path
 
 
-def test_a_pickle_is_one_document_a_row(tmp_path, tokenizer_folder):
-    rows = [*ROWS, {"input_ids": [BOS, 7, 8, 9, 10], "attention_mask": [1] * 5, "more": "ignored"}]
+def test_a_pickle_is_one_document_a_row(tmp_path, tokenizer_folder, capsys):
+    rows = [*ROWS, {"input_ids": [BOS, 7, 8, 9, 10], "attention_mask": [1] * 5, "more": 3, "labels": [-100] * 5}]
     path = save_rows(tmp_path / "p.pkl", rows)
     dataset = open_dataset("--data", path, str(tokenizer_folder))
+    said = capsys.readouterr().err
+    assert f"note: {path}: 1 rows have 'labels', which is not used: every real token is learned\n" in said
+    assert f"note: {path}: 1 rows have 'more', which is not used\n" in said
+    assert dataset.manifest["sources"][0]["unused_fields"] == {"more": 1, "labels": 1}
     assert (dataset.validation.num_rows, dataset.train.num_rows) == (4, 10)
     seen = []
     for split in (dataset.train, dataset.validation):

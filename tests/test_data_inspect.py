@@ -9,8 +9,10 @@ import pytest
 
 from indraquantum import cli
 from indraquantum.data.dataset import open_dataset, write_dataset
+from indraquantum.data.padded import write_checksum, write_padded
 from indraquantum.data.tokenizer import load_tokenizer
 from indraquantum.errors import UserError
+from indraquantum.files import sha256_of
 from test_data_dataset import make_split
 from tiny_tokenizer import BOS, EOS, ids, save_tiny_tokenizer
 
@@ -64,6 +66,18 @@ def test_verify_finds_one_flipped_bit_in_any_file(folder, capsys):
         assert (status, out, err.count("\n")) == (2, "", 1), path
         assert str(path if path.suffix == ".json" else path.parent) in err
         path.write_bytes(whole)
+
+
+def test_verify_of_a_pickle_needs_its_checksum(tmp_path, capsys):
+    path = tmp_path / "m.pkl"
+    write_padded(path, [np.array([4, 9, 2])], 5, 2)
+    status, _, err = run(capsys, "data", "verify", path)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "must have its checksum beside it, m.pkl.json" in err
+    write_checksum(path, sha256_of(path))
+    assert run(capsys, "data", "verify", path)[0] == 0
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert run(capsys, "data", "verify", path)[0] == 2
 
 
 def test_a_damaged_tokenizer_is_noticed_at_its_first_use(folder):

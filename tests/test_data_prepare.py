@@ -220,7 +220,7 @@ def test_a_second_run_replaces_the_first_but_nobody_elses_folder(tmp_path):
     prepare(chosen)
     report = prepare(chosen.model_copy(update={"max_length": 9}))
     assert open_dataset("--data", report.folder).row_length == 9
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mixed", "mixed.pkl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mixed", "mixed.pkl", "mixed.pkl.json"]
     (report.folder / "manifest.json").write_text("{}")
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match="no prepared dataset"):

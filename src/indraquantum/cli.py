@@ -136,12 +136,12 @@ def info(path: Path = Path("data/mixed_train"), /, *, tokenizer: str | None = No
 
 @data.command
 def verify(path: Path = Path("data/mixed_train"), /) -> None:
-    """Check every hash of a prepared folder, and that its arrays fit together.
+    """Check every hash of a prepared folder, and that its arrays fit together; or the checksum of a pickle.
 
     Parameters
     ----------
     path:
-        The prepared folder.
+        The prepared folder, or a pickle.
     """
     from indraquantum.data.inspect import verify as run
 

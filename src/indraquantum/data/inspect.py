@@ -8,6 +8,7 @@ import numpy as np
 
 from indraquantum.config import ShowSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
+from indraquantum.data.padded import checksum_path, verify_checksum
 from indraquantum.data.split import Split
 from indraquantum.errors import UserError
 
@@ -49,13 +50,15 @@ def describe(path: Path, tokenizer: str | None = None) -> str:
 
 
 def verify(path: Path) -> str:
-    """Read every byte of a prepared folder and return what was checked.
+    """Read every byte of a prepared folder, or of a pickle with a checksum, and return what was checked.
 
     Raises:
-        UserError: naming the first file that is not what was written, or a pickle, which carries no hashes.
+        UserError: naming the first file that is not what was written, or a pickle without its checksum.
     """
     if path.is_file():
-        raise UserError(FIELD, path, "must be a prepared folder; a pickle carries no hashes")
+        if not verify_checksum(FIELD, path):
+            raise UserError(FIELD, path, f"must have its checksum beside it, {checksum_path(path).name}")
+        return f"{path}: {path.stat().st_size:,} bytes, all as they were written"
     manifest = open_dataset(FIELD, path, verify=True).manifest
     size = sum(facts["bytes"] for facts in manifest["files"].values())
     return f"{path}: {len(manifest['files'])} files, {size:,} bytes, all as they were written"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from indraquantum.data.safe_pickle import load_plain_pickle
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
+from indraquantum.files import check_manifest_json, read_json, sha256_of, write_manifest_json
 
 PROTOCOL = 4  # read by every Python since 3.4; a fixed number keeps the bytes the same
 KEYS = (b"input_ids", b"attention_mask")
@@ -46,6 +49,38 @@ def write_padded(path: Path, documents: Iterable[np.ndarray], row_length: int, p
         while chunk := list(itertools.islice(remaining, CHUNK_ROWS)):
             file.write(pickle.MARK + _records(chunk, row_length, padding_id).tobytes() + pickle.APPENDS)
         file.write(pickle.STOP)
+
+
+def checksum_path(path: Path) -> Path:
+    """The small JSON beside a pickle that says what its bytes must be."""
+    return path.with_name(f"{path.name}.json")
+
+
+def write_checksum(path: Path, digest: str) -> None:
+    """Write a pickle's size and its SHA-256 `digest` beside it."""
+    facts = {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    write_manifest_json(checksum_path(path), facts)
+
+
+def verify_checksum(field: str, path: Path) -> bool:
+    """Check a pickle's every byte against the checksum beside it; whether there is one.
+
+    Raises:
+        UserError: the pickle, or the checksum's own file, is not what was written.
+    """
+    there = checksum_path(path)
+    if not there.exists():
+        return False
+    check_manifest_json(field, there)
+    facts = read_json(field, there)
+    if (facts.get("file"), facts.get("bytes"), facts.get("sha256")) != (
+        path.name, path.stat().st_size, sha256_of(path),
+    ):  # fmt: skip
+        allowed = (
+            f"is damaged: it is not the file that {there.name} tells of; if it was changed on purpose, remove that"
+        )
+        raise UserError(field, path, allowed)
+    return True
 
 
 def _records(documents: Sequence[np.ndarray], row_length: int, padding_id: int) -> np.ndarray:
@@ -83,7 +118,8 @@ def open_pickle(field: str, path: Path, tokenizer: str | TextTokenizer | None) -
 
     Args:
         field: The option to name in an error.
-        path: The pickle; more keys than the two in a row are ignored.
+        path: The pickle. Where its checksum stands beside it, every byte is checked first. What a row has under more
+            keys than the two is not used; the manifest's `unused_fields` count it, and a line on stderr says so.
         tokenizer: Folder, file or hub id, or the tokenizer itself; a pickle carries none.
 
     Raises:
@@ -93,8 +129,17 @@ def open_pickle(field: str, path: Path, tokenizer: str | TextTokenizer | None) -
         raise UserError("--tokenizer", None, f"must be given, because the pickle {path} carries no tokenizer")
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer("--tokenizer", tokenizer)
-    rows = _check_rows(field, path, load_plain_pickle(field, path), tokenizer.vocabulary_size)
+    try:
+        verify_checksum(field, path)
+    except OSError as error:
+        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
+    content = load_plain_pickle(field, path)
+    rows = _check_rows(field, path, content, tokenizer.vocabulary_size)
     row_length = rows.row_length
+    unused = Counter(str(key) for row in content for key in row if key not in ("input_ids", "attention_mask"))
+    for key, count in unused.items():
+        instead = ": every real token is learned" if key == "labels" else ""
+        print(f"note: {path}: {count:,} rows have {key!r}, which is not used{instead}", file=sys.stderr)
     held = choose_held_out([[document.tobytes() for document in rows.documents]])[0] == VALIDATION
     if not held.any():
         raise UserError(field, path, "must hold at least 2 different rows, one of them to be held out")
@@ -117,7 +162,14 @@ def open_pickle(field: str, path: Path, tokenizer: str | TextTokenizer | None) -
         "eos_id": tokenizer.eos_id,
         "tokenizer_sha256": tokenizer.sha256,
         "content_sha256": digest,
-        "sources": [{"name": SOURCE, "documents": len(held), "validation_documents": int(held.sum())}],
+        "sources": [
+            {
+                "name": SOURCE,
+                "documents": len(held),
+                "validation_documents": int(held.sum()),
+                "unused_fields": dict(unused),
+            }
+        ],
     }
     return PreparedDataset(splits["train"], splits["validation"], row_length, (SOURCE,), tokenizer, digest, manifest)
 

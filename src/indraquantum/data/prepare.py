@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +25,12 @@ from indraquantum.data.held_out import SPLITS, TEST, VALIDATION
 from indraquantum.data.large import Spool, chunks, release
 from indraquantum.data.mixture import DrawnSource, Mixture, draw_sources, random_order, source_options
 from indraquantum.data.packing import pack
-from indraquantum.data.padded import write_padded
+from indraquantum.data.padded import checksum_path, write_checksum, write_padded
+from indraquantum.data.scratch import scratch_folder
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, make_folder
+from indraquantum.files import atomic_file, make_folder, sha256_of
 
 WINDOW_DOCUMENTS = 1 << 17  # packed together
 CHUNK_ROWS = 1 << 10  # moved at once; each may touch 64 kB of a mapped file, which stay in memory until released
@@ -99,9 +99,9 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
     options = settings.model_dump(mode="json", exclude={"output"})
     make_folder("--output", settings.output.parent)
     try:
-        with tempfile.TemporaryDirectory(dir=settings.output.parent, prefix=".prepare-") as spool:
+        with scratch_folder(settings.output.parent, [settings.output, folder, checksum_path(settings.output)]) as spool:
             used = [part for part in range(len(SPLITS)) if any((s.parts == part).any() for s in mixture.sources)]
-            sides = {SPLITS[part]: _Side(Path(spool), part, tokenizer.dtype) for part in used}
+            sides = {SPLITS[part]: _Side(spool, part, tokenizer.dtype) for part in used}
             reports = tuple(
                 _encode(source, number, sides, tokenizer, settings.max_length)
                 for number, source in enumerate(mixture.sources)
@@ -112,6 +112,10 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
                 rows = _in_pickle_order(splits["train"], settings.seed)
                 write_padded(temporary, rows, settings.max_length, tokenizer.eos_id)
                 write_dataset(folder, splits, facts, tokenizer, options, mixture.skipped)
+                digest = sha256_of(temporary)
+                # A kill from here on leaves a pickle without its checksum, never one beside another's.
+                checksum_path(settings.output).unlink(missing_ok=True)
+            write_checksum(settings.output, digest)
             return _report(settings, folder, splits, reports, mixture)
     except OSError as error:
         raise UserError("--output", settings.output, f"could not be written ({error.strerror})") from None
