@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from indraquantum.memory import peak_bytes
 
 LINES = 1024  # given to encode_batch at once, as the preparation does
 
@@ -60,8 +61,8 @@ def main() -> None:
         if arguments.only:
             started = time.perf_counter()
             tokens = RUNS[arguments.only](arguments.text, arguments.tokenizer, Path(folder))
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(json.dumps({"tokens": tokens, "seconds": time.perf_counter() - started, "peak_mib": peak}))
+            seconds = time.perf_counter() - started
+            print(json.dumps({"tokens": tokens, "seconds": seconds, "peak": peak_bytes()}))
             return
         repeated = Path(folder) / "text.tokens"
         for copies in arguments.copies:
@@ -73,7 +74,8 @@ def main() -> None:
                 command = [sys.executable, __file__, repeated, arguments.tokenizer, "--only", name]
                 figures = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
                 rate = figures["tokens"] / figures["seconds"]
-                print(f"  {name:12} {rate:12,.0f} tokens/s {figures['seconds']:8.1f} s {figures['peak_mib']:8,.0f} MiB")
+                peak = "unknown" if figures["peak"] is None else f"{figures['peak'] / 2**20:,.0f} MiB"
+                print(f"  {name:12} {rate:12,.0f} tokens/s {figures['seconds']:8.1f} s {peak:>12}")
 
 
 if __name__ == "__main__":

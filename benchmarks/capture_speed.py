@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import pkgutil
-import resource
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from indraquantum.config import CaptureSettings
 from indraquantum.data.split import Split
+from indraquantum.memory import peak_bytes
 from indraquantum.teacher.manifest import Manifest, statistics_of
 from indraquantum.teacher.shard_worker import Job, Plan, ShardWorker
 from indraquantum.teacher.teacher_model import ModelAsker, Teacher
@@ -180,7 +180,7 @@ def main() -> None:
     for name, seconds in spent.items():
         print(f"  {name:28} {seconds / tokens * 1e6:8.1f} us a token, {seconds / bare_cpu:6.2%} of the bare pass (CPU)")
     print(f"distinct ids       {shard['ids']:10.1f} a position, {shard['bytes']:.1f} bytes")
-    print(f"peak memory        {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:10.2f} GiB")
+    print(f"peak memory        {(peak_bytes() or float('nan')) / 2**30:10.2f} GiB")
     if device.type == "cuda":
         print(f"peak on the device {torch.cuda.max_memory_allocated() / 2**30:10.2f} GiB")
     print(f"{USER_POSITIONS / 1e6} M positions {USER_POSITIONS / rate / 3600:8.2f} hours")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before any test imports them: libraries that would ask a hub must fail at once instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +19,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = os.environ.get("INDRA_TEST_THREADS", "1")
 # The tests are of the CPU, and many fork, which a process that has used CUDA can't.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# The same examples each time, however slow the machine is.
+settings.register_profile(
+    "same", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "indraquantum"
 # A module may import from its own level and from those before it.
 LEVELS = (
-    {"config", "errors", "files", "strategy", "yaml_settings", "__init__"},
+    {"config", "errors", "files", "memory", "strategy", "yaml_settings", "__init__"},
     {"device", "metrics", "trackers", "processes"},
     {"kernels", "model"},
     {"data", "loss_v2"},

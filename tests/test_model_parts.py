@@ -152,7 +152,7 @@ def test_readout_gradient_is_finite_at_zero(readout_class):
     assert states.grad.isfinite().all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(-1, 3), min_size=11, max_size=11), min_size=1, max_size=3))
 def test_document_mask_by_definition(rows):
     mask = document_mask(torch.tensor(rows))

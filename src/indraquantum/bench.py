@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from indraquantum.memory import held_bytes, peak_bytes, restart_peak
+
 CUBE = 2048  # the square matrix product whose rate stands for the machine's limit
 MEBIBYTE = 2**20
 
@@ -28,17 +30,19 @@ class Figure:
     """One measured number and what it should be."""
 
     name: str
-    value: float
+    value: float | None  # None where it can't be measured on this system
     unit: str
     goal: float | None  # None where the number is context
     is_upper_limit: bool  # whether the goal is the most, not the least
     detail: str
 
     @property
-    def is_reached(self) -> bool:
-        """Whether the goal is met; a figure without one always is."""
+    def is_reached(self) -> bool | None:
+        """Whether the goal is met; a figure without one always is. None where the value is unknown."""
         if self.goal is None:
             return True
+        if self.value is None:
+            return None
         return self.value <= self.goal if self.is_upper_limit else self.value >= self.goal
 
 
@@ -130,18 +134,26 @@ def objective_speed(shape: Shape = Shape(), repeats: int = 7) -> list[Figure]:
 
 
 def objective_memory(rows: Sequence[int] = (512, 4096, 65_536), shape: Shape = Shape()) -> list[Figure]:
-    """Memory beyond inputs and gradients for each number of rows; each in a process of its own (Linux only)."""
+    """Memory beyond inputs and gradients for each number of rows; each in a process of its own."""
     figures = []
     for num_rows in rows:
-        command = [sys.executable, "-m", "indraquantum.bench", str(num_rows), str(shape.width)]
-        command += [str(shape.vocabulary), str(shape.kept)]
-        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        extra = int(done.stdout) / MEBIBYTE
+        extra = bytes_measured_by("indraquantum.bench", num_rows, shape.width, shape.vocabulary, shape.kept)
         detail = f"CE + KD forward and backward, N {num_rows}"
-        figures.append(Figure(f"extra_memory_{num_rows}", extra, "MiB", 64.0, True, detail))
+        value = None if extra is None else extra / MEBIBYTE
+        figures.append(Figure(f"extra_memory_{num_rows}", value, "MiB", 64.0, True, detail))
     return figures
+
+
+def bytes_measured_by(module: str, *arguments: object) -> int | None:
+    """What `python -m module arguments` measures in a process of its own; None where it can't, or does not end well."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+    if done.returncode:
+        said = f"ended with status {done.returncode}; its memory is unknown"
+        print(f"warning: python -m {module} {said}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.split()[-1])
 
 
 def figures_table(figures: Sequence[Figure]) -> str:
@@ -149,8 +161,8 @@ def figures_table(figures: Sequence[Figure]) -> str:
     lines = []
     for figure in figures:
         goal = "" if figure.goal is None else f"{'at most' if figure.is_upper_limit else 'at least'} {figure.goal}"
-        verdict = "" if figure.goal is None else ("yes" if figure.is_reached else "NO")
-        value = f"{figure.value:.3g} {figure.unit}".strip()
+        verdict = "" if figure.goal is None else {True: "yes", False: "NO", None: "?"}[figure.is_reached]
+        value = "unknown" if figure.value is None else f"{figure.value:.3g} {figure.unit}".strip()
         lines.append(f"{figure.name:<32} {value:>14}  {goal:<14} {verdict:<4} {figure.detail}")
     return "\n".join(lines)
 
@@ -211,24 +223,18 @@ class _Case:
         self.states_ND.grad = self.table_VD.grad = None
 
 
-def _extra_bytes(shape: Shape) -> int:
+def _extra_bytes(shape: Shape) -> int | None:
     """Peak of this process over one step, minus what it held before and minus the gradients."""
     case = _Case(shape)
     _Case(Shape(64, shape.width, 2048, shape.kept)).distillation()  # libraries set themselves up at first use
-    before = process_memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # restarts the peak, see proc(5)
+    # Where the peak can't begin again, it stands in for what is held now; that it was higher makes the figure smaller.
+    before = held_bytes() if restart_peak() else peak_bytes()
     case.distillation()
-    gradients = 4 * (case.states_ND.numel() + case.table_VD.numel())
-    return process_memory("VmHWM") - before - gradients
-
-
-def process_memory(field: str) -> int:
-    """A field of this process's status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+    after = peak_bytes()
+    if before is None or after is None:
+        return None
+    return after - before - 4 * (case.states_ND.numel() + case.table_VD.numel())
 
 
 if __name__ == "__main__":
-    print(_extra_bytes(Shape(*map(int, sys.argv[1:]))))
+    print(json.dumps(_extra_bytes(Shape(*map(int, sys.argv[1:])))))

@@ -12,13 +12,11 @@ Legend: B rows, T positions, N labelled positions, D real width, V vocabulary, K
 
 from __future__ import annotations
 
-import os
-import subprocess
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -26,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indraquantum.bench import CUBE, MEBIBYTE, Figure, interleaved_seconds, process_memory
+from indraquantum.bench import CUBE, MEBIBYTE, Figure, bytes_measured_by, interleaved_seconds
 from indraquantum.data.packing import packed_split
 from indraquantum.data.split import Split
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
+from indraquantum.memory import peak_bytes
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.training.parallel import Alone
@@ -241,26 +240,21 @@ def step_speed(shape: StepShape = StepShape(), repeats: int = 5) -> list[Figure]
 
 
 def step_memory(shape: StepShape = StepShape()) -> list[Figure]:
-    """Peak memory of a step of ours against the Llama's, each in a process of its own (Linux only)."""
-    peak = {}
-    for name in ("ours", "llama", "straightforward"):
-        sizes = [str(size) for size in astuple(shape)]
-        command = [sys.executable, "-m", "indraquantum.bench_step", name, *sizes]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        peak[name] = int(done.stdout.split()[-1]) / MEBIBYTE
-    detail = ", ".join(f"{name} {value:.0f} MiB" for name, value in peak.items())
-    ratio = peak["ours"] / peak["llama"]
+    """Peak memory of a step of ours against the Llama's, each in a process of its own."""
+    names, sizes = ("ours", "llama", "straightforward"), astuple(shape)
+    peak = {name: bytes_measured_by("indraquantum.bench_step", name, *sizes) for name in names}
+    detail = ", ".join(f"{name} {'unknown' if x is None else f'{x / MEBIBYTE:.0f} MiB'}" for name, x in peak.items())
+    ratio = peak["ours"] / peak["llama"] if peak["ours"] and peak["llama"] else None
     return [Figure("step_memory_against_llama", ratio, "x", 0.5, True, f"peak of a process: {detail}")]
 
 
-def _peak_bytes(name: str, shape: StepShape) -> int:
+def _peak_bytes(name: str, shape: StepShape) -> int | None:
     """Peak resident memory of this process after two steps."""
     step = CANDIDATES[name](shape).step
     step()
     step()
-    return process_memory("VmHWM")  # getrusage would give the parent's peak where that was larger
+    return peak_bytes()
 
 
 if __name__ == "__main__":
-    print(_peak_bytes(sys.argv[1], StepShape(*map(int, sys.argv[2:]))))
+    print(json.dumps(_peak_bytes(sys.argv[1], StepShape(*map(int, sys.argv[2:])))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import statistics
 import time
@@ -13,7 +12,6 @@ from typing import Any
 from indraquantum.ablation.results import Record, write_record
 from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Task
-from indraquantum.bench import process_memory
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
@@ -24,6 +22,7 @@ from indraquantum.evaluation.figures import alignment_with, figures_by_source, p
 from indraquantum.evaluation.halves import Half, bytes_by_source, documents_of_half, of_documents
 from indraquantum.evaluation.samples import write_samples
 from indraquantum.evaluation.write import load_model
+from indraquantum.memory import peak_bytes
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training.loop import train
@@ -52,7 +51,7 @@ def run_task(task: Task) -> None:
         record |= {"status": "failed", "line": str(stopped), "curve": curve(metrics_path)}
         write_record(task.result, record)
     else:
-        peak = peak_memory() if report.steps > steps_before else None  # else another process did the work
+        peak = peak_bytes() if report.steps > steps_before else None  # else another process did the work
         timing = {
             "tokens_per_second": tokens_per_second(metrics_path),
             "peak_memory_bytes": peak,
@@ -101,14 +100,6 @@ def tokens_per_second(metrics_path: Path) -> float | None:
     """The median over the steps, evaluations and checkpoints left out."""
     rates = [line["tokens_per_second"] for line in read_metrics(metrics_path)]
     return statistics.median([rate for rate in rates if rate is not None] or [float("nan")])
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes."""
-    try:
-        return process_memory("VmHWM")  # the process's own, where there is /proc
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def drop_checkpoints(task: Task) -> None:
