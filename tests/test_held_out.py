@@ -33,11 +33,16 @@ def test_perplexity_of_a_uniform_guess_is_the_vocabulary():
     assert perplexity(math.log(31)) == pytest.approx(31)
 
 
-def test_unigram_counts_every_training_token_and_one_more(world):
+def test_unigram_counts_every_training_label_and_one_more(world):
+    """Labels, not tokens: a document's first token, BOS, is never one."""
     dataset = open_dataset("--data", world.data)
     counts = [1] * dataset.tokenizer.vocabulary_size
-    for token in dataset.train.tokens.tolist():
-        counts[token] += 1
+    for row in range(dataset.train.num_rows):
+        for label in dataset.train.batch(np.array([row])).labels[0].tolist():
+            if label >= 0:
+                counts[label] += 1
+    assert counts[dataset.tokenizer.bos_id] == 1
+    assert sum(counts) == len(counts) + len(dataset.train.tokens) - dataset.train.num_documents
     losses = {name: [] for name in dataset.source_names}
     for document, source in enumerate(dataset.validation.document_sources):
         start, stop = dataset.validation.document_offsets[document : document + 2]

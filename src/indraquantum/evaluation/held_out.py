@@ -57,8 +57,14 @@ def held_out_cross_entropy(
 
 
 def unigram_cross_entropy(dataset: PreparedDataset) -> dict[str, float]:
-    """Cross-entropy of the training tokens' frequencies (one added to each) on the validation split, nats per token."""
-    counts_V = np.bincount(dataset.train.tokens, minlength=dataset.tokenizer.vocabulary_size) + 1
+    """Cross-entropy of the training labels' frequencies (one added to each) on the validation split, nats per token.
+
+    A document's first token is never predicted, so that it counts nowhere: else BOS, one in a hundred tokens, would take
+    probability from all that are.
+    """
+    train, size = dataset.train, dataset.tokenizer.vocabulary_size
+    firsts = train.tokens[train.document_offsets[:-1]]
+    counts_V = np.bincount(train.tokens, minlength=size) - np.bincount(firsts, minlength=size) + 1
     losses_V = np.log(counts_V.sum()) - np.log(counts_V)
     validation = list(batches(dataset.validation))
     labels = np.concatenate([batch.labels[batch.labels >= 0] for batch in validation])
