@@ -103,7 +103,7 @@ def test_figures_of_a_half_are_those_of_its_documents_alone(dataset, model, half
     data, texts = dataset
     split, documents = data.validation, documents_of_half(data, half)
     found = of_documents(predict(model, split, torch.device("cpu")), split, documents)
-    measured = figures_by_source(found, bytes_by_source(data, documents))
+    measured = figures_by_source(found, bytes_by_source(data, data.validation, documents))
     losses, hits, sizes = ({0: [], 1: []} for _ in range(3))
     for start, length in split.pieces.tolist():  # a piece restarts its positions: the reference runs each alone
         document = int(np.searchsorted(split.document_offsets, start, side="right") - 1)

@@ -348,7 +348,10 @@ class EvalSettings(WeightsSettings, DeviceSettings):
     """One checkpoint's figures on held-out text."""
 
     data: Path = Path("data/mixed_train")
-    """The prepared dataset whose held-out side is predicted."""
+    """The prepared dataset whose held-out documents are predicted."""
+    split: Literal["validation", "test"] = "validation"
+    """Which held-out documents. Keep test for a last report and choose nothing by it. Each reading of it is recorded
+    beside the data."""
     text: str | None = None
     """A text file to predict instead: each line that is not blank and no heading is a document."""
     row_length: int = Field(default=128, ge=8, le=32_768)
@@ -380,6 +383,9 @@ class AblateSettings(DeviceSettings):
     """Leave the last checkpoint of each run in the work folder."""
     dry_run: bool = False
     """Print variants, parameters, steps and tokens, and run nothing."""
+    final: bool = False
+    """When all runs are done, measure each on the dataset's test split too, once, for a last report. It needs their
+    checkpoints, and keeps those of the runs that are still to be done."""
     report_only: bool = False
     """Make the report anew from the JSONs that are there, and run nothing."""
 

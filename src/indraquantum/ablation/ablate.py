@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from indraquantum.ablation.final import measure_finally
 from indraquantum.ablation.one_run import drop_checkpoints
 from indraquantum.ablation.plan import Plan, load_plan
 from indraquantum.ablation.processes import run_tasks
@@ -15,6 +16,7 @@ from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Bench, Task
 from indraquantum.config import AblateSettings
 from indraquantum.errors import UserError
+from indraquantum.evaluation.final import require_test_split
 from indraquantum.files import folder_lock, make_folder
 
 
@@ -32,17 +34,17 @@ def ablate(path: Path, settings: AblateSettings) -> Path | None:
     plan = load_plan(path)
     plan = plan.model_copy(update={"data": settings.data or plan.data, "signals": settings.signals or plan.signals})
     results = settings.output or Path("results") / plan.name
+    _check_together(settings)
     if settings.report_only:
-        if settings.dry_run or settings.only:
-            other = "--dry-run" if settings.dry_run else "--only"
-            raise UserError(
-                other, "given", "must not stand beside --report-only, which runs nothing and reports on all"
-            )
         return write_report(plan, results)
+    command = command_line(path, settings)
+    settings = settings.model_copy(update={"keep_checkpoints": settings.keep_checkpoints or settings.final})
     work = settings.work or Path("runs") / "ablate" / plan.name
     variants = _variants(plan, settings.only)
-    bench = Bench(plan, settings, results, work, command_line(path, settings))
+    bench = Bench(plan, settings, results, work, command)
     bench.check()
+    if settings.final:
+        require_test_split("--final", bench.dataset)
     if settings.dry_run:
         print(overview(bench, variants))
         return None
@@ -60,7 +62,9 @@ def ablate(path: Path, settings: AblateSettings) -> Path | None:
             tasks += [bench.run(variant, seed, chosen) for seed in plan.seeds]
         # Seed by seed, so that a stopped ablation has whole pairs.
         without += _run(bench, sorted(tasks, key=lambda task: plan.seeds.index(task.settings.seed)))
-    missing = without and UserError("ablate", path, f"{len(without)} runs have no result; the first: {without[0]}")
+        missing = without and UserError("ablate", path, f"{len(without)} runs have no result; the first: {without[0]}")
+        if settings.final and not missing:
+            measure_finally(bench, tasks, command)
     try:
         report = write_report(plan, results)
     except UserError as error:
@@ -68,6 +72,19 @@ def ablate(path: Path, settings: AblateSettings) -> Path | None:
     if missing:
         raise missing
     return report
+
+
+def _check_together(settings: AblateSettings) -> None:
+    """Refuse options that contradict each other."""
+    alone = {"--report-only": settings.report_only, "--final": settings.final}
+    others = {"--dry-run": settings.dry_run, "--only": settings.only, "--final": settings.final}
+    for option, why in (
+        ("--report-only", "which runs nothing and reports on all"),
+        ("--final", "which is about all runs of the plan, once they are done"),
+    ):
+        for other, given in others.items():
+            if alone[option] and given and other != option:
+                raise UserError(other, "given", f"must not stand beside {option}, {why}")
 
 
 def _variants(plan: Plan, only: tuple[str, ...] | None) -> list[str]:

@@ -71,7 +71,7 @@ def measure(checkpoint: Path, settings: TrainSettings, half: Half, signals_path:
     documents_U = documents_of_half(dataset, half)
     model, tokenizer = load_model(checkpoint, device)
     found = of_documents(predict(model, dataset.validation, device), dataset.validation, documents_U)
-    sources = figures_by_source(found, bytes_by_source(dataset, documents_U))
+    sources = figures_by_source(found, bytes_by_source(dataset, dataset.validation, documents_U))
     result = {
         "documents": int(documents_U.sum()),
         "vocabulary_size": tokenizer.vocabulary_size,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from indraquantum.ablation.blocks import Block, Code, Heading, Paragraph, Picture, Table, html_page, markdown
+from indraquantum.ablation.final import read_final
 from indraquantum.ablation.intervals import Interval, interval, paired
 from indraquantum.ablation.plan import Plan
 from indraquantum.ablation.plots import PICTURES, Runs, save_picture
@@ -65,6 +66,8 @@ def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs, trials: T
     if plan.pairs:
         said = "First minus second at equal seeds, nats per token: below 0 the first is better. * clear of 0."
         blocks += [Heading("Pairs"), Paragraph(said), pairs_table(plan, runs)]
+    if (final := read_final(folder)) is not None:
+        blocks += [Heading("Final figures"), Paragraph(_about_final(final)), *final_tables(plan, final)]
     stages = stages_table(runs)
     if stages.rows:
         said = "Cross-entropy of all held-out documents where each stage ends, nats per token: a rise is forgetting."
@@ -213,8 +216,23 @@ def _about_figures(runs: Runs) -> str:
     tokens = ", ".join(f"{name} {figures['tokens']:,}" for name, figures in record["sources"].items())
     return (
         f"On the table half of the held-out documents ({record['documents']} documents; predicted tokens: {tokens}), "
-        "which no choice has looked at. Mean ± half of the 95 % t-interval over seeds."
+        "which no choice of this plan has looked at; other plans on the same data are measured on the same half. "
+        "Mean ± half of the 95 % t-interval over seeds."
     )
+
+
+def final_tables(plan: Plan, final: Record) -> list[Block]:
+    """The figures on the test split, and the plan's pairs there."""
+    runs: Runs = {}
+    for run in final["runs"].values():
+        runs.setdefault(run["variant"], {})[run["seed"]] = run
+    return [figures_table(runs), *([pairs_table(plan, runs)] if plan.pairs else [])]
+
+
+def _about_final(final: Record) -> str:
+    earlier = final["earlier_readings"]
+    said = "for the first time" if not earlier else f"after {len(earlier)} earlier readings, by {'; '.join(earlier)}"
+    return f"On the test split ({final['documents']} documents), read for this on {final['date']}, {said}."
 
 
 def _about_sizes(runs: Runs) -> str:

@@ -1,4 +1,7 @@
-"""Two halves of the held-out documents: choices look at one, tables are made on the other.
+"""Two halves of the validation documents: choices look at one, tables are made on the other.
+
+This holds within one ablation: every plan on the same data has the same halves, so that what one plan's table taught is
+no news to the next plan's. For a figure that nothing has looked at there is the test split (final.py).
 
 A document's half is decided by a hash of its text, so that neither order nor seed nor packing decides. A row may hold
 documents of both halves: positions are told apart by their document.
@@ -20,9 +23,8 @@ from indraquantum.evaluation.figures import Predictions
 Half = Literal["choice", "table"]
 
 
-def document_texts(dataset: PreparedDataset) -> list[bytes]:
-    """The held-out documents as UTF-8, as their tokens spell them."""
-    split = dataset.validation
+def document_texts(dataset: PreparedDataset, split: Split) -> list[bytes]:
+    """The documents of `split`, one of the dataset's, as UTF-8, as their tokens spell them."""
     bounds = zip(split.document_offsets[:-1].tolist(), split.document_offsets[1:].tolist(), strict=True)
     return [dataset.tokenizer.decode(split.tokens[start:stop].tolist()).encode() for start, stop in bounds]
 
@@ -33,7 +35,7 @@ def documents_of_half(dataset: PreparedDataset, half: Half) -> np.ndarray:
     The different documents of each source, in the order of their hashes, go to the table and to the choice in turn;
     equal documents go the same way, as those of the first source that has them.
     """
-    hashes = (hashlib.sha256(b"half\0" + text).digest()[:8] for text in document_texts(dataset))
+    hashes = (hashlib.sha256(b"half\0" + text).digest()[:8] for text in document_texts(dataset, dataset.validation))
     keys_U = np.fromiter((int.from_bytes(key, "big") for key in hashes), dtype=np.uint64)
     _, first, kind_U = np.unique(keys_U, return_index=True, return_inverse=True)
     sources = dataset.validation.document_sources[first]  # of the different documents, in the order of their hashes
@@ -54,11 +56,10 @@ def of_documents(found: Predictions, split: Split, documents_U: np.ndarray) -> P
     return Predictions(*(column[here_N] for column in found))
 
 
-def bytes_by_source(dataset: PreparedDataset, documents_U: np.ndarray) -> dict[str, int]:
-    """UTF-8 bytes of the chosen held-out documents of each source."""
-    sizes_U = np.array([len(text) for text in document_texts(dataset)], dtype=np.int64)
-    sources_U = dataset.validation.document_sources
-    return {
-        name: int(sizes_U[documents_U & (sources_U == number)].sum())
-        for number, name in enumerate(dataset.source_names)
-    }
+def bytes_by_source(dataset: PreparedDataset, split: Split, documents_U: np.ndarray | None = None) -> dict[str, int]:
+    """UTF-8 bytes of the documents of `split`, or of the chosen ones among them, for each source."""
+    sizes_U = np.array([len(text) for text in document_texts(dataset, split)], dtype=np.int64)
+    if documents_U is not None:
+        sizes_U[~documents_U] = 0
+    sources_U = split.document_sources
+    return {name: int(sizes_U[sources_U == number].sum()) for number, name in enumerate(dataset.source_names)}

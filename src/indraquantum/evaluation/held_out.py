@@ -59,8 +59,7 @@ def held_out_cross_entropy(
 def unigram_cross_entropy(dataset: PreparedDataset) -> dict[str, float]:
     """Cross-entropy of the training labels' frequencies (one added to each) on the validation split, nats per token.
 
-    A document's first token is never predicted, so that it counts nowhere: else BOS, one in a hundred tokens, would take
-    probability from all that are.
+    A document's first token is never predicted, so that it does not count: BOS would take probability from the others.
     """
     train, size = dataset.train, dataset.tokenizer.vocabulary_size
     firsts = train.tokens[train.document_offsets[:-1]]

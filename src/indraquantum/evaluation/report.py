@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from indraquantum.config import EvalSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
@@ -17,9 +18,11 @@ from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
 from indraquantum.evaluation.figures import Alignment, Evaluation, evaluate
+from indraquantum.evaluation.final import read_test_split
 from indraquantum.evaluation.halves import bytes_by_source
 from indraquantum.evaluation.write import load_model
 from indraquantum.files import check_new_file, without_nan, write_json
+from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest
 from indraquantum.teacher.signals import SignalStore, verify_signals
 
@@ -35,6 +38,8 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
         check_new_file("--json-file", settings.json_file)
     model, tokenizer = load_model(path, device, settings.weights)
     if settings.text is not None:
+        if settings.split != "validation":
+            raise UserError("--split", settings.split, "belongs to --data; a text file is one split")
         if settings.signals is not None:
             raise UserError("--signals", settings.signals, "belongs to --data; a text file has no signals")
         if settings.row_length > (limit := model.config.max_position_embeddings):
@@ -49,8 +54,11 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
         if dataset.tokenizer.sha256 != tokenizer.sha256:
             allowed = f"must have the checkpoint's tokenizer ({tokenizer.sha256[:12]}, not "
             raise UserError("--data", settings.data, f"{allowed}{dataset.tokenizer.sha256[:12]})")
-        signals = _find_signals(settings, dataset)
-        found = evaluate(model, dataset.validation, held_out_bytes(dataset), device, signals)
+        if settings.split == "test":
+            found = _evaluate_on_test(model, path, settings, dataset, device)
+        else:
+            source_bytes, signals = bytes_by_source(dataset, dataset.validation), _find_signals(settings, dataset)
+            found = evaluate(model, dataset.validation, source_bytes, device, signals)
     print(evaluation_table(found))
     if settings.json_file is not None:
         write_json(settings.json_file, without_nan(asdict(found)))
@@ -72,9 +80,15 @@ def text_split(name: str, tokenizer: TextTokenizer, row_length: int) -> tuple[Sp
     return split, {"text": sum(len(text.encode()) for text in texts)}
 
 
-def held_out_bytes(dataset: PreparedDataset) -> dict[str, int]:
-    """UTF-8 bytes of the held-out documents of each source."""
-    return bytes_by_source(dataset, np.ones(dataset.validation.num_documents, dtype=bool))
+def _evaluate_on_test(
+    model: IndraQuantumPhase2, path: Path, settings: EvalSettings, dataset: PreparedDataset, device: torch.device
+) -> Evaluation:
+    """The figures on the test split, whose reading is recorded; no teacher was asked about it."""
+    if settings.signals is not None:
+        raise UserError("--signals", settings.signals, "must be left out with --split test, which has no signals")
+    reading = read_test_split("--split", settings.data, dataset, f"indra eval {path}")
+    print(reading)
+    return evaluate(model, reading.split, bytes_by_source(dataset, reading.split), device)
 
 
 def evaluation_table(found: Evaluation) -> str:

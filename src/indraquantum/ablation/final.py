@@ -1,0 +1,97 @@
+"""The final figures of a plan: every finished run on the test split, read once, when nothing is left to be chosen.
+
+`final.json` beside the runs' JSONs holds them. It is written once: the same command again reads the report from it, not
+the test split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from indraquantum.ablation.results import Record, read_record
+from indraquantum.ablation.tasks import Bench, Task
+from indraquantum.device import choose_device
+from indraquantum.errors import UserError
+from indraquantum.evaluation.figures import figures_by_source, predict
+from indraquantum.evaluation.final import read_test_split
+from indraquantum.evaluation.halves import bytes_by_source
+from indraquantum.evaluation.write import load_model
+from indraquantum.files import read_json, sha256_of, without_nan, write_json
+from indraquantum.training.checkpoint import checkpoint_path
+from indraquantum.training.stages import plan_stages
+
+FORMAT = "indraquantum-ablation-final"
+FORMAT_VERSION = 1
+NAME = "final.json"
+
+
+def measure_finally(bench: Bench, tasks: list[Task], command: str) -> None:
+    """Measure the finished runs of `tasks`, which is all of a plan, on the test split, unless that was done before.
+
+    Raises:
+        UserError: the data have no test split, a run is missing or its checkpoint is gone, or the reading can't be
+            recorded; nothing is read then.
+    """
+    path = bench.results / NAME
+    if path.exists():
+        read_final(bench.results)
+        return
+    finished = [task for task in tasks if _finished(task)]
+    checkpoints = [_checkpoint(bench, task) for task in finished]
+    reading = read_test_split("--final", bench.plan.data, bench.dataset, command)
+    print(reading)
+    device, source_bytes = choose_device(bench.settings), bytes_by_source(bench.dataset, reading.split)
+    runs = {}
+    for task, checkpoint in zip(finished, checkpoints, strict=True):
+        model, _ = load_model(checkpoint, device)
+        sources = figures_by_source(predict(model, reading.split, device), source_bytes)
+        runs[task.name] = {
+            "variant": task.planned["variant"],
+            "seed": task.settings.seed,
+            "result_sha256": sha256_of(task.result),
+            "sources": {name: asdict(figures) for name, figures in sources.items()},
+        }
+    write_json(path, without_nan({
+        "format": FORMAT, "format_version": FORMAT_VERSION, "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": bench.dataset.content_sha256, "documents": reading.split.num_documents,
+        "earlier_readings": list(reading.earlier), "runs": runs,
+    }))  # fmt: skip
+
+
+def _finished(task: Task) -> bool:
+    record = task.record()
+    if record is None:
+        raise UserError("--final", task.name, "must be done first: this run has no JSON")
+    return record["status"] == "finished"
+
+
+def _checkpoint(bench: Bench, task: Task) -> Path:
+    """The last checkpoint of a finished run."""
+    plan = plan_stages(task.settings, bench.dataset)
+    path = checkpoint_path(task.settings.output, plan.epoch_of(plan.total_steps))
+    if not path.exists():
+        allowed = "must still have its checkpoint; give another --output and --work to run the plan anew with --final"
+        raise UserError("--final", task.name, allowed)
+    return path
+
+
+def read_final(folder: Path) -> Record | None:
+    """The final figures of the runs in `folder`, or None where there are none.
+
+    Raises:
+        UserError: the file is no such one, or of other runs than those that are there.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    found: Any = read_json("results", path)
+    if not isinstance(found, dict) or (found.get("format"), found.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise UserError("results", path, f"must hold the final figures of a plan (format {FORMAT})")
+    for name, run in found["runs"].items():
+        result = folder / f"{name}.json"
+        if read_record(result) is None or sha256_of(result) != run["result_sha256"]:
+            raise UserError("results", path, f"is of another run than {result.name}: remove it")
+    return found
