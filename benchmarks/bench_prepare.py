@@ -35,13 +35,18 @@ def tokenizer_alone(text: Path, tokenizer: str, folder: Path) -> int:
 
 
 def whole_preparation(text: Path, tokenizer: str, folder: Path) -> int:
-    """Run `indra prepare` on all of it; return the tokens without BOS and EOS."""
+    """Run `indra prepare` on all of it; return the tokens without those that begin and end a document."""
     from indraquantum.config import PrepareSettings
     from indraquantum.data.prepare import prepare
 
     report = prepare(
         PrepareSettings(
-            wikitext=str(text), wikitext_weight=1, alpaca_samples=0, tokenizer=tokenizer, output=folder / "m.pkl"
+            wikitext=str(text),
+            wikitext_weight=1,
+            alpaca_samples=0,
+            tokenizer=tokenizer,
+            document_start="eos",
+            output=folder / "m.pkl",
         )
     )
     return sum(source.tokens - 2 * source.documents for source in report.sources)

@@ -42,7 +42,9 @@ class PrepareSettings(Settings):
     alpaca: str = ALPACA
     """Stanford Alpaca: a file as for --instructions, or a URL, maybe with #sha256=HEX to pin its content."""
     tokenizer: str = TINYLLAMA
-    """Tokenizer: a folder with tokenizer.json, that file itself, or a model's id on the hub, maybe id@revision."""
+    """Tokenizer: a folder with tokenizer.json or tokenizer.model, such a file, or a hub id, maybe id@revision."""
+    document_start: Literal["auto", "bos", "eos", "none"] = "auto"
+    """What documents begin with: BOS, EOS, or nothing; auto does as the tokenizer's own models expect."""
     wikitext_samples: int = Field(default=22_000, ge=0)
     """WikiText paragraphs to draw; fewer than asked for takes all."""
     alpaca_samples: int = Field(default=52_000, ge=0)

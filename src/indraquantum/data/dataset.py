@@ -18,16 +18,15 @@ from typing import Any
 import numpy as np
 
 from indraquantum import __version__
+from indraquantum.data.dataset_manifest import FORMAT, FORMAT_VERSION, read_dataset_manifest
 from indraquantum.data.held_out import SPLITS
 from indraquantum.data.large import chunks, save_npy
+from indraquantum.data.same_tokenizer import require_same_tokenizer
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_folder, check_manifest_json, read_json, sha256_of, write_manifest_json
 
-FORMAT = "indraquantum-dataset"
-FORMAT_VERSION = 3
-READABLE = (2, 3)  # version 2 has no test split
 DTYPES = {
     "tokens": (np.uint16, np.uint32),
     "document_offsets": (np.int64,),
@@ -176,19 +175,11 @@ def is_dataset(folder: Path) -> bool:
 
 
 def _open_folder(field: str, folder: Path, tokenizer_name: str | None) -> PreparedDataset:
-    if not is_dataset(folder):
-        raise UserError(field, folder, f"must be a folder with a manifest.json of format {FORMAT!r}")
-    manifest = read_json(field, folder / "manifest.json")
-    if (found := manifest.get("format_version")) not in READABLE:
-        allowed = " and ".join(map(str, READABLE))
-        raise UserError(field, folder, f"is of format version {found}; this program reads {allowed}")
-    try:
-        return _open_parts(field, folder, manifest, tokenizer_name)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(field, folder / "manifest.json", f"is damaged ({type(error).__name__}: {error})") from None
-
-
-def _open_parts(field: str, folder: Path, manifest: dict[str, Any], tokenizer_name: str | None) -> PreparedDataset:
+    manifest = read_dataset_manifest(field, folder)
+    present = [name for name in SPLITS if name != "test" or name in manifest["largest_ids"]]
+    for name in ("tokenizer.json", *(f"{name}/{array}.npy" for name in present for array in ARRAYS)):
+        if name not in manifest["files"]:
+            raise UserError(field, folder / "manifest.json", f"is damaged: its files lack {name}")
     for name, facts in manifest["files"].items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else "nothing"
@@ -197,14 +188,10 @@ def _open_parts(field: str, folder: Path, manifest: dict[str, Any], tokenizer_na
     tokenizer = TextTokenizer.from_manifest(field, folder / "tokenizer.json", manifest)
     if tokenizer_name is not None:
         given = load_tokenizer("--tokenizer", tokenizer_name)
-        if given.sha256 != tokenizer.sha256:
-            allowed = f"must be the dataset's own ({tokenizer.sha256[:12]}, not {given.sha256[:12]})"
-            raise UserError("--tokenizer", tokenizer_name, allowed)
+        require_same_tokenizer("--tokenizer", tokenizer_name, "must be the dataset's own", tokenizer, given)
     names = tuple(source["name"] for source in manifest["sources"])
     splits = {}
-    for name in SPLITS:
-        if name == "test" and name not in manifest["largest_ids"]:
-            continue
+    for name in present:
         arrays = {array: _load(field, folder / name / f"{array}.npy") for array in ARRAYS}
         splits[name] = Split(**arrays, row_length=manifest["row_length"], padding_id=tokenizer.eos_id)
         check_shapes(field, folder / name, splits[name])
@@ -285,11 +272,20 @@ def check_split(field: str, where: object, split: Split, vocabulary_size: int, n
     _check_largest(field, where, _largest(split), vocabulary_size)
 
 
+def _check_control_tokens(field: str, where: object, split: Split, tokenizer: TextTokenizer) -> None:
+    need = _needer(field, where)
+    first, behind = split.document_offsets[:-1], split.document_offsets[1:]
+    if tokenizer.bos_id is not None:
+        begin = (split.tokens[first] == tokenizer.bos_id).all()
+        need(bool(begin), f"a document does not begin with bos_id {tokenizer.bos_id}")
+    end = (split.tokens[behind - 1] == tokenizer.eos_id).all()
+    need(bool(end), f"a document does not end with eos_id {tokenizer.eos_id}")
+
+
 def _verify_bytes(field: str, folder: Path) -> None:
     """Check the SHA-256 of the manifest and of every file, before anything reads them; the first wrong one is named."""
     check_manifest_json(field, folder / "manifest.json")
-    manifest = read_json(field, folder / "manifest.json")
-    for name, facts in manifest.get("files", {}).items():
+    for name, facts in read_dataset_manifest(field, folder)["files"].items():
         if (folder / name).is_file() and sha256_of(folder / name) != facts["sha256"]:
             raise UserError(field, folder / name, "is damaged: its SHA-256 is not the manifest's")
 
@@ -301,7 +297,11 @@ def _verify(field: str, folder: Path, dataset: PreparedDataset) -> None:
     for key in ("sha256", "vocabulary_size"):
         if getattr(rebuilt, key) != getattr(tokenizer, key):
             raise UserError(field, folder / "manifest.json", f"is damaged: {key} is not the tokenizer's")
+    for key, control in (("bos_id", tokenizer.bos_id), ("eos_id", tokenizer.eos_id)):
+        if control is not None and tokenizer.backend.id_to_token(control) is None:
+            raise UserError(field, folder / "manifest.json", f"is damaged: {key} {control} is no token")
     for name, split in dataset.splits.items():
         check_split(field, folder / name, split, tokenizer.vocabulary_size, len(dataset.source_names))
+        _check_control_tokens(field, folder / name, split, tokenizer)
     if content_hash(dataset.splits, dataset.source_names, tokenizer) != dataset.content_sha256:
         raise UserError(field, folder / "manifest.json", "is damaged: content_sha256 is not the arrays'")

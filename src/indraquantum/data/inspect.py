@@ -30,7 +30,8 @@ def describe(path: Path, tokenizer: str | None = None) -> str:
     lines = [
         f"{path}: {manifest['format']} {manifest.get('format_version', '')}".rstrip(),
         f"content {dataset.content_sha256}",
-        f"tokenizer {manifest['tokenizer_sha256']}, {manifest['vocabulary_size']:,} tokens",
+        f"tokenizer {manifest['tokenizer_sha256']}, {manifest['vocabulary_size']:,} tokens; documents begin with "
+        f"{dataset.tokenizer.beginning}",
     ]
     for name, split in dataset.splits.items():
         fill = split.num_tokens / (split.num_rows * split.row_length)
@@ -102,7 +103,7 @@ def _row_lines(dataset: PreparedDataset, split: Split, row: int) -> list[str]:
 def _text(dataset: PreparedDataset, tokens: list[int]) -> str:
     """Text of a piece, its control tokens spelled out."""
     tokenizer = dataset.tokenizer
-    spelled = {token: tokenizer.backend.id_to_token(token) for token in (tokenizer.bos_id, tokenizer.eos_id)}
+    spelled = {token: tokenizer.backend.id_to_token(token) for token in tokenizer.control_ids}
     before = spelled.get(tokens[0], "")
     after = spelled[tokens[-1]] if len(tokens) > 1 and tokens[-1] in spelled else ""
     return f"{before}{tokenizer.decode(tokens)}{after}"

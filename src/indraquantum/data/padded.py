@@ -135,6 +135,7 @@ def open_pickle(field: str, path: Path, tokenizer: str | TextTokenizer | None) -
         raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
     content = load_plain_pickle(field, path)
     rows = _check_rows(field, path, content, tokenizer.vocabulary_size)
+    tokenizer = _beginning_as(rows.documents, tokenizer)
     row_length = rows.row_length
     unused = Counter(str(key) for row in content for key in row if key not in ("input_ids", "attention_mask"))
     for key, count in unused.items():
@@ -172,6 +173,13 @@ def open_pickle(field: str, path: Path, tokenizer: str | TextTokenizer | None) -
         ],
     }
     return PreparedDataset(splits["train"], splits["validation"], row_length, (SOURCE,), tokenizer, digest, manifest)
+
+
+def _beginning_as(documents: list[np.ndarray], tokenizer: TextTokenizer) -> TextTokenizer:
+    """The tokenizer with what the rows begin with: the control token that all of them begin with, or none."""
+    firsts = {int(document[0]) for document in documents}
+    bos_id = firsts.pop() if len(firsts) == 1 and firsts <= set(tokenizer.control_ids) else None
+    return tokenizer if bos_id == tokenizer.bos_id else TextTokenizer(tokenizer.backend, bos_id, tokenizer.eos_id)
 
 
 def _one_document_a_row(documents: list[np.ndarray], row_length: int, tokenizer: TextTokenizer) -> Split:

@@ -50,7 +50,7 @@ class SourceReport:
     documents: int  # samples drawn, the held-out ones among them
     validation_documents: int  # of these, held out for validation
     test_documents: int  # and held out for the test
-    tokens: int  # of all documents, BOS and EOS among them
+    tokens: int  # of all documents, control tokens among them
     padding_share: float  # padded layout: positions that are padding, over this source's documents
     cut_share: float  # padded layout: tokens that are cut off
     unused_fields: dict[str, int]  # records that have something in a field that is not used
@@ -94,7 +94,7 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
     """
     folder = _check_output(settings.output)
     source_options(settings)
-    tokenizer = load_tokenizer("--tokenizer", settings.tokenizer)
+    tokenizer = load_tokenizer("--tokenizer", settings.tokenizer, settings.document_start)
     mixture = draw_sources(settings)
     options = settings.model_dump(mode="json", exclude={"output"})
     make_folder("--output", settings.output.parent)

@@ -50,7 +50,7 @@ class Split:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, BOS and EOS among them."""
+        """Real tokens, control tokens among them."""
         return int(self.row_token_offsets[-1])
 
     @cached_property

@@ -1,4 +1,6 @@
-"""The tokenizer as this project uses it: BOS first, EOS last, and text that can never become a control token.
+"""The tokenizer as this project uses it: EOS ends a document, BOS begins it if the tokenizer has one, text stays text.
+
+No text becomes a control token, whatever it spells.
 
 It wraps a `tokenizers.Tokenizer`, because that is what both training (`tokenizer.json` in every prepared folder) and
 speed (`encode_batch`, all cores) want; transformers' classes add nothing that is used here.
@@ -16,26 +18,36 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from indraquantum.data import sentencepiece_model
+from indraquantum.data.control_tokens import (
+    CONFIG,
+    MAP,
+    Start,
+    choose_control_tokens,
+    read_stated,
+)
+from indraquantum.data.same_tokenizer import say_difference
 from indraquantum.errors import UserError
 from indraquantum.files import read_json, sha256_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-FILES = ["tokenizer.json", "tokenizer_config.json"]
+JSON_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
+FILES = [JSON_FILE, CONFIG, MAP, SENTENCEPIECE_FILE]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 REMEDY = "put tokenizer.json and tokenizer_config.json into a folder and give it with --tokenizer FOLDER"
 
 
 class TextTokenizer:
-    """A tokenizer with its two control tokens; `sha256` tells whether two of them are the same."""
+    """A tokenizer with its control tokens; `require_same_tokenizer` tells whether two of them are the same."""
 
-    def __init__(self, backend: Tokenizer | Callable[[], Tokenizer], bos_id: int, eos_id: int) -> None:
+    def __init__(self, backend: Tokenizer | Callable[[], Tokenizer], bos_id: int | None, eos_id: int) -> None:
         """Wrap a tokenizer.
 
         Args:
             backend: The library's tokenizer, or what loads it at its first use: parsing takes a tenth of a second.
-            bos_id: Begins every document.
+            bos_id: Begins every document; None where documents begin with their text.
             eos_id: Ends every document.
         """
         self._given = backend
@@ -52,9 +64,10 @@ class TextTokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex SHA-256 over vocabulary, merges and added tokens, so that a file written anew is still the same.
+        """Hex SHA-256 over vocabulary, merges and added tokens, which stands in manifests and names a tokenizer there.
 
         What transformers rewrites on saving (post-processor, flags of added tokens, formatting) stays outside.
+        Tokenizers with different hashes can still be the same: `require_same_tokenizer` compares them.
         """
         parts = json.loads(self.backend.to_str())
         model = parts["model"]
@@ -83,27 +96,56 @@ class TextTokenizer:
             texts: One text a document; `</s>` or `<unk>` inside is text like any other.
 
         Returns:
-            One array of ids a document: BOS, the text, EOS.
+            One array of ids a document: BOS if there is one, the text, EOS.
         """
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         dtype = self.dtype
-        return [np.array([self.bos_id, *encoding.ids, self.eos_id], dtype=dtype) for encoding in encodings]
+        return [np.array([*self._beginning, *encoding.ids, self.eos_id], dtype=dtype) for encoding in encodings]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return BOS and the ids of `text`, open for a model to go on."""
-        return [self.bos_id, *self.backend.encode(text, add_special_tokens=False).ids]
+        """Return BOS, if there is one, and the ids of `text`, open for a model to go on."""
+        return [*self._beginning, *self.encode_text(text)]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of `text` alone."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    @property
+    def _beginning(self) -> tuple[int, ...]:
+        """What a document begins with, before its text."""
+        return () if self.bos_id is None else (self.bos_id,)
+
+    @property
+    def control_ids(self) -> tuple[int, ...]:
+        """The ids of BOS and EOS, as far as there are any."""
+        return (*self._beginning, self.eos_id)
+
+    @property
+    def beginning(self) -> str:
+        """What a document begins with, in words."""
+        return "their text" if self.bos_id is None else str(self.backend.id_to_token(self.bos_id))
+
+    @property
+    def ending(self) -> str:
+        """What a document ends with."""
+        return str(self.backend.id_to_token(self.eos_id))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control tokens are dropped."""
-        kept = [int(token) for token in ids if token not in (self.bos_id, self.eos_id)]
+        control = self.control_ids
+        kept = [int(token) for token in ids if token not in control]
         return self.backend.decode(kept, skip_special_tokens=True)
+
+    def unpredicted_bytes(self, document: Sequence[int]) -> int:
+        """UTF-8 bytes of a document that nothing predicts: without BOS those of its first token, with BOS none."""
+        return len(self.decode(document[:1]).encode()) if self.bos_id is None else 0
 
     def to_json(self) -> str:
         """Return the content of a tokenizer.json."""
         return self.backend.to_str()
 
     @classmethod
-    def from_json(cls, text: str, bos_id: int, eos_id: int) -> TextTokenizer:
+    def from_json(cls, text: str, bos_id: int | None, eos_id: int) -> TextTokenizer:
         """Build it from the content of a tokenizer.json and the ids of its two control tokens."""
         from tokenizers import Tokenizer
 
@@ -132,78 +174,90 @@ class TextTokenizer:
         return tokenizer
 
 
-def load_tokenizer(field: str, name: str) -> TextTokenizer:
-    """Load a tokenizer from a folder, a tokenizer.json, or the Hugging Face hub.
+def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenizer:
+    """Load a tokenizer from a folder, a file, or the Hugging Face hub.
+
+    A folder without tokenizer.json may hold a SentencePiece model, tokenizer.model, which is converted. Where both are
+    there, tokenizer.json is used, and a line on stderr says where the two give different ids.
 
     Args:
         field: The option to name in an error.
-        name: The folder or file, or a hub id such as `owner/name`. BOS and EOS are those of tokenizer_config.json;
-            without one, `<s>` and `</s>` where the vocabulary has them. Others are not guessed.
+        name: The folder, its tokenizer.json or tokenizer.model, or a hub id such as `owner/name`.
+        start: What documents begin with; see `choose_control_tokens`.
 
     Raises:
-        UserError: nothing there, not a tokenizer, no BOS or EOS, or text could become one of them.
+        UserError: nothing there, not a tokenizer, no EOS, no BOS where one is asked for, or text could become one of
+            them.
     """
-    from tokenizers import Tokenizer
-
     file = _tokenizer_file(field, name)
-    bos_id, eos_id = _control_ids(field, file, read_json(field, file))
-    try:
-        backend = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises Exception itself on a bad file, nothing narrower
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(field, file, f"must be a tokenizer.json that tokenizers can read ({reason})") from None
-    tokenizer = TextTokenizer(backend, bos_id, eos_id)
-    _refuse_control_text(field, name, tokenizer)
+    converted = None
+    if file.suffix == ".model":
+        converted = sentencepiece_model.convert(field, file)
+    description = converted.description if converted else read_json(field, file)
+    stated = read_stated(field, file.parent, converted.control_tokens if converted else {})
+    backend = _backend(field, file, description)
+    control = choose_control_tokens(field, file, stated, backend, start)
+    tokenizer = TextTokenizer(backend, *control)
+    if (spelled := _spelled_control_token(tokenizer)) is not None:
+        tokenizer = TextTokenizer(_backend(field, file, _out_of_reach(description, set(control) - {None})), *control)
+        if _spelled_control_token(tokenizer) is not None:
+            raise UserError(field, name, f"turns the text {spelled!r} into a control token; use another tokenizer")
+    model = file if converted else file.with_name(SENTENCEPIECE_FILE)
+    if model.is_file():
+        say_difference(file, model, tokenizer)
     return tokenizer
 
 
+def _backend(field: str, file: Path, description: Any) -> Tokenizer:
+    """The library's tokenizer, without the truncation and padding that a file may ask for."""
+    from tokenizers import Tokenizer
+
+    if not isinstance(description, dict) or "model" not in description:
+        raise UserError(field, file, "must be a tokenizer.json (a JSON object with a model)")
+    try:
+        backend = Tokenizer.from_str(json.dumps(description))
+    except Exception as error:  # the library raises Exception itself on a bad file, nothing narrower
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(field, file, f"must be a tokenizer.json that tokenizers can read ({reason})") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 def _tokenizer_file(field: str, name: str) -> Path:
-    """Find the tokenizer.json that `name` means, downloading it where it is a hub id."""
+    """Find the tokenizer.json or tokenizer.model that `name` means, downloading it where it is a hub id."""
     path = Path(name)
-    if path.is_dir():
-        path = path / FILES[0]
-        if not path.is_file():
-            raise UserError(field, name, f"has no tokenizer.json; {REMEDY}")
-    elif not path.exists():
-        if not HUB_ID.fullmatch(name) or path.suffix == ".json":
+    if not path.is_dir():
+        if path.exists():
+            return path
+        if not HUB_ID.fullmatch(name) or path.suffix in (".json", ".model"):
             raise UserError(field, name, f"does not exist; {REMEDY}")
         from indraquantum.data.download import hub_files
 
-        path = hub_files(field, name, FILES, "model", REMEDY) / FILES[0]
-        if not path.is_file():
-            raise UserError(field, name, f"has no tokenizer.json on the hub; {REMEDY}")
-    return path
+        path = hub_files(field, name, FILES, "model", REMEDY)
+    for file in (path / JSON_FILE, path / SENTENCEPIECE_FILE):
+        if file.is_file():
+            return file
+    raise UserError(field, name, f"has no tokenizer.json and no tokenizer.model; {REMEDY}")
 
 
-def _control_ids(field: str, file: Path, description: Any) -> tuple[int, int]:
-    """Read the ids of BOS and EOS, in this order."""
-    if not isinstance(description, dict) or "model" not in description:
-        raise UserError(field, file, "must be a tokenizer.json (a JSON object with a model)")
-    config_file = file.with_name(FILES[1])
-    config = read_json(field, config_file) if config_file.is_file() else {}
-    vocabulary = description["model"].get("vocab") if isinstance(description["model"], dict) else None
-    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-    try:
-        if isinstance(vocabulary, list):  # Unigram: pairs of piece and score, the place is the id
-            ids = {piece[0]: place for place, piece in enumerate(vocabulary)}
-        ids |= {token["content"]: token["id"] for token in description.get("added_tokens") or []}
-    except (TypeError, KeyError, IndexError):
-        raise UserError(field, file, "must be a tokenizer.json; its vocab or added_tokens are not") from None
-    found = []
-    for key, usual in (("bos_token", "<s>"), ("eos_token", "</s>")):
-        token = config.get(key) if isinstance(config, dict) else None
-        token = token.get("content") if isinstance(token, dict) else token
-        token = usual if token is None else token
-        if not isinstance(token, str) or token not in ids:
-            allowed = f"needs a {key} in tokenizer_config.json that is in the vocabulary ({token!r} is not)"
-            raise UserError(field, file, allowed)
-        found.append(ids[token])
-    return found[0], found[1]
-
-
-def _refuse_control_text(field: str, name: str, tokenizer: TextTokenizer) -> None:
-    """Refuse a tokenizer that turns the spelling of a control token into that token."""
-    for control in (tokenizer.bos_id, tokenizer.eos_id):
+def _spelled_control_token(tokenizer: TextTokenizer) -> str | None:
+    """The spelling of a control token that becomes this token where it stands in a text; None where none does."""
+    for control in tokenizer.control_ids:
         spelled = tokenizer.backend.id_to_token(control)
-        if control in tokenizer.encode_prompt(f"{spelled} a {spelled}")[1:]:
-            raise UserError(field, name, f"turns the text {spelled!r} into a control token; use another tokenizer")
+        if control in tokenizer.encode_text(f"{spelled} a {spelled}"):
+            return spelled
+    return None
+
+
+def _out_of_reach(description: dict[str, Any], control: set[int]) -> dict[str, Any]:
+    """The tokenizer.json with control tokens that no text becomes: marked as special, and with the lowest scores."""
+    added = [
+        token | {"special": token.get("special") or token["id"] in control}
+        for token in description.get("added_tokens") or []
+    ]
+    model = dict(description["model"])
+    if model.get("type") == "Unigram":
+        model["vocab"] = [list(piece) for piece in model["vocab"]]
+        sentencepiece_model.put_out_of_reach(model["vocab"], control)
+    return description | {"added_tokens": added, "model": model}

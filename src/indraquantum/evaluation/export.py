@@ -6,8 +6,8 @@
     model = AutoModelForCausalLM.from_pretrained(FOLDER)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 
-The tokenizer puts BOS before a text, as in training, and takes `</s>` within it for text. It has no padding token, like
-Llama's, and pads on the left, so that a batch of prompts can be continued.
+The tokenizer begins a text as in training, with BOS if there is one, and takes `</s>` within it for text. It has no
+padding token, like Llama's, and pads on the left, so that a batch of prompts can be continued.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from indraquantum.evaluation.write import load_model
 from indraquantum.files import atomic_folder, make_folder
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 
@@ -40,18 +41,36 @@ def export_checkpoint(path: Path, folder: Path) -> None:
     make_folder("FOLDER", folder.parent)
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
-        transformers_tokenizer(tokenizer).save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
+
+
+def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
+    """Write the tokenizer into `folder`, for transformers and for `load_tokenizer`."""
+    fast = transformers_tokenizer(tokenizer)
+    fast.save_pretrained(folder)
+    # transformers has put its own flags and tokens into it; without them it has the same hash as the dataset's.
+    (folder / "tokenizer.json").write_text(_with_beginning(tokenizer).to_str(), encoding="utf-8")
 
 
 def transformers_tokenizer(tokenizer: TextTokenizer) -> PreTrainedTokenizerFast:
     """The tokenizer for transformers, which gives the ids of `encode_prompt`."""
-    from tokenizers import Tokenizer
-    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer.from_str(tokenizer.to_json())
-    bos, eos = (backend.id_to_token(number) for number in (tokenizer.bos_id, tokenizer.eos_id))
-    backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=bos, eos_token=eos, split_special_tokens=True, padding_side="left"
+        tokenizer_object=_with_beginning(tokenizer),
+        bos_token=None if tokenizer.bos_id is None else tokenizer.beginning,
+        eos_token=tokenizer.ending,
+        split_special_tokens=True,
+        padding_side="left",
     )
+
+
+def _with_beginning(tokenizer: TextTokenizer) -> Tokenizer:
+    """The library's tokenizer with a post-processor that begins a text as `encode_prompt` does."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    backend = Tokenizer.from_str(tokenizer.to_json())
+    bos = [] if tokenizer.bos_id is None else [(tokenizer.beginning, tokenizer.bos_id)]
+    backend.post_processor = TemplateProcessing(single=[*(token for token, _ in bos), "$A"], special_tokens=bos)
+    return backend

@@ -45,7 +45,7 @@ class Figures:
     tokens: int  # predicted
     cross_entropy: float  # nats per token
     perplexity: float
-    bits_per_byte: float  # the documents' bytes; their EOS is predicted too, and counted
+    bits_per_byte: float  # of the bytes that are predicted; the documents' EOS is predicted too, and counted
     accuracy: float  # share of positions where the likeliest token came
     calibration_error: float  # ECE of the likeliest token, 15 bins of equal width (arXiv 1706.04599)
 

@@ -66,11 +66,14 @@ def generate_text(
         prompt: the text to continue.
 
     Raises:
-        UserError: prompt and text together are longer than the model takes, or the prompt is no UTF-8.
+        UserError: prompt and text together are longer than the model takes, the prompt is no UTF-8, or it is empty and
+            the tokenizer has no BOS to begin with.
     """
     if not is_text(prompt):
         raise UserError("--prompt", ascii(prompt), "must be UTF-8 text")
     prompt_ids = tokenizer.encode_prompt(prompt)
+    if not prompt_ids:
+        raise UserError("--prompt", ascii(prompt), "must not be empty: the model's documents begin with no BOS")
     _check_length(len(prompt_ids), model.config.max_position_embeddings, settings)
     ids_1T = torch.tensor([prompt_ids], device=model.device)
     # transformers draws from the global generator; inside the fork that is ours alone.

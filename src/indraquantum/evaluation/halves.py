@@ -12,6 +12,8 @@ Legend: U documents, N labelled positions, S real tokens in row order.
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -25,8 +27,13 @@ Half = Literal["choice", "table"]
 
 def document_texts(dataset: PreparedDataset, split: Split) -> list[bytes]:
     """The documents of `split`, one of the dataset's, as UTF-8, as their tokens spell them."""
-    bounds = zip(split.document_offsets[:-1].tolist(), split.document_offsets[1:].tolist(), strict=True)
-    return [dataset.tokenizer.decode(split.tokens[start:stop].tolist()).encode() for start, stop in bounds]
+    return [dataset.tokenizer.decode(ids).encode() for ids in _documents(split)]
+
+
+def _documents(split: Split) -> Iterator[list[int]]:
+    """The ids of each document."""
+    for start, stop in itertools.pairwise(split.document_offsets.tolist()):
+        yield split.tokens[start:stop].tolist()
 
 
 def documents_of_half(dataset: PreparedDataset, half: Half) -> np.ndarray:
@@ -57,8 +64,9 @@ def of_documents(found: Predictions, split: Split, documents_U: np.ndarray) -> P
 
 
 def bytes_by_source(dataset: PreparedDataset, split: Split, documents_U: np.ndarray | None = None) -> dict[str, int]:
-    """UTF-8 bytes of the documents of `split`, or of the chosen ones among them, for each source."""
+    """UTF-8 bytes that are predicted in the documents of `split`, or in the chosen ones, for each source."""
     sizes_U = np.array([len(text) for text in document_texts(dataset, split)], dtype=np.int64)
+    sizes_U -= np.array([dataset.tokenizer.unpredicted_bytes(ids) for ids in _documents(split)], dtype=np.int64)
     if documents_U is not None:
         sizes_U[~documents_U] = 0
     sources_U = split.document_sources

@@ -21,7 +21,7 @@ from indraquantum.evaluation.write import load_model
 
 @register_model("indraquantum")
 class IndraQuantumLM(HFLM):
-    """A checkpoint as the harness sees a model; every text begins with BOS, as in training.
+    """A checkpoint as the harness sees a model; every text begins as in training, with BOS if there is one.
 
     Args:
         checkpoint: that training wrote.
@@ -31,7 +31,7 @@ class IndraQuantumLM(HFLM):
 
     def __init__(self, checkpoint: str, device: str | None = None, **options: Any) -> None:
         model, tokenizer = load_model(Path(checkpoint), torch.device(device or "cpu"))
-        options.setdefault("add_bos_token", True)
+        options.setdefault("add_bos_token", tokenizer.bos_id is not None)
         super().__init__(pretrained=model, tokenizer=transformers_tokenizer(tokenizer), **options)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

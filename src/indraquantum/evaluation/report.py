@@ -12,6 +12,7 @@ from indraquantum.config import EvalSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.packing import packed_split
 from indraquantum.data.padded import open_pickle
+from indraquantum.data.same_tokenizer import require_same_control_tokens, require_same_tokenizer
 from indraquantum.data.sources import read_wikitext
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer
@@ -51,9 +52,9 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
             dataset = open_pickle("--data", settings.data, tokenizer)
         else:
             dataset = open_dataset("--data", settings.data, verify=True)
-        if dataset.tokenizer.sha256 != tokenizer.sha256:
-            allowed = f"must have the checkpoint's tokenizer ({tokenizer.sha256[:12]}, not "
-            raise UserError("--data", settings.data, f"{allowed}{dataset.tokenizer.sha256[:12]})")
+        theirs = dataset.tokenizer
+        require_same_tokenizer("--data", settings.data, "must have the checkpoint's tokenizer", tokenizer, theirs)
+        require_same_control_tokens("--data", settings.data, "those that the checkpoint learned", tokenizer, theirs)
         if settings.split == "test":
             found = _evaluate_on_test(model, path, settings, dataset, device)
         else:
@@ -77,7 +78,8 @@ def text_split(name: str, tokenizer: TextTokenizer, row_length: int) -> tuple[Sp
     documents = tokenizer.encode_documents(texts)
     offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents])]).astype(np.int64)
     split = packed_split(np.concatenate(documents), offsets, row_length, tokenizer.eos_id)
-    return split, {"text": sum(len(text.encode()) for text in texts)}
+    unpredicted = sum(map(tokenizer.unpredicted_bytes, documents))
+    return split, {"text": sum(len(text.encode()) for text in texts) - unpredicted}
 
 
 def _evaluate_on_test(

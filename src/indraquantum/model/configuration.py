@@ -105,7 +105,7 @@ class IndraQuantumConfig(PreTrainedConfig):
         cls,
         settings: ModelSettings,
         vocab_size: int,
-        bos_token_id: int,
+        bos_token_id: int | None,
         eos_token_id: int,
         max_position_embeddings: int = 2048,
     ) -> IndraQuantumConfig:
@@ -114,7 +114,7 @@ class IndraQuantumConfig(PreTrainedConfig):
         Args:
             settings: the options.
             vocab_size: number of tokens V, control tokens included.
-            bos_token_id: id of the token that begins a document.
+            bos_token_id: id of the token that begins a document; None where it begins with its text.
             eos_token_id: id of the token that ends one.
             max_position_embeddings: longest text in tokens that the model is built for.
 

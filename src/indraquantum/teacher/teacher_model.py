@@ -96,18 +96,13 @@ def check_tokenizer(files: TeacherFiles, dataset: PreparedDataset) -> None:
     """Refuse a teacher that means other tokens by the same ids.
 
     Raises:
-        UserError: its tokenizer is not the dataset's; both hashes and sizes are named.
+        UserError: its tokenizer is not the dataset's; the message says where they differ.
     """
+    from indraquantum.data.same_tokenizer import require_same_tokenizer
     from indraquantum.data.tokenizer import load_tokenizer
 
-    theirs, ours = load_tokenizer(files.field, str(files.folder)), dataset.tokenizer
-    if theirs.sha256 != ours.sha256:
-        raise UserError(
-            files.field,
-            files.name,
-            f"must have the dataset's tokenizer ({ours.vocabulary_size} tokens, sha256 {ours.sha256}); "
-            f"its own has {theirs.vocabulary_size} tokens, sha256 {theirs.sha256}",
-        )
+    theirs = load_tokenizer(files.field, str(files.folder))
+    require_same_tokenizer(files.field, files.name, "must have the dataset's tokenizer", dataset.tokenizer, theirs)
 
 
 def document_mask(segments_BT: torch.Tensor) -> torch.Tensor:

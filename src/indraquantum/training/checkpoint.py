@@ -55,7 +55,7 @@ class Checkpoint:
     best: dict[str, Any]  # the best evaluation so far, see best.BestHeldOut
     loss_scale: dict[str, Any]  # state of float16's loss scale; empty for the other formats
     settings: dict[str, Any]  # what decides the run, see run.run_identity
-    tokenizer: dict[str, Any]  # json, bos_id, eos_id
+    tokenizer: dict[str, Any]  # json, bos_id (None where documents begin with their text), eos_id
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:

@@ -19,6 +19,7 @@ from indraquantum.config import TeacherSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
+from indraquantum.evaluation.export import save_tokenizer
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import atomic_folder, make_folder
 from indraquantum.loss_v2 import SemanticDistillationLoss
@@ -183,15 +184,9 @@ def check_replaceable(folder: Path) -> None:
 
 def save_teacher(learner: LlamaLearner, dataset: PreparedDataset, folder: Path) -> None:
     """Save the Llama and its tokenizer so that AutoModelForCausalLM and AutoTokenizer read them."""
-    from transformers import PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
-    tokenizer = dataset.tokenizer
     with atomic_folder(folder) as temporary:
         disable_progress_bar()  # transformers' bar for a single small file
         learner.llama.save_pretrained(temporary)
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer.backend,
-            bos_token=tokenizer.backend.id_to_token(tokenizer.bos_id),
-            eos_token=tokenizer.backend.id_to_token(tokenizer.eos_id),
-        ).save_pretrained(temporary)
+        save_tokenizer(dataset.tokenizer, temporary)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import PreparedDataset
+from indraquantum.data.same_tokenizer import require_same_tokenizer
+from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import combined_sha256, sha256_of
 from indraquantum.loss_v2 import SemanticDistillationLoss
@@ -181,8 +183,8 @@ def starting_weights(settings: TrainSettings, plan: StagePlan) -> dict[str, Tens
     if path is None:
         return None
     checkpoint = load_checkpoint("--start-from", path)
-    if checkpoint.tokenizer["json"] != plan.dataset.tokenizer.to_json():
-        raise UserError("--start-from", path, "must have the tokenizer of --data")
+    theirs = TextTokenizer.from_json(*(checkpoint.tokenizer[name] for name in ("json", "bos_id", "eos_id")))
+    require_same_tokenizer("--start-from", path, "must have the tokenizer of --data", plan.dataset.tokenizer, theirs)
     ours, theirs = model_config(settings, plan), IndraQuantumConfig.from_dict(checkpoint.model_config)
     for option, name in SHAPE.items():
         if getattr(theirs, name) != getattr(ours, name):

@@ -15,6 +15,7 @@ import numpy as np
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.packing import part_of_sources
+from indraquantum.data.same_tokenizer import require_same_control_tokens, require_same_tokenizer
 from indraquantum.data.split import Split
 from indraquantum.errors import UserError
 from indraquantum.strategy import RATES, TERMS, Stage, Strategy, resolve
@@ -198,9 +199,8 @@ def _own_steps(stage: RunStage) -> int:
 def _other_dataset(about: Stage, dataset: PreparedDataset) -> PreparedDataset:
     field = f"--strategy: stage {about.name}: data"
     other = open_dataset(field, about.data, verify=True)
-    if other.tokenizer.sha256 != dataset.tokenizer.sha256:
-        mine, theirs = dataset.tokenizer.sha256[:12], other.tokenizer.sha256[:12]
-        raise UserError(field, about.data, f"must have the tokenizer of --data ({mine}, not {theirs})")
+    require_same_tokenizer(field, about.data, "must have the tokenizer of --data", dataset.tokenizer, other.tokenizer)
+    require_same_control_tokens(field, about.data, "those of --data", dataset.tokenizer, other.tokenizer)
     return other
 
 

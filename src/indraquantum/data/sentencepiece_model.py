@@ -1,0 +1,224 @@
+"""A SentencePiece file (tokenizer.model) as a tokenizer.json that gives the same ids.
+
+Two things decide whether a conversion is right, and transformers 5.23 misses both: merges go by the pieces' scores, the
+longer left part first where scores are equal (that is how SentencePiece comes to merge runs of spaces), and the space
+before the first word is put before texts that begin with a space too. Control tokens are left out of the merges, and
+unigram scores put them out of reach, because SentencePiece never finds them in text.
+
+The file is a protobuf message of three parts. They are read here, because the protobuf library that sentencepiece's own
+reader needs is not among sentencepiece's dependencies.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from indraquantum.errors import UserError
+
+# Numbers of the fields and values in sentencepiece_model.proto.
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
+UNIGRAM, BPE = 1, 2
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPACE = "▁"  # SentencePiece's own sign for a space
+UNKNOWN_PENALTY = 10.0  # an unknown character's score is this much below the lowest of all
+
+
+class Converted(NamedTuple):
+    """A SentencePiece model in Hugging Face's terms."""
+
+    description: dict[str, Any]  # the content of a tokenizer.json
+    control_tokens: dict[str, str | None]  # bos_token and eos_token, as in tokenizer_config.json
+
+
+class Piece(NamedTuple):
+    """One entry of the vocabulary."""
+
+    text: str
+    score: float
+    kind: int
+
+
+def convert(field: str, file: Path) -> Converted:
+    """Convert the SentencePiece model in `file`, of the kinds bpe and unigram.
+
+    Raises:
+        UserError: it can't be read, is no such model, or has a feature that a tokenizer.json can't express.
+    """
+    try:
+        parts = _parts(file.read_bytes())
+        pieces = [_piece(part) for part in parts[PIECES]]
+        trainer, normalizer = (_last(parts.get(name, [b""])[-1]) for name in (TRAINER, NORMALIZER))
+        kind = trainer.get(3, UNIGRAM)
+        ids = {"unk": trainer.get(40, 0), "bos": trainer.get(41, 1), "eos": trainer.get(42, 2)}
+        named = {name: pieces[number].text if _signed(number) >= 0 else None for name, number in ids.items()}
+        charsmap = bytes(normalizer.get(2, b""))
+    except OSError as error:
+        raise UserError(field, file, f"must be a file that can be read ({error.strerror})") from None
+    except (ValueError, KeyError, IndexError, TypeError, struct.error):
+        raise UserError(field, file, "must be a SentencePiece model; it can't be read as one") from None
+    for unfit, what in (
+        (kind not in (UNIGRAM, BPE), "is neither of the kind bpe nor unigram"),
+        (any(piece.kind == UNUSED for piece in pieces), "has pieces that are marked as unused"),
+        (bool(trainer.get(24)), "puts spaces at the end of words"),
+        (not normalizer.get(5, 1), "does not mark spaces"),
+    ):
+        if unfit:
+            raise UserError(field, file, f"{what}, which a tokenizer.json can't express; convert it yourself")
+    byte_fallback = any(piece.kind == BYTE for piece in pieces)
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added(number, piece) for number, piece in enumerate(pieces) if _is_added(piece)],
+        "normalizer": _normalizer(normalizer, charsmap),
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": _decoder(bool(normalizer.get(3, 1))),
+        "model": _bpe(pieces, byte_fallback) if kind == BPE else _unigram(pieces, byte_fallback),
+    }
+    return Converted(description, {"bos_token": named["bos"], "eos_token": named["eos"]})
+
+
+def _piece(content: bytes) -> Piece:
+    fields = _last(content)
+    (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
+    return Piece(fields[1].decode(), score, fields.get(3, NORMAL))
+
+
+def _is_added(piece: Piece) -> bool:
+    return piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)
+
+
+def _added(number: int, piece: Piece) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": piece.text, **flags, "special": piece.kind != USER_DEFINED}
+
+
+def _bpe(pieces: list[Piece], byte_fallback: bool) -> dict[str, Any]:
+    joined = {piece.text for piece in pieces if piece.kind in (NORMAL, USER_DEFINED)}
+    merges = [
+        (piece, cut)
+        for piece in pieces
+        if piece.kind == NORMAL
+        for cut in range(1, len(piece.text))
+        if piece.text[:cut] in joined and piece.text[cut:] in joined
+    ]
+    # The higher score first, then the longer left part, then the longer right one.
+    merges.sort(key=lambda merge: (-merge[0].score, -merge[1], merge[1] - len(merge[0].text)))
+    return {
+        "type": "BPE",
+        "unk_token": next(piece.text for piece in pieces if piece.kind == UNKNOWN),
+        "fuse_unk": True,
+        "byte_fallback": byte_fallback,
+        "vocab": {piece.text: number for number, piece in enumerate(pieces)},
+        "merges": [[piece.text[:cut], piece.text[cut:]] for piece, cut in merges],
+    }
+
+
+def _unigram(pieces: list[Piece], byte_fallback: bool) -> dict[str, Any]:
+    vocabulary = [[piece.text, piece.score] for piece in pieces]
+    put_out_of_reach(vocabulary, {number for number, piece in enumerate(pieces) if piece.kind in (UNKNOWN, CONTROL)})
+    unknown = next(number for number, piece in enumerate(pieces) if piece.kind == UNKNOWN)
+    return {"type": "Unigram", "unk_id": unknown, "vocab": vocabulary, "byte_fallback": byte_fallback}
+
+
+def put_out_of_reach(vocabulary: list[list[Any]], numbers: set[int]) -> None:
+    """Give some pieces of a unigram vocabulary, in place, scores so low that no text is ever cut into them.
+
+    Args:
+        vocabulary: Pairs of piece and score; the place is the id.
+        numbers: Ids of the pieces.
+    """
+    lowest = min((score for number, (_, score) in enumerate(vocabulary) if number not in numbers), default=0.0)
+    for number in numbers:  # lower than one unknown character after the other
+        vocabulary[number][1] = (lowest - UNKNOWN_PENALTY) * (len(vocabulary[number][0]) + 1)
+
+
+def _normalizer(fields: dict[int, Any], charsmap: bytes) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = []
+    if charsmap:
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
+    if fields.get(4, 1):  # remove_extra_whitespaces
+        replacements = (("^[ ▁]+|[ ▁]+$", ""), ("[ ▁]{2,}", " "))
+        steps += [{"type": "Replace", "pattern": {"Regex": found}, "content": put} for found, put in replacements]
+    if fields.get(3, 1):  # add_dummy_prefix
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def _decoder(prefixed: bool) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefixed:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def as_json(converted: Converted) -> str:
+    """The text of its tokenizer.json."""
+    return json.dumps(converted.description, ensure_ascii=False)
+
+
+def _signed(number: int) -> int:
+    """A protobuf int32, whose negative numbers are written as 64 bits."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _parts(message: bytes) -> dict[int, list[Any]]:
+    """All values of each field of a protobuf message."""
+    found: dict[int, list[Any]] = {}
+    for number, value in _fields(message):
+        found.setdefault(number, []).append(value)
+    return found
+
+
+def _last(message: bytes) -> dict[int, Any]:
+    """The last value of each field, which is the one that counts."""
+    return dict(_fields(message))
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field: integers, or the bytes of anything else.
+
+    Raises:
+        ValueError: it is no protobuf message, or is cut off.
+    """
+    view, place = memoryview(message), 0
+    while place < len(view):
+        tag, place = _varint(view, place)
+        kind = tag & 7
+        if kind == 0:
+            value, place = _varint(view, place)
+        else:
+            if kind == 2:
+                size, place = _varint(view, place)
+            elif kind in (1, 5):
+                size = 8 if kind == 1 else 4
+            else:
+                raise ValueError(f"wire type {kind}")
+            if place + size > len(view):
+                raise ValueError("cut off")
+            value, place = bytes(view[place : place + size]), place + size
+        yield tag >> 3, value
+
+
+def _varint(view: memoryview, place: int) -> tuple[int, int]:
+    """A number of 7 bits a byte, the lowest first, and the place behind it."""
+    number = shift = 0
+    while True:
+        if place >= len(view) or shift > 63:
+            raise ValueError("no number")
+        byte, place = view[place], place + 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, place
+        shift += 7
