@@ -154,6 +154,53 @@ def test_other_folders_are_refused(folder, tmp_path):
     refused(folder, "manifest.json")
 
 
+NONSENSE = [
+    ({"row_length": "64"}, "row_length '64'"),
+    ({"row_length": 0}, "row_length '0'"),
+    ({"row_length": True}, "row_length 'True'"),
+    ({"bos_id": -1}, "bos_id '-1'"),
+    ({"bos_id": len(IDS)}, f"bos_id must be below vocabulary_size {len(IDS)}"),
+    ({"bos_id": IDS["cat"]}, "does not begin with bos_id"),
+    ({"eos_id": None}, "eos_id 'None'"),
+    ({"eos_id": IDS["cat"]}, "does not end with eos_id"),
+    ({"vocabulary_size": 1.5}, "vocabulary_size '1.5'"),
+    ({"tokenizer_sha256": "0" * 63}, "tokenizer_sha256"),
+    ({"content_sha256": 7}, "content_sha256 '7'"),
+    ({"options": []}, "options"),
+    ({"versions": {"numpy": 2}}, "versions.numpy '2'"),
+    ({"sources": []}, "sources"),
+    ({"sources": [{"name": "wiki"}, {"name": "wiki"}]}, "different names"),
+    ({"sources": [{"name": 1}, {"name": "alpaca"}]}, "sources.0.name '1'"),
+    ({"sources": [{"name": "wiki", "tokens": -1}, {"name": "alpaca"}]}, "sources.0.tokens '-1'"),
+    ({"largest_ids": {"train": 3}}, "largest_ids.validation"),
+    ({"largest_ids": {"train": -3, "validation": 3}}, "largest_ids.train '-3'"),
+    ({"files": {}}, "files lack tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize(("changes", "word"), NONSENSE, ids=[case[1] for case in NONSENSE])
+def test_nonsense_in_a_manifest_whose_hash_is_mended_is_refused_by_name(folder, changes, word):
+    change_manifest(folder, **changes)
+    refused(folder, word, verify=True)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "train/../../outside", "train//tokens.npy", "a\\b", ""])
+def test_names_outside_the_folder_are_refused(folder, name):
+    (folder.parent / "outside").write_text("x")
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    content = hashlib.sha256(b"x").hexdigest()
+    change_manifest(folder, files=files | {name: {"sha256": content, "bytes": 1}})
+    refused(folder, "manifest.json", "is damaged: files")
+
+
+def test_a_manifest_without_a_field_names_it(folder):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in [name for name in manifest if name not in ("format", "format_version", SEAL)]:
+        write_manifest_json(path, {key: value for key, value in manifest.items() if key not in (name, SEAL)})
+        refused(folder, f"is damaged: {name}: Field required")
+
+
 def test_another_tokenizer_is_refused(folder, tokenizer_folder):
     description = json.loads((tokenizer_folder / "tokenizer.json").read_text())
     description["model"]["vocab"]["new"] = len(IDS)

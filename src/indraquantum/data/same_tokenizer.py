@@ -105,7 +105,7 @@ def _difference(ours: TextTokenizer, theirs: TextTokenizer) -> str | None:
 
 
 def say_difference(file: Path, model: Path, tokenizer: TextTokenizer) -> None:
-    """Compare a tokenizer with the SentencePiece model that lies beside it, and say on stderr where they differ.
+    """Compare a tokenizer with the SentencePiece model beside it or behind it; say on stderr where they differ.
 
     Args:
         file: The tokenizer.json, or the SentencePiece model if the tokenizer was converted from it.

@@ -59,7 +59,7 @@ def convert(field: str, file: Path) -> Converted:
         charsmap = bytes(normalizer.get(2, b""))
     except OSError as error:
         raise UserError(field, file, f"must be a file that can be read ({error.strerror})") from None
-    except (ValueError, KeyError, IndexError, TypeError, struct.error):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error):
         raise UserError(field, file, "must be a SentencePiece model; it can't be read as one") from None
     for unfit, what in (
         (kind not in (UNIGRAM, BPE), "is neither of the kind bpe nor unigram"),
@@ -128,7 +128,9 @@ def _unigram(pieces: list[Piece], byte_fallback: bool) -> dict[str, Any]:
 
 
 def put_out_of_reach(vocabulary: list[list[Any]], numbers: set[int]) -> None:
-    """Give some pieces of a unigram vocabulary, in place, scores so low that no text is ever cut into them.
+    """Give some pieces of a unigram vocabulary, in place, scores so low that no text is cut into them.
+
+    That holds where the vocabulary has their letters too, as those of SentencePiece do that have seen them.
 
     Args:
         vocabulary: Pairs of piece and score; the place is the id.
@@ -144,7 +146,7 @@ def _normalizer(fields: dict[int, Any], charsmap: bytes) -> dict[str, Any]:
     if charsmap:
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
     if fields.get(4, 1):  # remove_extra_whitespaces
-        replacements = (("^[ ▁]+|[ ▁]+$", ""), ("[ ▁]{2,}", " "))
+        replacements = ((r"\A +|[ ▁]+\z", ""), (" {2,}", " "))
         steps += [{"type": "Replace", "pattern": {"Regex": found}, "content": put} for found, put in replacements]
     if fields.get(3, 1):  # add_dummy_prefix
         steps.append({"type": "Prepend", "prepend": SPACE})
