@@ -99,7 +99,7 @@ def tinyllama(layers: int, dtype: torch.dtype, device: torch.device) -> Teacher:
     for parameter in model.parameters():
         parameter.uniform_(-0.05, 0.05) if parameter.dim() > 1 else parameter.fill_(1.0)
     model.lm_head.weight.normal_(0, LOGITS_STD / config.hidden_size**0.5)  # the last norm leaves states of unit RMS
-    return Teacher(model, device, str(dtype).removeprefix("torch."))
+    return Teacher(model, device, str(dtype).removeprefix("torch."), VOCABULARY)
 
 
 def packed_rows(rows: int) -> Split:
@@ -147,7 +147,7 @@ def main() -> None:
     def captured() -> Clock:
         with tempfile.TemporaryDirectory() as folder:
             settings = CaptureSettings()
-            plan = Plan(settings, Path(folder), manifest, split.num_tokens, "")
+            plan = Plan(settings, Path(folder), manifest, split.num_tokens, split.num_tokens, "")
             asker = ModelAsker(teacher, dataset, plan)
             worker = ShardWorker(plan, dataset, lambda: asker, lambda positions: None)
             began = Clock.now()

@@ -33,7 +33,7 @@ def random_signals(positions: int, mean_ids: int, generator: np.random.Generator
     """As many distinct ids a position as Poisson's law gives around the mean."""
     counts = np.clip(1 + generator.poisson(mean_ids - 1, positions), 1, DRAWS)
     entries = int(counts.sum())
-    figures = generator.random((4, positions), np.float32)
+    figures = 1 - generator.random((4, positions), np.float32) / 2
     return PositionSignals(
         generator.integers(0, VOCABULARY, entries), generator.integers(1, 9, entries), counts, *figures
     )
@@ -46,7 +46,7 @@ def store_of(folder: Path, shape: StepShape, mean_ids: int) -> SignalStore:
     none = SimpleNamespace(num_rows=0, row_token_offsets=np.zeros(1, np.int64))
     train = SimpleNamespace(num_rows=SHARDS * SHARD_ROWS, row_token_offsets=offsets)
     dataset = SimpleNamespace(
-        train=train, validation=none, content_sha256=SHA, tokenizer=SimpleNamespace(sha256=SHA)
+        train=train, validation=none, content_sha256=SHA, tokenizer=SimpleNamespace(sha256=SHA, vocabulary_size=VOCABULARY)
     )  # fmt: skip
     manifest = Manifest(
         teacher_sha256=SHA, tokenizer_sha256=SHA, dataset_sha256=SHA, vocabulary_size=VOCABULARY, temperature=1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import json
 import os
 import random
@@ -50,6 +51,24 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared is not here")
     return SHARED
+
+
+@pytest.fixture
+def without_package(monkeypatch):
+    """`without_package(name, error)`: importing that package fails, as where it is missing or its build is broken."""
+
+    def block(package: str, error: Exception) -> None:
+        class Broken(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == package:
+                    raise error
+
+        loaded = [name for name in sys.modules if package in name.split(".")]  # torch.utils.tensorboard is another
+        for name in loaded:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+
+    return block
 
 
 @dataclass(frozen=True)

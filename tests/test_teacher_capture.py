@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from indraquantum.config import CaptureSettings
 from indraquantum.errors import UserError
+from indraquantum.files import sha256_of
 from indraquantum.teacher import capture as capture_module
 from indraquantum.teacher import teacher_model
 from indraquantum.teacher.capture import capture
+from indraquantum.teacher.manifest import read_manifest, write_manifest
 from indraquantum.teacher.signals import open_signals, verify_signals
 from indraquantum.teacher.teacher_model import Teacher
 from teacher_world import VOCABULARY, as_dataset, make_dataset, make_split, write_teacher, write_tokenizer
@@ -124,6 +127,47 @@ def test_report_and_manifest_agree(settings, dataset, capsys):
     announced = capsys.readouterr().err
     assert f"{positions} positions, about" in announced
     assert announced.count("hours and") == 1
+
+
+def test_the_announcement_counts_the_journals(settings, dataset, monkeypatch, capsys):
+    """Many draws make journals far larger than shards; what lies on the disk at its most is what was announced."""
+    write, sizes = capture_module.write_manifest, []
+
+    def measured(folder, manifest):  # when a shard is written, and its journal still there
+        sizes.append(sum(path.stat().st_size for path in folder.iterdir()))
+        write(folder, manifest)
+
+    monkeypatch.setattr(capture_module, "write_manifest", measured)
+    report = capture(changed(settings, draws=20_000), dataset, 10**6)
+    message = re.search(r" and ([\d.]+) MB on the disk, of which ([\d.]+) MB stay\n", capsys.readouterr().err)
+    announced, stays = (1e6 * float(number) for number in message.groups())
+    assert max(sizes) == pytest.approx(announced, rel=0.15)
+    assert report.bytes == pytest.approx(stays, rel=0.3)
+    assert announced > 3 * stays
+
+
+def test_a_manifest_with_shards_of_another_grid_is_refused(settings, dataset):
+    capture(settings, dataset, SHARD)
+    page = read_manifest("--output", settings.output)
+    moved = page.shards[0].model_copy(update={"rows": (0, 2)})
+    write_manifest(settings.output, page.model_copy(update={"shards": (moved, *page.shards[1:])}))
+    with pytest.raises(UserError, match=rf"--output.*lists {moved.file} with rows \[0, 2\] of {moved.split}, which no"):
+        capture(settings, dataset, SHARD)
+
+
+def test_impossible_signals_are_captured_again(settings, dataset, capsys):
+    capture(settings, dataset, SHARD)
+    before, page = files_of(settings.output), read_manifest("--output", settings.output)
+    path = settings.output / page.shards[0].file
+    tensors = load_file(path)
+    tensors["confidence"][1] = 7
+    save_file(tensors, path)
+    sealed = page.shards[0].model_copy(update={"sha256": sha256_of(path), "bytes": path.stat().st_size})
+    write_manifest(settings.output, page.model_copy(update={"shards": (sealed, *page.shards[1:])}))
+    report = capture(settings, dataset, SHARD)
+    assert report.positions_asked == page.shards[0].positions
+    assert "confidence is 7, which must be from" in capsys.readouterr().err
+    assert files_of(settings.output) == before
 
 
 def stop_after(monkeypatch, shards, when):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from indraquantum.errors import UserError
 from indraquantum.teacher import teacher_model
+from indraquantum.teacher.checks import packs_right
 from indraquantum.teacher.teacher_model import check_tokenizer, document_mask, find_teacher, load_teacher
 from teacher_world import VOCABULARY, make_dataset, write_teacher, write_tokenizer
 
@@ -79,7 +80,7 @@ def test_a_teacher_that_leaks_gets_one_document_at_a_time(folder, dataset, monke
 def test_both_attentions_keep_documents_apart(folder, dataset, attention):
     teacher = load(folder, dataset)
     teacher.model.set_attn_implementation(attention)
-    assert not teacher.leaks(dataset.train.batch(np.arange(5)))
+    assert packs_right(teacher, dataset.train.batch(np.arange(5)))
 
 
 SMALL = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16,

@@ -16,7 +16,7 @@ from indraquantum.errors import UserError
 from indraquantum.teacher import served
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.served import entropy_bounds
-from indraquantum.teacher.signals import open_signals
+from indraquantum.teacher.signals import open_signals, verify_signals
 
 SHARD = 480
 K = 7
@@ -121,7 +121,7 @@ def test_served_signals_equal_local_ones_and_entropy_lies_between_its_bounds(set
     dataset = open_dataset("--data", settings.data)
     for split in ("train", "validation"):
         index = np.arange(getattr(dataset, split).num_tokens)
-        ours = open_signals("--signals", settings.output, dataset).batch(split, index)
+        ours = verify_signals("--signals", settings.output, dataset).batch(split, index)
         theirs = open_signals("--signals", local.output, dataset).batch(split, index)
         assert ours.entropy_N is None
         torch.testing.assert_close(ours.confidence_N, theirs.confidence_N, rtol=2e-3, atol=1e-4)

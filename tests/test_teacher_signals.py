@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from indraquantum.errors import UserError
+from indraquantum.files import sha256_of
 from indraquantum.teacher.manifest import Manifest, read_manifest, statistics_of, write_manifest
+from indraquantum.teacher.packing_bits import pack, unpack
 from indraquantum.teacher.sampling import PositionSignals
 from indraquantum.teacher.signals import entry_bits, open_signals, verify_signals, write_shard
 
@@ -22,9 +24,8 @@ SHA = {name: character * 64 for name, character in zip(("teacher", "tokenizer", 
 def dataset_stub(tokenizer=SHA["tokenizer"], dataset=SHA["dataset"]):
     train = SimpleNamespace(num_rows=9, row_token_offsets=np.concatenate([[0], np.cumsum(ROW_LENGTHS)]))
     validation = SimpleNamespace(num_rows=2, row_token_offsets=np.array([0, 3, 20]))
-    return SimpleNamespace(
-        train=train, validation=validation, content_sha256=dataset, tokenizer=SimpleNamespace(sha256=tokenizer)
-    )
+    words = SimpleNamespace(sha256=tokenizer, vocabulary_size=VOCABULARY)
+    return SimpleNamespace(train=train, validation=validation, content_sha256=dataset, tokenizer=words)
 
 
 def random_signals(positions, draws, seed):
@@ -37,10 +38,10 @@ def random_signals(positions, draws, seed):
         ids_M=np.concatenate([ids for ids, _ in found]),
         amounts_M=np.concatenate([counts for _, counts in found]),
         ids_per_position_N=np.array([len(ids) for ids, _ in found]),
-        entropy_N=draw.random(positions, np.float32) * 7,
-        confidence_N=draw.random(positions, np.float32),
+        entropy_N=draw.random(positions, np.float32) * np.float32(np.log(VOCABULARY)),
+        confidence_N=1 - draw.random(positions, np.float32) * np.float32(1 - 1 / VOCABULARY),
         next_logprob_N=logprob,
-        temperature_entropy_N=draw.random(positions, np.float32) * 9,
+        temperature_entropy_N=draw.random(positions, np.float32) * np.float32(np.log(VOCABULARY)),
     )
 
 
@@ -168,8 +169,12 @@ def change_manifest(folder, change):
         (lambda page: page["shards"][0].update(file="../../etc/x.safetensors"), "damaged: shards.0.file"),
         (lambda page: page["shards"][0].update(rows=[0, 8]), "rows"),
         (lambda page: page["shards"][0].update(rows=[7, 10]), "rows"),
-        (lambda page: page["shards"][0].update(rows=[-2, 8]), "rows"),
-        (lambda page: page["shards"].append(page["shards"][0]), "rows"),
+        (lambda page: page["shards"][0].update(rows=[-2, 8]), r"shards.0.*rows \[-2, 8\] must be"),
+        (lambda page: page["shards"][0].update(rows=[8, 7]), r"shards.0.*rows \[8, 7\] must be"),
+        (lambda page: page["shards"].append(page["shards"][0]), "both have rows from 7 on"),
+        (lambda page: page["shards"][2].update(rows=[0, 4]), "train-2.safetensors and train-3.safetensors both have"),
+        (lambda page: page["shards"][0].update(file="train-3.safetensors"), "two shards are in one file"),
+        (lambda page: page.update(vocabulary_size=VOCABULARY - 1), f"vocabulary_size is {VOCABULARY - 1}, not"),
         (lambda page: page["shards"][0].update(file="train-9.safetensors"), "is missing"),
     ],
 )
@@ -219,3 +224,119 @@ def test_an_id_past_the_vocabulary_is_refused(tmp_path):
     store = open_signals("--signals", tmp_path / "s", dataset_stub())
     with pytest.raises(UserError, match="past the vocabulary"):
         store.batch("train", np.arange(3))
+
+
+def seal_again(folder):
+    """Make the manifest that of the files as they are: every hash is right, whatever they hold."""
+    page = read_manifest("--signals", folder)
+    paths = [folder / entry.file for entry in page.shards]
+    facts = [{"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in paths]
+    shards = [entry.model_copy(update=fact) for entry, fact in zip(page.shards, facts, strict=True)]
+    write_manifest(folder, page.model_copy(update={"shards": tuple(shards)}))
+
+
+def change_shard(folder, name, change):
+    """Let `change` have a tensor of one shard, and seal it."""
+    tensors = load_file(folder / "train-2.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / "train-2.safetensors")
+    seal_again(folder)
+
+
+def put(place, value):
+    def change(values):
+        values[place] = value
+        return values
+
+    return change
+
+
+def other_entry(place, change):
+    """Replace the number of one entry, an id above a count or a probability, by what `change` makes of it."""
+
+    def packed(stream):
+        manifest = Manifest.model_construct(kind="sampled", vocabulary_size=VOCABULARY, draws=50)
+        width = entry_bits(manifest).width
+        numbers = unpack(stream, np.arange((len(stream) - 8) * 8 // width), width)
+        numbers[place] = change(int(numbers[place]), numbers)
+        return pack(numbers, width)
+
+    return packed
+
+
+COUNT = 6  # bits of a count of up to 50
+IMPOSSIBLE = {
+    "no probability": ("confidence", put(4, 7), r"confidence is 7, which must be from 0.00099\d+ to 1$"),
+    "less than even": ("confidence", put(0, 1e-4), r"confidence is 0.0001\d*, which must be from"),
+    "confidence nan": ("confidence", put(4, np.nan), "confidence is nan"),
+    "below zero": ("entropy", put(2, -3), r"entropy is -3, which must be from -0.000976562 to 6.92"),
+    "above ln V": ("entropy", put(2, 7), r"entropy is 7, which must be from"),
+    "entropy nan": ("entropy", put(2, np.nan), "entropy is nan"),
+    "tempered": ("temperature_entropy", put(2, np.inf), "temperature_entropy is inf"),
+    "above certainty": ("next_logprob", put(1, 0.5), r"next_logprob is 0.5, which must be from -65504 to 0"),
+    "a label too few": ("next_logprob", put(1, np.nan), r"next_logprob holds \d+ numbers beside nan, which must"),
+    "past the vocabulary": ("packed", other_entry(0, lambda n, _: (VOCABULARY << COUNT) + n % 64), "id is 1009, which"),
+    "twice": ("packed", other_entry(1, lambda n, entries: (entries[0] >> COUNT << COUNT) + n % 64), "above the last"),
+    "never drawn": ("packed", other_entry(0, lambda n, _: n >> COUNT << COUNT), "count is 0, which must be from 1 to"),
+    "drawn too often": ("packed", other_entry(0, lambda n, _: n | 63), "count is 63, which must be from 1 to 50"),
+    "too few draws": ("packed", other_entry(0, lambda n, _: n ^ 1), r"sum of a position's counts is (49|51), which"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "message"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_sealed_signals_that_no_teacher_can_have_given_are_refused_by_name(tmp_path, name, change, message):
+    write_signals(tmp_path / "s", temperature=2.0)
+    change_shard(tmp_path / "s", name, change)
+    with pytest.raises(
+        UserError, match=rf"^--signals: got .*train-2.safetensors; holds impossible signals: .*{message}"
+    ):
+        verify_signals("--signals", tmp_path / "s", dataset_stub())
+
+
+@pytest.mark.parametrize("name", ["no probability", "below zero", "tempered", "drawn too often"])
+def test_the_reader_refuses_what_it_would_hand_on(tmp_path, name):
+    write_signals(tmp_path / "s", temperature=2.0)
+    change_shard(tmp_path / "s", *IMPOSSIBLE[name][:2])
+    store = open_signals("--signals", tmp_path / "s", dataset_stub())
+    with pytest.raises(UserError, match=r"holds impossible signals|a probability is not from 0 to 1"):
+        store.batch("train", np.arange(9))
+
+
+def kept_signals(kind, ids, probs):
+    """One held-out split of equal positions of the kinds topk and full."""
+    count = 20
+    return PositionSignals(
+        np.tile(ids, count), np.tile(np.float32(probs), count), np.full(count, len(ids)),
+        *np.full((4, count), 0.5, np.float32) * np.array([[1], [1], [-1], [1]], np.float32),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "probs", "message"),
+    [
+        ("topk", [0.5, 0.25, 0.25], None),
+        ("topk", [0.75, 0.25, 0.25], "sum of a position's probabilities is 1.25, which must be from 0 to 1.0009"),
+        ("topk", [-0.5, 0.25, 0.25], "probability is -0.5, which must be from 0 to 1"),
+        ("topk", [1.5, 0.25, 0.25], "probability is 1.5, which must be from 0 to 1"),
+        ("topk", [np.nan, 0.25, 0.25], "probability is nan"),
+        ("full", [0.2, 0.3, 0.5], None),
+        ("full", [0.2, 0.3, 0.4], "sum of a position's probabilities is 0.9, which must be from 0.999"),
+    ],
+)
+def test_probabilities_of_the_other_kinds_are_checked(tmp_path, kind, probs, message):
+    fields = {f"{name}_sha256": value for name, value in SHA.items()}
+    manifest = Manifest(
+        **fields, kind=kind, vocabulary_size=3, temperature=1.0, top_k=3 if kind == "topk" else None, seed=0,
+        rows_per_shard=3, teacher="stub", teacher_revision=None, shards=(), complete=False,
+        statistics=statistics_of(()),
+    )  # fmt: skip
+    signals = kept_signals(kind, [0, 1, 2], probs)
+    entry = write_shard(tmp_path, "validation-0.safetensors", "validation", (0, 2), signals, manifest, "float32")
+    write_manifest(tmp_path, manifest.model_copy(update={"shards": (entry,), "statistics": statistics_of((entry,))}))
+    data = dataset_stub()
+    data.tokenizer.vocabulary_size = 3
+    if message is None:
+        verify_signals("--signals", tmp_path, data)
+        return
+    with pytest.raises(UserError, match=message):
+        verify_signals("--signals", tmp_path, data)

@@ -128,9 +128,12 @@ def test_four_workers_give_the_same_bytes(settings, whole):
     assert files_of(settings.output) == whole
 
 
-def test_a_missing_ray_is_one_line(settings, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"^--engine: got ray; needs Ray: pip install"):
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'ray'"), RuntimeError("built for another")])
+def test_a_missing_or_broken_ray_is_one_line(settings, without_package, error):
+    without_package("ray", error)
+    with pytest.raises(
+        UserError, match=rf"^--engine: got ray; needs the package ray, .*{error}.*'indraquantum\[ray\]'"
+    ):
         capture(changed(settings, engine="ray"), None, SHARD)
     assert files_of(settings.output) == {}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """Input that is wrong: the message names the field, the value and what is allowed. Exit status 2."""
@@ -21,3 +24,24 @@ class TrainingStopped(Exception):
     """A guard stopped training before a bad update. Exit status 3."""
 
     exit_status = 3
+
+
+@contextlib.contextmanager
+def optional_package(field: str, value: object, package: str, install: str) -> Iterator[None]:
+    """Import a package that is no dependency inside this: where it is missing, or broken, one line says what to do.
+
+    Args:
+        field: what asks for the package, such as an option.
+        value: what stands there.
+        package: its name.
+        install: what to give to `pip install`.
+
+    Raises:
+        UserError: the import failed, in whatever way.
+    """
+    try:
+        yield
+    except Exception as error:  # an installation that is broken, or a version that does not fit, raises anything
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        allowed = f"needs the package {package}, which can't be imported here ({reason}): pip install '{install}'"
+        raise UserError(field, value, allowed) from None

@@ -7,11 +7,10 @@ when they are asked for.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
-from indraquantum.errors import UserError
+from indraquantum.errors import optional_package
 
 PROJECT = "indraquantum"
 Kind = Literal["none", "tensorboard", "trackio", "wandb"]
@@ -73,13 +72,14 @@ def numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def require_tracker(kind: Kind) -> None:
-    """Check that the package of `kind` is there.
+    """Import the package of `kind`, so that a run without it ends before it begins.
 
     Raises:
-        UserError: it is not.
+        UserError: it is missing or can't be imported.
     """
-    if kind != "none" and importlib.util.find_spec(kind) is None:
-        raise UserError("--log-to", kind, f"needs a package: pip install 'indraquantum[{kind}]'")
+    if kind != "none":
+        with optional_package("--log-to", kind, kind, f"indraquantum[{kind}]"):
+            importlib.import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
 
 
 def open_tracker(kind: Kind, folder: Path, settings: dict[str, Any], step: int) -> NullTracker:

@@ -7,16 +7,26 @@ All options are the harness's own; only this module tells it of the model.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 
+from indraquantum.errors import UserError, optional_package
 from indraquantum.evaluation.export import transformers_tokenizer
 from indraquantum.evaluation.write import load_model
+
+try:
+    with optional_package("python -m", "indraquantum.evaluation.lm_eval", "lm_eval", "indraquantum[lm-eval]"):
+        from lm_eval.api.instance import Instance
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
+except UserError as error:
+    if __name__ != "__main__":
+        raise
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_status)
 
 
 @register_model("indraquantum")

@@ -38,8 +38,10 @@ from indraquantum.teacher.manifest import (
     statistics_of,
     write_manifest,
 )
+from indraquantum.teacher.possible import check_values
 from indraquantum.teacher.served import check_served, is_served, served_identity
 from indraquantum.teacher.shard_worker import Job, Plan
+from indraquantum.teacher.signals import Shard
 from indraquantum.teacher.teacher_model import TeacherFiles, check_tokenizer, find_teacher
 
 if TYPE_CHECKING:
@@ -159,6 +161,7 @@ def _begin_or_continue(
                 given = {"--teacher": settings.teacher, "--data": settings.data}.get(option, ours)
                 allowed = f"the signals in {settings.output} have {name} {theirs}, not {ours}; give another --output"
                 raise UserError(option, given, allowed)
+        _check_shards(settings.output / MANIFEST_NAME, dataset, existing)
         return existing
     return Manifest(
         **identity.model_dump(),
@@ -168,6 +171,16 @@ def _begin_or_continue(
         complete=False,
         statistics=statistics_of(()),
     )
+
+
+def _check_shards(path: Path, dataset: PreparedDataset, manifest: Manifest) -> None:
+    """Refuse a manifest with other shards than a capture of this dataset has."""
+    known = {job.file: job for job in _all_jobs(dataset, manifest)}
+    for entry in manifest.shards:
+        job = known.get(entry.file)
+        if job is None or (job.split, job.rows, _positions(dataset, job)) != (entry.split, entry.rows, entry.positions):
+            allowed = f"lists {entry.file} with rows {list(entry.rows)} of {entry.split}, which no shard of --data has"
+            raise UserError("--output", path, allowed)
 
 
 def _with_batch(
@@ -218,11 +231,15 @@ def _verified(folder: Path, manifest: Manifest) -> Manifest:
     good = []
     for entry in manifest.shards:
         path = folder / entry.file
-        if path.is_file() and path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256:
-            good.append(entry)
-            journal_path(folder, entry.file).unlink(missing_ok=True)  # left by a kill behind the manifest
-        else:
-            print(f"capture: {path} is missing or damaged; asking the teacher again", file=sys.stderr)
+        try:
+            if not (path.is_file() and path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256):
+                raise UserError("--output", path, "is missing or damaged")
+            check_values(Shard("--output", path, entry, manifest), entry, manifest)
+        except UserError as error:
+            print(f"capture: {path} {error.allowed}; asking the teacher again", file=sys.stderr)
+            continue
+        good.append(entry)
+        journal_path(folder, entry.file).unlink(missing_ok=True)  # left by a kill behind the manifest
     return _with_shards(manifest, good, complete=manifest.complete and len(good) == len(manifest.shards))
 
 
@@ -234,6 +251,12 @@ def _with_shards(manifest: Manifest, shards: list[ShardEntry], complete: bool) -
 
 def _jobs(dataset: PreparedDataset, manifest: Manifest) -> list[Job]:
     """The shards still to capture, in the order in which they are."""
+    done = {entry.file for entry in manifest.shards}
+    return [job for job in _all_jobs(dataset, manifest) if job.file not in done]
+
+
+def _all_jobs(dataset: PreparedDataset, manifest: Manifest) -> list[Job]:
+    """Every shard of a whole capture, in the order in which they are captured."""
     jobs = []
     for split, rows in (("validation", dataset.validation.num_rows), ("train", dataset.train.num_rows)):
         first_rows = range(0, rows, manifest.rows_per_shard)
@@ -243,8 +266,7 @@ def _jobs(dataset: PreparedDataset, manifest: Manifest) -> list[Job]:
         for number in order.tolist():
             first = first_rows[number]
             jobs.append(Job(split, number, first, min(first + manifest.rows_per_shard, rows)))
-    done = {entry.file for entry in manifest.shards}
-    return [job for job in jobs if job.file not in done]
+    return jobs
 
 
 def _coverage(dataset: PreparedDataset, manifest: Manifest) -> dict[str, float]:
@@ -276,7 +298,8 @@ def _capture(
     from tqdm import tqdm
 
     total = sum(_positions(dataset, job) for job in jobs)
-    plan = Plan(settings, folder, manifest, total, jobs[0].file)
+    largest = max(_positions(dataset, job) for job in jobs)
+    plan = Plan(settings, folder, manifest, total, min(total, largest * settings.workers), jobs[0].file)
     asked, packed = 0, None
     write_manifest(folder, manifest)  # journals belong to it
     try:

@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
 from indraquantum.config import CaptureSettings
-from indraquantum.errors import UserError
+from indraquantum.errors import UserError, optional_package
 from indraquantum.teacher.manifest import ShardEntry
 from indraquantum.teacher.served import ServedAsker
 from indraquantum.teacher.shard_worker import Asker, Job, Plan, ShardResult, ShardWorker
@@ -172,10 +172,9 @@ class _RayWorker:
 
 def _ray(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
     """Ray Data's actors, on the cluster of $RAY_ADDRESS or on this machine, bound to loopback."""
-    try:
+    with optional_package("--engine", "ray", "ray", "indraquantum[ray]"):
         import ray
-    except ImportError:
-        raise UserError("--engine", "ray", "needs Ray: pip install 'indraquantum[ray]'") from None
+        import ray.data
     settings = plan.settings
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):

@@ -54,15 +54,16 @@ class Journal:
             whole = end
         self._file.truncate(whole)
 
-    def append(self, record: Record) -> None:
-        """Keep one batch."""
+    def append(self, record: Record) -> int:
+        """Keep one batch and return the bytes that it takes."""
         from safetensors.numpy import save
 
         columns = {name: column for name, column in record.signals._asdict().items() if column is not None}
         payload = save(columns)
         head = _HEAD.pack(record.first_row, record.last_row, len(payload), record.precision.encode())
-        self._file.write(head + hashlib.sha256(head + payload).digest() + payload)
+        written = self._file.write(head + hashlib.sha256(head + payload).digest() + payload)
         self._file.flush()
+        return written
 
     def close(self) -> None:
         """Close the file; it stays until the shard is in the manifest."""

@@ -6,6 +6,7 @@ can distil from what there is. Two captures with the same identity give the same
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
 
@@ -81,6 +82,12 @@ class ShardEntry(_Page):
     """Number format that the teacher computed in; another device may continue a capture."""
     sums: Sums
 
+    @model_validator(mode="after")
+    def _rows_are_a_range(self) -> Self:
+        if not 0 <= self.rows[0] < self.rows[1]:
+            raise ValueError(f"rows {list(self.rows)} must be the first row, from 0 on, and one past the last")
+        return self
+
 
 class Statistics(_Page):
     """What the signals are like, over all shards; None where there is nothing to average."""
@@ -107,6 +114,17 @@ class Manifest(Identity):
     shards: tuple[ShardEntry, ...] = Field(strict=False)
     complete: bool
     statistics: Statistics
+
+    @model_validator(mode="after")
+    def _shards_lie_apart(self) -> Self:
+        ordered = sorted(self.shards, key=lambda entry: (entry.split, entry.rows))
+        for one, other in pairwise(ordered):
+            if one.split == other.split and other.rows[0] < one.rows[1]:
+                raise ValueError(f"shards {one.file} and {other.file} both have rows from {other.rows[0]} on")
+        files = [entry.file for entry in ordered]
+        if len(set(files)) < len(files):
+            raise ValueError("two shards are in one file")
+        return self
 
     @property
     def identity(self) -> Identity:
@@ -168,5 +186,5 @@ def read_manifest(field: str, folder: Path) -> Manifest:
         return Manifest.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(field, path, f"is damaged: {where}: {first['msg']}") from None
+        where = "".join(f"{part}." for part in first["loc"])
+        raise UserError(field, path, f"is damaged: {where[:-1]}{': ' * bool(where)}{first['msg']}") from None

@@ -36,6 +36,11 @@ class Job(NamedTuple):
     last_row: int  # one past
 
     @property
+    def rows(self) -> tuple[int, int]:
+        """First row and the one past the last."""
+        return self.first_row, self.last_row
+
+    @property
     def file(self) -> str:
         """The shard's name."""
         return f"{self.split}-{self.number:06d}.safetensors"
@@ -49,6 +54,7 @@ class Plan:
     folder: Path
     manifest: Manifest  # for its identity and batch_rows
     positions: int  # of all jobs, for the estimate
+    positions_at_once: int  # of the shards that are under way at the same time, at most: their journals lie on the disk
     first_file: str  # the shard whose first batch makes the estimate
 
 
@@ -89,7 +95,11 @@ class ShardWorker:
         if self._asker is None:
             self._asker = self._load()
             if self._asker.packed is False:
-                print("capture: this teacher mixes packed documents; asking one at a time", file=sys.stderr)
+                print(
+                    "capture: in rows of several documents this teacher does not answer as for each document alone; "
+                    "asking one document at a time, which is slower",
+                    file=sys.stderr,
+                )
         return self._asker
 
     def close(self) -> None:
@@ -107,29 +117,25 @@ class ShardWorker:
             first = records[-1].last_row if records else job.first_row
             step = self._plan.manifest.batch_rows
             for begin in range(first, job.last_row, step):
-                record = self._ask(job, begin, min(begin + step, job.last_row))
-                journal.append(record)
+                asker, began = self.asker, time.perf_counter()
+                rows = np.arange(begin, min(begin + step, job.last_row))
+                record = Record(begin, int(rows[-1]) + 1, asker.precision, asker.signals(job.split, rows))
+                seconds, written = time.perf_counter() - began, journal.append(record)
+                if job.file == self._plan.first_file and begin == job.first_row:
+                    self._announce(record.signals, seconds, written)
                 records.append(record)
                 self._progress(len(record.signals.entropy_N))
             columns = zip(*(record.signals for record in records), strict=True)
             whole = PositionSignals(*(None if c[0] is None else np.concatenate(c) for c in columns))
             precision = "+".join(sorted({record.precision for record in records}))
-            rows = (job.first_row, job.last_row)
-            entry = write_shard(folder, job.file, job.split, rows, whole, self._plan.manifest, precision)
+            entry = write_shard(folder, job.file, job.split, job.rows, whole, self._plan.manifest, precision)
         return ShardResult(entry, entry.positions - kept, self._asker.packed if self._asker else None)
 
-    def _ask(self, job: Job, first_row: int, last_row: int) -> Record:
-        """Ask about one batch; the first of all makes the estimate."""
-        asker = self.asker
-        began = time.perf_counter()
-        signals = asker.signals(job.split, np.arange(first_row, last_row))
-        if job.file == self._plan.first_file and first_row == job.first_row:
-            self._announce(signals, time.perf_counter() - began)
-        return Record(first_row, last_row, asker.precision, signals)
-
-    def _announce(self, part: PositionSignals, seconds: float) -> None:
-        """Say what lies ahead, from the first batch."""
+    def _announce(self, part: PositionSignals, seconds: float, journal_bytes: int) -> None:
+        """Say what lies ahead, from the first batch; journals go when their shards are written."""
         positions, total = len(part.entropy_N), self._plan.positions
         hours = seconds / positions * total / 3600 / self._plan.settings.workers
-        size = (7 + len(part.ids_M) / positions * entry_bits(self._plan.manifest).width / 8) * total
-        print(f"capture: {total:,} positions, about {hours:.3g} hours and {size / 1e6:,.1f} MB", file=sys.stderr)
+        stays = (7 + len(part.ids_M) / positions * entry_bits(self._plan.manifest).width / 8) * total
+        most = stays + journal_bytes / positions * self._plan.positions_at_once
+        size = f"{most / 1e6:,.1f} MB on the disk, of which {stays / 1e6:,.1f} MB stay"
+        print(f"capture: {total:,} positions, about {hours:.3g} hours and {size}", file=sys.stderr)

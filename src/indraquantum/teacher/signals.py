@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, check_manifest_json, sha256_of
 from indraquantum.teacher.manifest import MANIFEST_NAME, Identity, Manifest, ShardEntry, Sums, read_manifest
 from indraquantum.teacher.packing_bits import pack, packed_bytes, unpack
+from indraquantum.teacher.possible import PROBABILITY, Range, check_values, figure_ranges
 
 if TYPE_CHECKING:
     from indraquantum.data.dataset import PreparedDataset
@@ -151,26 +152,51 @@ class Shard:
         Raises:
             UserError: the file's inside is not what its entry and the manifest say.
         """
+        self._field, self._path, self._manifest, self._ranges = field, path, manifest, figure_ranges(manifest)
+        names = ["confidence", "next_logprob", *(("entropy_low", "entropy_high") if manifest.served else ("entropy",))]
+        if manifest.temperature != 1.0:
+            names.append("temperature_entropy")
         try:
             tensors = _map_safetensors(path)
-            self.entropy = None if manifest.served else tensors["entropy"]
-            bounds = (tensors["entropy_low"], tensors["entropy_high"]) if manifest.served else (self.entropy,)
-            self.confidence = tensors["confidence"]
-            self.next_logprob = tensors["next_logprob"]
-            self.temperature_entropy = tensors["temperature_entropy"] if manifest.temperature != 1.0 else None
+            self.figures = {name: tensors[name] for name in names}
             self.ids_per_position, self.packed = tensors["ids_per_position"], tensors["packed"]
+            kinds = {tensors[name].dtype.str for name in names}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(field, path, f"is damaged ({type(error).__name__}: {error})") from None
         groups = np.pad(self.ids_per_position, (0, -entry.positions % _GROUP)).reshape(-1, _GROUP)
         ids_in_group = groups.sum(1, dtype=np.int64)
         self._group_begin = np.cumsum(ids_in_group) - ids_in_group
-        kept = [*bounds, self.confidence, self.next_logprob, self.ids_per_position]
         if (
-            any(array.shape != (entry.positions,) for array in kept)
+            any(array.shape != (entry.positions,) for array in (*self.figures.values(), self.ids_per_position))
+            or kinds != {"<f2"}
             or self.ids_per_position.dtype != _count_dtype(manifest)
             or self.packed.shape != (packed_bytes(int(ids_in_group.sum()), entry_bits(manifest).width),)
         ):
             raise UserError(field, path, "is damaged (its tensors don't fit together)")
+
+    def figure(self, name: str, places_C: np.ndarray | slice) -> np.ndarray:
+        """Values of one of the scalar tensors, after `check`."""
+        values_C = self.figures[name][places_C]
+        self.check(name, values_C, self._ranges[name])
+        return values_C
+
+    def check(self, name: str, values_C: np.ndarray, allowed: Range) -> None:
+        """Refuse values out of a range; file, tensor, value and range are named."""
+        if (place := allowed.first_outside(values_C)) is not None:
+            self.refuse(f"{name} is {values_C[place]:.6g}, which must be from {allowed.low:.6g} to {allowed.high:.6g}")
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raise the UserError of signals that no teacher can have given."""
+        raise UserError(self._field, self._path, f"holds impossible signals: {why}")
+
+    def entries(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and amounts of neighbouring entries of the stream; ids mean nothing where all tokens are kept."""
+        bits = entry_bits(self._manifest)
+        numbers_M = unpack(self.packed, first + np.arange(count), bits.width)
+        amounts_M = numbers_M & ((1 << bits.amount) - 1)
+        if self._manifest.kind != "sampled":
+            amounts_M = _probabilities(amounts_M, self._manifest)
+        return numbers_M >> bits.amount, amounts_M
 
     def first_entry(self, places_C: np.ndarray) -> np.ndarray:
         """The number of the first entry of each position, in the shard's stream of entries."""
@@ -233,7 +259,7 @@ class SignalStore:
             first, last = entry.rows
             fits = free <= first < last <= split.num_rows
             if not fits or offsets[last] - offsets[first] != entry.positions:
-                raise UserError(self._field, entry.file, f"has rows {entry.rows} that the dataset has not")
+                raise UserError(self._field, entry.file, f"has rows {list(entry.rows)}, which the dataset lacks")
             free = last
         rows = np.array([entry.rows for entry in entries], np.int64).reshape(-1, 2)
         return _SplitShards(entries, np.asarray(offsets)[rows[:, 0]], np.asarray(offsets)[rows[:, 1]])
@@ -286,11 +312,11 @@ class SignalStore:
             counts = shard.ids_per_position[places].astype(np.int64)
             counts_C[begin:end] = counts
             numbers.append(self._numbers(shard, places, counts))
-            if shard.entropy is not None:
-                scalars_3N[0, here] = shard.entropy[places]
-            scalars_3N[1, here] = shard.confidence[places]
+            if not self.manifest.served:
+                scalars_3N[0, here] = shard.figure("entropy", places)
+            scalars_3N[1, here] = shard.figure("confidence", places)
             if tempered:
-                scalars_3N[2, here] = shard.temperature_entropy[places]
+                scalars_3N[2, here] = shard.figure("temperature_entropy", places)
 
         ids_NK, probs_NK = self._pad(len(index_N), covered_C, counts_C, np.concatenate(numbers))
         entropy_N, *others = torch.from_numpy(scalars_3N)
@@ -319,7 +345,10 @@ class SignalStore:
         ids_NK = np.full((positions, most), -1, np.int64)
         probs_NK = np.zeros((positions, most), np.float32)
         ids_NK.reshape(-1)[place_M] = ids_M
-        probs_NK.reshape(-1)[place_M] = _probabilities(numbers_M & ((1 << bits.amount) - 1), self.manifest)
+        probs_M = _probabilities(numbers_M & ((1 << bits.amount) - 1), self.manifest)
+        if PROBABILITY.first_outside(probs_M) is not None:
+            raise UserError(self._field, self._folder, "is damaged (a probability is not from 0 to 1)")
+        probs_NK.reshape(-1)[place_M] = probs_M
         return ids_NK, probs_NK
 
 
@@ -339,6 +368,7 @@ def open_signals(field: str, folder: Path | str, dataset: PreparedDataset) -> Si
     for name, expected in (
         ("tokenizer_sha256", dataset.tokenizer.sha256),
         ("dataset_sha256", dataset.content_sha256),
+        ("vocabulary_size", dataset.tokenizer.vocabulary_size),
     ):
         if (actual := getattr(manifest, name)) != expected:
             raise UserError(field, folder, f"must belong to the dataset: its {name} is {actual}, not {expected}")
@@ -352,10 +382,10 @@ def open_signals(field: str, folder: Path | str, dataset: PreparedDataset) -> Si
 
 
 def verify_signals(field: str, folder: Path | str, dataset: PreparedDataset) -> SignalStore:
-    """`open_signals`, and in addition every byte against the manifest's SHA-256.
+    """`open_signals`, and in addition every byte against the manifest's SHA-256, and every value.
 
     Raises:
-        UserError: as `open_signals`, or a shard's bytes have changed.
+        UserError: as `open_signals`, a shard's bytes have changed, or it holds what no teacher can have said.
     """
     from tqdm import tqdm
 
@@ -365,4 +395,5 @@ def verify_signals(field: str, folder: Path | str, dataset: PreparedDataset) -> 
         path = Path(folder) / entry.file
         if (actual := sha256_of(path)) != entry.sha256:
             raise UserError(field, path, f"must have sha256 {entry.sha256}, not {actual}: capture it again")
+        check_values(Shard(field, path, entry, store.manifest), entry, store.manifest)
     return store

@@ -1,19 +1,16 @@
 """The teacher: any Hugging Face causal LM whose tokenizer is the dataset's, asked over packed rows.
 
-Rows hold several documents, so each is kept to itself by a 4-D mask and positions that restart. Not every
-architecture honours them: the first rows are compared with each document asked alone, and a teacher that
-leaks gets one document at a time.
+Rows hold several documents, so each is kept to itself by masks and positions that restart. Not every architecture
+honours them: rows that can show it are compared with each document asked alone (checks.py), and a teacher whose logits
+differ gets one document at a time.
 
 Legend: B rows, T positions, V vocabulary (the teacher's may be padded).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import inspect
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,19 +19,20 @@ import numpy as np
 
 from indraquantum.errors import UserError
 from indraquantum.files import read_json, sha256_of
+from indraquantum.teacher.checks import is_causal, packs_right, pieces_of, telling_rows
+from indraquantum.teacher.refusals import quiet_transformers, refused_in_one_line
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
     from indraquantum.data.dataset import PreparedDataset
-    from indraquantum.data.split import Batch, Split
+    from indraquantum.data.split import Batch
     from indraquantum.teacher.sampling import PositionSignals
     from indraquantum.teacher.shard_worker import Plan
 
 _REMEDY = "download the teacher (config.json, *.safetensors, tokenizer.json) and give its folder with --teacher FOLDER"
 _FILES = ["*.json", "*.safetensors", "tokenizer*"]
-_LEAK = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}  # of the logits' spread; rounding stays far below
 
 
 @dataclass(frozen=True)
@@ -124,13 +122,17 @@ class Teacher:
 
     Attributes:
         precision: the number format it computes in.
-        packed: whether several documents go into one row; False for a teacher that leaks.
+        vocabulary_size: the dataset's tokens; its own may be padded to more.
+        packed: whether several documents go into one row; False for a teacher that would mix them.
+        layered: whether some layers see only a part of what came before (windows, chunks), so that packed rows need
+            a mask for each kind of layer.
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device, precision: str) -> None:
+    def __init__(self, model: torch.nn.Module, device: torch.device, precision: str, vocabulary_size: int) -> None:
         """Use `load_teacher`, which checks."""
         self.model, self.device, self.precision = model, device, precision
-        self.packed = True
+        self.vocabulary_size = vocabulary_size
+        self.packed, self.layered = True, _is_layered(model.config.get_text_config())
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits of the next token at each position; those at padding mean nothing.
@@ -141,53 +143,65 @@ class Teacher:
         from indraquantum.kernels.onednn import onednn_products
 
         with onednn_products():
-            return self._packed_logits(batch) if self.packed else self._lone_logits(batch)
+            return self.packed_logits(batch) if self.packed else self._lone_logits(batch)
 
-    def _packed_logits(self, batch: Batch) -> torch.Tensor:
+    def packed_logits(self, batch: Batch) -> torch.Tensor:
+        """As `logits`, several documents a row, whether or not the teacher keeps them apart."""
         import torch
 
-        mask_B1TT = document_mask(torch.from_numpy(batch.segments).to(self.device))
-        if self.model.config._attn_implementation != "sdpa":  # eager attention adds its mask to the scores
-            lowest = torch.finfo(self.model.dtype).min
-            mask_B1TT = torch.zeros_like(mask_B1TT, dtype=self.model.dtype).masked_fill(~mask_B1TT, lowest)
+        positions_BT = torch.from_numpy(batch.positions).to(self.device)
         with torch.inference_mode():
             return self.model(
                 input_ids=torch.from_numpy(batch.input_ids).to(self.device),
-                attention_mask=mask_B1TT,
-                position_ids=torch.from_numpy(batch.positions).to(self.device),
+                attention_mask=self._layer_masks(positions_BT) if self.layered else self._mask(batch),
+                position_ids=positions_BT,
                 use_cache=False,
             ).logits
 
+    def _mask(self, batch: Batch) -> torch.Tensor:
+        """One mask for all layers, (B, 1, T, T)."""
+        import torch
+
+        mask_B1TT = document_mask(torch.from_numpy(batch.segments).to(self.device))
+        if self.model.config._attn_implementation == "sdpa":
+            return mask_B1TT
+        lowest = torch.finfo(self.model.dtype).min  # eager attention adds its mask to the scores
+        return torch.zeros_like(mask_B1TT, dtype=self.model.dtype).masked_fill(~mask_B1TT, lowest)
+
+    def _layer_masks(self, positions_BT: torch.Tensor) -> dict[str, torch.Tensor | None] | torch.Tensor | None:
+        """A mask for each kind of layer, as transformers makes them; it sees documents by positions that restart."""
+        import torch
+        from transformers.masking_utils import create_masks_for_generate
+
+        shape_of_embeddings = torch.empty(*positions_BT.shape, 1, dtype=self.model.dtype, device=self.device)
+        return create_masks_for_generate(self.model.config, shape_of_embeddings, None, None, positions_BT)
+
     def _lone_logits(self, batch: Batch) -> torch.Tensor:
         """Each document by itself, without mask, padding or positions: slow, and right for any causal model."""
-        import torch
-
         logits_BTV = None
-        for row, segments_T in enumerate(batch.segments):
-            for segment in range(segments_T.max() + 1):
-                columns = np.flatnonzero(segments_T == segment)
-                ids = torch.from_numpy(batch.input_ids[row, columns])[None].to(self.device)
-                with torch.inference_mode():
-                    alone_TV = self.model(input_ids=ids, use_cache=False).logits[0]
-                    if logits_BTV is None:
-                        logits_BTV = alone_TV.new_zeros(*batch.segments.shape, alone_TV.shape[-1])
-                    logits_BTV[row, columns[0] : columns[-1] + 1] = alone_TV
+        for row, columns in pieces_of(batch):
+            alone_TV = self._alone(batch.input_ids[row, columns])
+            if logits_BTV is None:
+                logits_BTV = alone_TV.new_zeros(*batch.segments.shape, alone_TV.shape[-1])
+            logits_BTV[row, columns] = alone_TV
         return logits_BTV
 
-    def leaks(self, batch: Batch) -> bool:
-        """Whether packed rows give other logits than their documents alone, or are not accepted at all."""
+    def alone(self, ids_T: np.ndarray) -> torch.Tensor:
+        """Logits of the dataset's tokens for one document by itself, (T, V): what is right by definition."""
+        return self._alone(ids_T)[:, : self.vocabulary_size]
+
+    def _alone(self, ids_T: np.ndarray) -> torch.Tensor:
         import torch
 
-        parameters = inspect.signature(self.model.forward).parameters
-        if not {"attention_mask", "position_ids"} <= parameters.keys():
-            return True
-        alone_MV = self._lone_logits(batch)[batch.segments >= 0].float()
-        try:
-            packed_MV = self._packed_logits(batch)[batch.segments >= 0].float()
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-            return True  # an architecture that can't take a 4-D mask says so in many ways
-        spread = alone_MV.std().clamp(min=torch.finfo(torch.float32).tiny)
-        return not ((packed_MV - alone_MV).abs().mean() / spread < _LEAK[self.precision])
+        with torch.inference_mode():
+            return self.model(input_ids=torch.from_numpy(ids_T)[None].to(self.device), use_cache=False).logits[0]
+
+
+def _is_layered(config: PretrainedConfig) -> bool:
+    """Whether some layer sees less of a document than all that came before."""
+    if layer_types := getattr(config, "layer_types", None):
+        return any(kind != "full_attention" for kind in layer_types)
+    return any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
 
 
 class ModelAsker:
@@ -260,12 +274,18 @@ def teacher_config(files: TeacherFiles) -> PretrainedConfig:
     Raises:
         UserError: it is of something else.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    with refused_in_one_line(files), _quiet_transformers():
-        config = AutoConfig.from_pretrained(files.folder, local_files_only=True)
+    about = read_json(files.field, files.folder / "config.json")
+    if isinstance(about, dict) and about.get("auto_map") and about.get("model_type") not in CONFIG_MAPPING:
+        allowed = f"must be of an architecture that transformers has; {about.get('model_type')} brings its own code"
+        raise UserError(files.field, files.name, f"{allowed}, which this program never runs")
+    with refused_in_one_line(files), quiet_transformers():
+        config = AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{config.model_type} is none")
+        if config.is_encoder_decoder:
+            raise ValueError(f"{config.model_type} has an encoder, which needs a text of its own")
         return config
 
 
@@ -285,31 +305,54 @@ def load_teacher(
         UserError: no causal LM, incomplete weights, fewer tokens than the dataset, or too short a context.
     """
     dtype = compute_dtype(device, precision)
-    model = _load_model(files, dtype)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    if vocabulary < dataset.tokenizer.vocabulary_size:
-        allowed = f"must have the dataset's {dataset.tokenizer.vocabulary_size} tokens, not {vocabulary}"
-        raise UserError(files.field, files.name, allowed)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    model = _load_model(files, dtype, device)
     longest = max(int(split.pieces[:, 1].max()) for split in (dataset.train, dataset.validation))
-    if context is not None and longest > context:
-        raise UserError(files.field, files.name, f"must read {longest} tokens at once, but its context is {context}")
-    teacher = Teacher(model.to(device).eval().requires_grad_(False), device, str(dtype).removeprefix("torch."))
-    teacher.packed = not teacher.leaks(_first_rows(dataset.train))
+    _check_sizes(files, model.config, dataset, longest)
+    with refused_in_one_line(files):
+        if getattr(model.config, "quantization_config", None) is None:  # a quantised one lies where it was loaded
+            model = model.to(device)
+        model = model.eval().requires_grad_(False)
+        teacher = Teacher(model, device, str(dtype).removeprefix("torch."), dataset.tokenizer.vocabulary_size)
+        _check_answers(files, teacher, telling_rows(dataset))
     return teacher
 
 
-def _first_rows(split: Split) -> Batch:
-    """Two rows of several documents, or just the first row where there are no such rows."""
-    several = np.flatnonzero(np.diff(split.row_pieces) > 1)[:2]
-    return split.batch(several if len(several) else np.arange(1))
+def _check_sizes(files: TeacherFiles, config: PretrainedConfig, dataset: PreparedDataset, longest: int) -> None:
+    """Refuse a teacher of fewer tokens, or of a context that is shorter than the longest piece."""
+    about, wanted = config.get_text_config(), dataset.tokenizer.vocabulary_size
+    if about.vocab_size < wanted:
+        raise UserError(files.field, files.name, f"must have the dataset's {wanted} tokens, not {about.vocab_size}")
+    context = getattr(about, "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise UserError(files.field, files.name, f"must read {longest} tokens at once, but its context is {context}")
 
 
-def _load_model(files: TeacherFiles, dtype: torch.dtype) -> torch.nn.Module:
+def _check_answers(files: TeacherFiles, teacher: Teacher, rows: Batch) -> None:
+    """Refuse a teacher that is not causal, and find out how it takes packed rows, if at all."""
+    longest = max((rows.input_ids[row, columns] for row, columns in pieces_of(rows)), key=len)
+    logits_TV = teacher.alone(longest)
+    if logits_TV.shape[-1] < teacher.vocabulary_size:
+        allowed = f"must have the dataset's {teacher.vocabulary_size} tokens, not {logits_TV.shape[-1]}"
+        raise UserError(files.field, files.name, allowed)
+    if not logits_TV.amax(-1).isfinite().all():
+        raise UserError(files.field, files.name, "must give finite logits (it gives nan or inf)")
+    if not is_causal(teacher, longest):
+        allowed = "must be causal: a later token changes what it says about earlier positions, as in BERT"
+        raise UserError(files.field, files.name, allowed)
+    for layered in sorted({teacher.layered, False}, reverse=True):
+        teacher.layered, teacher.packed = layered, True
+        if packs_right(teacher, rows):
+            return
+    teacher.packed = False
+
+
+def _load_model(files: TeacherFiles, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-    with refused_in_one_line(files), _quiet_transformers():
+    options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True, "trust_remote_code": False}
+    if getattr(teacher_config(files), "quantization_config", None) is not None:
+        options["device_map"] = {"": device}
+    with refused_in_one_line(files), quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(files.folder, attn_implementation="sdpa", **options)
         except (ValueError, ImportError):  # the architecture has no such attention
@@ -318,33 +361,3 @@ def _load_model(files: TeacherFiles, dtype: torch.dtype) -> torch.nn.Module:
         allowed = f"must have all of its weights; {len(missing)} are missing, such as {missing[0]}"
         raise UserError(files.field, files.name, allowed)
     return model
-
-
-@contextlib.contextmanager
-def refused_in_one_line(files: TeacherFiles) -> Iterator[None]:
-    """Whatever transformers says of a teacher that it can't read."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    known = (OSError, ValueError, TypeError, KeyError, AssertionError, RuntimeError, SafetensorError)
-    try:
-        yield
-    except (*known, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(files.field, files.name, f"must be a causal LM that transformers can load ({reason})") from None
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No bars and warnings of transformers while loading: what matters is checked here and said in one line."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

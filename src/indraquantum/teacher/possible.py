@@ -1,0 +1,103 @@
+"""What stored signals can be: a seal says that bytes are unchanged, not that a teacher can have given them.
+
+Legend: N positions of a shard, C of them at a time, M entries (distinct pairs of position and id).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from indraquantum.teacher.manifest import Identity, Manifest, ShardEntry
+
+if TYPE_CHECKING:
+    from indraquantum.teacher.signals import Shard
+
+_SLACK = 2.0**-10  # by which float16 may round a figure past its range; subnormal numbers by less than 1e-7
+_ENTRIES_AT_ONCE = 1 << 20
+
+
+class Range(NamedTuple):
+    """What a stored figure may be; rounding is allowed for."""
+
+    low: float
+    high: float
+
+    def first_outside(self, values: np.ndarray) -> int | None:
+        """The place of the first value that is not in the range, nan among them."""
+        # Two numbers decide for almost every array; nan spreads to both. As float64: float16 would round the range.
+        if not len(values) or (float(values.min()) >= self.low and float(values.max()) <= self.high):
+            return None
+        values = values.astype(np.float64)
+        return int(np.flatnonzero(~((values >= self.low) & (values <= self.high)))[0])
+
+
+PROBABILITY = Range(0, 1 + 1e-6)  # of a float32 softmax
+_LOGPROB = Range(-65_504.0, 0.0)  # float16's lowest
+
+
+def figure_ranges(identity: Identity) -> dict[str, Range]:
+    """What the scalar tensors of a shard may hold; `next_logprob` may be nan besides, where there is no label."""
+    size = identity.vocabulary_size
+    entropy = Range(-_SLACK, float(np.log(size)) * (1 + _SLACK) + _SLACK)
+    # A server's probabilities are over its own vocabulary, which may be larger.
+    confidence = Range(0.0 if identity.served else (1 - _SLACK) / size - 1e-7, 1.0)
+    names = ("entropy", "entropy_low", "entropy_high", "temperature_entropy")
+    return dict.fromkeys(names, entropy) | {"confidence": confidence, "next_logprob": _LOGPROB}
+
+
+def check_values(shard: Shard, entry: ShardEntry, manifest: Manifest) -> None:
+    """Check every figure and every entry of a shard: that each can be, and that the manifest counts them right.
+
+    Raises:
+        UserError: naming the file, the tensor, the value and what is allowed.
+    """
+    for name in sorted(shard.figures.keys() - {"next_logprob"}):
+        shard.figure(name, slice(None))
+    logprob_N = shard.figures["next_logprob"]
+    logprob_N = logprob_N[~np.isnan(logprob_N)]
+    shard.check("next_logprob", logprob_N, _LOGPROB)
+    if len(logprob_N) != entry.sums.labels:
+        shard.refuse(f"next_logprob holds {len(logprob_N)} numbers beside nan, which must be {entry.sums.labels}")
+    if manifest.served:
+        low_N, high_N = shard.figures["entropy_low"], shard.figures["entropy_high"]
+        if (low_N > high_N).any():
+            place = int((low_N > high_N).argmax())
+            shard.refuse(f"entropy_low is {low_N[place]:.6g}, which must be at most entropy_high {high_N[place]:.6g}")
+    shard.check("ids_per_position", shard.ids_per_position, _ids_range(manifest))
+    ends_N = np.cumsum(shard.ids_per_position, dtype=np.int64)
+    begin = first = 0
+    while begin < len(ends_N):
+        end = max(begin + 1, int(np.searchsorted(ends_N, first + _ENTRIES_AT_ONCE, "right")))
+        _check_entries(shard, manifest, first, shard.ids_per_position[begin:end].astype(np.int64))
+        begin, first = end, int(ends_N[end - 1])
+
+
+def _check_entries(shard: Shard, manifest: Manifest, first: int, counts_C: np.ndarray) -> None:
+    """Check the entries of neighbouring positions, of which the first is the shard's entry `first`."""
+    ids_M, amounts_M = shard.entries(first, int(counts_C.sum()))
+    begins_C = np.cumsum(counts_C) - counts_C
+    if manifest.kind != "full":
+        shard.check("packed: a token's id", ids_M, Range(0, manifest.vocabulary_size - 1))
+        ascends_M = np.diff(ids_M, prepend=-1) > 0
+        ascends_M[begins_C] = True
+        if not ascends_M.all():
+            place = int((~ascends_M).argmax())
+            shard.refuse(f"packed: a token's id is {ids_M[place]}, which must be above the last, {ids_M[place - 1]}")
+    sums_C = np.add.reduceat(amounts_M, begins_C)
+    if manifest.kind == "sampled":
+        shard.check("packed: a token's count", amounts_M, Range(1, manifest.draws))
+        shard.check("packed: the sum of a position's counts", sums_C, Range(manifest.draws, manifest.draws))
+    else:
+        shard.check("packed: a token's probability", amounts_M, PROBABILITY)
+        least = 1 - _SLACK if manifest.kind == "full" else 0
+        shard.check("packed: the sum of a position's probabilities", sums_C, Range(least, 1 + _SLACK))
+
+
+def _ids_range(identity: Identity) -> Range:
+    """How many distinct tokens a position may have."""
+    if identity.kind == "sampled":
+        return Range(1, min(identity.draws, identity.vocabulary_size))
+    kept = identity.top_k or identity.vocabulary_size
+    return Range(kept, kept)
