@@ -45,9 +45,8 @@ def store_of(folder: Path, shape: StepShape, mean_ids: int) -> SignalStore:
     offsets = np.arange(SHARDS * SHARD_ROWS + 1) * shape.row_length
     none = SimpleNamespace(num_rows=0, row_token_offsets=np.zeros(1, np.int64))
     train = SimpleNamespace(num_rows=SHARDS * SHARD_ROWS, row_token_offsets=offsets)
-    dataset = SimpleNamespace(
-        train=train, validation=none, content_sha256=SHA, tokenizer=SimpleNamespace(sha256=SHA, vocabulary_size=VOCABULARY)
-    )  # fmt: skip
+    tokenizer = SimpleNamespace(sha256=SHA, vocabulary_size=VOCABULARY)
+    dataset = SimpleNamespace(train=train, validation=none, content_sha256=SHA, tokenizer=tokenizer)
     manifest = Manifest(
         teacher_sha256=SHA, tokenizer_sha256=SHA, dataset_sha256=SHA, vocabulary_size=VOCABULARY, temperature=1.0,
         draws=DRAWS, seed=0, rows_per_shard=SHARD_ROWS, teacher="random", teacher_revision=None, shards=(),

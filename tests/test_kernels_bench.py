@@ -28,8 +28,14 @@ def test_flops_are_three_products():
 
 @pytest.mark.parametrize(
     ("value", "goal", "is_upper_limit", "reached"),
-    [(2.0, 2.6, False, False), (3.0, 2.6, False, True), (1.1, 1.05, True, False), (9.0, None, True, True),
-     (None, 2.6, False, None), (None, None, False, True)],
+    [
+        (2.0, 2.6, False, False),
+        (3.0, 2.6, False, True),
+        (1.1, 1.05, True, False),
+        (9.0, None, True, True),
+        (None, 2.6, False, None),
+        (None, None, False, True),
+    ],
 )
 def test_goal(value, goal, is_upper_limit, reached):
     figure = Figure("speed", value, "x", goal, is_upper_limit, "")
