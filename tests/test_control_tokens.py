@@ -237,6 +237,22 @@ def test_its_export_begins_with_the_text_and_has_the_same_hash(qwen, checkpoint,
     assert (loaded.sha256, loaded.bos_id, loaded.eos_id) == (tokenizer.sha256, None, 2)
 
 
+def test_data_prepared_with_the_export_are_the_same_everywhere(qwen, checkpoint, lines, tmp_path):
+    export_checkpoint(checkpoint, tmp_path / "model")
+    prepare(
+        PrepareSettings(text=(str(lines),), wikitext_samples=0, alpaca_samples=0, tokenizer=str(tmp_path / "model"),
+                        max_length=40, output=tmp_path / "again.pkl")
+    )  # fmt: skip
+    first, again = (open_dataset("--data", folder, verify=True) for folder in (qwen / "d", tmp_path / "again"))
+    assert first.tokenizer.to_json() != again.tokenizer.to_json()  # transformers' post-processor
+    assert first.content_sha256 == again.content_sha256  # so that signals and runs are the same too
+    evaluate_checkpoint(checkpoint, EvalSettings(data=tmp_path / "again"))
+    settings = TrainSettings(data=tmp_path / "again", output=tmp_path / "run", logs=tmp_path / "logs", threads=1,
+                             d_model=8, layers=1, heads=2, mlp_width=14, batch_tokens=400, max_steps=1,
+                             no_teacher=True, start_from=checkpoint)  # fmt: skip
+    assert train(settings).checkpoint.is_file()
+
+
 def test_its_teacher_has_the_same_tokenizer(qwen, tmp_path):
     pretrain_teacher(TeacherSettings(data=qwen / "d", output=tmp_path / "teacher", width=8, layers=1, heads=2, steps=1))
     dataset = open_dataset("--data", qwen / "d")

@@ -131,6 +131,14 @@ def test_a_malformed_tokenizer_is_refused_in_one_line(folder, file, change):
     refused(folder)
 
 
+def test_a_tokenizer_that_fails_on_what_it_has_not_seen_is_refused_before_any_text_is_read(tmp_path):
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    pieces = Tokenizer(models.Unigram([("<s>", 0.0), ("</s>", 0.0), ("a", -1.0)], None, False))
+    for tokenizer in (words, pieces):
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        assert "must have a token for what its vocabulary lacks" in refused(tmp_path)
+
+
 def test_a_tokenizer_that_reads_control_tokens_from_text_is_refused(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 JSON_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 FILES = [JSON_FILE, CONFIG, MAP, SENTENCEPIECE_FILE]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+UNSEEN = "a \u0378"  # a code point that stands for no character: vocabularies lack it
 REMEDY = "put tokenizer.json and tokenizer_config.json into a folder and give it with --tokenizer FOLDER"
 
 
@@ -221,6 +222,11 @@ def _backend(field: str, file: Path, description: Any) -> Tokenizer:
         raise UserError(field, file, f"must be a tokenizer.json that tokenizers can read ({reason})") from None
     backend.no_truncation()
     backend.no_padding()
+    try:
+        backend.encode(UNSEEN, add_special_tokens=False)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(field, file, f"must have a token for what its vocabulary lacks ({reason})") from None
     return backend
 
 
