@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from indraquantum.config import PrepareSettings
+from indraquantum.data import sources
 from indraquantum.data.mixture import draw_sources
 from indraquantum.data.records import Reading
 from indraquantum.data.sources import read_wikitext
@@ -40,7 +41,8 @@ def read(path, **options):
         ("<|sep|>", {"separator": "<|sep|>"}),
     ],
 )
-def test_a_story_between_markers_is_one_document(tmp_path, between, options):
+def test_a_story_between_markers_is_one_document(tmp_path, monkeypatch, between, options):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 64)  # markers lie across the borders of what is searched at once
     path = tmp_path / "stories.txt"
     content = between + between.join(STORIES)
     if "\r" in between:
@@ -134,6 +136,13 @@ def test_two_shards_of_wikitexts_rows_are_its_lines(tmp_path):
         assert read(name, documents="articles")[0] == ["= One =\na\n= = Part = =\nb", "= Two =\nc"]
 
 
+def test_articles_end_at_separators_and_where_a_record_ends(tmp_path):
+    articles = [story.replace("\n\n", "\n") for story in STORIES]  # blank lines are none of theirs
+    write_every_kind(tmp_path, STORIES)
+    for name in ("a.txt", "a.jsonl", "s.parquet"):
+        assert read(tmp_path / name, documents="articles")[0] == articles
+
+
 def test_rows_that_are_lines_with_markers_between_are_stories(tmp_path):
     rows = list(chain.from_iterable([*story.split("\n"), MARKER] for story in STORIES))
     pq.write_table(pa.table({"text": rows}), tmp_path / "lines.parquet")
@@ -178,8 +187,6 @@ def test_records_without_text_are_refused(tmp_path, name, content, words):
 
 
 def test_a_document_that_is_too_long_is_refused_or_skipped(tmp_path, monkeypatch):
-    from indraquantum.data import sources
-
     monkeypatch.setattr(sources, "MAX_LINE_BYTES", 100)
     (tmp_path / "a.txt").write_text(f"short\n{MARKER}\n" + "a line of it\n" * 9 + f"{MARKER}\nlast\n")
     with pytest.raises(UserError, match="at most 100 characters long; see 'a line of it'"):
@@ -213,17 +220,28 @@ def write_kind(path, documents):
 DOCUMENTS = st.lists(st.lists(st.sampled_from(POOL), min_size=1, max_size=3), min_size=3, max_size=14)
 
 
+WAYS = st.fixed_dictionaries(
+    {"detokenize": st.booleans(), "duplicates": st.sampled_from(["keep", "exact", "near"]),
+     "documents": st.sampled_from(["auto", "paragraphs", "articles", "records"])}
+)  # fmt: skip
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.sampled_from(KINDS), DOCUMENTS), min_size=1, max_size=3), st.booleans())
-def test_no_line_is_in_two_parts_whatever_the_kind(tmp_path, sources, detokenize):
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(KINDS), DOCUMENTS, st.sampled_from(["", "=2x", "=0.7x"])), min_size=1, max_size=3
+    ),
+    WAYS,
+)
+def test_no_line_is_in_two_parts_whatever_the_kind(tmp_path, sources, ways):
     texts, instructions = [], []
-    for number, (kind, documents) in enumerate(sources):
+    for number, (kind, documents, amount) in enumerate(sources):
         path = tmp_path / str(number) / kind
         path.parent.mkdir(exist_ok=True)
         write_kind(path, [[f"own {number}", *document] for document in documents])
-        (instructions if kind == "instructions.json" else texts).append(str(path))
+        (instructions if kind == "instructions.json" else texts).append(f"{path}{amount}")
     chosen = PrepareSettings(wikitext_samples=0, alpaca_samples=0, text=tuple(texts), instructions=tuple(instructions),
-                             detokenize=detokenize)  # fmt: skip
+                             **ways)  # fmt: skip
     try:
         drawn = draw_sources(chosen).sources
     except UserError as error:
@@ -235,3 +253,14 @@ def test_no_line_is_in_two_parts_whatever_the_kind(tmp_path, sources, detokenize
         for text, part in zip(source.read_texts(), source.parts, strict=True):
             parts[part] |= {line for line in text.splitlines() if len(line) >= 40}
     assert len(set.union(*parts)) == sum(map(len, parts))
+
+
+def test_sources_are_named_by_their_file_or_folder(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for name in ("part-1.txt", "part-2.txt"):
+        (tmp_path / "shards" / name).write_text("a\nb\n")
+    given = ("shards/*.txt", "shards/part-*.txt", "shards", "shards/part-1.txt")
+    chosen = PrepareSettings(
+        wikitext_samples=0, alpaca_samples=0, text=tuple(f"{tmp_path}/{name}" for name in given)
+    )  # fmt: skip
+    assert [source.name for source in draw_sources(chosen).sources] == ["shards", "part", "shards-2", "part-1"]

@@ -355,7 +355,7 @@ class EvalSettings(WeightsSettings, DeviceSettings):
     """Which held-out documents. Keep test for a last report and choose nothing by it. Each reading of it is recorded
     beside the data."""
     text: str | None = None
-    """A text file to predict instead: each line that is not blank and no heading is a document."""
+    """A text to predict instead: a file or folder as for `indra prepare --text`, with documents as there."""
     row_length: int = Field(default=128, ge=8, le=32_768)
     """Tokens in a row of it; the model sees no further back. By default as `indra prepare` lays training text."""
     signals: Path | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,10 +45,22 @@ def describe(path: Path, tokenizer: str | None = None) -> str:
         tokens = np.bincount(split.document_sources, weights=lengths, minlength=len(dataset.source_names))
         for number, source in enumerate(dataset.source_names):
             lines.append(f"  {source}: {documents[number]:,} documents, {int(tokens[number]):,} tokens")
+    lines += [f"{source['name']}: {said}" for source in manifest["sources"] for said in _told(source)]
     for group in ("options", "versions"):
         if group in manifest:
             lines.append(f"{group}: " + ", ".join(f"{key} {value}" for key, value in manifest[group].items()))
     return "\n".join(lines)
+
+
+def _told(source: dict[str, Any]) -> list[str]:
+    """What a manifest tells of how a source was read and what of it is not used."""
+    counts = {kind: source.get(kind) or {} for kind in ("unused_fields", "left_out")}
+    named = (
+        f"{kind.replace('_', ' ')}: {', '.join(f'{name} {count:,}' for name, count in found.items())}"
+        for kind, found in counts.items()
+        if found
+    )
+    return [*source.get("notes", ()), *named]
 
 
 def verify(path: Path) -> str:

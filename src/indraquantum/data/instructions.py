@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from indraquantum.data.download import download_url
 from indraquantum.data.records import (
     JSON_SUFFIXES,
+    NOTHING,
     TABLE_SUFFIXES,
     Reading,
     check_text_column,
@@ -184,7 +185,7 @@ def _sample(number: int, item: Any, reading: Reading, conversations: str) -> Alp
         return f"item {number} has an empty output"
     for name, value in item.items():
         is_whole_prompt = name == "text" and isinstance(value, str) and texts.instruction in value
-        if name not in used and value not in (None, "", [], {}) and not is_whole_prompt:
+        if name not in used and value not in NOTHING and not is_whole_prompt:
             reading.unused_fields[name] += 1
     return texts
 

@@ -133,7 +133,7 @@ def source_options(settings: PrepareSettings) -> list[SourceOption]:
                 path, amount = value, "1x"
             _check_name(flag, value)
             samples, weight = _amount(flag, value, amount)
-            stem, names = Path(path).stem or "text", {option.name for option in options}
+            stem, names = _stem(path), {option.name for option in options}
             name = next(n for n in (stem, *(f"{stem}-{number}" for number in range(2, 999))) if n not in names)
             options.append(SourceOption(name, flag, path, instructions, samples, weight, len(options)))
     if len(options) > MAX_SOURCES:
@@ -144,6 +144,12 @@ def source_options(settings: PrepareSettings) -> list[SourceOption]:
             "--wikitext-samples", 0, "must be above 0 where --alpaca-samples is 0 and nothing else is given"
         )
     return used
+
+
+def _stem(path: str) -> str:
+    """What to call a source: its file or folder; of a glob, what stands before the first sign that is one, if any."""
+    names = (Path(path).stem, Path(path).absolute().parent.name)
+    return next((found for name in names if (found := re.split(r"[*?\[]", name)[0].strip(".-_ "))), "text")
 
 
 def _check_name(field: str, value: str) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TEXT_SUFFIXES = (".tokens", ".raw", ".txt")
 JSON_SUFFIXES = (".json", ".jsonl")
 TABLE_SUFFIXES = (".parquet", ".arrow")
+NOTHING: tuple[Any, ...] = (None, "", [], {})  # what a field may hold that says nothing
 TABLE_ROWS = 1024  # read at once
 MAX_LINE_BYTES = 16 << 20  # a longer line is no paragraph; reading stops there, so that memory stays small
 SPLIT_WORD = re.compile(r"(?<![a-z])(train(?:ing)?|valid(?:ation)?|dev|test|eval)(?![a-z])")
@@ -87,7 +88,9 @@ def _folder_files(field: str, folder: Path, suffixes: tuple[str, ...], remedy: s
     visible = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     found = [file for file in visible if file.suffix in suffixes]
     if not found:
-        raise UserError(field, folder, f"is a folder without a file that can be read; {remedy}")
+        inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())[:5])
+        more = f" but with folders ({inside})" if inside else ""
+        raise UserError(field, folder, f"is a folder without a file that can be read{more}; {remedy}")
     if len(kinds := sorted({file.suffix for file in found})) > 1:
         raise UserError(
             field, folder, f"is a folder of {' and '.join(kinds)} files; give a glob such as {folder}/*{kinds[-1]}"

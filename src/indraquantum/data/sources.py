@@ -8,7 +8,6 @@ what it was shown.
 from __future__ import annotations
 
 import itertools
-import mmap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +17,7 @@ from indraquantum.data.download import hub_files
 from indraquantum.data.records import (
     JSON_SUFFIXES,
     MAX_LINE_BYTES,
+    NOTHING,
     TABLE_SUFFIXES,
     TEXT_SUFFIXES,
     Reading,
@@ -40,6 +40,7 @@ REMEDY = "give a .txt, .tokens, .raw, .jsonl, .json, .parquet or .arrow file, or
 # What public files put between two documents. Found alone on a line, it separates them; no document is the marker.
 MARKERS = ("<|endoftext|>", "<|end_of_text|>", "<|endofdoc|>", "<|eos|>", "<eos>", "</s>", "[EOS]")
 BLANK_LINE = "blank-line"
+BLOCK_BYTES = 1 << 20  # searched at once
 END = None  # in a stream of lines: a document ends here
 
 
@@ -107,20 +108,24 @@ def _marker(source: TextSource) -> str | None:
 
 
 def _marker_of_file(path: Path) -> str | None:
+    tail, is_long = b"", False
     with open(path, "rb") as file:
-        if not path.stat().st_size:
-            return None
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for marker in MARKERS:
-                place = content.find(marker.encode())
-                while place >= 0:
-                    start = content.rfind(b"\n", 0, place) + 1
-                    stop = content.find(b"\n", place)
-                    line = content[start : stop if stop >= 0 else len(content)]
-                    if _marker_at_an_end(line.decode("utf-8-sig", errors="replace")) == marker:
-                        return marker
-                    place = content.find(marker.encode(), place + 1)
-    return None
+        while block := file.read(BLOCK_BYTES):
+            is_long = b"\n" not in block and (is_long or len(tail) > BLOCK_BYTES)
+            if is_long:  # no marker begins a line here, but one may end it
+                tail = b"." + block[-1024:]
+                continue
+            lines, newline, tail = (tail + block).rpartition(b"\n")
+            if found := _marker_of_lines(lines + newline):
+                return found
+    return _marker_of_lines(tail)
+
+
+def _marker_of_lines(lines: bytes) -> str | None:
+    if not any(marker.encode() in lines for marker in MARKERS):
+        return None
+    texts = (line.decode("utf-8-sig", errors="replace") for line in lines.split(b"\n"))
+    return next(filter(None, map(_marker_at_an_end, texts)), None)
 
 
 def _marker_at_an_end(text: str) -> str | None:
@@ -139,11 +144,10 @@ def _is_special(separator: str) -> bool:
 def text_documents(source: TextSource, reading: Reading) -> Iterator[str]:
     """Yield the documents of a text source, stripped of surrounding space.
 
-    A paragraph is a line that is neither blank nor a heading, an article what goes from one `= Title =` to the next
-    with its headings (a text without titles is one article), and a record a row, a JSON object, what stands between two
-    separators, or else a whole file. By default (auto) a document is a paragraph of a text file, unless it has a
-    separator: then it is what stands between two of them; an object of a JSON file; a row of a table, unless the row
-    is a single line: then it is taken as a line of a text file.
+    A paragraph is a line that is neither blank nor a heading. An article is what goes from one `= Title =` to the next,
+    headings among it; a text without titles or separators is one article. A record is a row, a JSON object, what stands
+    between two separators, or else a whole file. By default (auto) a document is a record of JSON, of tables and of
+    a text with separators, and a paragraph of any other text; a row of a single line is taken as a line of a text.
 
     Args:
         source: From `open_text`.
@@ -152,9 +156,11 @@ def text_documents(source: TextSource, reading: Reading) -> Iterator[str]:
     Raises:
         UserError: empty, not UTF-8, or no table.
     """
-    if source.documents in ("paragraphs", "articles"):
-        lines = _stripped(source, reading)
-        documents = _articles(lines) if source.documents == "articles" else _paragraphs(lines, reading)
+    if source.documents == "articles":
+        documents = _articles(itertools.chain.from_iterable(_with_ends(source, p, reading) for p in source.files))
+    elif source.documents == "paragraphs":
+        lines = itertools.chain.from_iterable(_with_ends(source, path, reading) for path in source.files)
+        documents = _paragraphs((line for line in lines if line is not END), reading)
     elif source.separator:
         documents = itertools.chain.from_iterable(_between(source, path, reading) for path in source.files)
     else:
@@ -166,21 +172,12 @@ def text_documents(source: TextSource, reading: Reading) -> Iterator[str]:
     yield from documents
 
 
-def _stripped(source: TextSource, reading: Reading) -> Iterator[str]:
-    """All lines of a source that are neither blank nor a separator."""
-    read = _with_ends if source.separator else _lines
-    for path in source.files:
-        yield from (stripped for line in read(source, path, reading) if line is not END and (stripped := line.strip()))
-
-
 def _lines(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
-    if path.suffix in TEXT_SUFFIXES:
-        return (line for _, line in text_lines(source.field, path, reading))
-    return (line for text in _records(source, path, reading) for line in text.split("\n"))
+    return (line for _, line in text_lines(source.field, path, reading))
 
 
 def _paragraphs(lines: Iterable[str], reading: Reading) -> Iterator[str]:
-    for line in lines:
+    for line in filter(None, map(str.strip, lines)):
         if is_heading(line):
             reading.left_out["headings"] += 1
         else:
@@ -190,7 +187,7 @@ def _paragraphs(lines: Iterable[str], reading: Reading) -> Iterator[str]:
 def _whole(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
     """The documents of a file without separators."""
     if path.suffix in TEXT_SUFFIXES and source.documents == "auto":
-        yield from _paragraphs(filter(None, map(str.strip, _lines(source, path, reading))), reading)
+        yield from _paragraphs(_lines(source, path, reading), reading)
         return
     if path.suffix in TEXT_SUFFIXES:
         yield from _joined(path, _lines(source, path, reading), reading)
@@ -218,22 +215,27 @@ def _with_ends(source: TextSource, path: Path, reading: Reading) -> Iterator[str
         records: Iterable[list[str]] = ([line] for line in _lines(source, path, reading))
     else:
         records = (text.split("\n") for text in _records(source, path, reading))
-    separator = source.separator or ""
     for lines in records:
         if len(lines) > 1:
             yield END
         for line in lines:
-            if line.strip() == ("" if separator == BLANK_LINE else separator):
-                parts = ["", ""]
-            else:
-                parts = line.split(separator) if _is_special(separator) else [line]
+            parts = _parted(line, source.separator)
             yield parts[0]
             for part in parts[1:]:
-                reading.left_out["separators"] += separator != BLANK_LINE
+                reading.left_out["separators"] += source.separator != BLANK_LINE
                 yield END
                 yield part
         if len(lines) > 1:
             yield END
+
+
+def _parted(line: str, separator: str | None) -> list[str]:
+    """What a separator leaves of a line: the line, or what stands around the separators in it."""
+    if separator is None:
+        return [line]
+    if line.strip() == ("" if separator == BLANK_LINE else separator):
+        return ["", ""]
+    return line.split(separator) if _is_special(separator) else [line]
 
 
 def _joined(path: Path, lines: Iterable[str | None], reading: Reading) -> Iterator[str]:
@@ -254,20 +256,20 @@ def _joined(path: Path, lines: Iterable[str | None], reading: Reading) -> Iterat
         document, size = [], 0
 
 
-def _articles(lines: Iterable[str]) -> Iterator[str]:
-    """Join stripped lines to articles; one without a paragraph is none."""
+def _articles(lines: Iterable[str | None]) -> Iterator[str]:
+    """Join lines to articles, which end at END too; one without a paragraph is none."""
     article: list[str] = []
     paragraphs = 0
-    for line in lines:
-        heading = is_heading(line)
-        if heading and not line.startswith("= ="):
+    for line in itertools.chain(lines, [END]):
+        stripped = "" if line is END else line.strip()
+        heading = is_heading(stripped)
+        if line is END or (heading and not stripped.startswith("= =")):
             if paragraphs:
                 yield "\n".join(article)
             article, paragraphs = [], 0
-        article.append(line)
-        paragraphs += not heading
-    if paragraphs:
-        yield "\n".join(article)
+        if stripped:
+            article.append(stripped)
+            paragraphs += not heading
 
 
 def is_heading(line: str) -> bool:
@@ -292,7 +294,7 @@ def _records(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
             continue
         else:
             text = "" if item["text"] is None else item["text"]
-            reading.unused_fields.update(name for name in item if name != "text")
+            reading.unused_fields.update(name for name in item if name != "text" and item[name] not in NOTHING)
         if reason := wrong_text(text):
             reading.add(path, f"record {number} must have a text 'text'; {reason}")
         else:
