@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 
 import pytest
 
+from indraquantum import files
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, atomic_folder, make_folder, read_json, sha256_of, write_json
+from indraquantum.files import (
+    atomic_file,
+    atomic_folder,
+    folder_lock,
+    is_locked,
+    make_folder,
+    read_json,
+    sha256_of,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -115,3 +126,34 @@ def test_bad_json_is_one_line(tmp_path, content, reason):
 def test_json_round_trip(tmp_path):
     write_json(tmp_path / "x.json", {"a": [1, "é"]})
     assert read_json("--data", tmp_path / "x.json") == {"a": [1, "é"]}
+
+
+def test_a_look_at_a_folder_never_keeps_a_run_out_of_it(tmp_path, monkeypatch):
+    """The run starts while the look holds what it holds, and the look does not let go before."""
+    flock, started = fcntl.flock, []
+
+    def start_within(descriptor, kind):
+        flock(descriptor, kind)
+        if not started:
+            started.append(kind)
+            with folder_lock("--logs", tmp_path):
+                started.append("run")
+
+    monkeypatch.setattr(files, "LOOK_SECONDS", 0.01)
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".running").touch()  # of a run that was killed
+    monkeypatch.setattr(fcntl, "flock", start_within)
+    assert not is_locked(tmp_path)
+    assert started[1:] == ["run"]
+
+
+def test_who_holds_a_folder_is_seen_by_all_who_look(tmp_path):
+    assert not is_locked(tmp_path)
+    with folder_lock("--logs", tmp_path):
+        (tmp_path / ".running").chmod(0o444)
+        assert is_locked(tmp_path)
+        with pytest.raises(UserError, match="is in use by another run"), folder_lock("--logs", tmp_path):
+            pass
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

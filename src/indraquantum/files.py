@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,24 +82,51 @@ def folder_lock(field: str, folder: Path) -> Iterator[None]:
     except Timeout:
         raise UserError(field, folder, "is in use by another run; wait for it, or give another folder") from None
     try:
-        yield
+        with _shown_as_held(folder / HELD):
+            yield
     finally:
         lock.release()
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a process holds `folder_lock` on `folder`."""
-    from filelock import FileLock, Timeout
+HELD = ".running"  # beside .lock: a look at this one never stands in the way of a process that wants that one
+LOOK_SECONDS = 5  # a look takes microseconds; one that was stopped in the middle must not keep a run from starting
 
-    if not (folder / ".lock").exists():
+
+@contextlib.contextmanager
+def _shown_as_held(path: Path) -> Iterator[None]:
+    """Hold the file at `path`, for `is_locked` to see. Only the holder of the folder comes here."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        until = time.monotonic() + LOOK_SECONDS
+        while not _flock(descriptor, fcntl.LOCK_EX) and time.monotonic() < until:
+            time.sleep(0.001)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds `folder_lock` on `folder`. The look takes no lock that a run needs to start."""
+    try:
+        descriptor = os.open(folder / HELD, os.O_RDONLY)
+    except OSError:
         return False
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # not ours to write in
+        return not _flock(descriptor, fcntl.LOCK_SH)  # shared: looks don't see each other
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, kind: int) -> bool:
+    """Take a lock if nobody is in the way; where the file system has no locks, nobody ever is."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
+    except OSError:
+        return True
+    return True
 
 
 @contextlib.contextmanager
