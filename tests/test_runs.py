@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 from indraquantum import cli
 from indraquantum.config import TrainSettings
 from indraquantum.files import folder_lock
-from indraquantum.metrics import MetricsLog
+from indraquantum.metrics import Line, MetricsLog
 from indraquantum.monitor import run_table
 from indraquantum.monitor.runs import all_runs, named_runs
 from indraquantum.training import loop
@@ -99,10 +100,63 @@ def test_what_is_no_run_is_one_line(logs, capsys, tmp_path_factory):
     assert "must hold runs" in err
 
 
-def test_a_damaged_run_does_not_hide_the_others(logs):
-    (logs / "old" / "metrics.jsonl").write_text("{nothing\n")
-    (logs / "a" / "run.json").write_text("[]")
-    assert [found.state for found in all_runs(logs)] == ["unreadable", "stopped", "unreadable"]
+DAMAGED_RECORDS = [
+    b"[]", b"{", b"\xff", b"[" * 100_000, b'{"settings": {}, "x": ' + b"1" * 5000 + b"}",
+    b"{" + b" " * (1 << 20) + b"}",
+    b'{"settings": 3}', b'{"settings": {}, "total_steps": "20"}', b'{"settings": {}, "finished": 1}',
+    b'{"settings": {}, "total_steps": true}', b"{}",
+]  # fmt: skip
+DAMAGED_LINES = [
+    b"{nothing", b'{"step": "9"}', b'{"step": 1, "tokens": 1.5}', b'{"step": 1, "loss": "low"}', b'{"step": -1e999}',
+    b'{"step": 1, "held_out": [1]}', b'{"step": 1, "held_out": {"wiki": 1.0}}',
+    b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+    b'{"step": 1, "held_out": {"all": "5"}}', b'{"step": 1, "held_out": 5}', b"[" * 100_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED_RECORDS, ids=range(len(DAMAGED_RECORDS)))
+def test_a_damaged_record_does_not_hide_the_others(logs, capsys, content):
+    (logs / "a" / "run.json").write_bytes(content)
+    status, out, _ = run(capsys, f"--logs={logs}")
+    assert (status, out.count("\n")) == (0, 4)
+    assert out.splitlines()[1].startswith("a\t-\tdamaged: run.json: must be ")
+    assert "\ndeep/b\t-\tstopped\t20/20" in out
+    assert run(capsys, "compare", "deep/b", "a", f"--logs={logs}")[0] == 0
+
+
+@pytest.mark.parametrize("content", DAMAGED_LINES, ids=range(len(DAMAGED_LINES)))
+def test_a_damaged_line_is_told_and_does_not_hide_the_others(logs, capsys, content):
+    with (logs / "old" / "metrics.jsonl").open("ab") as file:
+        file.write(content + b"\n")
+    status, out, _ = run(capsys, f"--logs={logs}")
+    assert (status, out.count("\n")) == (0, 4)
+    assert out.splitlines()[3].startswith("old\t-\tdamaged: metrics.jsonl: its line 4 ")
+    assert "\na\tstage1\tfinished\t20/20" in out
+
+
+def test_what_is_no_file_and_names_that_no_terminal_prints_harm_nothing(logs, capsys):
+    (logs / "folder" / "metrics.jsonl").mkdir(parents=True)
+    (logs / "link").mkdir()
+    (logs / "link" / "metrics.jsonl").symlink_to("nowhere")
+    (logs / "pipe").mkdir()
+    os.mkfifo(logs / "pipe" / "metrics.jsonl")
+    record = {"settings": {"strategy": "one\ttwo\n\ud800\x1b[2J" + "long" * 1000}}
+    (logs / "a" / "run.json").write_text(json.dumps(record))
+    status, out, _ = run(capsys, f"--logs={logs}")
+    assert (status, out.count("\n")) == (0, 4)
+    assert out.splitlines()[1].startswith("a\tone\\ttwo\\n\\ud800\\x1b[2Jlong")
+    assert len(out) < 1000
+
+
+def test_a_long_run_is_listed_without_parsing_it(logs, monkeypatch):
+    """A line in 20 is an evaluation: those and the last one are parsed, however many there are."""
+    write_run(logs / "long", steps=range(1001), held_out=[{"all": 5.0} if not n % 20 else None for n in range(1001)])
+    parsed, parse = [], Line.parse
+    monkeypatch.setattr(Line, "parse", lambda line: parsed.append(line.number) or parse(line))
+    (found,) = named_runs(logs, ("long",))
+    assert (found.state, found.steps, found.loss) == ("stopped", 1000, 7.0 - 100)
+    assert set(parsed) == set(range(1, 1002, 20))
+    assert len(parsed) < 2 * 51
 
 
 def test_a_real_run_is_told_as_it_was(world, tmp_path):

@@ -224,13 +224,15 @@ def _seal(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, indent=2, ensure_ascii=False).encode()).hexdigest()
 
 
-def read_json(field: str, path: Path) -> Any:
-    """Parse the JSON file at `path`.
+def read_json(field: str, path: Path, at_most: int | None = None) -> Any:
+    """Parse the JSON file at `path`, of `at_most` so many bytes.
 
     Raises:
-        UserError: the file is missing, not UTF-8 or not JSON; `field` is the option to name.
+        UserError: the file is missing, too large, not UTF-8 or not JSON; `field` is the option to name.
     """
     try:
+        if at_most is not None and path.stat().st_size > at_most:
+            raise UserError(field, path, f"must be at most {at_most:,} bytes, not {path.stat().st_size:,}")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None

@@ -1,7 +1,9 @@
 """The metrics of a run: one JSON object a line, append-only, the one contract between training and every reader.
 
-Every line has the same keys (FIELDS); a figure that does not exist at that step is null. The notebook and the plots
-read these files and nothing else; `indra runs` also reads the settings in `run.json` beside them.
+Every line has the same keys (FIELDS), and its checksum; a figure that does not exist at that step is null. The notebook
+and the plots read these files and nothing else; `indra runs` also reads the settings in `run.json` beside them.
+
+A file may have millions of lines. They are read one by one: what needs few of them checks all and parses those few.
 """
 
 from __future__ import annotations
@@ -10,14 +12,19 @@ import errno
 import json
 import os
 import shutil
+import zlib
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file
+from indraquantum.files import atomic_file, read_json
 from indraquantum.trackers import NullTracker
 
 RECORD_NAME = "run.json"  # beside the metrics: what the run is
+RECORD_KINDS = {"settings": dict, "total_steps": int | None, "finished": bool, "run_id": str | None}
+RECORD_BYTES = 1 << 20  # none is ever as large
 FIELDS = {
     "step": "optimiser steps done; 0 is before training",
     "tokens": "real tokens seen so far",
@@ -61,14 +68,14 @@ class MetricsLog:
     def __init__(self, path: Path, resumed_step: int | None = None, tracker: NullTracker | None = None) -> None:
         self.path, self._tracker = path, tracker or NullTracker()
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [] if resumed_step is None else [m for m in read_metrics(path) if m["step"] <= resumed_step]
-        content = "".join(_line(metrics) for metrics in kept)
+        size = 0
         try:
-            with atomic_file(path) as temporary:
-                temporary.write_text(content, encoding="utf-8")
+            with atomic_file(path) as temporary, temporary.open("wb") as kept:
+                for line in _up_to(path, -1 if resumed_step is None else resumed_step):
+                    size += kept.write(line.content)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise self._not_written(len(content), error) from None
+            raise self._not_written(size, error) from None
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one line with all of FIELDS, in one write so that a reader never sees half of it as a whole.
@@ -80,7 +87,7 @@ class MetricsLog:
         unknown = metrics.keys() - FIELDS.keys()
         if unknown:
             raise KeyError(f"not in the metrics schema: {sorted(unknown)}")
-        line = _line({name: metrics.get(name) for name in FIELDS}).encode()
+        line = _line({name: metrics.get(name) for name in FIELDS})
         end = self._file.tell()
         try:
             written = self._file.write(line)
@@ -126,23 +133,166 @@ class NoLog:
         """Nothing."""
 
 
-def _line(metrics: dict[str, Any]) -> str:
-    return json.dumps(metrics, allow_nan=False) + "\n"
+CHECKSUM = b', "crc": "%08x"}\n'  # ends a line: CRC-32 of the bytes before it
+_CHECKSUM_BYTES = len(CHECKSUM % 0)
+_LONGEST = 1 << 20  # bytes of a line that can be one of ours
+_FIGURES = b"0123456789.+-e"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; a last line that is still being written is left out, no file is no lines.
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse).decode
+
+
+def _line(metrics: dict[str, Any]) -> bytes:
+    body = json.dumps(metrics, allow_nan=False)[:-1].encode()
+    return body + CHECKSUM % zlib.crc32(body)
+
+
+@cache
+def _null(name: str) -> bytes:
+    return b'"%s": null' % name.encode()
+
+
+class Line(NamedTuple):
+    """A whole line of a metrics file."""
+
+    path: Path
+    number: int  # from 1
+    content: bytes  # with its line break
+
+    def lacks(self, name: str) -> bool:
+        """Whether the line says that it has no figure called `name`; False does not mean that it has one."""
+        return _null(name) in self.content
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done, without a look at the rest."""
+        digits = self.content[9 : self.content.find(b",", 9)]
+        if self.content.startswith(b'{"step": ') and digits.isdigit() and len(digits) < 19:
+            return int(digits)
+        if type(step := self.parse().get("step")) is not int:
+            raise self.damaged("has no step")
+        return step
+
+    def parse(self) -> dict[str, Any]:
+        """The metrics, without the checksum.
+
+        Raises:
+            UserError: they are no JSON object, or have a key that no metric has.
+        """
+        text = self.content[:-_CHECKSUM_BYTES] + b"}" if _fits(self.content) else self.content
+        try:
+            metrics = _decode(str(text, "utf-8"))
+        except (ValueError, RecursionError):
+            raise self.damaged("is no JSON") from None
+        if not isinstance(metrics, dict):
+            raise self.damaged("is no JSON object")
+        if unknown := metrics.keys() - FIELDS.keys():
+            raise self.damaged(f"has a key that no metric has, {ascii(min(unknown))[:40]}")
+        return metrics
+
+    def damaged(self, how: str) -> UserError:
+        """The error that says so."""
+        return UserError("--logs", self.path, f"is damaged: its line {self.number} {how}; remove that line")
+
+
+def checked_lines(path: Path) -> Iterator[Line]:
+    """The whole lines of a metrics file; a last line that is still being written is left out, no file is no lines.
+
+    A line is checked against its checksum. One of an earlier program, which has none, is parsed, unless it has the
+    shape of a line that was: then only its digits can differ.
 
     Raises:
         UserError: a line is damaged.
     """
     if not path.exists():
-        return []
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
-    found = []
-    for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            raise UserError("--logs", path, f"is damaged: its line {number} is no JSON; remove that line") from None
-    return found
+        return
+    shapes: set[bytes] = set()
+    with path.open("rb", buffering=_LONGEST) as file:
+        for number, content in enumerate(iter(partial(file.readline, _LONGEST), b""), start=1):
+            line = Line(path, number, content)
+            if content[-_CHECKSUM_BYTES : -_CHECKSUM_BYTES + 10] == CHECKSUM[:10]:
+                if not _fits(content):
+                    raise line.damaged("does not match its checksum")
+            elif content.endswith(b"\n"):
+                _check_unsigned(line, shapes)
+            elif len(content) < _LONGEST:
+                return  # it is still being written, or was when the process was killed
+            else:
+                raise line.damaged("is longer than any of a run")
+            yield line
+
+
+def _check_unsigned(line: Line, shapes: set[bytes]) -> None:
+    """A line without a checksum is of an earlier program, or damaged. `shapes` grows."""
+    shape = line.content.translate(None, _FIGURES)
+    if shape not in shapes:
+        line.parse()
+        if len(shapes) < 1000:
+            shapes.add(shape)
+
+
+def _fits(content: bytes) -> bool:
+    """Whether a line ends with its checksum."""
+    return content.endswith(CHECKSUM % zlib.crc32(content[:-_CHECKSUM_BYTES]))
+
+
+def _up_to(path: Path, step: int) -> Iterator[Line]:
+    """The lines up to that of `step`. Whatever is behind it may be damaged: not all of it was put on disk."""
+    for line in checked_lines(path) if step >= 0 else ():
+        if line.step > step:
+            return
+        yield line
+        if line.step == step:
+            return
+
+
+def read_metrics(path: Path, at_most: int | None = None) -> list[dict[str, Any]]:
+    """The metrics of a file's whole lines, see `checked_lines`.
+
+    Args:
+        path: the file.
+        at_most: of a longer file take about so many lines, evenly spread, beside those with held-out figures and the
+            last one. For pictures, which have no room for more.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    if at_most is None:
+        return [line.parse() for line in checked_lines(path)]
+    return [line.parse() for line in _spread(checked_lines(path), at_most)]
+
+
+def _spread(lines: Iterator[Line], at_most: int) -> list[Line]:
+    every, spread, evaluations, last = 1, [], [], None
+    for last in lines:
+        if not last.lacks("held_out"):
+            evaluations.append(last)
+        elif last.number % every == 0:
+            spread.append(last)
+            if len(spread) > at_most:
+                every *= 2
+                spread = [line for line in spread if line.number % every == 0]
+    return sorted({*spread, *evaluations, *([last] if last else [])}, key=lambda line: line.number)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What `run.json` in `folder` says of the run there; None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / RECORD_NAME
+    if not path.exists():
+        return None
+    record = read_json("--logs", path, at_most=RECORD_BYTES)
+    if not isinstance(record, dict):
+        raise UserError("--logs", path, "must be the record of a run, a JSON object")
+    record = {"settings": None, "total_steps": None, "finished": False, "run_id": None, **record}
+    for name, kind in RECORD_KINDS.items():
+        if not isinstance(record[name], kind) or (name == "total_steps" and isinstance(record[name], bool)):
+            raise UserError("--logs", path, f"must be the record of a run: its {name} is missing or wrong")
+    return record

@@ -23,7 +23,7 @@ from indraquantum.evaluation.halves import Half, bytes_by_source, documents_of_h
 from indraquantum.evaluation.samples import write_samples
 from indraquantum.evaluation.write import load_model
 from indraquantum.memory import peak_bytes
-from indraquantum.metrics import read_metrics
+from indraquantum.metrics import checked_lines, read_metrics
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training.loop import train
 
@@ -41,7 +41,7 @@ def run_task(task: Task) -> None:
     """
     settings, started = task.settings, time.monotonic()
     metrics_path = settings.logs / settings.output.name / "metrics.jsonl"
-    steps_before = max((line["step"] for line in read_metrics(metrics_path)), default=0)
+    steps_before = max((line.step for line in checked_lines(metrics_path)), default=0)
     dataset = open_dataset("--data", settings.data)
     record: Record = {**task.planned, **task.origin, "seed": settings.seed, **asdict(sizes_of(settings, dataset))}
     record["checkpoint_kept"] = task.keep_checkpoint
@@ -58,7 +58,10 @@ def run_task(task: Task) -> None:
             "seconds_of_last_process": time.monotonic() - started,
         }
         figures = measure(report.checkpoint, settings, task.planned["half"], task.measured_with)
-        done = {"steps": report.steps, "tokens": read_metrics(metrics_path)[-1]["tokens"]}  # in place of those planned
+        done = {
+            "steps": report.steps,
+            "tokens": read_metrics(metrics_path, at_most=1)[-1]["tokens"],
+        }  # in place of those planned
         record |= {"status": "finished", **done, **figures, "curve": curve(metrics_path), "timing": timing}
         write_record(task.result, record)
     drop_checkpoints(task)
@@ -90,15 +93,15 @@ def measure(checkpoint: Path, settings: TrainSettings, half: Half, signals_path:
 
 def curve(metrics_path: Path) -> list[dict[str, Any]]:
     """Of the metrics what the report draws: every held-out figure, and the looks for collapse, in a long run some."""
-    lines = ({name: line[name] for name in CURVE} for line in read_metrics(metrics_path))
-    lines = [line for line in lines if any(line[name] is not None for name in FIGURES)]
+    found = (line.parse() for line in checked_lines(metrics_path) if not all(map(line.lacks, FIGURES)))
+    lines = [{name: line[name] for name in CURVE} for line in found]
     every = -(-len(lines) // CURVE_POINTS)
     return [line for i, line in enumerate(lines) if i % every == 0 or line["held_out"] or line["collapse"]]
 
 
 def tokens_per_second(metrics_path: Path) -> float | None:
     """The median over the steps, evaluations and checkpoints left out."""
-    rates = [line["tokens_per_second"] for line in read_metrics(metrics_path)]
+    rates = [line.parse()["tokens_per_second"] for line in checked_lines(metrics_path)]
     return statistics.median([rate for rate in rates if rate is not None] or [float("nan")])
 
 

@@ -10,6 +10,7 @@ from indraquantum.monitor.runs import RunSummary, all_runs, named_runs
 
 Row = Sequence[str]
 NONE = "-"
+LONGEST_CELL = 300
 
 
 def list_runs(logs: Path) -> None:
@@ -74,10 +75,17 @@ def _short(cell: str) -> str:
     return cell[:12] if len(cell) == 64 and set(cell) <= set("0123456789abcdef") else cell
 
 
+def _printable(cell: str) -> str:
+    """On one line, whatever a damaged file holds, and not much longer than any that a run writes."""
+    cell = cell if len(cell) <= LONGEST_CELL else f"{cell[:LONGEST_CELL]}..."
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in cell)
+
+
 def print_table(header: Row, rows: list[list[str]]) -> None:
     """A table in a terminal, tab-separated lines elsewhere."""
+    header, *rows = ([_printable(cell) for cell in row] for row in (header, *rows))
     if not sys.stdout.isatty():
-        print("\n".join("\t".join(row) for row in [list(header), *rows]))
+        print("\n".join("\t".join(row) for row in [header, *rows]))
         return
     from rich.console import Console
     from rich.markup import escape

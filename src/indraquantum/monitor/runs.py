@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from indraquantum.errors import UserError
 from indraquantum.files import is_locked
-from indraquantum.metrics import RECORD_NAME, read_metrics
+from indraquantum.metrics import Line, checked_lines, read_record
 
 
 def find_run(*roots: str | Path) -> Path:
@@ -24,11 +23,15 @@ def find_run(*roots: str | Path) -> Path:
         if not Path(chosen).is_file() or not Path(chosen).stat().st_size:
             raise UserError("INDRA_METRICS", chosen, "must be the metrics.jsonl of a run that has done a step")
         return Path(chosen)
-    found = [path for root in roots for path in Path(root).rglob("metrics.jsonl") if path.stat().st_size]
+    found = [path for root in roots for path in _metrics_files(Path(root)) if path.stat().st_size]
     if not found:
         searched = ", ".join(map(str, roots))
         raise UserError("logs", searched, "holds no run with a step yet: train first, or set INDRA_METRICS")
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _metrics_files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("metrics.jsonl") if path.is_file())
 
 
 @dataclass(frozen=True)
@@ -36,52 +39,72 @@ class RunSummary:
     """What a run is and has come to."""
 
     name: str  # its folder, below the logs
-    state: str  # finished, running, stopped, or unreadable
-    steps: int  # done
-    total_steps: int | None  # None where nothing tells
-    tokens: int
-    loss: float | None  # of the last step
-    last_held_out: dict[str, float]  # cross-entropy per source at the last evaluation, nats per token
-    best_held_out: dict[str, float]  # and at the one that was best for all text
-    settings: dict[str, Any]  # and the hashes of data and signals; empty where no record is there
+    state: str  # finished, running, stopped, or damaged: and what is
+    steps: int = 0  # done
+    total_steps: int | None = None  # None where nothing tells
+    tokens: int = 0
+    loss: float | None = None  # of the last step
+    last_held_out: dict[str, float] = field(default_factory=dict)  # cross-entropy per source, nats per token
+    best_held_out: dict[str, float] = field(default_factory=dict)  # at the evaluation that was best for all text
+    settings: dict[str, Any] = field(default_factory=dict)  # and the hashes of data and signals; empty without a record
 
 
 def summarise(metrics_path: Path, root: Path) -> RunSummary:
-    """Read a run's metrics and its record, if there is one."""
+    """Read a run's metrics and its record, if there is one. A damaged file is told as the run's state."""
     folder = metrics_path.parent
     name = str(folder.relative_to(root)) if folder != root else folder.name
     try:
-        lines = read_metrics(metrics_path)
-        record = _record(folder)
-        evaluations = [line["held_out"] for line in lines if line["held_out"]]
-        losses = [line["loss"] for line in lines if line["loss"] is not None]
-        steps, tokens = (lines[-1]["step"], lines[-1]["tokens"]) if lines else (0, 0)
-    except (UserError, ValueError, KeyError, TypeError, OSError):
-        return RunSummary(name, "unreadable", 0, None, 0, None, {}, {}, {})
-    return RunSummary(
-        name=name,
-        state="finished" if record.get("finished") else "running" if is_locked(folder) else "stopped",
-        steps=steps,
-        total_steps=record.get("total_steps"),
-        tokens=tokens,
-        loss=losses[-1] if losses else None,
-        last_held_out=evaluations[-1] if evaluations else {},
-        best_held_out=min(evaluations, key=lambda figures: figures["all"]) if evaluations else {},
-        settings=record["settings"] | {key: record[key] for key in ("data", "signals") if key in record},
-    )
+        record, figures = read_record(folder) or {}, _figures(metrics_path)
+    except UserError as error:
+        reason = error.allowed.removeprefix("is damaged: ")
+        return RunSummary(name, f"damaged: {Path(error.value).name}: {reason}")
+    state = "finished" if record.get("finished") else "running" if is_locked(folder) else "stopped"
+    settings = record.get("settings", {}) | {key: record[key] for key in ("data", "signals") if key in record}
+    return RunSummary(name, state, total_steps=record.get("total_steps"), settings=settings, **figures)
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    """The run's record; empty where none was written.
+def _figures(path: Path) -> dict[str, Any]:
+    """The fields of `RunSummary` that the metrics tell; only the lines that hold them are parsed.
 
     Raises:
-        ValueError: it is damaged.
+        UserError: a line is damaged.
     """
-    path = folder / RECORD_NAME
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}}
-    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
-        raise ValueError(f"{path} is no record of a run")
-    return record
+    last, best, held_out = None, {}, {}
+    try:
+        for last in checked_lines(path):
+            if not last.lacks("held_out") and (found := _held_out(last)):
+                held_out = found
+                best = min(best or found, found, key=lambda figures: figures["all"])
+    except OSError as error:
+        raise UserError("--logs", path, f"can't be read: {error.strerror}") from None
+    if last is None:
+        return {}
+    return {
+        "steps": _figure(last, "step", int) or 0,
+        "tokens": _figure(last, "tokens", int) or 0,
+        "loss": _figure(last, "loss", int | float),
+        "last_held_out": held_out,
+        "best_held_out": best,
+    }
+
+
+def _figure(line: Line, name: str, kind: Any) -> Any:
+    value = line.parse().get(name)
+    if value is not None and not _is_figure(value, kind):
+        raise line.damaged(f"has no figure for {name}")
+    return value
+
+
+def _held_out(line: Line) -> dict[str, float]:
+    figures = line.parse().get("held_out") or {}
+    named = isinstance(figures, dict) and all(_is_figure(figures.get(name), int | float) for name in ("all", *figures))
+    if figures and not named:
+        raise line.damaged("has no figures for held_out")
+    return figures
+
+
+def _is_figure(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, float) or abs(value) < 2**63)
 
 
 def all_runs(root: Path) -> list[RunSummary]:
@@ -90,7 +113,7 @@ def all_runs(root: Path) -> list[RunSummary]:
     Raises:
         UserError: there is none.
     """
-    found = sorted(root.rglob("metrics.jsonl"))
+    found = _metrics_files(root)
     if not found:
         raise UserError("--logs", root, "must hold runs: folders with a metrics.jsonl, as `indra train` writes them")
     return [summarise(path, root) for path in found]
@@ -107,7 +130,7 @@ def named_runs(root: Path, names: tuple[str, ...]) -> list[RunSummary]:
         paths = [folder / "metrics.jsonl" for folder in (root / name, Path(name))]
         there = next((path for path in paths if path.is_file()), None)
         if there is None:
-            known = ", ".join(sorted(str(path.parent.relative_to(root)) for path in root.rglob("metrics.jsonl")))
+            known = ", ".join(str(path.parent.relative_to(root)) for path in _metrics_files(root))
             raise UserError("RUNS", name, f"must be a run below {root} ({known or 'it holds none'}) or a run's folder")
         runs.append(summarise(there, root if there.is_relative_to(root) else there.parent.parent))
     return runs
