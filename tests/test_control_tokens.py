@@ -211,9 +211,15 @@ def test_the_first_token_is_no_label_and_its_bytes_are_not_counted(qwen, checkpo
     # Byte-level: a text of n bytes is n tokens; all but the first are predicted, and EOS.
     assert found.sources["text"].tokens == sum(len(text.encode()) for text in texts)
     nats = found.sources["text"].cross_entropy * found.sources["text"].tokens
-    # The first token is the first byte of a letter of two, which is shown as one replacement of three bytes.
-    predicted = sum(len(text.encode()) - 3 for text in texts)
+    predicted = sum(len(text.encode()) - 1 for text in texts)
     assert found.sources["text"].bits_per_byte == pytest.approx(nats / np.log(2) / predicted)
+
+
+def test_documents_of_one_token_have_no_figure_per_byte(checkpoint, tmp_path):
+    (tmp_path / "letters.txt").write_text("a\nb\n")
+    found = evaluate_checkpoint(checkpoint, EvalSettings(text=str(tmp_path / "letters.txt"), row_length=40))
+    assert found.sources["text"].tokens == 2  # EOS of each
+    assert np.isnan(found.sources["text"].bits_per_byte)
 
 
 def test_a_prompt_begins_with_its_text_and_must_have_one(checkpoint):

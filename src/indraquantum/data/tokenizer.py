@@ -138,8 +138,13 @@ class TextTokenizer:
         return self.backend.decode(kept, skip_special_tokens=True)
 
     def unpredicted_bytes(self, document: Sequence[int]) -> int:
-        """UTF-8 bytes of a document that nothing predicts: without BOS those of its first token, with BOS none."""
-        return len(self.decode(document[:1]).encode()) if self.bos_id is None else 0
+        """UTF-8 bytes of a document that nothing predicts: without BOS those of its first token, with BOS none.
+
+        A first token that is a part of a character counts as one byte.
+        """
+        if self.bos_id is not None:
+            return 0
+        return len(self.decode(document[:1]).replace("\ufffd", "?").encode())
 
     def to_json(self) -> str:
         """Return the content of a tokenizer.json."""

@@ -45,7 +45,7 @@ class Figures:
     tokens: int  # predicted
     cross_entropy: float  # nats per token
     perplexity: float
-    bits_per_byte: float  # of the bytes that are predicted; the documents' EOS is predicted too, and counted
+    bits_per_byte: float  # of the bytes that are predicted, NaN if none is; EOS is predicted too, and counted
     accuracy: float  # share of positions where the likeliest token came
     calibration_error: float  # ECE of the likeliest token, 15 bins of equal width (arXiv 1706.04599)
 
@@ -175,7 +175,7 @@ def _figures(found: Predictions, here_N: np.ndarray, size: int) -> Figures:
         tokens=len(loss_N),
         cross_entropy=float(loss_N.mean()),
         perplexity=perplexity(float(loss_N.mean())),
-        bits_per_byte=float(loss_N.sum()) / math.log(2) / size,
+        bits_per_byte=float(loss_N.sum()) / math.log(2) / size if size else math.nan,
         accuracy=float(found.correct_N[here_N].mean()),
         calibration_error=expected_calibration_error(found.confidence_N[here_N], found.correct_N[here_N]),
     )
