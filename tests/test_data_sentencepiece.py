@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
+import struct
 
 import pytest
 
@@ -20,7 +22,8 @@ CODE = ["def f(x):\n    if x:\n        return  10\n", "a  b   c    d     e", "--
 
 def corpus():
     draw = random.Random(0)
-    return [" ".join(draw.choices(WORDS, k=9)) for _ in range(200)] + CODE * 20
+    lines = [" ".join(draw.choices(WORDS, k=9)) for _ in range(200)]
+    return lines + CODE * 20 + [" " * (number % 17) + line for number, line in enumerate(lines)]
 
 
 def texts():
@@ -28,7 +31,8 @@ def texts():
     draw = random.Random(1)
     alphabets = (" a", " -", "the cat  ", "</s> ▁<s>x", "漢zé😀 a", "\n\t  x1", "0123 ")
     drawn = ["".join(draw.choices(draw.choice(alphabets), k=draw.randint(0, 25))) for _ in range(600)]
-    return drawn + corpus()[:30] + CODE
+    runs = [f"{' ' * before}the{' ' * between}cat" for before in range(20) for between in range(1, 20)]
+    return drawn + corpus()[:30] + CODE + runs
 
 
 def train(file, **options):
@@ -36,14 +40,32 @@ def train(file, **options):
     given = {"vocab_size": 340, "minloglevel": 9, "hard_vocab_limit": False}
     with io.BytesIO() as content:
         spm.SentencePieceTrainer.train(sentence_iterator=iter(corpus()), model_writer=content, **given | options)
-        file.write_bytes(content.getvalue())
+        model = content.getvalue()
+    if options.get("allow_whitespace_only_pieces"):
+        for piece in ("▁" * length for length in range(1, 20)):
+            model = re.sub(re.escape(field(piece)) + b"\x15....", field(piece) + LOWEST, model, flags=re.DOTALL)
+    file.write_bytes(model)
     return spm.SentencePieceProcessor(model_file=str(file))
 
 
-LLAMA = {"byte_fallback": True, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+def field(piece):
+    """A piece's text as its file has it: tag, length, text."""
+    text = piece.encode()
+    return bytes([10, len(text)]) + text
+
+
+LOWEST = b"\x15" + struct.pack("<f", -1e9)  # what Llama's file gives to every run of spaces
+
+
+LLAMA = {
+    "byte_fallback": True,
+    "remove_extra_whitespaces": False,
+    "normalization_rule_name": "identity",
+}
+RUNS = {"allow_whitespace_only_pieces": True, "vocab_size": 380}
 KINDS = {
-    "llama": {"model_type": "bpe", **LLAMA},
-    "gemma": {"model_type": "bpe", **LLAMA, "add_dummy_prefix": False},
+    "llama": {"model_type": "bpe", **LLAMA, **RUNS},
+    "gemma": {"model_type": "bpe", **LLAMA, **RUNS, "add_dummy_prefix": False},
     "bpe of defaults": {"model_type": "bpe"},
     "bpe that keeps lines": {"model_type": "bpe", "normalization_rule_name": "identity"},
     "unigram": {"model_type": "unigram", **LLAMA},
