@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,9 @@ from indraquantum.errors import UserError
 
 Checked = TypeVar("Checked")
 MERGE = "tag:yaml.org,2002:merge"  # `<<: *anchor`
+# Characters of a file. Anchors that hold aliases of others double with each line, and what reads the content, or prints
+# it in an error, meets each alias as a copy: so each counts as one.
+MOST_CHARACTERS = 1 << 18
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,10 +39,17 @@ def read_yaml(field: str, path: Path, holds: str) -> dict[str, Any]:
         holds: what the mapping must hold, for the message.
 
     Raises:
-        UserError: it can't be read, is not YAML, or is no mapping.
+        UserError: it can't be read, is too large, is not YAML, or is no mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        if path.stat().st_size > 4 * MOST_CHARACTERS:  # in UTF-8
+            raise UserError(field, path, f"must be at most {MOST_CHARACTERS:,} characters long")
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if _characters(node, {}) > MOST_CHARACTERS:
+            allowed = f"must be at most {MOST_CHARACTERS:,} characters long, each alias counted as a copy of its anchor"
+            raise UserError(field, path, allowed)
+        content = None if node is None else loader.construct_document(node)
     except OSError as error:
         raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # no UTF-8, no such date, too many digits or brackets
@@ -46,6 +57,23 @@ def read_yaml(field: str, path: Path, holds: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(field, path, f"must hold {holds}")
     return content
+
+
+def _characters(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """Characters of `node` and of what it holds, one for the node itself; `known` holds those of counted nodes.
+
+    Raises:
+        yaml.YAMLError: a node holds itself.
+    """
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value if node else "")
+    if id(node) not in known:
+        known[id(node)] = 0  # until it is counted
+        parts = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_characters(part, known) for part in parts)
+    elif known[id(node)] == 0:
+        raise yaml.YAMLError("an anchor holds itself")
+    return known[id(node)]
 
 
 def checked(make: Callable[[], Checked], where: str) -> Checked:
