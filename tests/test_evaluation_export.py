@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+
 import pytest
 import torch
 
@@ -94,3 +97,61 @@ def test_nothing_is_replaced_and_a_bad_checkpoint_is_one_line(exported, tmp_path
     assert indra("export", tmp_path / "nowhere.pt", tmp_path / "new") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_sums_are_those_of_sha256sum(exported):
+    _, folder = exported
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    expected = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    del expected["SHA256SUMS"]
+    assert {line[66:]: line[:64] for line in lines} == expected
+    assert {line[64:66] for line in lines} == {"  "}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_flipped_bit_of_an_exported_model_is_told(exported, tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    folder = shutil.copytree(exported[1], tmp_path / "copy")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("0.0", "0.1", 1))
+    if name != "config.json":
+        (folder / "config.json").write_text(config)
+        flip(folder / name)
+    with pytest.raises(OSError, match=rf"{name} is damaged: its SHA-256 is not the one in SHA256SUMS"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "SHA256SUMS").unlink()
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_model_saved_in_its_place_is_no_damage(exported, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = shutil.copytree(exported[1], tmp_path / "copy")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.bias_V.add_(1)
+    model.save_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(again.bias_V, model.bias_V)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_teacher_is_refused(world, tmp_path, capsys, name):
+    folder = shutil.copytree(world.teacher, tmp_path / "teacher")
+    if name == "config.json":
+        (folder / name).write_text((folder / name).read_text().replace("1e-0", "1e-1", 1))
+        assert (folder / name).read_bytes() != (world.teacher / name).read_bytes()
+    else:
+        flip(folder / name)
+    assert indra("capture", "--data", world.data, "--teacher", folder, "--output", tmp_path / "signals") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{name}; is damaged: its SHA-256 is not the one in SHA256SUMS" in said
+    assert not (tmp_path / "signals").exists()

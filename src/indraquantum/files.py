@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -242,3 +243,34 @@ def read_json(field: str, path: Path, at_most: int | None = None) -> Any:
         raise UserError(field, path, f"must be JSON ({error.msg} at line {error.lineno})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
         raise UserError(field, path, f"must be JSON that can be read ({' '.join(str(error).split())[:80]})") from None
+
+
+SUMS_NAME = "SHA256SUMS"  # in the format of sha256sum: `sha256sum -c SHA256SUMS` checks a folder without us
+_SUM = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
+
+
+def write_sums(folder: Path) -> None:
+    """Write `folder`/SHA256SUMS over all files of the folder."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS_NAME)
+    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in names]
+    (folder / SUMS_NAME).write_text("".join(lines), encoding="utf-8")
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """What `folder`/SHA256SUMS says of the folder's files, by name; empty where there is none."""
+    try:
+        text = (folder / SUMS_NAME).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    found = (_SUM.fullmatch(line) for line in text.splitlines())
+    return {match[2]: match[1] for match in found if match}
+
+
+def damaged_file(folder: Path, names: Iterable[str]) -> str | None:
+    """The first of the files `names` of `folder` that is not what SHA256SUMS says; None where it says nothing else."""
+    sums = read_sums(folder)
+    wrong = (name for name in names if name in sums and sha256_of(folder / name) != sums[name])
+    return next(wrong, None)
+
+
+NOT_ITS_SUM = f"is damaged: its SHA-256 is not the one in {SUMS_NAME} (if you changed it on purpose, remove that file)"

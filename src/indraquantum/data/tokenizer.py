@@ -28,7 +28,7 @@ from indraquantum.data.control_tokens import (
 )
 from indraquantum.data.same_tokenizer import say_difference
 from indraquantum.errors import UserError
-from indraquantum.files import read_json, sha256_of
+from indraquantum.files import NOT_ITS_SUM, damaged_file, read_json, sha256_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -196,6 +196,8 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
             them.
     """
     file = _tokenizer_file(field, name)
+    if damaged_file(file.parent, [file.name]) is not None:
+        raise UserError(field, file, NOT_ITS_SUM)
     converted = None
     if file.suffix == ".model":
         converted = sentencepiece_model.convert(field, file)

@@ -20,7 +20,7 @@ import torch
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.evaluation.write import load_model
-from indraquantum.files import atomic_folder, make_folder
+from indraquantum.files import atomic_folder, make_folder, write_sums
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -42,6 +42,7 @@ def export_checkpoint(path: Path, folder: Path) -> None:
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         save_tokenizer(tokenizer, temporary)
+        write_sums(temporary)
 
 
 def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:

@@ -14,6 +14,7 @@ Legend: B batch, T positions, N = B*T, d complex width, D real width (2d), V voc
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
+from indraquantum.files import NOT_ITS_SUM, SUMS_NAME, damaged_file
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.head import HEADS, InterferenceHead
 from indraquantum.model.masks import additive, document_mask
@@ -309,6 +311,23 @@ class IndraQuantumPhase2(LiftedVocabulary, PreTrainedModel, GenerationMixin):
             # A step without any label has a loss of 0, here as elsewhere.
             token_count=None if num_items_in_batch is None else max(1.0, float(num_items_in_batch)),
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does; of a folder with SHA256SUMS, as `indra export` writes it, the weights are checked.
+
+        Raises:
+            OSError: a file of weights, or config.json, is not what SHA256SUMS says.
+        """
+        folder = Path(str(pretrained_model_name_or_path))
+        if (name := damaged_file(folder, ["config.json", *(p.name for p in folder.glob("*.safetensors"))])) is not None:
+            raise OSError(f"{folder / name} {NOT_ITS_SUM}")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does; a SHA256SUMS of what was there before goes."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        Path(save_directory).joinpath(SUMS_NAME).unlink(missing_ok=True)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from indraquantum.errors import UserError
-from indraquantum.files import read_json, sha256_of
+from indraquantum.files import NOT_ITS_SUM, damaged_file, read_json, read_sums, sha256_of
 from indraquantum.teacher.checks import is_causal, packs_right, pieces_of, telling_rows
 from indraquantum.teacher.refusals import quiet_transformers, refused_in_one_line
 
@@ -56,12 +56,21 @@ class TeacherFiles:
         raise UserError(self.field, self.name, f"has no model weights; {_REMEDY}")
 
     def sha256(self) -> str:
-        """Hex SHA-256 over the configuration's meaning and every byte of the weights."""
+        """Hex SHA-256 over the configuration's meaning and every byte of the weights.
+
+        Raises:
+            UserError: the configuration is none, or a file is not what SHA256SUMS beside it says.
+        """
+        if (name := damaged_file(self.folder, ["config.json"])) is not None:
+            raise UserError(self.field, self.folder / name, NOT_ITS_SUM)
         config = read_json(self.field, self.folder / "config.json")
         if not isinstance(config, dict):
             raise UserError(self.field, self.folder / "config.json", "must be a model's configuration")
         about = {key: config[key] for key in config.keys() - {"transformers_version", "_name_or_path"}}
-        weights = {path.name: sha256_of(path) for path in self.weight_files()}
+        weights, stated = {path.name: sha256_of(path) for path in self.weight_files()}, read_sums(self.folder)
+        for name, sha256 in weights.items():
+            if stated.get(name, sha256) != sha256:
+                raise UserError(self.field, self.folder / name, NOT_ITS_SUM)
         return hashlib.sha256(json.dumps([about, weights], sort_keys=True).encode()).hexdigest()
 
 

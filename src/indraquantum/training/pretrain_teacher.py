@@ -21,7 +21,7 @@ from indraquantum.device import choose_device
 from indraquantum.errors import UserError
 from indraquantum.evaluation.export import save_tokenizer
 from indraquantum.evaluation.held_out import held_out_cross_entropy
-from indraquantum.files import atomic_folder, make_folder
+from indraquantum.files import atomic_folder, make_folder, write_sums
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.masks import document_mask
 from indraquantum.strategy import check_decay
@@ -190,3 +190,4 @@ def save_teacher(learner: LlamaLearner, dataset: PreparedDataset, folder: Path) 
         disable_progress_bar()  # transformers' bar for a single small file
         learner.llama.save_pretrained(temporary)
         save_tokenizer(dataset.tokenizer, temporary)
+        write_sums(temporary)
