@@ -451,18 +451,23 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(finished, tmp_path, own
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_a_plan_that_is_stopped_goes_on_to_the_same_bytes(world, finished, tmp_path, number):
     _, steps = finished, 150
     plan = write_plan(world, tmp_path, base=BASE | {"max_steps": steps, "epochs": 99}, seeds=[3], search=None)
     command = [sys.executable, "-m", "indraquantum.cli", "ablate", plan, "--only", "plain", *folders(tmp_path)]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     metrics = tmp_path / "work" / "logs" / "plain-seed3" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 5):
         assert process.poll() is None
         time.sleep(0.005)
-    process.send_signal(number)
-    assert process.wait() == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
+    if number == signal.SIGHUP:  # a terminal that closes tells all of its processes
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert process.wait() == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
     assert indra(*command[3:]) == 0
     said = (tmp_path / "work" / "logs" / "plain-seed3" / "output.txt").read_text()
     assert re.search(rf"Left at step \d+ by SIGTERM.*Going on from step \d+ of {steps}", said, re.DOTALL)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "indraquantum"
 # A module may import from its own level and from those before it.
 LEVELS = (
     {"config", "errors", "files", "memory", "strategy", "yaml_settings", "__init__"},
-    {"device", "metrics", "trackers", "processes"},
+    {"device", "metrics", "trackers", "processes", "progress", "smoothing"},
     {"kernels", "model"},
     {"data", "loss_v2"},
     {"learner", "teacher"},

@@ -10,8 +10,9 @@ import pytest
 from indraquantum import cli
 from indraquantum.config import LrTestSettings
 from indraquantum.errors import TrainingStopped
+from indraquantum.smoothing import smoothed
 from indraquantum.training import lr_range
-from indraquantum.training.lr_range import lr_range_test, rising_rates, smoothed, suggested_rate
+from indraquantum.training.lr_range import lr_range_test, rising_rates, suggested_rate
 from indraquantum.training.scratch import scratch_run
 
 
@@ -37,8 +38,19 @@ def test_the_suggestion_is_the_middle_of_the_fall():
 
 
 def test_smoothing_by_hand():
-    assert smoothed([5.0, 5.0, 5.0]) == pytest.approx([5.0, 5.0, 5.0])
-    assert smoothed([2.0, 8.0])[1] == pytest.approx((0.8 * 2 + 8) / 1.8)
+    assert smoothed([5.0, 5.0, 5.0], 0.8) == pytest.approx([5.0, 5.0, 5.0])
+    assert smoothed([2.0, 8.0, 1.0], 0.5) == pytest.approx([2.0, (2 + 2 * 8) / 3, (2 + 2 * 8 + 4 * 1) / 7])
+    assert smoothed([2.0, 8.0], 0.0) == [2.0, 8.0]
+
+
+def test_a_long_range_test_takes_its_mean_once_a_step(monkeypatch, world, tmp_path):
+    run, taken = scratch_run(settings(world, tmp_path, no_teacher=True)), []
+    take = lr_range.Smoothing.take
+    monkeypatch.setattr(lr_range.Smoothing, "take", lambda mean, value: (taken.append(value), take(mean, value))[1])
+    monkeypatch.setattr(lr_range, "_loss_at", lambda _, rate: 5 - rate)
+    found = lr_range.climb(run, rising_rates(1e-5, 1.0, 300))
+    assert taken == found.losses
+    assert found.smoothed == smoothed(found.losses, lr_range.SMOOTHING)
 
 
 def test_a_test_leaves_a_picture_and_nothing_else(world, tmp_path, capsys):

@@ -182,6 +182,26 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_any_process(world, tmp_path
     assert f"not finite by rows [{(tmp_path / 'row').read_text()}]" in forked.said(tmp_path)
 
 
+def test_a_removed_folder_ends_all_with_a_checkpoint(world, tmp_path):
+    settings = settings_of(world, tmp_path)
+
+    def act(_):
+        take_step = loop.take_step
+
+        def removed(run):
+            metrics = take_step(run)
+            if run.step == 3 and run.processes.is_first:
+                shutil.rmtree(settings.output)
+            return metrics
+
+        loop.take_step = removed
+        loop.train(settings)
+
+    assert forked.run(2, act, tmp_path) == [2, 2], forked.said(tmp_path)
+    assert forked.said(tmp_path).count("was removed or replaced while the run wrote to it; step 3 is saved") == 1
+    assert newest_checkpoint(settings.output, lambda epoch: epoch * STEPS_PER_EPOCH).checkpoint.step == 3
+
+
 def test_a_full_disk_ends_all(world, tmp_path):
     settings = settings_of(world, tmp_path, save_every=2)
 

@@ -262,6 +262,98 @@ def test_a_second_signal_leaves_at_once(world, whole, tmp_path, number):
     assert end_of(settings) == whole[1]
 
 
+def test_a_terminal_that_closes_leaves_a_checkpoint(world, whole, tmp_path):
+    """The shell and the kernel each send a SIGHUP, the session's manager a SIGTERM; neither cuts the save short."""
+    settings = survival.small_run(world, tmp_path, save_every=1000)
+    signals = (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP)
+
+    def struck():
+        survival.at(torch, "save", "before", 1, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        survival.at(loop, "take_step", "after", 4, lambda: [os.kill(os.getpid(), number) for number in signals])
+        survival.train_small(settings)
+
+    assert survival.in_fork(struck) == 128 + signal.SIGHUP
+    found = checkpoint.newest_checkpoint(settings.output, lambda epoch: epoch * 10**9)
+    assert found.checkpoint.step == 4
+    assert end_of(settings) == whole[1]
+
+
+def test_what_nohup_has_ignored_stays_ignored(world, whole, tmp_path):
+    settings = survival.small_run(world, tmp_path)
+
+    def struck():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        survival.at(loop, "take_step", "after", 3, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        survival.train_small(settings)
+
+    assert survival.in_fork(struck) == 0
+    assert survival.result(settings) == whole[1]
+
+
+def test_where_nobody_reads_any_more_a_run_leaves_a_checkpoint(world, whole, tmp_path):
+    """`indra train | tee log` through a connection that drops."""
+    settings = survival.small_run(world, tmp_path, save_every=1000)
+
+    def unread():
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        survival.at(loop, "take_step", "after", 2, lambda: os.close(reader))
+        survival.train_small(settings)
+
+    assert survival.in_fork(unread) == 128 + signal.SIGHUP
+    found = checkpoint.newest_checkpoint(settings.output, lambda epoch: epoch * 10**9)
+    assert found.checkpoint.step == 3  # whose evaluation could not be printed
+    assert end_of(settings) == whole[1]
+
+
+@pytest.mark.parametrize("gone", ["run", "logs", "."])
+def test_a_folder_that_is_removed_under_a_run_stops_it_in_one_line(world, whole, tmp_path, gone):
+    inside = tmp_path / "inside"
+    settings = survival.small_run(world, inside, save_every=1000)
+
+    def remove():
+        path = inside / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def struck():
+        survival.at(loop, "take_step", "after", 4, remove)
+        survival.train_small(settings)
+
+    said = tmp_path / "said"
+    assert survival.in_fork(struck, said) == 2
+    errors = [line for line in said.read_text().splitlines() if not line.startswith(("step ", "wrote ", "Teacher "))]
+    assert len(errors) == 1
+    option, path = ("--output", settings.output) if gone in ("run", ".") else ("--logs", "metrics.jsonl")
+    assert errors[0].startswith(f"indra: error: {option}: got ")
+    assert f"{path}; was removed or replaced while the run wrote to it" in errors[0]
+    assert "step 4 is saved" in errors[0]
+    assert [line["step"] for line in read_metrics(settings.logs / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert end_of(settings) == whole[1]
+
+
+def test_another_runs_folder_in_place_of_the_removed_one_is_left_alone(world, tmp_path):
+    settings = survival.small_run(world, tmp_path)
+    metrics = settings.logs / "run" / "metrics.jsonl"
+
+    def replace():
+        shutil.rmtree(settings.output)
+        settings.output.mkdir()
+        (settings.output / "checkpoint_v4_epoch_1.pt").write_text("another run's")
+        metrics.unlink()
+        metrics.write_text("another run's\n")
+
+    def struck():
+        survival.at(loop, "take_step", "after", 2, replace)
+        survival.train_small(settings)
+
+    said = tmp_path / "said"
+    assert survival.in_fork(struck, said) == 2
+    assert "was replaced by another run's folder" in said.read_text()
+    assert [path.name for path in settings.output.iterdir()] == ["checkpoint_v4_epoch_1.pt"]
+    assert metrics.read_text() == "another run's\n"
+    assert [line["step"] for line in read_metrics(metrics.with_name("metrics.jsonl.set-aside"))] == [0, 1]
+
+
 def test_a_second_trainer_is_refused_and_leaves_everything_alone(world, tmp_path):
     settings = survival.small_run(world, tmp_path, max_steps=1)
     settings.output.mkdir()

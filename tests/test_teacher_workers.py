@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,24 @@ def test_a_killed_capture_goes_on_with_the_next_question(settings, whole, monkey
     all_batches = sum(-(-min(10, count - first) // 2) for count in rows for first in range(0, count, 10))
     assert len(batches) == all_batches - answers
     assert report.positions_asked == sum(int((batch.segments >= 0).sum()) for batch in batches)
+
+
+@pytest.mark.parametrize("answers", [3, 7, 10])
+def test_a_folder_that_is_removed_under_a_capture_stops_it_in_one_line(settings, monkeypatch, answers):
+    """Before the first shard, inside the second, and in the last batch of that, before it is written."""
+    logits, count = Teacher.logits, []
+
+    def removing(self, batch):
+        count.append(batch)
+        if len(count) == answers:
+            shutil.rmtree(settings.output)
+        return logits(self, batch)
+
+    monkeypatch.setattr(Teacher, "logits", removing)
+    with pytest.raises(UserError, match=r"--output: got \S+; was removed while the capture wrote to it$"):
+        capture(settings, None, SHARD)
+    assert len(count) == answers  # nothing more is asked in vain
+    assert not settings.output.exists()
 
 
 def test_workers_give_the_same_bytes_and_one_may_be_killed(settings, whole, monkeypatch, capsys):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
@@ -41,6 +42,7 @@ from indraquantum.config import (
 )
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.files import atomic_file, check_new_file
+from indraquantum.training.interrupts import heeded
 from indraquantum.yaml_settings import read_yaml
 
 # `*` lifts the fields of a settings class to options of the command; switches have no --no- twin.
@@ -372,11 +374,19 @@ def run_guarded(action: Callable[[], object]) -> int:
     return 0
 
 
+def leave(number: int, _: FrameType | None) -> None:
+    """End by an exception when a signal asks for it, so that temporary files go."""
+    if number == signal.SIGHUP:  # a closed terminal sends it more than once: nothing may cut the cleaning up
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `indra` with `arguments` (default: those of the process) and exit with its status."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     if threading.current_thread() is threading.main_thread():  # elsewhere no signal arrives, nor can one be caught
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that temporary files go
+        for number in heeded(signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, leave)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log file is read while the run goes on
         sys.stdout.reconfigure(line_buffering=True)
     sys.exit(run_guarded(lambda: app.meta(tokens, exit_on_error=False, print_error=False)))

@@ -68,6 +68,13 @@ def check_new_file(field: str, path: Path) -> None:
     make_folder(field, path.parent)
 
 
+def not_written(field: str, path: Path, size: int, error: OSError, then: str = "") -> UserError:
+    """What to say where `size` bytes could not be written to `path`; `then` ends the message."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())  # its own folder may be gone
+    room = f"({size:,} bytes needed, {shutil.disk_usage(there).free:,} free)"
+    return UserError(field, path, f"could not be written: {error.strerror} {room}{then}")
+
+
 @contextlib.contextmanager
 def folder_lock(field: str, folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone; the system drops the lock when a process ends, however it ends.

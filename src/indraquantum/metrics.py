@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from functools import cache, partial
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, read_json
+from indraquantum.files import atomic_file, not_written, read_json
 from indraquantum.trackers import NullTracker
 
 RECORD_NAME = "run.json"  # beside the metrics: what the run is
@@ -73,7 +72,7 @@ class MetricsLog:
             with atomic_file(path) as temporary, temporary.open("wb") as kept:
                 for line in _up_to(path, -1 if resumed_step is None else resumed_step):
                     size += kept.write(line.content)
-            self._file = path.open("ab", buffering=0)
+            self._file = path.open("a+b", buffering=0)
         except OSError as error:
             raise self._not_written(size, error) from None
 
@@ -99,10 +98,31 @@ class MetricsLog:
         self._tracker.log(metrics)
 
     def _not_written(self, size: int, error: OSError) -> UserError:
-        free = shutil.disk_usage(self.path.parent).free
-        return UserError(
-            "--logs", self.path, f"could not be written: {error.strerror} ({size:,} bytes needed, {free:,} free)"
-        )
+        return not_written("--logs", self.path, size, error)
+
+    def is_there(self) -> bool:
+        """Whether the lines go to the file at `path`: a file that was removed takes what is written without a word."""
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
+
+    def put_back(self) -> Path:
+        """Write all lines to `path` again after it was removed; where another file stands there, beside it.
+
+        Raises:
+            UserError: they can't be written.
+        """
+        self._file.seek(0)
+        content = self._file.read()
+        path = self.path.with_name(self.path.name + ".set-aside") if self.path.exists() else self.path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(content)
+        except OSError as error:
+            raise not_written("--logs", path, len(content), error) from None
+        return path
 
     def sync(self) -> None:
         """Put everything on disk."""

@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,6 +44,7 @@ def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], object]) ->
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["indraquantum.ablation.one_run"])
+    _start_server()
     waiting, running, without = deque(tasks), {}, []
     with Interrupts() as interrupts:
         try:
@@ -64,6 +66,20 @@ def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], object]) ->
             for process in running:
                 process.join()
     return without
+
+
+def _start_server() -> None:
+    """Start the process that forks the runs, deaf to a terminal that closes.
+
+    It would die of the SIGHUP and leave the runs behind; they have a session of their own, and their parent ends them.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # goes over to the new process
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class _Outcome(NamedTuple):

@@ -163,7 +163,7 @@ def _fetch_all(url: str, part: Path, name: str) -> None:
 
 def _fetch(url: str, part: Path, name: str) -> None:
     """Add to `part` what is missing of it, and check that it is as long as the server said."""
-    from tqdm import tqdm
+    from indraquantum.progress import Progress
 
     state = part.with_suffix(".state")
     known = state.read_text() if state.exists() and part.exists() else ""
@@ -182,12 +182,12 @@ def _fetch(url: str, part: Path, name: str) -> None:
         total = start + int(declared) if declared and declared.isdigit() else None
         with (
             open(part, "r+b" if start else "wb") as file,
-            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=f"download {name}", disable=None) as bar,
+            Progress(f"download {name}", total, "bytes", done=start) as progress,
         ):
             file.seek(start)
             while chunk := answer.read1(CHUNK_BYTES):
                 file.write(chunk)
-                bar.update(len(chunk))
+                progress.update(len(chunk))
             size = file.tell()
     if total is not None and size != total:
         raise _Ended(f"it ended after {size} of {total} bytes; the same command goes on from there")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from indraquantum.config import PrepareSettings
 from indraquantum.data.dataset import is_dataset, write_dataset
@@ -31,6 +30,7 @@ from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, make_folder, sha256_of
+from indraquantum.progress import Progress
 
 WINDOW_DOCUMENTS = 1 << 17  # packed together
 CHUNK_ROWS = 1 << 10  # moved at once; each may touch 64 kB of a mapped file, which stay in memory until released
@@ -228,10 +228,10 @@ def _offsets(sizes: np.ndarray) -> np.ndarray:
 def _encode(
     drawn: DrawnSource, number: int, sides: dict[str, _Side], tokenizer: TextTokenizer, row_length: int
 ) -> SourceReport:
-    """Encode a source's documents in chunks, with a progress bar that is silent where there is no terminal."""
+    """Encode a source's documents in chunks."""
     done, tokens, kept = 0, 0, 0
     texts = drawn.read_texts()
-    with tqdm(total=len(drawn.numbers), desc=f"tokenize {drawn.name}", unit=" documents", disable=None) as bar:
+    with Progress(f"tokenize {drawn.name}", len(drawn.numbers), "documents") as progress:
         while chunk := list(itertools.islice(texts, CHUNK_DOCUMENTS)):
             documents = tokenizer.encode_documents(chunk)
             parts, numbers = (values[done : done + len(chunk)] for values in (drawn.parts, drawn.numbers))
@@ -242,7 +242,7 @@ def _encode(
             tokens += sum(map(len, documents))
             kept += sum(min(len(document), row_length) for document in documents)
             done += len(chunk)
-            bar.update(len(chunk))
+            progress.update(len(chunk))
     shares = _padded_shares(done * row_length, tokens, kept)
     return SourceReport(
         name=drawn.name,

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from indraquantum.files import atomic_file
+from indraquantum.smoothing import smoothed
 
 Metrics = list[dict[str, Any]]
 SMOOTHING = 0.9  # of the exponential mean that is drawn over the raw curve
@@ -95,12 +96,8 @@ def _curve(axes: Axes, metrics: Metrics, name: str, label: str, colour: str) -> 
     if not points:
         return
     steps, values = zip(*points, strict=True)
-    smooth, mean = [], values[0]
-    for value in values:
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
-        smooth.append(mean)
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth, color=colour, label=label)
+    axes.plot(steps, smoothed(values, SMOOTHING), color=colour, label=label)
 
 
 def _held_out_sources(metrics: Metrics) -> list[str]:

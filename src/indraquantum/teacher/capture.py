@@ -24,6 +24,7 @@ import numpy as np
 from indraquantum.config import CaptureSettings
 from indraquantum.errors import UserError
 from indraquantum.files import check_manifest_json, make_folder, sha256_of
+from indraquantum.progress import Progress
 from indraquantum.teacher.batch_size import choose_batch_rows
 from indraquantum.teacher.engines import open_data, run_jobs
 from indraquantum.teacher.journal import SUFFIX, journal_path
@@ -118,7 +119,12 @@ def capture(
         asked, packed, began = 0, None, time.perf_counter()
         if jobs:
             manifest = _with_batch(settings, files, dataset, manifest)
-            manifest, asked, packed = _capture(settings, files, dataset, manifest, jobs, folder)
+            try:
+                manifest, asked, packed = _capture(settings, files, dataset, manifest, jobs, folder)
+            except FileNotFoundError:
+                if folder.is_dir():
+                    raise
+                raise UserError("--output", folder, "was removed while the capture wrote to it") from None
         seconds = time.perf_counter() - began
     return CaptureReport(
         output=folder,
@@ -221,7 +227,7 @@ def _journals(folder: Path) -> list[Path]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():  # it may have been removed under the capture
         if path.is_file() and LEFTOVER.fullmatch(path.name):
             path.unlink()
 
@@ -295,23 +301,21 @@ def _capture(
     folder: Path,
 ) -> _Outcome:
     """Let the engine do the jobs; each shard that comes back is committed before the next is looked at."""
-    from tqdm import tqdm
-
     total = sum(_positions(dataset, job) for job in jobs)
     largest = max(_positions(dataset, job) for job in jobs)
     plan = Plan(settings, folder, manifest, total, min(total, largest * settings.workers), jobs[0].file)
     asked, packed = 0, None
     write_manifest(folder, manifest)  # journals belong to it
     try:
-        with tqdm(total=total, desc="capture", unit="tok", unit_scale=True, disable=None) as bar:
-            for done, result in enumerate(run_jobs(plan, files, dataset, jobs, bar.update), 1):
+        with Progress("capture", total, "tokens") as progress:
+            for done, result in enumerate(run_jobs(plan, files, dataset, jobs, progress.update), 1):
                 manifest = _with_shards(manifest, [*manifest.shards, result.entry], complete=done == len(jobs))
                 write_manifest(folder, manifest)
                 journal_path(folder, result.entry.file).unlink(missing_ok=True)
                 asked += result.positions_asked
                 packed = result.packed if packed is None else packed
     except UserError:
-        if not manifest.shards and not any(path.stat().st_size for path in _journals(folder)):
+        if folder.is_dir() and not manifest.shards and not any(path.stat().st_size for path in _journals(folder)):
             for journal in _journals(folder):  # nothing was captured: nothing is left behind
                 journal.unlink()
             (folder / MANIFEST_NAME).unlink()

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from indraquantum.errors import UserError
 from indraquantum.teacher.sampling import PositionSignals
 
 SUFFIX = ".journal"
@@ -55,12 +57,18 @@ class Journal:
         self._file.truncate(whole)
 
     def append(self, record: Record) -> int:
-        """Keep one batch and return the bytes that it takes."""
+        """Keep one batch and return the bytes that it takes.
+
+        Raises:
+            UserError: the file was removed, with all that it held.
+        """
         from safetensors.numpy import save
 
         columns = {name: column for name, column in record.signals._asdict().items() if column is not None}
         payload = save(columns)
         head = _HEAD.pack(record.first_row, record.last_row, len(payload), record.precision.encode())
+        if not os.fstat(self._file.fileno()).st_nlink:  # what is written to it now would go without a word
+            raise UserError("--output", Path(self._file.name).parent, "was removed while the capture wrote to it")
         written = self._file.write(head + hashlib.sha256(head + payload).digest() + payload)
         self._file.flush()
         return written

@@ -387,13 +387,15 @@ def verify_signals(field: str, folder: Path | str, dataset: PreparedDataset) -> 
     Raises:
         UserError: as `open_signals`, a shard's bytes have changed, or it holds what no teacher can have said.
     """
-    from tqdm import tqdm
+    from indraquantum.progress import Progress
 
     check_manifest_json(field, Path(folder) / MANIFEST_NAME)
     store = open_signals(field, folder, dataset)
-    for entry in tqdm(store.manifest.shards, "verify signals", unit="shard", disable=None):
-        path = Path(folder) / entry.file
-        if (actual := sha256_of(path)) != entry.sha256:
-            raise UserError(field, path, f"must have sha256 {entry.sha256}, not {actual}: capture it again")
-        check_values(Shard(field, path, entry, store.manifest), entry, store.manifest)
+    with Progress("verify signals", len(store.manifest.shards), "shards") as progress:
+        for entry in store.manifest.shards:
+            path = Path(folder) / entry.file
+            if (actual := sha256_of(path)) != entry.sha256:
+                raise UserError(field, path, f"must have sha256 {entry.sha256}, not {actual}: capture it again")
+            check_values(Shard(field, path, entry, store.manifest), entry, store.manifest)
+            progress.update()
     return store

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import re
-import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterable
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, fsync_folder, sha256_of
+from indraquantum.files import atomic_file, fsync_folder, not_written, sha256_of
 
 FORMAT = "indraquantum-checkpoint"
 FORMAT_VERSION = 4
@@ -91,9 +90,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         with atomic_file(manifest_path(path)) as temporary:
             temporary.write_text(manifest, encoding="utf-8")
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        can = f"could not be written: {error.strerror} ({len(content):,} bytes needed, {free:,} free)"
-        raise UserError("--output", path, f"{can}; earlier checkpoints are unharmed") from None
+        raise not_written("--output", path, len(content), error, "; earlier checkpoints are unharmed") from None
 
 
 def manifest_text(name: str, size: int, sha256: str, step: int) -> str:

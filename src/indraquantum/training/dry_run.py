@@ -14,6 +14,7 @@ import torch
 
 from indraquantum.config import TrainSettings
 from indraquantum.learner import to_tensors
+from indraquantum.progress import duration
 from indraquantum.training.costs import StepSize, objective_bytes, parameter_counts, step_flops
 from indraquantum.training.run import Run
 from indraquantum.training.scratch import scratch_run, timed_step
@@ -160,12 +161,3 @@ def _parts(values: Mapping[str, int], show: Callable[[int], str]) -> str:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as far as they matter."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first one asks the run to leave, a second one leaves at once.
+"""SIGTERM, SIGINT and SIGHUP: the first one asks the run to leave, a second SIGTERM or SIGINT leaves at once.
 
     with Interrupts() as interrupts:        # a signal raises Interrupted where it strikes
         with interrupts.deferred():         # ... but here it waits for `check`, so that a step or a save is not cut
@@ -6,6 +6,9 @@
 
 Several processes of one run leave together: once they are joined, a signal to any of them waits for the next `check`,
 which all of them come to.
+
+A terminal that closes sends SIGHUP more than once (the shell to its jobs, then the kernel), so that no SIGHUP counts as
+a second signal. A signal that the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
 
 Imports nothing heavy: the command line installs it before torch is loaded.
 """
@@ -19,7 +22,12 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def heeded(*numbers: signal.Signals) -> list[signal.Signals]:
+    """Those of `numbers` that this process does not ignore."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class Interrupted(SystemExit):
@@ -39,13 +47,14 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._requested: int | None = None
+        self._urged = False  # by a signal of which a second one leaves at once
         self._at_once = True
         self._largest: Callable[[int], int] | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in heeded(*SIGNALS)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,8 +62,12 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if number != signal.SIGHUP:
+            if self._urged:
+                os._exit(128 + number)
+            self._urged = True
         if self._requested is not None:
-            os._exit(128 + number)
+            return
         self._requested = number
         if self._at_once:
             raise Interrupted(number)

@@ -17,30 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
-from indraquantum.errors import TrainingStopped, UserError
+from indraquantum.errors import TrainingStopped
 from indraquantum.evaluation.held_out import held_out_cross_entropy
-from indraquantum.files import folder_lock, make_folder
 from indraquantum.metrics import MetricsLog, NoLog
 from indraquantum.processes import joined_processes, own_device
+from indraquantum.progress import Progress, tell
 from indraquantum.trackers import open_tracker, require_tracker
 from indraquantum.training.checkpoint import (
     BEST_NAME,
     Checkpoint,
     prune_step_checkpoints,
-    remove_leftovers,
     save_checkpoint,
     step_checkpoint_path,
 )
 from indraquantum.training.collapse_guard import PROBE_EVERY, look_at
+from indraquantum.training.folders import FolderRemoved, HeldFolders
 from indraquantum.training.guards import require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
 from indraquantum.training.parallel import gathered
-from indraquantum.training.record import output_of_record, write_record
+from indraquantum.training.record import write_record
 from indraquantum.training.run import Run, check_settings, resume, start_run
 from indraquantum.training.stages import RunStage, plan_stages
 from indraquantum.training.step import StepResult, optimizer_step, set_learning_rates
@@ -60,13 +59,15 @@ class TrainReport:
 def train(settings: TrainSettings) -> TrainReport:
     """Train by `settings`, going on from a checkpoint in the output folder where there is one.
 
-    A first SIGTERM or SIGINT leaves after the step in hand and a checkpoint, a second one at once.
+    A first SIGTERM, SIGINT or SIGHUP leaves after the step in hand and a checkpoint; a second one, but for SIGHUP, at
+    once.
 
     Returns:
         Where the last checkpoint and the metrics are, and the held-out cross-entropy.
 
     Raises:
-        UserError: settings, data or signals that don't fit, or an output folder that holds another run or is in use.
+        UserError: settings, data or signals that don't fit, an output folder that holds another run or is in use, or a
+            folder that was removed under the run.
         TrainingStopped: the loss or a gradient is not finite.
         Interrupted: by a signal.
     """
@@ -77,11 +78,12 @@ def train(settings: TrainSettings) -> TrainReport:
             device = own_device(choose_device(settings))
             plan = plan_stages(settings, open_dataset("--data", settings.data, settings.tokenizer, verify=True))
         plan = with_signals(plan, lambda stage: found_signals(stage, processes), processes)
+        folders = None
         with processes.together():
             check_settings(settings, plan, device)
             check_folders(plan)
             if processes.is_first:
-                hold_folders(settings.output, metrics_path.parent, stack)
+                folders = HeldFolders(settings.output, metrics_path.parent, stack)
         plan = with_signals(plan, lambda stage: captured_signals(stage, processes), processes)
         with processes.together():
             run = start_run(settings, plan, device, processes)
@@ -100,51 +102,44 @@ def train(settings: TrainSettings) -> TrainReport:
             interrupts.join(processes.largest)
         try:
             processes.first(lambda: write_record(metrics_path.parent, run))
-            continue_run(run, log, interrupts)
+            continue_run(run, log, interrupts, folders)
             processes.first(lambda: write_record(metrics_path.parent, run))
         except Interrupted as interrupted:
             if processes.is_first:
-                print(f"Left at step {run.step} by {interrupted.name}; the same command goes on.", file=sys.stderr)
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    print(f"Left at step {run.step} by {interrupted.name}; the same command goes on.", file=sys.stderr)
             raise
         finally:
             log.close()
         return TrainReport(run.epoch_path, metrics_path, run.step, run.held_out or evaluate(run))
 
 
-def hold_folders(output: Path, logs: Path, stack: contextlib.ExitStack) -> None:
-    """Make the folders that a run writes to and keep others out of them for as long as `stack` is open.
+def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, folders: HeldFolders | None = None) -> None:
+    """Take `run` from where it stands to its end, or to where it must leave, with a checkpoint there.
 
-    Raises:
-        UserError: they can't be written, another run has them, or the logs are of a run with another output folder.
-    """
-    if (other := output_of_record(logs)) and other.resolve() != output.resolve() and other.exists():
-        raise UserError("--logs", logs, f"holds the metrics of {other}; give another, or an --output of another name")
-    make_folder("--output", output)
-    make_folder("--logs", logs)
-    stack.enter_context(folder_lock("--output", output))
-    if logs.resolve() != output.resolve():
-        stack.enter_context(folder_lock("--logs", logs))
-    remove_leftovers(output)
-
-
-def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts) -> None:
-    """Take `run` from where it stands to its end, or to where a signal asks to leave, with a checkpoint there.
+    Args:
+        run: what to go on with.
+        log: for the metrics.
+        interrupts: ask it to leave.
+        folders: where it writes; None in a process that writes nothing.
 
     Raises:
         Interrupted: a signal came.
+        FolderRemoved: one of the folders is gone.
     """
-    # disable=None: no bar where there is no terminal
-    silent = None if run.processes.is_first else True
-    with interrupts.deferred(), tqdm(total=run.total_steps, initial=run.step, unit="step", disable=silent) as bar:
+    silent = not run.processes.is_first
+    progress = Progress("train", run.total_steps, "steps", done=run.step, silent=silent)
+    with interrupts.deferred(), progress:
         try:
             while run.pending is not None or not run.finished:
                 is_best, collapsed = False, None
                 with run.processes.together():
                     if run.pending is None:
                         run.pending = take_step(run)
-                        bar.update()
-                        bar.set_postfix_str(postfix(run.pending))
+                        progress.update(1, figures_of(run.pending))
                         collapsed = watch_for_collapse(run)
+                    if folders is not None:
+                        folders.check(log)
                     if run.epoch_ends or run.step % run.settings.evaluate_every == 0:
                         run.pending["held_out"] = evaluate(run, interrupts)
                         is_best = judge(run)
@@ -157,10 +152,20 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts) -> N
                 save_where_due(run, log)
                 interrupts.check()
             save_where_due(run, log)
+            with run.processes.together():
+                if folders is not None:
+                    folders.check(log)
         except Interrupted:
             if run.step and not run.saved:
                 save(run, step_checkpoint_path(run.settings.output, run.step), log)
             raise
+        except FolderRemoved as removed:
+            said = run.processes.first(lambda: folders.make_again(log))
+            if run.step:
+                path = run.epoch_path if run.finished else step_checkpoint_path(run.settings.output, run.step)
+                save(run, path, log)
+                said = [*said, f"step {run.step} is saved in {run.settings.output}: the same command resumes"]
+            raise FolderRemoved(removed.field, removed.value, "; ".join([removed.allowed, *said])) from None
 
 
 def take_step(run: Run) -> dict[str, Any]:
@@ -228,7 +233,7 @@ def watch_for_collapse(run: Run) -> str | None:
         return None
     said = f"step {run.step}: collapse ({', '.join(found)}); see these figures in the metrics"
     if not stops:
-        tqdm.write(f"warning: {said}")
+        tell(f"warning: {said}")
     return said if stops else None
 
 
@@ -276,7 +281,7 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> dict[str, float]
     text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
     ended = run.plan.ends_at(run.step)
     stage = f", end of stage {ended.about.name}" if ended and len(run.plan.stages) > 1 else ""
-    tqdm.write(f"step {run.step}/{run.total_steps}{stage}: held-out cross-entropy (nats/token) {text}")
+    tell(f"step {run.step}/{run.total_steps}{stage}: held-out cross-entropy (nats/token) {text}")
     return figures
 
 
@@ -286,7 +291,7 @@ def judge(run: Run) -> bool:
     is_best = best.take(run.step, run.held_out["all"], run.settings.patience)
     if best.stopped:
         waited = f"{best.evaluations_since} evaluations without a better held-out cross-entropy"
-        tqdm.write(f"step {run.step}: stopped early, {waited} than {best.cross_entropy:.4f} at step {best.step}")
+        tell(f"step {run.step}: stopped early, {waited} than {best.cross_entropy:.4f} at step {best.step}")
     return is_best
 
 
@@ -325,7 +330,7 @@ def write_checkpoint(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
         require_finite_state(checkpoint.model, checkpoint.optimizer, run.step)
         log.sync()
         save_checkpoint(path, checkpoint)
-        tqdm.write(f"wrote {path}")
+        tell(f"wrote {path}")
 
     run.processes.first(write)
 
@@ -350,7 +355,10 @@ def checkpoint_of(run: Run) -> Checkpoint:
     )
 
 
-def postfix(metrics: dict[str, Any]) -> str:
-    """The four terms for the progress bar."""
+def figures_of(metrics: dict[str, Any]) -> str:
+    """The four terms, the learning rate and the speed of a step, to show while the run goes on."""
     names = [name for name in ("ce", "kd", "phase", "magnitude") if metrics.get(name) is not None]
-    return " ".join(f"{name} {metrics[name]:.3f}" for name in names)
+    terms = [f"{name} {metrics[name]:.3f}" for name in names]
+    return ", ".join(
+        [*terms, f"learning rate {metrics['learning_rate']:.2e}", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
+    )

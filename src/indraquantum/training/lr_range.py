@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from indraquantum.config import LrTestSettings
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.files import atomic_file, check_new_file
+from indraquantum.progress import Progress
+from indraquantum.smoothing import Smoothing
 from indraquantum.training.loop import set_objective
 from indraquantum.training.run import Run
 from indraquantum.training.scratch import scratch_run
@@ -74,18 +75,19 @@ def climb(run: Run, rates: Sequence[float]) -> RangeTest:
 
     Rows come from the strategy's first stage; the weights stay as they are at its first step.
     """
-    taken, losses, smooth = [], [], []
+    losses, smooth, mean = [], [], Smoothing(SMOOTHING)
     set_objective(run, step=0)
-    for rate in tqdm(rates, unit="step", disable=None):
-        try:
-            loss = _loss_at(run, rate)
-        except TrainingStopped:
-            break
-        taken.append(rate)
-        losses.append(loss)
-        smooth.append(smoothed(losses)[-1])
-        if smooth[-1] > DIVERGED * losses[0]:
-            break
+    with Progress("lr-test", len(rates), "steps") as progress:
+        for rate in rates:
+            try:
+                losses.append(_loss_at(run, rate))
+            except TrainingStopped:
+                break
+            smooth.append(mean.take(losses[-1]))
+            progress.update(1, f"loss {losses[-1]:.3f}, learning rate {rate:.2e}")
+            if smooth[-1] > DIVERGED * losses[0]:
+                break
+    taken = list(rates[: len(losses)])
     return RangeTest(taken, losses, smooth, suggested_rate(taken, smooth))
 
 
@@ -106,15 +108,6 @@ def _loss_at(run: Run, rate: float) -> float:
     )
     run.step += 1
     return result.terms["loss"]
-
-
-def smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential means that don't favour the first value."""
-    mean, means = 0.0, []
-    for count, loss in enumerate(losses, start=1):
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
-        means.append(mean / (1 - SMOOTHING**count))
-    return means
 
 
 def suggested_rate(rates: Sequence[float], losses: Sequence[float]) -> float | None:

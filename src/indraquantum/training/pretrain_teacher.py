@@ -8,12 +8,12 @@ Hugging Face's format.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from indraquantum.config import TeacherSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
@@ -24,14 +24,13 @@ from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import atomic_folder, make_folder, write_sums
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.masks import document_mask
+from indraquantum.progress import Progress
 from indraquantum.strategy import check_decay
 from indraquantum.training.optimizers import MUON_GROUP, MuonAdamW
 from indraquantum.training.parallel import Alone
 from indraquantum.training.schedule import rows_of_step
 from indraquantum.training.stages import rows_per_step
 from indraquantum.training.step import optimizer_step, set_learning_rates
-
-LINE_EVERY = 100  # steps between two lines of progress, which a log file keeps where a bar is not shown
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,10 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
     optimizer = MuonAdamW(parameter_groups(learner, settings))
     objective = SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0)
     parallel, tokens = Alone(learner), 0
-    with tqdm(total=settings.steps, unit="step", desc="teacher", disable=None) as bar:
+    with Progress("teacher", settings.steps, "steps") as progress:
         for step in range(settings.steps):
-            set_learning_rates(optimizer, settings, step, settings.steps)
+            began = time.perf_counter()
+            learning_rate = set_learning_rates(optimizer, settings, step, settings.steps)
             rows = rows_of_step(
                 dataset.train.num_rows, rows_per_step(settings.batch_tokens, dataset.row_length), settings.seed, step
             )
@@ -155,10 +155,9 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
                 max_grad_norm=settings.max_grad_norm,
             )
             tokens += result.tokens
-            bar.update()
-            bar.set_postfix_str(f"ce {result.terms['ce']:.3f}")
-            if (step + 1) % LINE_EVERY == 0:
-                tqdm.write(f"teacher: step {step + 1}/{settings.steps}, cross-entropy {result.terms['ce']:.4f}")
+            speed = result.tokens / (time.perf_counter() - began)
+            figures = f"ce {result.terms['ce']:.3f}, learning rate {learning_rate:.2e}, {speed:,.0f} tokens/s"
+            progress.update(1, figures)
     held_out = held_out_cross_entropy(learner, dataset, device)
     save_teacher(learner, dataset, settings.output)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in held_out.items())

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
-from indraquantum.errors import UserError
-from indraquantum.files import atomic_file
+from indraquantum.files import atomic_file, not_written
 from indraquantum.metrics import RECORD_NAME
 from indraquantum.training.run import Run
 
@@ -44,6 +42,4 @@ def write_record(folder: Path, run: Run) -> None:
         with atomic_file(folder / RECORD_NAME) as temporary:
             temporary.write_text(content, encoding="utf-8")
     except OSError as error:
-        free = shutil.disk_usage(folder).free
-        can = f"could not be written: {error.strerror} ({len(content):,} bytes needed, {free:,} free)"
-        raise UserError("--logs", folder / RECORD_NAME, can) from None
+        raise not_written("--logs", folder / RECORD_NAME, len(content), error) from None

@@ -1,0 +1,72 @@
+"""What long commands say: a line now and then where no bar is seen, with the figures that a reader needs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from indraquantum import progress
+from indraquantum.config import CaptureSettings, PrepareSettings, TeacherSettings, TrainSettings
+from indraquantum.data.prepare import prepare
+from indraquantum.progress import Progress
+from indraquantum.teacher.capture import capture
+from indraquantum.training.loop import train
+from indraquantum.training.pretrain_teacher import pretrain_teacher
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, which stands still until it is set."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_every_thirty_seconds_by_hand(clock, capsys):
+    with Progress("copy", 5000, "files", done=1000) as bar:
+        for seconds in (10, 29, 31, 40, 59, 62):
+            clock[0] = 100.0 + seconds
+            bar.update(100, "size 3")
+    assert capsys.readouterr().out.splitlines() == [
+        "copy: 1,300 of 5,000 files, size 3, 9.7 files/s, 6 min 22 s left",  # 300 in 31 s; 3,700 left
+        "copy: 1,600 of 5,000 files, size 3, 9.7 files/s, 5 min 51 s left",  # 600 in 62 s; 3,400 left
+    ]
+
+
+def test_work_of_unknown_length(clock, capsys):
+    with Progress("download", None, "bytes") as bar:
+        clock[0] += 40.0
+        bar.update(8000)
+    assert capsys.readouterr().out == "download: 8,000 bytes, 200 bytes/s\n"
+
+
+def test_a_silent_one_and_a_quick_one_say_nothing(clock, capsys):
+    with Progress("a", 3, "steps", silent=True) as bar:
+        clock[0] += 100.0
+        bar.update()
+    with Progress("b", 3, "steps") as bar:
+        bar.update(3)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_every_long_command_says_how_far_it_is(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    sizes = {"data": world.data, "layers": 1, "heads": 2, "batch_tokens": 1440}
+    prepare(
+        PrepareSettings(wikitext=str(world.wikitext), alpaca_samples=0, alpaca=str(world.alpaca),
+                        tokenizer=str(world.tokenizer), output=tmp_path / "d.pkl")
+    )  # fmt: skip
+    pretrain_teacher(TeacherSettings(**sizes, output=tmp_path / "teacher", width=8, steps=2))
+    capture(CaptureSettings(data=world.data, teacher=str(world.teacher), output=tmp_path / "signals"))
+    train(TrainSettings(**sizes, output=tmp_path / "run", logs=tmp_path, d_model=4, mlp_width=6, max_steps=3))
+    said = capsys.readouterr().out
+    speed, left = r"[\d,.]+ tokens/s", r"\d+ s left"
+    figures = rf"ce \d\.\d+, .*learning rate \d\.\d+e-0\d, {speed}, [\d,.]+ steps/s, {left}\n"
+    assert re.search(rf"^teacher: 1 of 2 steps, {figures}", said, re.MULTILINE)
+    assert re.search(rf"^capture: [\d,]+ of [\d,]+ tokens, {speed}, {left}\n", said, re.MULTILINE)
+    assert re.search(rf"^tokenize wikitext: 120 of 120 documents, [\d,]+ documents/s, {left}\n", said, re.MULTILINE)
+    for step in (1, 2, 3):
+        assert re.search(
+            rf"^train: {step} of 3 steps, ce \d.\d+, kd \d.\d+, phase \d.\d+, magnitude \d.\d+, l", said, re.MULTILINE
+        )
