@@ -36,6 +36,50 @@ def test_each_stage_has_its_own_order():
     assert (rows_of_step(101, 101, 3, 1, 0) != second).any()
 
 
+# Philox 4x64-10 of Salmon et al. 2011 (Parallel random numbers: as easy as 1, 2, 3), section 3.3.
+MULTIPLIERS, WEYL = (0xD2E7470EE14C6C93, 0xCA5A826395121157), (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+
+
+def philox(key: tuple[int, int], count: int) -> list[int]:
+    """Its first `count` numbers, counting from 1 as NumPy does."""
+    found, word = [], (1 << 64) - 1
+    for counter in range(1, count // 4 + 2):
+        x, k = [counter, 0, 0, 0], list(key)
+        for _ in range(10):
+            high, low = zip(
+                *(divmod(m * v, 1 << 64) for m, v in zip(MULTIPLIERS, (x[0], x[2]), strict=True)), strict=True
+            )
+            x = [high[1] ^ x[1] ^ k[0], low[1], high[0] ^ x[3] ^ k[1], low[0]]
+            k = [(part + step) & word for part, step in zip(k, WEYL, strict=True)]
+        found += x
+    return found[:count]
+
+
+@pytest.mark.parametrize(("num_rows", "seed", "epoch", "stage"), [(23, 7, 0, 0), (1000, 2**63 - 1, 3, 2), (1, 0, 0, 0)])
+def test_the_order_is_that_of_philox_by_hand(num_rows, seed, epoch, stage):
+    """Rows in the ascending order of their random numbers, whatever NumPy makes of them."""
+    numbers = philox((seed, epoch + (stage << 32)), num_rows)
+    expected = sorted(range(num_rows), key=lambda row: numbers[row])
+    assert rows_of_step(num_rows, num_rows, seed, epoch, stage).tolist() == expected
+
+
+def test_the_order_is_frozen():
+    """Numbers of 2026-11-28. A run that has begun goes on by them, so that they may never change."""
+    assert rows_of_step(23, 12, 7, 5, 1).tolist() == [6, 19, 3, 10, 7, 15, 11, 1, 2, 12, 8]
+    # rule 1, of the runs before: what NumPy 2.4's Generator.permutation gives
+    assert rows_of_step(23, 12, 7, 5, 1, rule=1).tolist() == [10, 2, 15, 12, 22, 20, 14, 11, 7, 3, 21]
+
+
+def test_an_epoch_is_ordered_once(monkeypatch):
+    made = []
+    bit_generator = np.random.Philox
+    monkeypatch.setattr(np.random, "Philox", lambda **key: (made.append(key), bit_generator(**key))[1])
+    rows = np.concatenate([rows_of_step(109, 10, 5, step) for step in range(22)])
+    assert len(made) == 2
+    rows[:] = -1  # nobody's but the caller's
+    assert sorted(np.concatenate([rows_of_step(109, 10, 5, step) for step in range(11, 22)])) == list(range(109))
+
+
 def factors(*, steps=100, warmup=0.1, **options):
     return [learning_rate_factor(step, steps, warmup, **options) for step in range(steps)]
 

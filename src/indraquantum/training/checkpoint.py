@@ -176,21 +176,26 @@ def newest_checkpoint(folder: Path, step_of_epoch: Callable[[int], int]) -> Foun
         UserError: there are checkpoints, and all are damaged.
     """
     passed: list[tuple[Path, UserError]] = []
-    for _, path in checkpoints_in(folder, step_of_epoch):
+    newest: Found | None = None
+    for step, path in checkpoints_in(folder, step_of_epoch):
+        # Where a run was extended, the end of its former length may bear the name of an epoch that ends later.
+        if newest is not None and step <= newest.checkpoint.step:
+            break
         try:
             found = Found(path, load_checkpoint("--output", path))
         except UserError as error:
             passed.append((path, error))
             continue
-        if passed:
-            names = ", ".join(path.name for path, _ in passed)
-            print(f"warning: passed over {names}: damaged; using {path.name}. First: {passed[0][1]}")
-            set_aside(path for path, _ in passed)
-        return found
-    if passed:
+        if newest is None or found.checkpoint.step > newest.checkpoint.step:
+            newest = found
+    if passed and newest is not None:
+        names = ", ".join(path.name for path, _ in passed)
+        print(f"warning: passed over {names}: damaged; using {newest.path.name}. First: {passed[0][1]}")
+        set_aside(path for path, _ in passed)
+    elif passed:
         way_out = "remove it to start over, or give another --output"
         raise UserError("--output", folder, f"holds no whole checkpoint, {way_out}. First: {passed[0][1]}")
-    return None
+    return newest
 
 
 def set_aside(paths: Iterable[Path]) -> None:
@@ -202,9 +207,9 @@ def set_aside(paths: Iterable[Path]) -> None:
         fsync_folder(path.parent)
 
 
-def prune_step_checkpoints(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints of steps; those of epochs stay."""
-    steps = [path for _, path in checkpoints_in(folder, int) if "_step_" in path.name]
+def prune_step_checkpoints(folder: Path, keep_last: int, keep: Callable[[int], bool] = lambda step: False) -> None:
+    """Remove all but the newest `keep_last` checkpoints of steps; those of epochs stay, and so do steps to `keep`."""
+    steps = [path for step, path in checkpoints_in(folder, int) if "_step_" in path.name and not keep(step)]
     for path in steps[keep_last:]:
         manifest_path(path).unlink(missing_ok=True)
         path.unlink()

@@ -171,7 +171,9 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
 def take_step(run: Run) -> dict[str, Any]:
     """One optimiser step at `run.step`, with the schedules' values of that step; its metrics."""
     settings, step, stage = run.settings, run.step, run.plan.at(run.step)
-    learning_rate = set_learning_rates(run.optimizer, stage.settings, step - stage.first, stage.steps)
+    learning_rate = set_learning_rates(
+        run.optimizer, stage.settings, step - stage.first, stage.steps, stage.planned_steps
+    )
     set_objective(run, step)
     # Dropout is the only randomness of a step: seeding it by the step makes resume exact without saving any state.
     processes = run.processes
@@ -300,8 +302,13 @@ def save_where_due(run: Run, log: MetricsLog | NoLog) -> None:
     if run.step and run.epoch_ends:
         if run.processes.largest(not (run.saved and run.epoch_path.exists())):
             save(run, run.epoch_path, log)
-    elif run.step % run.settings.save_every == 0 and run.step and not run.saved:
+    elif (run.step % run.settings.save_every == 0 or _decay_begins(run, run.step)) and run.step and not run.saved:
         save(run, step_checkpoint_path(run.settings.output, run.step), log)
+
+
+def _decay_begins(run: Run, step: int) -> bool:
+    """Whether wsd begins to decay after `step`: from there on another length would be another run."""
+    return run.plan.at(step).rate_decays_from(step)
 
 
 def save(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
@@ -313,7 +320,7 @@ def save(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
     write_checkpoint(run, path, log)
     run.saved = True
     if run.processes.is_first:
-        prune_step_checkpoints(run.settings.output, run.settings.keep_last)
+        prune_step_checkpoints(run.settings.output, run.settings.keep_last, lambda step: _decay_begins(run, step))
 
 
 def write_checkpoint(run: Run, path: Path, log: MetricsLog | NoLog) -> None:

@@ -35,6 +35,7 @@ def write_record(folder: Path, run: Run) -> None:
         "data": run.identity["data"],
         "signals": run.identity["signals"],
         "total_steps": run.total_steps,
+        "planned_steps": run.plan.planned_steps,
         "finished": run.finished,
     }
     content = json.dumps(record, indent=2) + "\n"

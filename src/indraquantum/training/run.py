@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +34,11 @@ from indraquantum.training.checkpoint import (
     set_aside,
 )
 from indraquantum.training.collapse_guard import CollapseGuard
+from indraquantum.training.extension import LENGTHS, NotExtensible, extended, without_length
 from indraquantum.training.optimizers import check_rates, new_optimizer
 from indraquantum.training.parallel import Alone, make_parallel, scattered, scattered_optimizer
 from indraquantum.training.precision import choose_precision
+from indraquantum.training.schedule import ORDER
 from indraquantum.training.stages import RunStage, StagePlan
 
 # What may change between two starts of one run without changing what it computes.
@@ -47,7 +49,7 @@ FREE_SETTINGS = {
 }  # fmt: skip
 
 # What the program did before it had an option, where that is not the option's default.
-BEFORE_THE_OPTION = {"tail": "none"}
+BEFORE_THE_OPTION = {"tail": "none", "row_order": 1}
 
 # What two models must share for the weights of one to fit the other: option, and its name in the model's configuration.
 SHAPE = {
@@ -139,7 +141,7 @@ def start_run(settings: TrainSettings, plan: StagePlan, device: torch.device, pr
         device=device,
         # Its weights, temperature and tail are set at each step.
         objective=SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0, head=settings.head),
-        identity=run_identity(settings, plan) | {"precision": precision.name},
+        identity=run_identity(settings, plan) | {"precision": precision.name, "row_order": ORDER},
     )
 
 
@@ -225,7 +227,8 @@ def _stage_identity(stage: RunStage, plan: StagePlan) -> dict[str, Any]:
     if stage.dataset is not plan.dataset:
         signals = None if stage.signals is None else _signals_sha256(stage.signals)
         stated |= {"data": stage.dataset.content_sha256, "signals": signals}
-    return {**stated, "steps": stage.steps}
+    planned = {} if stage.planned_steps is None else {"planned_steps": stage.planned_steps}
+    return {**stated, "steps": stage.steps, **planned}
 
 
 def _signals_sha256(signals: SignalStore) -> str:
@@ -253,6 +256,8 @@ def resume(run: Run) -> bool:
     processes.first(lambda: _set_later_ones_aside(run, path))
     if not run.finished:
         print(f"Going on from step {run.step} of {run.total_steps}.")
+    if run.total_steps != run.plan.planned_steps:
+        print(f"The run was begun with {run.plan.planned_steps} steps: warm-up and loss weights keep to that length.")
     return True
 
 
@@ -292,11 +297,18 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     before = with_defaults(checkpoint.settings, run.identity)
     if run.settings.tail == "auto":
         run.identity["tail"] = before["tail"]
-    if (found := first_difference(run.identity, before)) is not None:
+    run.identity["row_order"] = before["row_order"]
+    if (found := first_difference(without_length(run.identity), without_length(before))) is not None:
         raise UserError(*found.option_and_value(), _as_there(run, found.then))
     now, then = (", ".join(settings["stages"]) for settings in (run.identity, checkpoint.settings))
     if now != then:
         raise UserError("--strategy", f"stages {now}", _as_there(run, then))
+    try:
+        plan = extended(run.plan, before, checkpoint.step)
+    except NotExtensible as error:
+        raise _not_extensible(run, before, error) from None
+    run.plan = replace(plan, stages=tuple(replace(stage, order=before["row_order"]) for stage in plan.stages))
+    run.identity["stages"] = {stage.about.name: _stage_identity(stage, run.plan) for stage in run.plan.stages}
     run.model.load_state_dict(scattered(checkpoint.model, run.model.state_dict()))
     run.optimizer.load_state_dict(scattered_optimizer(checkpoint.optimizer, run.optimizer))
     run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True
@@ -310,6 +322,22 @@ def _as_there(run: Run, then: Any) -> str:
     if run.settings.resume == "auto":
         return f"must be {then}, as in the run that {run.settings.output} holds, or give another --output"
     return f"must be {then}, as in the run of --resume {run.settings.resume}"
+
+
+def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -> UserError:
+    """What to say where the run can't have the length that is asked for: why, and the ways on."""
+    settings = run.settings
+    option, value, then = "--strategy", f"{run.total_steps:,} steps", "of the same length"
+    for name in LENGTHS:
+        if before[name] != getattr(settings, name):
+            option, value, then = f"--{name.replace('_', '-')}", getattr(settings, name), before[name]
+    there = checkpoints_in(settings.output, run.plan.step_of_epoch)
+    early = [path for step, path in there if step <= error.before]
+    newest = there[0][1] if settings.resume == "auto" and there else settings.resume
+    ways = [f"resume from before that with --resume {early[0]}"] if early else []
+    ways.append(f"begin a new run from its weights with --start-from {newest} --output NEW")
+    which = f"the run that {settings.output} holds" if settings.resume == "auto" else "the run of --resume"
+    return UserError(option, value, f"must be {then}, as in {which}: {error.why}. To train on, {', or '.join(ways)}")
 
 
 def with_defaults(then: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

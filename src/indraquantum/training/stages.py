@@ -20,7 +20,7 @@ from indraquantum.data.split import Split
 from indraquantum.errors import UserError
 from indraquantum.strategy import RATES, TERMS, Stage, Strategy, resolve
 from indraquantum.teacher.signals import SignalStore
-from indraquantum.training.schedule import rows_of_step, steps_per_epoch
+from indraquantum.training.schedule import ORDER, decay_begins, rows_of_step, steps_per_epoch
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,8 @@ class RunStage:
     steps: int
     first_epoch: int  # epochs begun before it
     signals: SignalStore | None = None
+    order: int = ORDER  # which rule orders its rows
+    planned_steps: int | None = None  # what it was begun with, where that was another length: see extension.py
 
     @property
     def rows_per_step(self) -> int:
@@ -77,13 +79,20 @@ class RunStage:
     def rows_of(self, step: int) -> np.ndarray:
         """Numbers of the rows of `step` in `train`."""
         seed, own_step = self.settings.seed, step - self.first
-        return rows_of_step(self.train.num_rows, self.rows_per_step, seed, own_step, self.number)
+        return rows_of_step(self.train.num_rows, self.rows_per_step, seed, own_step, self.number, self.order)
 
     def weights_of(self, step: int) -> dict[str, float]:
         """Weights of the teacher's terms at `step`; 0 where there are no signals."""
         if self.signals is None:
             return dict.fromkeys(TERMS, 0.0)
-        return {term: getattr(self.about.weights, term).at(step - self.first, self.steps) for term in TERMS}
+        planned = self.planned_steps or self.steps
+        place = min(step - self.first, planned - 1)
+        return {term: getattr(self.about.weights, term).at(place, planned) for term in TERMS}
+
+    def rate_decays_from(self, step: int) -> bool:
+        """Whether wsd begins to decay after `step` steps of the run."""
+        decays = self.about.schedule == "wsd"
+        return decays and step == self.first + decay_begins(self.steps, self.about.decay_fraction)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +107,11 @@ class StagePlan:
     def total_steps(self) -> int:
         """Optimiser steps of the run."""
         return self.stages[-1].end
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps that the run was begun with."""
+        return sum(stage.planned_steps or stage.steps for stage in self.stages)
 
     def at(self, step: int) -> RunStage:
         """The stage whose turn it is at `step`; the last one from its end on."""

@@ -37,7 +37,11 @@ class StepResult:
 
 
 def set_learning_rates(
-    optimizer: torch.optim.Optimizer, settings: OptimizerSettings, step: int, total_steps: int
+    optimizer: torch.optim.Optimizer,
+    settings: OptimizerSettings,
+    step: int,
+    total_steps: int,
+    planned_steps: int | None = None,
 ) -> float:
     """Give each parameter group its rate at `step`, a multiple of the base rate, which is returned."""
     base = settings.learning_rate * learning_rate_factor(
@@ -47,6 +51,7 @@ def set_learning_rates(
         settings.schedule,
         settings.decay_fraction,
         settings.final_rate,
+        planned_steps,
     )
     set_base_rate(optimizer, settings, base)
     return base
