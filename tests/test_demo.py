@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from nbclient import NotebookClient
 from indraquantum import cli
 from indraquantum.config import DemoSettings
 from indraquantum.demo import PROMPTS, run_demo
+from indraquantum.evaluation.generate import GeneratedText, TokenState
+from indraquantum.evaluation.write import print_states
 from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +88,39 @@ def test_show_state_prints_a_line_for_each_token(demo, capsys):
     rows = re.findall(r"│ .* │ +([\d.]+) +│ +([\d.]+) +│ +(-?[\d.]+) +│", out)
     assert 1 <= len(rows) <= 5
     assert all(0 < float(probability) <= 1 for probability, _, _ in rows)
+    assert all(0 <= float(uncertainty) <= math.log(512) for _, _, uncertainty in rows)
+    assert f"between 0 and ln V = {math.log(512):.2f} nats" in out
+
+
+UNTAUGHT = {"shape": "constant", "value": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("untaught", "columns", "said"),
+    [
+        (("phase", "magnitude"), 2, "the magnitude or the phase readout with a teacher, so that no confidence or unc"),
+        (("phase",), 3, "never aligned the phase readout with a teacher, so that no uncertainty is shown"),
+        (("magnitude",), 3, "never aligned the magnitude readout with a teacher, so that no confidence is shown"),
+    ],
+)
+def test_a_readout_that_was_never_aligned_is_not_read(demo, capsys, tmp_path, untaught, columns, said):
+    checkpoint = load_checkpoint("", demo[0].files["checkpoint"])
+    (stage,) = checkpoint.settings["stages"].values()
+    stage["weights"] |= dict.fromkeys(untaught, UNTAUGHT)
+    # a stage that has not begun aligns nothing yet
+    checkpoint.settings["stages"]["later"] = stage | {"weights": {"phase": 1.0, "magnitude": 1.0}}
+    path = tmp_path / "checkpoint_v4_epoch_1.pt"
+    save_checkpoint(path, checkpoint)
+    status, out, _ = run(capsys, "test", path, "--prompt", "The", "--max-new-tokens", "3", "--show-state")
+    assert status == 0
+    assert said in out
+    assert {line.count("│") for line in out.splitlines() if line.startswith("│")} == {columns + 1}
+
+
+def test_an_uncertainty_beyond_what_there_is_reads_as_the_end(capsys):
+    tokens = [TokenState("a", 0.5, 0.5, nats) for nats in (-0.3, 1.25, 15.5)]
+    print_states(GeneratedText("aaa", tokens), {"phase", "magnitude"}, math.log(32_000))
+    assert re.findall(r"([\d.-]+) +│$", capsys.readouterr().out, re.MULTILINE) == ["0.00", "1.25", "10.37"]
 
 
 @pytest.mark.parametrize(

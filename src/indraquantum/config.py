@@ -343,7 +343,7 @@ class TestSettings(WeightsSettings, DeviceSettings):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides what is sampled."""
     show_state: bool = False
-    """Print each token's confidence and uncertainty, read from the model's own state."""
+    """Print each token's confidence and uncertainty, read from the model's own state where a teacher aligned it."""
 
 
 class EvalSettings(WeightsSettings, DeviceSettings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,8 @@ from indraquantum.errors import UserError
 from indraquantum.evaluation.generate import GeneratedText, generate_text
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
-from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.strategy import Weights
+from indraquantum.training.checkpoint import Checkpoint, load_checkpoint
 
 
 def load_model(
@@ -31,7 +33,17 @@ def load_model(
     Raises:
         UserError: `path` is no whole checkpoint, its weights don't fit its own configuration, or it has no average.
     """
-    checkpoint = load_checkpoint("CHECKPOINT", path)
+    return model_of(path, load_checkpoint("CHECKPOINT", path), device, weights)
+
+
+def model_of(
+    path: Path, checkpoint: Checkpoint, device: torch.device, weights: Literal["auto", "ema", "last"] = "auto"
+) -> tuple[IndraQuantumPhase2, TextTokenizer]:
+    """As `load_model`, of a checkpoint that is read already; `path` is for the message.
+
+    Raises:
+        UserError: its weights don't fit its own configuration, or it has no average.
+    """
     if weights == "ema" and not checkpoint.average:
         raise UserError("--weights", weights, "must be last or auto: the checkpoint keeps no average")
     model = IndraQuantumPhase2(IndraQuantumConfig.from_dict(checkpoint.model_config))
@@ -61,25 +73,53 @@ def prompt_text(settings: TestSettings) -> str:
 def write_text(path: Path, settings: TestSettings) -> GeneratedText:
     """Load the checkpoint at `path`, continue the prompt and print the result."""
     text = prompt_text(settings)
-    model, tokenizer = load_model(path, choose_device(settings), settings.weights)
+    checkpoint = load_checkpoint("CHECKPOINT", path)
+    model, tokenizer = model_of(path, checkpoint, choose_device(settings), settings.weights)
     generated = generate_text(model, tokenizer, settings, text)
     print(text + generated.text)
     if settings.show_state:
-        print_states(generated)
+        print_states(generated, aligned_readouts(checkpoint), math.log(model.config.vocab_size))
     return generated
 
 
-def print_states(generated: GeneratedText) -> None:
-    """A table with a line per written token: its probability and the model's own reading of its state."""
+def aligned_readouts(checkpoint: Checkpoint) -> set[str]:
+    """Which readouts, phase and magnitude, the run aligned with a teacher in a stage that it has begun."""
+    aligned, first = set(), 0
+    for stage in checkpoint.settings["stages"].values():
+        if checkpoint.step > first:
+            weights = Weights.model_validate(stage["weights"])
+            aligned |= {name for name in ("phase", "magnitude") if getattr(weights, name).highest > 0}
+        first += stage["steps"]
+    return aligned
+
+
+def print_states(generated: GeneratedText, aligned: set[str], highest_nats: float) -> None:
+    """A table with a line per written token: its probability and the model's own reading of its state.
+
+    Args:
+        generated: the tokens.
+        aligned: the readouts, phase and magnitude, that were aligned with a teacher; another says nothing.
+        highest_nats: the largest uncertainty there is, ln V. A phase outside of what an entropy can be reads as the
+            nearer end.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("token", "probability", "confidence |c|", "uncertainty (nats)", title="state at each written token")
+    columns = {"probability": lambda token: f"{token.probability:.3f}"}
+    if "magnitude" in aligned:
+        columns["confidence |c|"] = lambda token: f"{token.confidence:.3f}"
+    if "phase" in aligned:
+        columns["uncertainty (nats)"] = lambda token: f"{min(max(0.0, token.uncertainty_nats), highest_nats):.2f}"
+    table = Table("token", *columns, title="state at each written token")
     for token in generated.tokens:
-        table.add_row(
-            repr(token.text), f"{token.probability:.3f}", f"{token.confidence:.3f}", f"{token.uncertainty_nats:.2f}"
-        )
+        table.add_row(repr(token.text), *(show(token) for show in columns.values()))
     Console().print(table)
+    if "phase" in aligned:
+        print(f"Uncertainty lies between 0 and ln V = {highest_nats:.2f} nats.")
+    if missing := [name for name in ("magnitude", "phase") if name not in aligned]:
+        meant = " or ".join({"magnitude": "confidence", "phase": "uncertainty"}[name] for name in missing)
+        readouts = " or the ".join(missing)
+        print(f"This run never aligned the {readouts} readout with a teacher, so that no {meant} is shown.")
 
 
 def _mismatch(error: RuntimeError) -> str:

@@ -38,7 +38,6 @@ from indraquantum.training.collapse_guard import PROBE_EVERY, look_at
 from indraquantum.training.folders import FolderRemoved, HeldFolders
 from indraquantum.training.guards import require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
-from indraquantum.training.parallel import gathered
 from indraquantum.training.record import write_record
 from indraquantum.training.run import Run, check_settings, resume, start_run
 from indraquantum.training.stages import RunStage, plan_stages
@@ -343,13 +342,13 @@ def write_checkpoint(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
 
 
 def checkpoint_of(run: Run) -> Checkpoint:
-    """All that `run` needs to go on, with whole tensors where they lie in shards."""
-    tokenizer = run.dataset.tokenizer
+    """All that `run` needs to go on, in the first process; all must ask for it."""
+    tokenizer, state = run.dataset.tokenizer, run.parallel.whole_state(run.optimizer, run.average)
     return Checkpoint(
         model_config=run.model.config.to_dict(),
-        model=gathered(run.model.state_dict()),
-        average=gathered(run.average.weights),
-        optimizer=gathered(run.optimizer.state_dict()),
+        model=state.model,
+        average=state.average,
+        optimizer=state.optimizer,
         step=run.step,
         tokens=run.tokens,
         finished=run.finished,

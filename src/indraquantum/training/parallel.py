@@ -22,13 +22,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from indraquantum.data.split import Batch
 from indraquantum.errors import UserError
 from indraquantum.learner import Learner, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
-from indraquantum.processes import ALONE, Processes, shard_like, whole
+from indraquantum.processes import ALONE, Processes, shard_like
+from indraquantum.training.average import WeightAverage
 from indraquantum.training.precision import Precision
 
 
@@ -86,6 +86,14 @@ class MicroBatchPass(nn.Module):
         return PassResult(terms, None if amplitude_N is None else amplitude_N.detach())
 
 
+class WholeState(NamedTuple):
+    """What a checkpoint keeps of a model in training, as one process has it."""
+
+    model: dict[str, Tensor]
+    average: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
 def idle(batch: Batch) -> Batch:
     """`batch` with nothing in it that counts: the share of a process that has no row."""
     return batch._replace(labels=np.full_like(batch.labels, -100), index=np.full_like(batch.index, -1))
@@ -114,6 +122,10 @@ class Alone:
     def readable(self) -> AbstractContextManager[None]:
         """Inside, all weights of the model can be used outside of a step; all processes must do so together."""
         return contextlib.nullcontext()
+
+    def whole_state(self, optimizer: torch.optim.Optimizer, average: WeightAverage) -> WholeState:
+        """The state for a checkpoint; all processes must ask for it together, and the first one has it."""
+        return WholeState(self.bare.learner.state_dict(), average.weights, optimizer.state_dict())
 
 
 class DataParallel(Alone):
@@ -172,6 +184,24 @@ class FullyShardedParallel(Alone):
         finally:
             self.bare.reshard()
 
+    def whole_state(self, optimizer: torch.optim.Optimizer, average: WeightAverage) -> WholeState:
+        """As in `Alone`: gathered tensor by tensor, onto the CPU of the first process; the others get empty dicts."""
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_model_state_dict,
+            get_optimizer_state_dict,
+        )
+
+        learner, options = self.bare.learner, StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(learner, options=options)
+        averaged = {}
+        if average.weights:
+            with average.in_place_of(learner):
+                found = get_model_state_dict(learner, options=options)
+            averaged = {name: value for name, value in found.items() if name in average.weights}
+        state = get_optimizer_state_dict(learner, optimizer, options=options)
+        return WholeState(weights, averaged, _numbered(state) if self.processes.is_first else {})
+
 
 def make_parallel(
     kind: Literal["auto", "ddp", "fsdp2"],
@@ -206,9 +236,12 @@ def make_parallel(
     return DataParallel(learner, processes, precision, unused=unused)
 
 
-def gathered(state: Any) -> Any:
-    """A state_dict with plain tensors on the CPU in place of shards, as one process has it; all must ask for it."""
-    return tree_map(lambda value: whole(value).cpu() if hasattr(value, "full_tensor") else value, state)
+def _numbered(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state_dict by the names of parameters as torch.optim has it: by their numbers."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    number = {name: place for place, name in enumerate(names)}
+    groups = [group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {number[name]: entry for name, entry in state["state"].items()}, "param_groups": groups}
 
 
 def scattered(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
