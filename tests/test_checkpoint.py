@@ -40,7 +40,7 @@ def test_round_trip(tmp_path):
 
 def test_the_newest_is_by_number_not_by_name(tmp_path):
     for epoch in (2, 10, 9):
-        save_checkpoint(checkpoint_path(tmp_path, epoch), example(step=epoch))
+        save_checkpoint(checkpoint_path(tmp_path, epoch), example(step=epoch * 3))
     (tmp_path / "checkpoint_v4_epoch_99.pt.tmp").write_text("")
     save_checkpoint(step_checkpoint_path(tmp_path, 29), example(step=29))
     assert newest_checkpoint(tmp_path, lambda epoch: epoch * 3).path.name == "checkpoint_v4_epoch_10.pt"
