@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from indraquantum.config import WIKITEXT
+from indraquantum.config import WIKITEXT, PrepareSettings
 from indraquantum.data.instructions import AlpacaSample, read_alpaca
+from indraquantum.data.prepare import prepare
 from indraquantum.data.prompt import format_alpaca
 from indraquantum.data.records import Reading
 from indraquantum.data.sources import read_wikitext
@@ -176,6 +177,31 @@ def test_missing_files_and_no_network(tmp_path):
     refused(read_alpaca, "--alpaca", tmp_path / "alpaca.json", "does not exist", "--alpaca PATH")
     refused(read_wikitext, "--wikitext", WIKITEXT, "hub can't be reached", "--wikitext PATH")
     refused(read_wikitext, "--wikitext", "nothing", "does not exist")
+
+
+def test_all_that_is_missing_is_said_at_once(tmp_path, world, monkeypatch):
+    monkeypatch.setenv("INDRAQUANTUM_CACHE", str(tmp_path / "cache"))
+    nowhere = {
+        "tokenizer": "nobody/tokenizer", "wikitext": "nobody/text", "alpaca": "http://127.0.0.1:9/alpaca.json",
+        "output": tmp_path / "out" / "d.pkl",
+    }  # fmt: skip
+    words = {
+        "tokenizer": "--tokenizer: got nobody/tokenizer; is no local file, and the Hugging Face hub can't be reached",
+        "wikitext": "--wikitext: got nobody/text; is no local file, and the Hugging Face hub can't be reached; give a ",
+        "alpaca": "--alpaca: got http://127.0.0.1:9/alpaca.json; could not be downloaded ([Errno 111] Connection ref",
+    }
+    for there in ((), ("tokenizer",), ("wikitext",), ("tokenizer", "alpaca")):
+        with pytest.raises(UserError) as error:
+            prepare(PrepareSettings(**nowhere | {name: str(getattr(world, name)) for name in there}))
+        assert [name for name, said in words.items() if said in str(error.value)] == [
+            n for n in words if n not in there
+        ]
+        assert "\n" not in str(error.value)
+    # a mistake is said before anything is downloaded
+    with pytest.raises(UserError, match=r"^--tokenizer: .* has no tokenizer") as error:
+        prepare(PrepareSettings(**nowhere | {"tokenizer": str(tmp_path)}))
+    assert "--wikitext" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

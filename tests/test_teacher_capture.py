@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from indraquantum.config import CaptureSettings
+from indraquantum.config import CaptureSettings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.files import sha256_of
 from indraquantum.teacher import capture as capture_module
@@ -20,6 +20,7 @@ from indraquantum.teacher.capture import capture
 from indraquantum.teacher.manifest import read_manifest, write_manifest
 from indraquantum.teacher.signals import open_signals, verify_signals
 from indraquantum.teacher.teacher_model import Teacher
+from indraquantum.training.loop import train
 from teacher_world import VOCABULARY, as_dataset, make_dataset, make_split, write_teacher, write_tokenizer
 
 SHARD = 40  # three rows of 13
@@ -51,6 +52,19 @@ def changed(settings, **changes):
 
 def files_of(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_a_teacher_that_cannot_be_reached_has_a_way_round(world, tmp_path):
+    way = f"`indra teacher --data {world.data} --output checkpoints/teacher`, then --teacher checkpoints/teacher"
+    offline = {"data": world.data, "teacher": "nobody/llama", "output": tmp_path / "signals"}
+    with pytest.raises(UserError, match="^--teacher: got nobody/llama; .* can't be reached; .*" + re.escape(way) + "$"):
+        capture(CaptureSettings(**offline))
+    with pytest.raises(UserError, match=re.escape(way)):  # of a pickle, the packed folder beside it
+        capture(CaptureSettings(**offline | {"data": world.pickle}))
+    data = shutil.copytree(world.data, tmp_path / "mixed")
+    way = way.replace(str(world.data), str(data)) + "; or --no-teacher"
+    with pytest.raises(UserError, match=re.escape(way) + "$"):
+        train(TrainSettings(data=data, teacher="nobody/llama", output=tmp_path / "run", logs=tmp_path / "logs"))
 
 
 @pytest.fixture

@@ -136,6 +136,9 @@ def test_uniforms_belong_to_seed_split_and_row():
     for other in [(2, "train", 2), (1, "validation", 2), (1, "train", 3)]:
         assert not np.intersect1d(first, row_uniforms(*other, 5, 7)).size
     assert row_uniforms(2**63 - 1, "validation", 2**40, 1, 1).shape == (1, 1)
+    # Frozen: a capture that goes on draws by the numbers that it began with.
+    frozen = [[0.036904530468356844, 0.30931491118583454, 0.3569562367935075]]
+    assert row_uniforms(1, "train", 2, 1, 3).tolist() == frozen
 
 
 def test_count_distinct_by_hand():

@@ -250,9 +250,9 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSet
     logs: Path = Path("logs")
     """Folder of the logs; metrics go to <logs>/<name of output>/metrics.jsonl."""
     epochs: int = Field(default=3, ge=1, le=100_000)
-    """Passes over the training rows; the length of the run for strategies whose stages are fractions of it."""
+    """Passes over the training rows; more extend a run whose rate is constant, or wsd that has not begun to decay."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after this many optimiser steps; the schedules then end there."""
+    """Stop after this many optimiser steps; the schedules then end there. More extend a run as more epochs do."""
     kd_weight_start: float = Field(default=0.01, ge=0, le=100)
     """Weight of the distillation term at the start of the run, where the strategy is v4-unified or this is given."""
     kd_weight_end: float = Field(default=0.05, ge=0, le=100)

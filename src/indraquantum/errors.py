@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -18,6 +21,30 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
         """Cross from a worker process to its parent."""
         return type(self), (self.field, str(self.value), self.allowed)
+
+
+class Unreachable(UserError):
+    """What was to be downloaded can't be, and is not here either."""
+
+
+def all_or_missing(actions: Iterable[Callable[[], T]]) -> list[T]:
+    """What each of `actions` gives; where one can't be reached, the others are tried too, so that all is said at once.
+
+    Raises:
+        UserError: of the first that fails otherwise, at once; or one error of all that fail, in one line.
+    """
+    found, missing = [], []
+    for action in actions:
+        try:
+            found.append(action())
+        except UserError as error:
+            if not missing and not isinstance(error, Unreachable):
+                raise
+            missing.append(error)
+    if missing:
+        first, *others = missing
+        raise Unreachable(first.field, first.value, ". ".join([first.allowed, *map(str, others)]))
+    return found
 
 
 class TrainingStopped(Exception):

@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 
 from indraquantum.config import ALPACA, TINYLLAMA, WIKITEXT
-from indraquantum.errors import UserError
+from indraquantum.errors import Unreachable, UserError
 from indraquantum.files import folder_lock, sha256_of
 
 # Pinned so that the same command gets the same bytes next year; other ids are taken at their newest state.
@@ -62,7 +62,8 @@ def hub_files(field: str, repository: str, patterns: list[str], repo_type: str, 
         The folder that holds the files; it may lack those that the repository does not have.
 
     Raises:
-        UserError: no network and nothing in the cache, or the hub does not know the repository.
+        Unreachable: no network and nothing in the cache.
+        UserError: the hub does not know the repository.
     """
     import huggingface_hub
 
@@ -71,7 +72,9 @@ def hub_files(field: str, repository: str, patterns: list[str], repo_type: str, 
     try:
         return Path(huggingface_hub.snapshot_download(name, local_files_only=not _hub_answers(), **options))
     except huggingface_hub.errors.LocalEntryNotFoundError:
-        reason = "is no local file, and the Hugging Face hub can't be reached"
+        raise Unreachable(
+            field, repository, f"is no local file, and the Hugging Face hub can't be reached; {remedy}"
+        ) from None
     except huggingface_hub.errors.HfHubHTTPError as error:
         reason = f"is no local file, and the Hugging Face hub refuses it ({type(error).__name__})"
     except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
@@ -137,7 +140,8 @@ def download_url(field: str, url: str, remedy: str) -> Path:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise UserError(field, url, f"could not be downloaded ({reason}); {remedy}") from None
+        kind = UserError if isinstance(error, urllib.error.HTTPError) else Unreachable
+        raise kind(field, url, f"could not be downloaded ({reason}); {remedy}") from None
     return path
 
 

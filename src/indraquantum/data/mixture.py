@@ -21,7 +21,7 @@ from indraquantum.data.large import chunks
 from indraquantum.data.prompt import format_alpaca
 from indraquantum.data.records import Reading, is_text
 from indraquantum.data.sources import TextSource, is_heading, open_text, text_documents
-from indraquantum.errors import UserError
+from indraquantum.errors import UserError, all_or_missing
 
 SAMPLING = 0  # number of the random stream that draws samples
 MAX_SOURCES = 255  # a source's number is one byte
@@ -170,17 +170,23 @@ def _amount(field: str, value: str, amount: str) -> tuple[int, float | None]:
     raise UserError(field, value, "must be PATH, PATH=SAMPLES such as notes.txt=5000, or PATH=WEIGHTx such as =0.5x")
 
 
+def find_sources(settings: PrepareSettings, readings: list[Reading]) -> Iterator[Callable[[], SourceOption]]:
+    """What finds the files of each source, downloaded where they are not here; adds to `readings` how it is read."""
+    for option in source_options(settings):
+        readings.append(reading := Reading(option.field, settings.skip_bad))
+        yield partial(_found, option, settings, reading)
+
+
 def draw_sources(settings: PrepareSettings) -> Mixture:
     """Read every source, count or remove copies, draw the samples and decide which of them are held out.
 
     Raises:
         UserError: a source that is wrong, or none that has two documents that may be parted.
     """
-    options, keys, readings, skipped = [], [], [], []
-    for option in source_options(settings):
-        readings.append(reading := Reading(option.field, settings.skip_bad))
-        options.append(_found(option, settings, reading))
-        keys.append(_keys(_documents(options[-1], settings, reading)))
+    keys, readings, skipped = [], [], []
+    options = all_or_missing(find_sources(settings, readings))
+    for option, reading in zip(options, readings, strict=True):
+        keys.append(_keys(_documents(option, settings, reading)))
         skipped += [{"source": option.name} | entry for entry in reading.skipped]
     exact = exact_duplicates(np.concatenate([source.documents for source in keys]))
     near = None

@@ -13,6 +13,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +23,20 @@ from indraquantum.config import PrepareSettings
 from indraquantum.data.dataset import is_dataset, write_dataset
 from indraquantum.data.held_out import SPLITS, TEST, VALIDATION
 from indraquantum.data.large import Spool, chunks, release
-from indraquantum.data.mixture import DrawnSource, Mixture, draw_sources, random_order, source_options
+from indraquantum.data.mixture import (
+    DrawnSource,
+    Mixture,
+    draw_sources,
+    find_sources,
+    random_order,
+    source_options,
+)
 from indraquantum.data.packing import pack
 from indraquantum.data.padded import checksum_path, write_checksum, write_padded
 from indraquantum.data.scratch import scratch_folder
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
-from indraquantum.errors import UserError
+from indraquantum.errors import Unreachable, UserError, all_or_missing
 from indraquantum.files import atomic_file, make_folder, sha256_of
 from indraquantum.progress import Progress
 
@@ -94,7 +102,7 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
     """
     folder = _check_output(settings.output)
     source_options(settings)
-    tokenizer = load_tokenizer("--tokenizer", settings.tokenizer, settings.document_start)
+    tokenizer = _tokenizer(settings)
     mixture = draw_sources(settings)
     options = settings.model_dump(mode="json", exclude={"output"})
     make_folder("--output", settings.output.parent)
@@ -119,6 +127,15 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
             return _report(settings, folder, splits, reports, mixture)
     except OSError as error:
         raise UserError("--output", settings.output, f"could not be written ({error.strerror})") from None
+
+
+def _tokenizer(settings: PrepareSettings) -> TextTokenizer:
+    """The tokenizer; where it can't be reached, the error says too which sources can't be."""
+    load = partial(load_tokenizer, "--tokenizer", settings.tokenizer, settings.document_start)
+    try:
+        return load()
+    except Unreachable:
+        return all_or_missing([load, *find_sources(settings, [])])[0]
 
 
 def _report(

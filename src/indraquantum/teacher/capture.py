@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from indraquantum.config import CaptureSettings
-from indraquantum.errors import UserError
+from indraquantum.errors import Unreachable, UserError
 from indraquantum.files import check_manifest_json, make_folder, sha256_of
 from indraquantum.progress import Progress
 from indraquantum.teacher.batch_size import choose_batch_rows
@@ -106,7 +106,12 @@ def capture(
     if is_served(settings.teacher):
         check_served(settings)
     else:
-        files = find_teacher("--teacher", settings.teacher)
+        try:
+            files = find_teacher("--teacher", settings.teacher)
+        except Unreachable as error:
+            folder = settings.data.with_suffix("")  # of a pickle, the packed dataset beside it
+            way = f"`indra teacher --data {folder} --output checkpoints/teacher`, then --teacher checkpoints/teacher"
+            raise Unreachable(error.field, error.value, f"{error.allowed}; or train a small one: {way}") from None
     if dataset is None:
         dataset = open_data(settings, files, verify=True)
     if files:
@@ -268,7 +273,7 @@ def _all_jobs(dataset: PreparedDataset, manifest: Manifest) -> list[Job]:
         first_rows = range(0, rows, manifest.rows_per_shard)
         order = np.arange(len(first_rows))
         if split == "train":
-            order = np.random.default_rng(manifest.seed).permutation(order)
+            order = np.argsort(np.random.PCG64(manifest.seed).random_raw(len(order)), kind="stable")
         for number in order.tolist():
             first = first_rows[number]
             jobs.append(Job(split, number, first, min(first + manifest.rows_per_shard, rows)))
