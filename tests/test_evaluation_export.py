@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from indraquantum import cli
 from indraquantum.config import TrainSettings
@@ -83,6 +84,51 @@ def test_a_pipeline_writes_for_a_batch_what_it_writes_for_each(exported, monkeyp
             if ids[0, -1] == tokenizer.eos_token_id:
                 break
         assert found == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def test_trainer_with_the_usual_collator_learns_the_next_token(exported, tmp_path):
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForLanguageModeling,
+        Trainer,
+        TrainingArguments,
+    )
+
+    model, tokenizer = (each.from_pretrained(exported[1]) for each in (AutoModelForCausalLM, AutoTokenizer))
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # on the left, padding would be taught to be followed by BOS, as in a Llama
+    texts = [
+        "the cat sees a dog in the garden .",
+        "my bird likes the fish .",
+        "one horse",
+        "a dog finds my bird at night .",
+    ]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=40, learning_rate=1e-2,
+        logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, train_dataset=Dataset.from_list([{"input_ids": ids} for ids in rows]),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )  # fmt: skip
+
+    def loss_and_copies():
+        with torch.no_grad():
+            logits = [model.eval()(torch.tensor([ids])).logits[0] for ids in rows]
+        pairs = list(zip(logits, map(torch.tensor, rows), strict=True))
+        losses = torch.cat([F.cross_entropy(z[:-1], ids[1:], reduction="none") for z, ids in pairs])
+        return losses.mean().item(), torch.cat([z.argmax(-1) == ids for z, ids in pairs]).float().mean().item()
+
+    before, _ = loss_and_copies()
+    trainer.train()
+    logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    after, copies = loss_and_copies()
+    assert logged[0] == pytest.approx(before, rel=1e-3)
+    assert after < before - 2
+    assert copies < 0.2
 
 
 def test_nothing_is_replaced_and_a_bad_checkpoint_is_one_line(exported, tmp_path, capsys, monkeypatch):

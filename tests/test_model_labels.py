@@ -240,3 +240,14 @@ def test_documents_by_position_alone_are_kept_apart():
     output = model(ids, position_ids=positions)
     torch.testing.assert_close(output.logits[:, 3:], model(ids[:, 3:]).logits)
     assert output.past_key_values is None
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_documents_of_the_flattening_collator_learn_as_alone(training):
+    from transformers import DataCollatorWithFlattening
+
+    model = make().train(training)
+    documents = [tokens(length, seed=length) for length in (5, 3, 8)]
+    batch = DataCollatorWithFlattening(return_position_ids=True)([{"input_ids": ids.tolist()} for ids in documents])
+    alone = [model(ids[None], labels=ids[None], num_items_in_batch=13).loss for ids in documents]
+    torch.testing.assert_close(model(**batch).loss, sum(alone))

@@ -79,6 +79,21 @@ def test_save_and_load_give_the_same_bits(tmp_path, options):
         assert torch.equal(other(ids).phase, model(ids).phase)
 
 
+@pytest.mark.parametrize(
+    "options", [{"dtype": torch.bfloat16}, {"dtype": "auto"}, {"device_map": "cpu"}, {"attn_implementation": "eager"}]
+)
+def test_options_of_loading(options, tmp_path):
+    model, ids = make(), tokens(2, 7)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options).eval()
+    dtype = options["dtype"] if options.get("dtype") is torch.bfloat16 else torch.float32
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    rough = {"rtol": 0.05, "atol": 0.05} if dtype is torch.bfloat16 else {}
+    torch.testing.assert_close(loaded(ids).logits.float(), model(ids).logits, **rough)
+    loaded.tie_weights()
+    assert loaded.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
+
+
 def test_a_seed_gives_the_same_weights():
     first, again, other = (make(seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -42,10 +42,8 @@ class InterferenceHead(nn.Module):
     def resize(self, vocab_size: int, mean: bool) -> None:
         """Give the bias another length; new tokens get the mean of the old ones' (`mean`), or 0."""
         old_V = self.bias_V
-        if (added := vocab_size - len(old_V)) == 0:
-            return
         new = old_V.detach().mean() if mean else old_V.new_zeros(())
-        bias_V = torch.cat([old_V.detach()[:vocab_size], new.expand(max(0, added))])
+        bias_V = torch.cat([old_V.detach()[:vocab_size], new.expand(max(0, vocab_size - len(old_V)))])
         self.bias_V = nn.Parameter(bias_V, requires_grad=old_V.requires_grad)
 
     def forward(self, states: Tensor, table_VD: Tensor) -> Tensor:

@@ -19,22 +19,21 @@ class KeptTable:
     """One lifted table and copies of the tensors that it was lifted from; a copied or pickled one is empty."""
 
     def __init__(self) -> None:
-        self._sources: list[Tensor] = []
-        self._table_VD: Tensor | None = None
+        self._kept: tuple[list[Tensor], Tensor] | None = None  # replaced as a whole: other threads may read it
 
     def __reduce__(self) -> tuple[type[KeptTable], tuple[()]]:
         return KeptTable, ()
 
     def get(self, sources: Sequence[Tensor], lift: Callable[[], Tensor]) -> Tensor:
         """Return the table (V, D): the kept one where no source has changed in a bit, else a new one from `lift`."""
-        if self._table_VD is None or not _equal(self._sources, sources):
-            self._sources = [source.detach().clone() for source in sources]
-            self._table_VD = lift()
-        return self._table_VD
+        kept = self._kept
+        if kept is None or not _equal(kept[0], sources):
+            kept = self._kept = [source.detach().clone() for source in sources], lift()
+        return kept[1]
 
     def drop(self) -> None:
         """Free the memory."""
-        self._sources, self._table_VD = [], None
+        self._kept = None
 
 
 def _equal(kept: Sequence[Tensor], now: Sequence[Tensor]) -> bool:

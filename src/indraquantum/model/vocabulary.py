@@ -23,7 +23,7 @@ class LiftedVocabulary:
 
     def __init__(self, *arguments: object, **keywords: object) -> None:
         super().__init__(*arguments, **keywords)
-        self._lifted_VD: Tensor | None = None
+        self._pinned: dict[object, Tensor] = {}  # the tables of the `lifted()` that are open, perhaps in other threads
         self._kept = KeptTable()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -70,9 +70,10 @@ class LiftedVocabulary:
             The embedding.
         """
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        # transformers changes the parameter in place, to which an earlier graph or gradient of the old size may cling.
-        embedding.weight = nn.Parameter(embedding.weight.detach(), requires_grad=embedding.weight.requires_grad)
-        self.head.resize(self.config.vocab_size, mean_resizing)
+        if self.config.vocab_size != len(self.bias_V):
+            # transformers changed the parameter in place; a graph or gradient of the old size may still cling to it.
+            embedding.weight = nn.Parameter(embedding.weight.detach(), requires_grad=embedding.weight.requires_grad)
+            self.head.resize(self.config.vocab_size, mean_resizing)
         return embedding
 
     def lift_table(self) -> Tensor:
@@ -86,13 +87,13 @@ class LiftedVocabulary:
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
         """Lift the table once for all gradient-free forward passes inside; the weights must not change meanwhile."""
-        before = self._lifted_VD
+        pin = object()
         with torch.no_grad():
-            self._lifted_VD = self._kept_table()
+            self._pinned[pin] = self._kept_table()
         try:
             yield
         finally:
-            self._lifted_VD = before
+            del self._pinned[pin]
 
     def _table(self, use_cache: bool) -> Tensor:
         """Return the lifted table (V, D).
@@ -103,8 +104,8 @@ class LiftedVocabulary:
         if torch.is_grad_enabled():
             self._kept.drop()
             return self.lift_table()
-        if self._lifted_VD is not None:
-            return self._lifted_VD
+        if self._pinned:
+            return next(reversed(self._pinned.values()))
         return self._kept_table() if use_cache else self.lift_table()
 
     def _kept_table(self) -> Tensor:
