@@ -10,6 +10,7 @@ import pytest
 
 from indraquantum.config import PrepareSettings
 from indraquantum.data.dataset import open_dataset
+from indraquantum.data.inspect import describe
 from indraquantum.data.instructions import AlpacaSample, read_alpaca
 from indraquantum.data.prepare import prepare
 from indraquantum.data.records import Reading
@@ -84,6 +85,7 @@ def test_fields_that_are_not_used_are_counted_in_summary_and_manifest(tmp_path):
     for name in ("text", "score"):
         assert f"note: factory: 1 sample has a field {name!r} that is not used" in said
     assert "note: factory: fields that are not used: id" in said
+    assert "factory: unused fields: id 12, system 7, history 3, text 1, score 1" in describe(report.folder)
     (source,) = open_dataset("--data", report.folder, verify=True).manifest["sources"]
     assert source["unused_fields"] == {"id": 12, "system": 7, "history": 3, "text": 1, "score": 1}
     assert source["documents"] == 12, "a repeated id is no key"

@@ -136,6 +136,22 @@ def test_two_shards_of_wikitexts_rows_are_its_lines(tmp_path):
         assert read(name, documents="articles")[0] == ["= One =\na\n= = Part = =\nb", "= Two =\nc"]
 
 
+def test_a_folder_that_is_no_whole_save_to_disk_is_refused(tmp_path):
+    for name, content in (("state.json", "[]"), ("state.json", "{}"), ("dataset_dict.json", "3"),
+                          ("dataset_dict.json", '{"splits": ["train"]}')):  # fmt: skip
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError) as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value)
+        (tmp_path / name).unlink()
+
+
+def test_a_file_without_the_markers_of_its_neighbour_is_read_as_it_would_be_alone(tmp_path):
+    (tmp_path / "a.txt").write_text(f"\n{MARKER}\n".join(STORIES))
+    (tmp_path / "b.txt").write_text("one\ntwo\n")
+    assert read(tmp_path)[0] == [*STORIES, "one", "two"]
+
+
 def test_articles_end_at_separators_and_where_a_record_ends(tmp_path):
     articles = [story.replace("\n\n", "\n") for story in STORIES]  # blank lines are none of theirs
     write_every_kind(tmp_path, STORIES)
@@ -175,7 +191,7 @@ def test_folders_of_save_to_disk(tmp_path):
         ("a.json", '[{"text": "a"}, 3]', ("record 2", "a number")),
         ("a.jsonl", '{"text": "\\ud800"}', ("record 1", "surrogate")),
         ("a.jsonl", '{"text": " "}\n{"text": null}', ("at least one paragraph",)),
-        ("a.arrow", "no Arrow", ("must be a arrow file",)),
+        ("a.arrow", "no Arrow", ("must be an Arrow file",)),
         ("state.json", "{}", ("record 1", "'text'")),
     ],
 )
@@ -210,7 +226,7 @@ def write_kind(path, documents):
     elif path.suffix == ".parquet":
         pq.write_table(pa.table({"text": ["\r\n".join(document) for document in documents]}), path)
     elif path.name == "instructions.json":
-        items = [{"instruction": f"Do {n}", "input": document[0], "output": "\n".join(document[1:])}
+        items = [{"instruction": f"Do {n}\n{document[0]}", "input": document[1], "output": "\n".join(document[2:])}
                  for n, document in enumerate(documents)]  # fmt: skip
         path.write_text(json.dumps(items))
     else:

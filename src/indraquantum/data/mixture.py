@@ -247,8 +247,12 @@ def _keys(documents: Iterator[_Document]) -> Keys:
 
 
 def _sample_parts(sample: AlpacaSample) -> list[str]:
-    """The paragraphs of an instruction: the task as a whole, and each line of input and output that is long enough."""
-    lines = (line.strip() for text in (sample.input, sample.output) for line in text.split("\n"))
+    """The paragraphs of an instruction: the task as a whole, and each line of input and output that is long enough.
+
+    So is each line of an instruction of several, which brings a text of its own; one line is shared by many tasks.
+    """
+    texts = [sample.input, sample.output, *([sample.instruction] if "\n" in sample.instruction.strip() else [])]
+    lines = (line.strip() for text in texts for line in text.split("\n"))
     return [f"{sample.instruction}\n{sample.input}", *_long_ones(lines)]
 
 

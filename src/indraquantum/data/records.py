@@ -84,7 +84,11 @@ def source_files(field: str, name: str, suffixes: tuple[str, ...], remedy: str, 
 
 def _folder_files(field: str, folder: Path, suffixes: tuple[str, ...], remedy: str, reading: Reading) -> list[Path]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _saved_dataset(field, folder, reading)
+        try:
+            return _saved_dataset(field, folder, reading)
+        except (KeyError, TypeError, AttributeError) as error:
+            allowed = f"is no whole folder of datasets' save_to_disk ({type(error).__name__}: {error}); {remedy}"
+            raise UserError(field, folder, allowed) from None
     visible = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     found = [file for file in visible if file.suffix in suffixes]
     if not found:
@@ -247,7 +251,8 @@ def table_rows(field: str, path: Path, choose: Callable[[pyarrow.Schema], list[s
         yield from (_parquet_rows if path.suffix == ".parquet" else _arrow_rows)(field, path, choose)
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [""])[0][:120]
-        raise UserError(field, path, f"must be a {path.suffix[1:]} file that can be read ({reason})") from None
+        kind = "a parquet" if path.suffix == ".parquet" else "an Arrow"
+        raise UserError(field, path, f"must be {kind} file that can be read ({reason})") from None
     except UnicodeDecodeError:
         raise UserError(field, path, "must hold UTF-8 text; a column's bytes are not") from None
 

@@ -51,7 +51,7 @@ class TextSource(NamedTuple):
     name: str
     files: list[Path]
     documents: str  # auto, paragraphs, articles or records
-    separator: str | None  # what stands between two documents; BLANK_LINE for a blank line
+    separators: dict[Path, str | None]  # of each file: what stands between two documents; BLANK_LINE for a blank line
 
 
 def read_wikitext(field: str, name: str, *, reading: Reading | None = None, **options: str) -> list[str]:
@@ -86,25 +86,22 @@ def open_text(
         and not set("*?[") & set(name)
     )
     files = _hub_files(field, name, remedy) if hub else source_files(field, name, SUFFIXES, remedy, reading)
-    source = TextSource(field, name, files, documents, None if separator in ("auto", "none") else separator)
+    given = None if separator in ("auto", "none") else separator
+    source = TextSource(field, name, files, documents, dict.fromkeys(files, given))
     if separator == "auto" and not hub:
-        source = source._replace(separator=_marker(source))
-        if source.separator:
-            what = "is no document" if documents in ("paragraphs", "articles") else "separates documents"
-            reading.note(f"{source.separator} {what}")
+        for path in files:
+            source.separators[path] = _marker(source, path)
+        what = "is no document" if documents in ("paragraphs", "articles") else "separates documents"
+        for found in filter(None, source.separators.values()):
+            reading.note(f"{found} {what}")
     return source
 
 
-def _marker(source: TextSource) -> str | None:
-    """The first of MARKERS that separates the documents of a source, or None."""
-    for path in source.files:
-        if path.suffix in TEXT_SUFFIXES:
-            found = _marker_of_file(path)
-        else:
-            found = next(filter(None, map(_marker_at_an_end, _records(source, path, Reading("", skip=True)))), None)
-        if found:
-            return found
-    return None
+def _marker(source: TextSource, path: Path) -> str | None:
+    """The first of MARKERS that separates the documents of a file, or None."""
+    if path.suffix in TEXT_SUFFIXES:
+        return _marker_of_file(path)
+    return next(filter(None, map(_marker_at_an_end, _records(source, path, Reading("", skip=True)))), None)
 
 
 def _marker_of_file(path: Path) -> str | None:
@@ -161,10 +158,8 @@ def text_documents(source: TextSource, reading: Reading) -> Iterator[str]:
     elif source.documents == "paragraphs":
         lines = itertools.chain.from_iterable(_with_ends(source, path, reading) for path in source.files)
         documents = _paragraphs((line for line in lines if line is not END), reading)
-    elif source.separator:
-        documents = itertools.chain.from_iterable(_between(source, path, reading) for path in source.files)
     else:
-        documents = itertools.chain.from_iterable(_whole(source, path, reading) for path in source.files)
+        documents = itertools.chain.from_iterable(_records_of_file(source, path, reading) for path in source.files)
     first = next(documents, None)
     if first is None:
         raise UserError(source.field, source.name, "must hold at least one paragraph that is no heading")
@@ -184,13 +179,13 @@ def _paragraphs(lines: Iterable[str], reading: Reading) -> Iterator[str]:
             yield line
 
 
-def _whole(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
-    """The documents of a file without separators."""
-    if path.suffix in TEXT_SUFFIXES and source.documents == "auto":
-        yield from _paragraphs(_lines(source, path, reading), reading)
+def _records_of_file(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
+    """The documents of a file, where neither paragraphs nor articles are asked for."""
+    if source.separators[path] or (path.suffix in TEXT_SUFFIXES and source.documents == "records"):
+        yield from _joined(path, _with_ends(source, path, reading), reading)
         return
     if path.suffix in TEXT_SUFFIXES:
-        yield from _joined(path, _lines(source, path, reading), reading)
+        yield from _paragraphs(_lines(source, path, reading), reading)
         return
     of_lines = path.suffix in TABLE_SUFFIXES and source.documents == "auto"
     for text in map(str.strip, _records(source, path, reading)):
@@ -204,25 +199,21 @@ def _whole(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
             yield text
 
 
-def _between(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
-    """The documents of a file with separators: what stands between two of them, or between one and the file's end."""
-    return _joined(path, _with_ends(source, path, reading), reading)
-
-
 def _with_ends(source: TextSource, path: Path, reading: Reading) -> Iterator[str | None]:
     """The lines of a file, with END where a document ends: at a separator, and around a record of several lines."""
     if path.suffix in TEXT_SUFFIXES:
         records: Iterable[list[str]] = ([line] for line in _lines(source, path, reading))
     else:
         records = (text.split("\n") for text in _records(source, path, reading))
+    separator = source.separators[path]
     for lines in records:
         if len(lines) > 1:
             yield END
         for line in lines:
-            parts = _parted(line, source.separator)
+            parts = _parted(line, separator)
             yield parts[0]
             for part in parts[1:]:
-                reading.left_out["separators"] += source.separator != BLANK_LINE
+                reading.left_out["separators"] += separator != BLANK_LINE
                 yield END
                 yield part
         if len(lines) > 1:
