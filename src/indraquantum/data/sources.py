@@ -40,7 +40,7 @@ REMEDY = "give a .txt, .tokens, .raw, .jsonl, .json, .parquet or .arrow file, or
 # What public files put between two documents. Found alone on a line, it separates them; no document is the marker.
 MARKERS = ("<|endoftext|>", "<|end_of_text|>", "<|endofdoc|>", "<|eos|>", "<eos>", "</s>", "[EOS]")
 BLANK_LINE = "blank-line"
-BLOCK_BYTES = 1 << 20  # searched at once
+BLOCK_BYTES = 1 << 16  # searched at once
 END = None  # in a stream of lines: a document ends here
 
 
