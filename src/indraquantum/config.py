@@ -114,7 +114,8 @@ class CaptureSettings(DeviceSettings):
     output: Path = Path("data/teacher_signals")
     """Folder for the signals; a capture that was stopped goes on there."""
     kind: Literal["sampled", "topk", "full"] = "sampled"
-    """What to keep: random draws, unbiased; the likeliest tokens, biased; or all of them, large."""
+    """What to keep: sampled, random draws, which are unbiased; topk, the likeliest tokens, which tell only the sum of
+    the others; or full, every token, which is large."""
     draws: int = Field(default=50, ge=1, le=65_535)
     """Tokens drawn from the teacher at each position."""
     top_k: int = Field(default=50, ge=1, le=65_535)
