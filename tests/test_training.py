@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from indraquantum.model.readout import wrapped_phase
 from indraquantum.teacher.signals import open_signals, verify_signals
 from indraquantum.training import loop, taught
 from indraquantum.training import run as runs
-from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
 from indraquantum.training.parallel import Alone
 from indraquantum.training.stages import plan_stages
 from indraquantum.training.step import optimizer_step
@@ -169,6 +171,48 @@ def test_a_run_from_before_an_option_had_it_at_its_default(world, finished, tmp_
     with pytest.raises(UserError, match=r"--residual: got True; must be False, as in the run of --resume \S+\.pt$"):
         loop.train(run.model_copy(update={"residual": True, "resume": str(report.checkpoint)}))
     assert loop.train(run.model_copy(update={"resume": str(report.checkpoint)})).steps == report.steps
+
+
+def test_a_run_from_before_the_order_was_fixed_keeps_its_order(world, tmp_path, monkeypatch):
+    """Its checkpoints don't say by which rule its rows are ordered: by NumPy's own permutation."""
+    start = loop.start_run
+
+    def started_before(*arguments):
+        run = start(*arguments)
+        run.plan = replace(run.plan, stages=tuple(replace(stage, order=1) for stage in run.plan.stages))
+        return run
+
+    with monkeypatch.context() as before:
+        before.setattr(loop, "start_run", started_before)
+        whole = loop.train(settings(world, tmp_path / "whole"))
+    with monkeypatch.context() as before:
+        before.setattr(loop, "start_run", started_before)
+        before.setattr(
+            loop, "save_checkpoint", lambda path, checkpoint: save_checkpoint(path, without_order(checkpoint))
+        )
+        # after the first epoch, so that the second one's order is drawn by the run that goes on
+        before.setattr(loop, "take_step", interrupted_after(loop.take_step, whole.steps // 2))
+        again = settings(world, tmp_path)
+        with pytest.raises(SystemExit):
+            loop.train(again)
+    resumed = loop.train(again)
+    assert same_checkpoints(whole.checkpoint, resumed.checkpoint)
+    assert not same_checkpoints(whole.checkpoint, loop.train(settings(world, tmp_path / "new")).checkpoint)
+    assert load_checkpoint("", resumed.checkpoint).settings["row_order"] == 1
+
+
+def without_order(checkpoint):
+    return replace(checkpoint, settings={k: v for k, v in checkpoint.settings.items() if k != "row_order"})
+
+
+def interrupted_after(take_step, steps):
+    def wrapped(run):
+        metrics = take_step(run)
+        if run.step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return metrics
+
+    return wrapped
 
 
 def test_runs_of_one_name_do_not_share_a_log_folder(world, tmp_path, monkeypatch):
