@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 
 import pytest
@@ -172,3 +173,45 @@ def test_a_real_run_is_told_as_it_was(world, tmp_path):
     assert {name: found.settings[name] for name in ("max_steps", "data")} == {
         "max_steps": 3, "data": checkpoint.settings["data"],
     }  # fmt: skip
+
+
+def small(world, folder, **changes) -> TrainSettings:
+    return TrainSettings(
+        **{"data": world.data, "output": folder / "run", "logs": folder / "logs", "threads": 1, "d_model": 6,
+           "layers": 1, "heads": 2, "mlp_width": 10, "batch_tokens": 480, "max_steps": 4, "no_teacher": True,
+           "evaluate_every": 2, "schedule": "constant", **changes},
+    )  # fmt: skip
+
+
+def test_metrics_of_another_run_are_neither_continued_nor_replaced(world, tmp_path, capsys):
+    other, own = small(world, tmp_path / "other", seed=1), small(world, tmp_path / "own")
+    theirs = loop.train(other).metrics.read_bytes()
+    report = loop.train(own)
+    ours, folder = report.metrics.read_bytes(), report.metrics.parent
+    (folder / "run.json").unlink()
+    report.metrics.write_bytes(theirs)
+    loop.train(own.model_copy(update={"max_steps": 5}))
+    assert (folder / "metrics.jsonl.set-aside-1").read_bytes() == theirs
+    assert "is of another run" in capsys.readouterr().err
+    assert [json.loads(line)["step"] for line in report.metrics.read_bytes().splitlines()] == [5]
+    for path in (tmp_path / "own" / "run").glob("checkpoint*"):
+        path.unlink()
+    (folder / "run.json").unlink()
+    report.metrics.write_bytes(theirs)
+    assert loop.train(own).metrics.read_bytes() != theirs
+    assert (folder / "metrics.jsonl.set-aside-2").read_bytes() == theirs
+    assert len(ours.splitlines()) == len(report.metrics.read_bytes().splitlines())
+
+
+@pytest.mark.parametrize("evaluate_every", [2, 100])
+def test_a_run_in_a_copied_folder_continues_its_own_metrics(world, tmp_path, evaluate_every, capsys):
+    there = tmp_path / "there"
+    settings = small(world, there, evaluate_every=evaluate_every, epochs=1, max_steps=3, save_every=1)
+    loop.train(settings)
+    here = shutil.copytree(there, tmp_path / "here")
+    shutil.rmtree(there)
+    moved = {"output": here / "run", "logs": here / "logs", "max_steps": 4}
+    report = loop.train(settings.model_copy(update=moved))
+    assert [json.loads(line)["step"] for line in report.metrics.read_bytes().splitlines()] == [0, 1, 2, 3, 4]
+    assert "another run" not in capsys.readouterr().err
+    assert list(report.metrics.parent.glob("*aside*")) == []

@@ -38,7 +38,7 @@ from indraquantum.training.collapse_guard import PROBE_EVERY, look_at
 from indraquantum.training.folders import FolderRemoved, HeldFolders
 from indraquantum.training.guards import require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
-from indraquantum.training.record import write_record
+from indraquantum.training.record import set_others_metrics_aside, write_record
 from indraquantum.training.run import Run, check_settings, resume, start_run
 from indraquantum.training.stages import RunStage, plan_stages
 from indraquantum.training.step import StepResult, optimizer_step, set_learning_rates
@@ -95,6 +95,7 @@ def train(settings: TrainSettings) -> TrainReport:
         with processes.together():
             log = NoLog()
             if processes.is_first:
+                set_others_metrics_aside(metrics_path, run, resumed)
                 tracker = open_tracker(settings.log_to, metrics_path.parent, run.identity, max(0, last_written))
                 log = MetricsLog(metrics_path, last_written if resumed else None, tracker)
         if not processes.alone:

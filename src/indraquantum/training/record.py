@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 from pathlib import Path
 
 from indraquantum.files import atomic_file, not_written
-from indraquantum.metrics import RECORD_NAME
+from indraquantum.metrics import RECORD_NAME, checked_lines
 from indraquantum.training.run import Run
 
 
@@ -18,6 +20,37 @@ def output_of_record(folder: Path) -> Path | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return output if (logs / output.resolve().name).resolve() == folder.resolve() else None
+
+
+def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
+    """Rename the metrics at `path` if they are of another run, so that `run` neither continues nor replaces them.
+
+    They are its own where run.json says so. Without that, as in a folder that was copied, a resumed run knows them by
+    the figures that its checkpoint holds: the best evaluation, or before any the tokens of its step.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return
+    output = output_of_record(path.parent)
+    if output is not None and output.resolve() == run.settings.output.resolve():
+        return
+    if resumed and _are_of(path, run):
+        return
+    aside = next(
+        name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.set-aside-{n}")).exists()
+    )
+    path.rename(aside)
+    print(f"warning: {path} is of another run; it is {aside.name} now, and this run begins a new file", file=sys.stderr)
+
+
+def _are_of(path: Path, run: Run) -> bool:
+    """Whether the metrics at `path` have the figures that the checkpoint of `run` holds."""
+    best = run.best.cross_entropy
+    step = run.step if best is None else run.best.step
+    for line in checked_lines(path):
+        if line.step == step:
+            metrics = line.parse()
+            return metrics["tokens"] == run.tokens if best is None else (metrics["held_out"] or {}).get("all") == best
+    return False
 
 
 def write_record(folder: Path, run: Run) -> None:
