@@ -41,8 +41,8 @@ def test_a_run_is_tracked_line_by_line(world, tmp_path, monkeypatch, kind):
     calls: list = []
     monkeypatch.setitem(sys.modules, kind, fake_package(kind, calls))
     report = loop.train(settings(world, tmp_path, log_to=kind))
-    options = {"id": "run", "dir": str(tmp_path / "logs" / "run")} if kind == "wandb" else {}
-    assert calls[0] == ("init", "indraquantum", "run", 0, "allow", options)
+    options = {"dir": str(tmp_path / "logs" / "run")} if kind == "wandb" else {}
+    assert calls[0] == ("init", "indraquantum", "run", 0, "never", options)
     assert calls[-1] == ("finish",)
     lines = read_metrics(report.metrics)
     assert [call[1] for call in calls[1:-1]] == [line["step"] for line in lines] == [0, 1, 2, 3]
@@ -51,6 +51,24 @@ def test_a_run_is_tracked_line_by_line(world, tmp_path, monkeypatch, kind):
         assert call[2].get("held_out/all") == (line["held_out"]["all"] if line["held_out"] else None)
     plain = loop.train(settings(world, tmp_path / "plain"))
     assert plain.held_out == report.held_out
+
+
+@pytest.mark.parametrize("kind", ["wandb", "trackio"])
+def test_after_a_kill_no_line_is_lost_and_none_is_there_twice(world, tmp_path, monkeypatch, kind):
+    """Two steps behind the checkpoint, a kill; what the tracker had by then is a run of its own, whole or not."""
+    calls: list = []
+    monkeypatch.setitem(sys.modules, kind, fake_package(kind, calls))
+    run = settings(world, tmp_path, log_to=kind, save_every=1)
+    loop.train(run)
+    for path in (run.output / "checkpoint_v4_epoch_1.pt", *run.output.glob("checkpoint_v4_step_[23].pt")):
+        path.unlink(missing_ok=True)
+    assert [path.name for path in run.output.glob("*.pt")] == ["checkpoint_v4_step_1.pt"]
+    calls.clear()
+    report = loop.train(run)
+    assert (calls[0][0], calls[0][4]) == ("init", "never")
+    lines = read_metrics(report.metrics)
+    assert [call[1] for call in calls[1:-1]] == [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [call[2]["tokens"] for call in calls[1:-1]] == [line["tokens"] for line in lines]
 
 
 def test_only_numbers_are_tracked():
@@ -74,10 +92,14 @@ def test_tensorboard_holds_what_was_logged(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    first = open_tracker("tensorboard", tmp_path, {}, 0)
+    before = open_tracker("tensorboard", tmp_path, {}, None)  # an earlier run of that name
+    for step in (0, 1, 2, 3, 4):
+        before.log({"step": step, "ce": 99.0})
+    before.close()
+    first = open_tracker("tensorboard", tmp_path, {}, None)
     for step in (1, 2, 3):
         first.log({"step": step, "ce": 10.0 - step, "held_out": {"all": 5.5} if step == 2 else None})
-    first.close()
+        first.flush()  # and then it is killed
     again = open_tracker("tensorboard", tmp_path, {}, 2)  # went on from step 2
     again.log({"step": 3, "ce": 1.25})
     again.close()

@@ -126,6 +126,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Put everything on disk."""
+        self._tracker.flush()
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -268,6 +269,11 @@ def _up_to(path: Path, step: int) -> Iterator[Line]:
         yield line
         if line.step == step:
             return
+
+
+def metrics_up_to(path: Path, step: int | None) -> Iterator[dict[str, Any]]:
+    """The metrics of the lines up to that of `step`, one by one; none where that is None."""
+    return (line.parse() for line in _up_to(path, -1 if step is None else step))
 
 
 def read_metrics(path: Path, at_most: int | None = None) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ when they are asked for.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,22 +23,29 @@ class NullTracker:
     def log(self, metrics: dict[str, Any]) -> None:
         """Take the metrics of a step, as the JSONL has them."""
 
+    def flush(self) -> None:
+        """Make safe what was taken; called before each checkpoint."""
+
     def close(self) -> None:
         """Send what is left."""
 
 
 class TensorBoardTracker(NullTracker):
-    """Event files in `folder`; what a run that goes on from `step` wrote after it is hidden."""
+    """Event files in `folder`; those of a run that was there before are hidden, and of this one what comes again."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._writer = SummaryWriter(str(folder), purge_step=0 if step is None else step + 1)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """As in NullTracker."""
         for name, value in numbers(metrics).items():
             self._writer.add_scalar(name, value, metrics["step"])
+
+    def flush(self) -> None:
+        """As in NullTracker."""
+        self._writer.flush()
 
     def close(self) -> None:
         """As in NullTracker."""
@@ -45,11 +53,18 @@ class TensorBoardTracker(NullTracker):
 
 
 class WandbTracker(NullTracker):
-    """wandb, or trackio, whose calls are the same."""
+    """wandb, or trackio, whose calls are the same.
 
-    def __init__(self, package: str, name: str, settings: dict[str, Any], **options: object) -> None:
+    Both keep lines for a while before they are safe, so that a kill loses some, and neither takes a line back that is
+    trained again. So each start of a run is a run of its own there, which begins with a copy of the lines so far.
+    """
+
+    def __init__(self, package: str, folder: Path, settings: dict[str, Any], history: Iterable[dict[str, Any]]) -> None:
         self._package = importlib.import_module(package)
-        self._package.init(project=PROJECT, name=name, config=settings, resume="allow", **options)
+        options = {"dir": str(folder)} if package == "wandb" else {}
+        self._package.init(project=PROJECT, name=folder.name, config=settings, resume="never", **options)
+        for metrics in history:
+            self.log(metrics)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """As in NullTracker."""
@@ -82,19 +97,20 @@ def require_tracker(kind: Kind) -> None:
             importlib.import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
 
 
-def open_tracker(kind: Kind, folder: Path, settings: dict[str, Any], step: int) -> NullTracker:
+def open_tracker(
+    kind: Kind, folder: Path, settings: dict[str, Any], step: int | None, history: Iterable[dict[str, Any]] = ()
+) -> NullTracker:
     """Start tracking the run that logs to `folder`.
 
     Args:
         kind: where to.
         folder: the run's logs; its name is the run's.
         settings: what decides the run.
-        step: the last step that was logged before, 0 for a new run.
+        step: the last step whose metrics are kept; None for a new run.
+        history: the metrics up to `step`, read where they are needed.
     """
     if kind == "tensorboard":
         return TensorBoardTracker(folder, step)
-    if kind == "trackio":
-        return WandbTracker("trackio", folder.name, settings)
-    if kind == "wandb":  # its runs go on by id
-        return WandbTracker("wandb", folder.name, settings, id=folder.name, dir=str(folder))
+    if kind in ("trackio", "wandb"):
+        return WandbTracker(kind, folder, settings, history)
     return NullTracker()

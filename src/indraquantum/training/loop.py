@@ -23,7 +23,7 @@ from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
 from indraquantum.errors import TrainingStopped
 from indraquantum.evaluation.held_out import held_out_cross_entropy
-from indraquantum.metrics import MetricsLog, NoLog
+from indraquantum.metrics import MetricsLog, NoLog, metrics_up_to
 from indraquantum.processes import joined_processes, own_device
 from indraquantum.progress import Progress, tell
 from indraquantum.trackers import open_tracker, require_tracker
@@ -96,8 +96,11 @@ def train(settings: TrainSettings) -> TrainReport:
             log = NoLog()
             if processes.is_first:
                 set_others_metrics_aside(metrics_path, run, resumed)
-                tracker = open_tracker(settings.log_to, metrics_path.parent, run.identity, max(0, last_written))
-                log = MetricsLog(metrics_path, last_written if resumed else None, tracker)
+                kept = last_written if resumed else None
+                history = metrics_up_to(metrics_path, kept)
+                tracked = "none" if run.finished else settings.log_to
+                tracker = open_tracker(tracked, metrics_path.parent, run.identity, kept, history)
+                log = MetricsLog(metrics_path, kept, tracker)
         if not processes.alone:
             interrupts.join(processes.largest)
         try:
