@@ -123,6 +123,7 @@ def test_a_tokenizer_without_eos_is_refused(folder, config):
         ("tokenizer.json", {"added_tokens": [{"id": 1}]}),
         ("tokenizer.json", {"model": {"vocab": [1, 2]}}),
         ("tokenizer.json", {"model": {"vocab": [[], []]}}),
+        ("tokenizer.json", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}),  # a Rust panic
     ],
 )
 def test_a_malformed_tokenizer_is_refused_in_one_line(folder, file, change):

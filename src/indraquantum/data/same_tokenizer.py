@@ -104,13 +104,17 @@ def _difference(ours: TextTokenizer, theirs: TextTokenizer) -> str | None:
     return None
 
 
-def say_difference(file: Path, model: Path, tokenizer: TextTokenizer) -> None:
+def say_difference(field: str, file: Path, model: Path, tokenizer: TextTokenizer) -> None:
     """Compare a tokenizer with the SentencePiece model beside it or behind it; say on stderr where they differ.
 
     Args:
+        field: The option to name in an error.
         file: The tokenizer.json, or the SentencePiece model if the tokenizer was converted from it.
         model: The SentencePiece model.
         tokenizer: The tokenizer.
+
+    Raises:
+        UserError: the tokenizer was converted from a file that sentencepiece can't read.
     """
     try:
         from sentencepiece import SentencePieceProcessor
@@ -119,7 +123,10 @@ def say_difference(file: Path, model: Path, tokenizer: TextTokenizer) -> None:
         return
     try:
         reference = SentencePieceProcessor(model_file=str(model))
-    except (OSError, RuntimeError):  # other libraries name their files so too
+    except (OSError, RuntimeError):
+        if model == file:
+            raise UserError(field, file, "must be a SentencePiece model; sentencepiece can't read it") from None
+        # Other libraries name their files so too.
         print(f"note: {model} was not compared with {file.name}: it is no SentencePiece model", file=sys.stderr)
         return
     for text in (*FIXED_TEXTS, *_user_defined(tokenizer)):

@@ -47,28 +47,31 @@ def convert(field: str, file: Path) -> Converted:
     """Convert the SentencePiece model in `file`, of the kinds bpe and unigram.
 
     Raises:
-        UserError: it can't be read, is no such model, or has a feature that a tokenizer.json can't express.
+        UserError: it can't be read, is no such model, or has a feature that has no counterpart in a tokenizer.json.
     """
     try:
         parts = _parts(file.read_bytes())
         pieces = [_piece(part) for part in parts[PIECES]]
         trainer, normalizer = (_last(parts.get(name, [b""])[-1]) for name in (TRAINER, NORMALIZER))
         kind = trainer.get(3, UNIGRAM)
-        ids = {"unk": trainer.get(40, 0), "bos": trainer.get(41, 1), "eos": trainer.get(42, 2)}
-        named = {name: pieces[number].text if _signed(number) >= 0 else None for name, number in ids.items()}
-        charsmap = bytes(normalizer.get(2, b""))
+        ids = {"bos_token": _signed(trainer.get(41, 1)), "eos_token": _signed(trainer.get(42, 2))}
+        control_tokens = {name: pieces[number].text if number >= 0 else None for name, number in ids.items()}
+        charsmap = normalizer.get(2, b"")
+        if not isinstance(charsmap, bytes):
+            raise TypeError("a number in place of bytes")
     except OSError as error:
         raise UserError(field, file, f"must be a file that can be read ({error.strerror})") from None
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error):
         raise UserError(field, file, "must be a SentencePiece model; it can't be read as one") from None
     for unfit, what in (
         (kind not in (UNIGRAM, BPE), "is neither of the kind bpe nor unigram"),
+        (all(piece.kind != UNKNOWN for piece in pieces), "has no piece for what is unknown"),
         (any(piece.kind == UNUSED for piece in pieces), "has pieces that are marked as unused"),
         (bool(trainer.get(24)), "puts spaces at the end of words"),
         (not normalizer.get(5, 1), "does not mark spaces"),
     ):
         if unfit:
-            raise UserError(field, file, f"{what}, which a tokenizer.json can't express; convert it yourself")
+            raise UserError(field, file, f"{what}, which is not supported; give a tokenizer.json instead")
     byte_fallback = any(piece.kind == BYTE for piece in pieces)
     description = {
         "version": "1.0",
@@ -81,7 +84,7 @@ def convert(field: str, file: Path) -> Converted:
         "decoder": _decoder(bool(normalizer.get(3, 1))),
         "model": _bpe(pieces, byte_fallback) if kind == BPE else _unigram(pieces, byte_fallback),
     }
-    return Converted(description, {"bos_token": named["bos"], "eos_token": named["eos"]})
+    return Converted(description, control_tokens)
 
 
 def _piece(content: bytes) -> Piece:

@@ -8,10 +8,11 @@ speed (`encode_batch`, all cores) want; transformers' classes add nothing that i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,7 +213,7 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
             raise UserError(field, name, f"turns the text {spelled!r} into a control token; use another tokenizer")
     model = file if converted else file.with_name(SENTENCEPIECE_FILE)
     if model.is_file():
-        say_difference(file, model, tokenizer)
+        say_difference(field, file, model, tokenizer)
     return tokenizer
 
 
@@ -222,19 +223,25 @@ def _backend(field: str, file: Path, description: Any) -> Tokenizer:
 
     if not isinstance(description, dict) or "model" not in description:
         raise UserError(field, file, "must be a tokenizer.json (a JSON object with a model)")
-    try:
+    with _refusing(field, file, "must be a tokenizer.json that tokenizers can read"):
         backend = Tokenizer.from_str(json.dumps(description))
-    except Exception as error:  # the library raises Exception itself on a bad file, nothing narrower
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(field, file, f"must be a tokenizer.json that tokenizers can read ({reason})") from None
     backend.no_truncation()
     backend.no_padding()
-    try:
+    with _refusing(field, file, "must have a token for what its vocabulary lacks"):
         backend.encode(UNSEEN, add_special_tokens=False)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(field, file, f"must have a token for what its vocabulary lacks ({reason})") from None
     return backend
+
+
+@contextlib.contextmanager
+def _refusing(field: str, file: Path, must: str) -> Iterator[None]:
+    """Turn the library's errors into a UserError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # it raises Exception itself, or a Rust panic, which is no Exception
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise UserError(field, file, f"{must} ({reason})") from None
 
 
 def _tokenizer_file(field: str, name: str) -> Path:
