@@ -152,6 +152,14 @@ def test_a_file_without_the_markers_of_its_neighbour_is_read_as_it_would_be_alon
     assert read(tmp_path)[0] == [*STORIES, "one", "two"]
 
 
+def test_where_all_records_are_skipped_the_first_reason_is_told(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"title": "a"}\n{"title": "b"}\n')
+    with pytest.raises(
+        UserError, match=r"at least one paragraph .*; 2 records are wrong, first: record 1 must have a text"
+    ):
+        read_wikitext("--text", str(tmp_path / "a.jsonl"), reading=Reading("--text", skip=True))
+
+
 def test_articles_end_at_separators_and_where_a_record_ends(tmp_path):
     articles = [story.replace("\n\n", "\n") for story in STORIES]  # blank lines are none of theirs
     write_every_kind(tmp_path, STORIES)

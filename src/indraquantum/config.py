@@ -54,23 +54,17 @@ class PrepareSettings(Settings):
     alpaca_weight: float | None = Field(default=None, gt=0, le=1000)
     """The same for Alpaca, in place of alpaca-samples."""
     text: tuple[str, ...] | None = None
-    """Another text source: PATH, PATH=SAMPLES or PATH=WEIGHTx; may be repeated. PATH is a .txt, .tokens or .raw file, a
-    .jsonl, .json, .parquet or .arrow one with a field `text`, a folder or glob of those, or a save_to_disk folder."""
+    """Another text source: PATH, PATH=SAMPLES or PATH=WEIGHTx; may be repeated. docs/FORMATS.md says what it may be."""
     instructions: tuple[str, ...] | None = None
-    """Another source of instructions: PATH, PATH=SAMPLES or PATH=WEIGHTx; may be repeated. PATH is a .json, .jsonl,
-    .parquet or .arrow file with instruction, output and maybe input (or prompt, response, context and the like), or a
-    folder as for --text."""
+    """Another source of instructions: PATH, PATH=SAMPLES or PATH=WEIGHTx; may be repeated. See docs/FORMATS.md."""
     conversations: Literal["refuse", "single"] = "refuse"
     """Instructions that are lists of messages: refuse them, or read those of a single turn and leave out the others."""
     empty_noinput: bool = False
     """Take an input that says there is none, such as <noinput> or Noinput, as empty."""
     documents: Literal["auto", "paragraphs", "articles", "records"] = "auto"
-    """What a document of a text source is: a paragraph (a line that is no heading), a whole article with its headings,
-    or a record (a JSON object, a table's row, what stands between two separators, or a whole file). auto takes records
-    where the source has a separator, is JSON, or where a row has several lines, and paragraphs otherwise."""
+    """A document of a text: a paragraph, an article, or a record; auto goes by the kind of file (docs/FORMATS.md)."""
     separator: str = Field(default="auto", min_length=1)
-    """The line that stands between two documents of a text source, or blank-line. auto looks for a marker such as
-    <|endoftext|>; none takes no line for one."""
+    """The line between two documents of a text, or blank-line; auto finds markers such as <|endoftext|>, or none."""
     detokenize: bool = False
     """Undo WikiText's own tokenisation: ` @-@ `, spaces before punctuation, `= Title =`."""
     duplicates: Literal["keep", "count", "exact", "near"] = "keep"

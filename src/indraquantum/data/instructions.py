@@ -124,7 +124,7 @@ def alpaca_samples(
         done = "emptied" if empty_noinput else "kept as they are; --empty-noinput empties them"
         reading.note(f"{inputs_none:,} samples have an input that says there is none, such as <noinput>: {done}")
     if not samples:
-        raise UserError(field, name, "must hold at least one instruction")
+        raise reading.nothing(name, "instruction")
 
 
 def _items(field: str, path: Path, reading: Reading) -> Iterator[Any]:

@@ -47,6 +47,11 @@ class Reading:
             raise UserError(self.field, path, reason)
         self.skipped.append({"file": str(path), "reason": reason})
 
+    def nothing(self, name: str, wanted: str) -> UserError:
+        """The error for a source without one `wanted`; it says what was wrong with the first record, if any was."""
+        first = f"; {len(self.skipped):,} records are wrong, first: {self.skipped[0]['reason']}" if self.skipped else ""
+        return UserError(self.field, name, f"must hold at least one {wanted}{first}")
+
     def note(self, sentence: str) -> None:
         """Say something about how the source is read, once."""
         self.notes[sentence] = None
@@ -105,7 +110,8 @@ def _folder_files(field: str, folder: Path, suffixes: tuple[str, ...], remedy: s
     others = [file.name for file in visible if file not in taken]
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        reading.note(f"read {len(taken)} files of the folder and left out {', '.join(others[:5])}{more}")
+        read = taken[0].name if len(taken) == 1 else f"{len(taken)} files"
+        reading.note(f"read {read} of the folder and left out {', '.join(others[:5])}{more}")
     return taken
 
 

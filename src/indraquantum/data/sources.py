@@ -162,7 +162,7 @@ def text_documents(source: TextSource, reading: Reading) -> Iterator[str]:
         documents = itertools.chain.from_iterable(_records_of_file(source, path, reading) for path in source.files)
     first = next(documents, None)
     if first is None:
-        raise UserError(source.field, source.name, "must hold at least one paragraph that is no heading")
+        raise reading.nothing(source.name, "paragraph that is no heading")
     yield first
     yield from documents
 
