@@ -6,7 +6,7 @@
 
 The layers are transformers' own Llama, fed by `inputs_embeds`: rotary positions, KV caches and attention
 kernels come with it. A training step lifts the table once (`lift_table`), passes it to `hidden_states` and to
-the objective, and never builds logits; `forward` with labels does just that.
+the objective, and never builds logits. `forward` takes what Llama's takes; with labels it does just that while training.
 
 Legend: B batch, T positions, N = B*T, d complex width, D real width (2d), V vocabulary, K kept teacher
     tokens.
@@ -195,7 +195,7 @@ class IndraQuantumPhase2(LiftedVocabulary, PreTrainedModel, GenerationMixin):
         objective: SemanticDistillationLoss | None = None,
         **kwargs: Any,
     ) -> IndraQuantumOutput:
-        """Logits and, with labels, the loss, which does not need them; the arguments mean what they mean to Llama.
+        """Return logits and, with labels, the loss; the arguments mean what they mean to Llama.
 
         Args:
             input_ids: (B, T) token ids.
@@ -331,7 +331,7 @@ class IndraQuantumPhase2(LiftedVocabulary, PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Write text as transformers' generate does, with its arguments; the table is lifted once per call."""
+        """Write text as transformers' generate does, with its arguments; the table is lifted at most once per call."""
         with self.lifted():
             return super().generate(*args, **kwargs)
 
