@@ -6,7 +6,8 @@
 
 The layers are transformers' own Llama, fed by `inputs_embeds`: rotary positions, KV caches and attention
 kernels come with it. A training step lifts the table once (`lift_table`), passes it to `hidden_states` and to
-the objective, and never builds logits. `forward` takes what Llama's takes; with labels it does just that while training.
+the objective, and never builds logits. `forward` takes what Llama's takes; while training, with labels, it does just
+that.
 
 Legend: B batch, T positions, N = B*T, d complex width, D real width (2d), V vocabulary, K kept teacher
     tokens.
