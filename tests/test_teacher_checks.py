@@ -135,6 +135,17 @@ def test_even_one_token_ahead_is_seen(make, dataset, precision):
     assert not is_causal(teacher, ids_T)
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+def test_rounding_to_eight_bits_that_looks_at_the_whole_batch_is_no_look_ahead(make, dataset, quantised):
+    """The scale of bitsandbytes' int8 is fixed by all rows at once: a later token moves earlier logits a little."""
+    teacher = make("mistral", dataset, sliding_window=None)
+    alone = teacher.alone
+    teacher.alone = lambda ids_T: alone(ids_T) + 0.01 * torch.sin(torch.tensor(float(ids_T.sum())))
+    if quantised:
+        teacher.model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    assert is_causal(teacher, np.arange(2, 15)) == quantised
+
+
 def test_an_encoder_is_refused(tokenizer_folder, dataset, tmp_path):
     from transformers import BartConfig, BartForConditionalGeneration
 

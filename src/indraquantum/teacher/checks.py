@@ -33,10 +33,16 @@ class _Rounding(NamedTuple):
 
 
 _ROUNDING = {
-    "float32": _Rounding(1, 1e-3, 1e-4),
-    "bfloat16": _Rounding(8, 0.1, 5e-3),
-    "float16": _Rounding(8, 0.05, 1e-3),
+    "float32": _Rounding(1, 1e-3, 2e-5),
+    "bfloat16": _Rounding(8, 0.1, 0.05),
+    "float16": _Rounding(8, 0.05, 0.02),
 }
+
+
+def _rounding(teacher: Teacher) -> _Rounding:
+    """What rounding may do to this teacher's logits; that of 8 bits (bitsandbytes) looks at all rows of a batch."""
+    quantised = getattr(teacher.model.config, "quantization_config", None) is not None
+    return _ROUNDING["bfloat16" if quantised else teacher.precision]
 
 
 def telling_rows(dataset: PreparedDataset) -> Batch:
@@ -83,7 +89,7 @@ def is_causal(teacher: Teacher, ids_T: np.ndarray) -> bool:
     """
     import torch
 
-    rounding = _ROUNDING[teacher.precision]
+    rounding = _rounding(teacher)
     changed_T = np.roll(ids_T, 1)
     changed_T = np.where(changed_T == ids_T, (ids_T + 1) % teacher.vocabulary_size, changed_T)
     before_TV = teacher.alone(ids_T)
@@ -98,7 +104,7 @@ def is_causal(teacher: Teacher, ids_T: np.ndarray) -> bool:
 
 def packs_right(teacher: Teacher, batch: Batch) -> bool:
     """Whether packed rows give the logits of each document alone; False where the teacher does not take them at all."""
-    rounding = _ROUNDING[teacher.precision]
+    rounding = _rounding(teacher)
     try:
         packed_BTV = teacher.packed_logits(batch)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from indraquantum.teacher.signals import Shard
 
 _SLACK = 2.0**-10  # by which float16 may round a figure past its range; subnormal numbers by less than 1e-7
-_ENTRIES_AT_ONCE = 1 << 20
+_ENTRIES_AT_ONCE = 1 << 15  # stay in the cache: twice as fast as a million
 
 
 class Range(NamedTuple):
