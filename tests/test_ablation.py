@@ -474,3 +474,13 @@ def test_a_plan_that_is_stopped_goes_on_to_the_same_bytes(world, finished, tmp_p
     undisturbed = bench_of(plan, tmp_path / "undisturbed").run("plain", 3, {})
     run_task(undisturbed)
     assert without_timing(undisturbed.result) == without_timing(tmp_path / "results" / "plain-seed3.json")
+
+
+@pytest.mark.parametrize(("name", "value"), [("settings", []), ("chosen", "x"), ("status", "done"), ("status", {})])
+def test_a_result_of_wrong_kinds_is_one_line(tmp_path, name, value):
+    record = {"variant": "a", "half": "table", "chosen": {}, "settings": {}, "status": "finished"}
+    results.write_record(tmp_path / "a-seed0.json", record)
+    assert results.read_record(tmp_path / "a-seed0.json").items() >= record.items()
+    results.write_record(tmp_path / "a-seed0.json", {**record, name: value})
+    with pytest.raises(UserError, match=rf"results: got .*a-seed0\.json; is damaged: its {name} must be"):
+        results.read_record(tmp_path / "a-seed0.json")

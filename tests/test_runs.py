@@ -18,6 +18,7 @@ from indraquantum.monitor import run_table
 from indraquantum.monitor.runs import all_runs, named_runs
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training.record import output_of_record
 
 HELD_OUT = [{"wiki": 5.0, "all": 6.0}, {"wiki": 4.5, "all": 5.5}, {"wiki": 4.25, "all": 5.75}]
 
@@ -215,3 +216,18 @@ def test_a_run_in_a_copied_folder_continues_its_own_metrics(world, tmp_path, eva
     assert [json.loads(line)["step"] for line in report.metrics.read_bytes().splitlines()] == [0, 1, 2, 3, 4]
     assert "another run" not in capsys.readouterr().err
     assert list(report.metrics.parent.glob("*aside*")) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b"{" + b" " * (1 << 20) + b"}",
+        b'{"settings": {"output": "a\\u0000b", "logs": "x"}}',
+        b'{"settings": 1}',
+    ],
+    ids=["deep", "large", "zero", "number"],
+)
+def test_a_damaged_record_is_nobodys_and_stops_no_run(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    assert output_of_record(tmp_path) is None

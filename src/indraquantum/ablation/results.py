@@ -37,6 +37,11 @@ def read_record(path: Path) -> Record | None:
     if record.get("format_version") != FORMAT_VERSION:
         found = record.get("format_version")
         raise UserError("results", path, f"is of format version {found}; this program reads {FORMAT_VERSION}")
+    for name in ("settings", "chosen"):
+        if not isinstance(record[name], dict):
+            raise UserError("results", path, f"is damaged: its {name} must be a mapping")
+    if record["status"] not in ("finished", "failed"):
+        raise UserError("results", path, "is damaged: its status must be finished or failed")
     return record
 
 

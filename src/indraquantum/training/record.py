@@ -7,19 +7,21 @@ import json
 import sys
 from pathlib import Path
 
+from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, not_written
-from indraquantum.metrics import RECORD_NAME, checked_lines
+from indraquantum.metrics import RECORD_NAME, checked_lines, read_record
 from indraquantum.training.run import Run
 
 
 def output_of_record(folder: Path) -> Path | None:
     """The output folder of the run that logs to `folder`; None where none does: no whole record, or a copied one."""
     try:
-        settings = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))["settings"]
+        settings = (read_record(folder) or {})["settings"]
         output, logs = Path(settings["output"]), Path(settings["logs"])
-    except (OSError, ValueError, TypeError, KeyError):
+        here = (logs / output.resolve().name).resolve() == folder.resolve()
+    except (UserError, OSError, ValueError, TypeError, KeyError, RuntimeError):  # the last one: links that form a loop
         return None
-    return output if (logs / output.resolve().name).resolve() == folder.resolve() else None
+    return output if here else None
 
 
 def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
