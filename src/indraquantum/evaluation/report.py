@@ -124,10 +124,9 @@ def _find_signals(settings: EvalSettings, dataset: PreparedDataset) -> SignalSto
         UserError: those asked for are another dataset's, or a served teacher's; or any are damaged.
     """
     if settings.signals is not None:
-        store = verify_signals("--signals", settings.signals, dataset)
-        if store.manifest.served:
+        if read_manifest("--signals", settings.signals).served:
             raise UserError("--signals", settings.signals, "must not be a served teacher's: its entropy is not exact")
-        return store
+        return verify_signals("--signals", settings.signals, dataset)
     beside = settings.data.parent / "teacher_signals"
     if not (beside / MANIFEST_NAME).is_file():
         return None
