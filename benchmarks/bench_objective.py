@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from indraquantum.bench import Shape, figures_json, figures_table, objective_memory, objective_speed
+from indraquantum.kernels.measured import quickest_way
+from indraquantum.kernels.ways import put_in_force
 
 
 def main() -> None:
@@ -21,6 +23,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    put_in_force(quickest_way())
     if arguments.quick:
         shape = Shape(128, 32, 1000, 4)
         figures = objective_speed(shape, repeats=2) + objective_memory((128,), shape)

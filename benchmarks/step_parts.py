@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 
 from indraquantum.bench_step import RandomSignals, StepShape, student, synthetic_split
 from indraquantum.config import TrainSettings
+from indraquantum.kernels.measured import quickest_way
 from indraquantum.kernels.onednn import onednn_products
+from indraquantum.kernels.ways import put_in_force
 from indraquantum.learner import to_tensors
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.training import optimizers
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the picture here")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    put_in_force(quickest_way())
     shape = StepShape()
     seconds = measure(shape, arguments.repeats)
     instead = seconds.pop(INSTEAD)

@@ -18,6 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Toy sizes are quickest on one thread; `make test-processors` asks for others.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("INDRA_TEST_THREADS", "1")
+# Nothing is measured and nothing hangs on what is quicker here.
+os.environ["INDRA_PRODUCTS"] = "onednn:512x1000"
 # The tests are of the CPU, and many fork, which a process that has used CUDA can't.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

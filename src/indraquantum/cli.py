@@ -279,10 +279,13 @@ def bench(*, settings: Annotated[BenchSettings, OPTIONS] = BenchSettings()) -> N
 
     from indraquantum.bench import Shape, figures_json, figures_table, objective_memory, objective_speed
     from indraquantum.bench_step import StepShape, step_memory, step_speed
+    from indraquantum.kernels.measured import quickest_way
+    from indraquantum.kernels.ways import put_in_force
 
     if settings.json_file:
         check_new_file("--json-file", settings.json_file)
     torch.set_num_threads(settings.threads)
+    put_in_force(quickest_way())
     if settings.quick:
         shape, step, rows = Shape(128, 32, 1000, 4), StepShape(8, 1, 16, 300, 128, 1024, 4), (128,)
     else:

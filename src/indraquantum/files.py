@@ -137,6 +137,11 @@ def _flock(descriptor: int, kind: int) -> bool:
     return True
 
 
+def cache_folder() -> Path:
+    """Folder of what can be made or downloaded again: $INDRAQUANTUM_CACHE, or ~/.cache/indraquantum."""
+    return Path(os.environ.get("INDRAQUANTUM_CACHE") or Path.home() / ".cache" / "indraquantum")
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from indraquantum.config import ALPACA, TINYLLAMA, WIKITEXT
 from indraquantum.errors import Unreachable, UserError
-from indraquantum.files import folder_lock, sha256_of
+from indraquantum.files import cache_folder, folder_lock, sha256_of
 
 # Pinned so that the same command gets the same bytes next year; other ids are taken at their newest state.
 REVISIONS = {
@@ -32,11 +32,6 @@ ATTEMPTS = 4  # in a row that bring nothing
 WAIT_SECONDS = 0.2  # before the second attempt; then twice and three times that
 PARTIAL, RANGE_REFUSED = 206, 416  # HTTP's status codes
 CHUNK_BYTES = 1 << 20
-
-
-def cache_folder() -> Path:
-    """Folder of the files downloaded by URL: $INDRAQUANTUM_CACHE, or ~/.cache/indraquantum."""
-    return Path(os.environ.get("INDRAQUANTUM_CACHE") or Path.home() / ".cache" / "indraquantum")
 
 
 def git_blob_id(path: Path) -> str:

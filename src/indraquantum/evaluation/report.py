@@ -23,6 +23,8 @@ from indraquantum.evaluation.final import read_test_split
 from indraquantum.evaluation.halves import bytes_by_source
 from indraquantum.evaluation.write import load_model
 from indraquantum.files import check_new_file, without_nan, write_json
+from indraquantum.kernels.measured import way_for
+from indraquantum.kernels.ways import put_in_force
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest
 from indraquantum.teacher.signals import SignalStore, verify_signals
@@ -35,6 +37,7 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
         UserError: no checkpoint, another tokenizer than the dataset's, nothing to predict.
     """
     device = choose_device(settings)
+    put_in_force(way_for(device))
     if settings.json_file is not None:
         check_new_file("--json-file", settings.json_file)
     model, tokenizer = load_model(path, device, settings.weights)

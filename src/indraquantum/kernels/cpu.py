@@ -7,10 +7,9 @@ import torch
 from indraquantum.kernels.arguments import LinearInputs, ObjectiveOptions, ObjectiveResult
 from indraquantum.kernels.attach import differentiable_objective
 from indraquantum.kernels.chunked import Plan, Products
+from indraquantum.kernels.ways import in_force
 
 _BUFFER_BYTES = 32 * 2**20  # more rows a chunk means fewer passes over the table's gradient, and more memory
-_MAX_ROWS = 512
-_TILE = 1000
 _LEAST_LANE = 256  # a thread's part of the vocabulary, below which starting it costs more than it brings
 
 
@@ -18,16 +17,17 @@ def cpu_plan(
     vocabulary_size: int,
     dtype: torch.dtype,
     rows: int | None = None,
-    tile: int = _TILE,
+    tile: int | None = None,
     lanes: int | None = None,
 ) -> Plan:
-    """Cut the work so that the buffer takes about 32 MiB; the rest overrides, for tests and benchmarks."""
+    """Cut the work as the way in force says, the buffer taking at most 32 MiB; the rest overrides, for tests."""
+    way = in_force()
     if rows is None:
-        rows = max(1, min(_MAX_ROWS, _BUFFER_BYTES // (vocabulary_size * dtype.itemsize)))
+        rows = max(1, min(way.rows, _BUFFER_BYTES // (vocabulary_size * dtype.itemsize)))
         rows = rows // 16 * 16 or rows
     if lanes is None:
         lanes = max(1, min(torch.get_num_threads(), vocabulary_size // _LEAST_LANE))
-    return Plan(rows, tile, lanes, dtype, Products())
+    return Plan(rows, tile or way.tile, lanes, dtype, Products())
 
 
 def cpu_objective(inputs: LinearInputs, options: ObjectiveOptions) -> ObjectiveResult:

@@ -1,4 +1,6 @@
-"""oneDNN's float32 matrix products in place of MKL's, where they are as exact: on AMD's AVX-512 cores they are faster.
+"""oneDNN's float32 matrix products in place of MKL's, where they are as exact and the way in force says so.
+
+On AMD's AVX-512 cores they are faster, on Intel's about as fast or slower: kernels/measured.py finds out.
 
 torch gives float32 products to oneDNN only where it is allowed to round their operands to bfloat16. Processors with
 AMX then do round; the other ones with AVX-512 have no such units for float32 operands and multiply exactly. A probe
@@ -14,14 +16,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from indraquantum.kernels.ways import in_force
+
 _PROBES = ((64, 64, 64), (1000, 256, 256), (256, 1000, 256))  # rows, inner width, columns
 _TOLERANCE = 2e-6  # relative; float32 sums stay below 1e-6, bfloat16 operands are at 3e-3
 
 
 @contextlib.contextmanager
 def onednn_products() -> Iterator[None]:
-    """Let oneDNN multiply on the CPU inside, if that is as exact as torch's own way; a decorator too."""
-    with _allowed() if is_exact() else contextlib.nullcontext():
+    """Let oneDNN multiply on the CPU inside, if the way in force says so and it is exact; a decorator too."""
+    with _allowed() if in_force().products == "onednn" and is_exact() else contextlib.nullcontext():
         yield
 
 

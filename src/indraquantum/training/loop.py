@@ -23,6 +23,8 @@ from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
 from indraquantum.errors import TrainingStopped
 from indraquantum.evaluation.held_out import held_out_cross_entropy
+from indraquantum.kernels.measured import way_for
+from indraquantum.kernels.ways import using
 from indraquantum.metrics import MetricsLog, NoLog, metrics_up_to
 from indraquantum.processes import joined_processes, own_device
 from indraquantum.progress import Progress, tell
@@ -84,6 +86,7 @@ def train(settings: TrainSettings) -> TrainReport:
             if processes.is_first:
                 folders = HeldFolders(settings.output, metrics_path.parent, stack)
         plan = with_signals(plan, lambda stage: captured_signals(stage, processes), processes)
+        stack.enter_context(using(processes.first(lambda: way_for(device))))
         with processes.together():
             run = start_run(settings, plan, device, processes)
         resumed = resume(run)

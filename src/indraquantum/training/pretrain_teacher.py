@@ -22,6 +22,8 @@ from indraquantum.errors import UserError
 from indraquantum.evaluation.export import save_tokenizer
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import atomic_folder, make_folder, write_sums
+from indraquantum.kernels.measured import way_for
+from indraquantum.kernels.ways import put_in_force
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.masks import document_mask
 from indraquantum.progress import Progress
@@ -127,6 +129,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
     """
     check_decay(settings)
     device = choose_device(settings)
+    put_in_force(way_for(device))
     if settings.data.is_file():
         raise UserError("--data", settings.data, "must be the packed folder, which carries its tokenizer")
     dataset = open_dataset("--data", settings.data, verify=True)

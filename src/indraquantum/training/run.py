@@ -16,6 +16,7 @@ from indraquantum.data.same_tokenizer import require_same_tokenizer
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import combined_sha256, sha256_of
+from indraquantum.kernels.ways import continued, in_force, put_in_force
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
@@ -141,7 +142,8 @@ def start_run(settings: TrainSettings, plan: StagePlan, device: torch.device, pr
         device=device,
         # Its weights, temperature and tail are set at each step.
         objective=SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0, head=settings.head),
-        identity=run_identity(settings, plan) | {"precision": precision.name, "row_order": ORDER},
+        identity=run_identity(settings, plan)
+        | {"precision": precision.name, "row_order": ORDER, "products": str(in_force())},
     )
 
 
@@ -298,6 +300,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     if run.settings.tail == "auto":
         run.identity["tail"] = before["tail"]
     run.identity["row_order"] = before["row_order"]
+    way = continued(before.get("products"), "--resume")
+    put_in_force(way)
+    run.identity["products"] = before["products"] = str(way)
     if (found := first_difference(without_length(run.identity), without_length(before))) is not None:
         raise UserError(*found.option_and_value(), _as_there(run, found.then))
     now, then = (", ".join(settings["stages"]) for settings in (run.identity, checkpoint.settings))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
+from indraquantum.kernels.measured import way_for
+from indraquantum.kernels.ways import put_in_force
 from indraquantum.teacher.signals import SignalStore
 from indraquantum.training.loop import take_step
 from indraquantum.training.run import Run, start_run
@@ -25,6 +27,7 @@ def scratch_run(settings: TrainSettings) -> Run:
         UserError: settings, data or signals that don't fit.
     """
     device = choose_device(settings)
+    put_in_force(way_for(device))
     dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
     plan = with_signals(plan_stages(settings, dataset), _signals_there)
     return start_run(settings, plan, device)

@@ -1,0 +1,125 @@
+"""The quickest way to compute on this machine: measured once, in a third of a second, and kept.
+
+One thread is measured, by its CPU time, which other programs on the machine change little. The choice stands in
+`ways.json` in the folder of this program's cache, for each processor and version of torch, so that each start takes
+the same. Remove the file to measure again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from indraquantum.errors import UserError
+from indraquantum.files import atomic_file, cache_folder
+from indraquantum.kernels import onednn
+from indraquantum.kernels.arguments import ObjectiveOptions, check_inputs
+from indraquantum.kernels.attach import differentiable_objective
+from indraquantum.kernels.cpu import cpu_plan
+from indraquantum.kernels.ways import USUAL, Way, asked_for, parsed, using
+
+TILES = (500, 2000, 4000)  # beside the usual one; with 256 rows a step writes 2 KiB a token, and reads as much
+GAIN = 1.03  # a way that is not quicker by so much is not taken: two measurements may differ by as much
+ROWS, WIDTH, VOCABULARY = 256, 256, 4000  # of the objective that is timed
+ROUNDS = 3
+_INFORMATION = Path("/proc/cpuinfo")
+
+
+def quickest_way() -> Way:
+    """What the environment asks for; else what is kept of an earlier measurement; else measured now, and kept."""
+    if (asked := asked_for()) is not None:
+        return asked
+    path, name = cache_folder() / "ways.json", _machine()
+    known = _read(path)
+    if name in known:
+        return known[name]
+    way = measure()
+    known[name] = way
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps({k: str(v) for k, v in known.items()}, indent=2) + "\n", encoding="utf-8")
+    except OSError:
+        pass  # it is measured again at the next start
+    return way
+
+
+def way_for(device: torch.device) -> Way:
+    """The quickest way where the CPU computes; elsewhere, where none is used, the usual one."""
+    return quickest_way() if device.type == "cpu" else asked_for() or USUAL
+
+
+def measure(seconds_of: Callable[[Way], float] | None = None) -> Way:
+    """The quickest of the exact ways: first whose products, then how large a tile.
+
+    Args:
+        seconds_of: how long a way takes; the objective is timed where it is None.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds_of = seconds_of or _objective_seconds()
+        best = USUAL if onednn.is_exact() else Way("torch")
+        others = [Way("torch")] if best.products == "onednn" else []
+        best = _better(best, others, seconds_of)
+        return _better(best, [replace(best, tile=tile) for tile in TILES], seconds_of)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _better(best: Way, others: list[Way], seconds_of: Callable[[Way], float]) -> Way:
+    """The quickest of `others` where it is clearly quicker than `best`; all take turns, and the least time counts."""
+    least = dict.fromkeys([best, *others], float("inf"))
+    for _ in range(ROUNDS):
+        for way in least:
+            least[way] = min(least[way], seconds_of(way))
+    quickest = min(least, key=least.__getitem__)
+    return quickest if least[best] > GAIN * least[quickest] else best
+
+
+def _objective_seconds() -> Callable[[Way], float]:
+    """What times a way: one chunk of the objective, forward and backward, over a part of a vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    states, table = (torch.randn(n, WIDTH, generator=generator).mul_(0.1) for n in (ROWS, VOCABULARY))
+    inputs = check_inputs(
+        states.requires_grad_(), table.requires_grad_(), torch.zeros(ROWS, dtype=torch.long), bias_V=None, scale=None,
+        signal_ids_NK=None, signal_probs_NK=None, row_weights_N=None, token_count=None,
+    )  # fmt: skip
+
+    def seconds_of(way: Way) -> float:
+        with using(way), torch.enable_grad():
+            plan = cpu_plan(VOCABULARY, torch.float32, rows=ROWS, lanes=1)
+            start = time.thread_time()
+            differentiable_objective(inputs, ObjectiveOptions(), plan)
+            return time.thread_time() - start
+
+    seconds_of(USUAL)  # libraries set themselves up at first use
+    return seconds_of
+
+
+def _machine() -> str:
+    """What the choice depends on, as text."""
+    try:
+        lines = _INFORMATION.read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    parts = (model or platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability())
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "any")
+    return ", ".join([*parts, f"oneDNN {isa}", f"torch {torch.__version__}"])
+
+
+def _read(path: Path) -> dict[str, Way]:
+    """The ways that are kept; none where the file is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: parsed("ways.json", way) for name, way in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError, UserError):
+        return {}
