@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
 BIN := .venv/bin
+# Tests at once: one worker a core, of 2 GB each.
+WORKERS ?= 2
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-tiny test test-slow test-processors lint lock clean
 
@@ -28,7 +30,7 @@ demo-tiny: .venv/installed
 
 test: .venv/installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
 
 # The long forms: every point of a crash several times, 100 random kills, every bit flip.
 test-slow: .venv/installed

@@ -59,7 +59,7 @@ def own_level() -> str:
 def run(processor: Processor, arguments: list[str]) -> bool:
     """Run pytest as on `processor`, say how it went, and return whether all was well."""
     LOGS.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "not slow", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "not slow", "-n", "2", *arguments]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(command, env=processor.environment(), **output)
     (LOGS / f"{processor.name}.log").write_text(done.stdout, encoding="utf-8")

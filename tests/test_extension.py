@@ -7,7 +7,6 @@ import re
 import shutil
 
 import pytest
-import torch
 
 import survival
 from indraquantum.data.dataset import open_dataset
@@ -15,8 +14,6 @@ from indraquantum.errors import UserError
 from indraquantum.metrics import read_metrics
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import load_checkpoint
-
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA can't be forked")
 
 # Nothing rises with the progress, so that a run's first steps are those of a longer one.
 PLAIN = {"no_teacher": True, "warmup_fraction": 0.0, "ema_decay": 0.9}
