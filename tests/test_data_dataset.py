@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -174,6 +177,7 @@ NONSENSE = [
     ({"sources": [{"name": "wiki", "tokens": -1}, {"name": "alpaca"}]}, "sources.0.tokens '-1'"),
     ({"largest_ids": {"train": 3}}, "largest_ids.validation"),
     ({"largest_ids": {"train": -3, "validation": 3}}, "largest_ids.train '-3'"),
+    ({"largest_ids": {"train": 3, "validation": 3, "test": None}}, "largest_ids.test 'None'"),
     ({"files": {}}, "files lack tokenizer.json"),
 ]
 
@@ -191,6 +195,19 @@ def test_names_outside_the_folder_are_refused(folder, name):
     content = hashlib.sha256(b"x").hexdigest()
     change_manifest(folder, files=files | {name: {"sha256": content, "bytes": 1}})
     refused(folder, "manifest.json", "is damaged: files")
+
+
+def test_a_manifest_with_half_a_surrogate_pair_is_shown_anywhere_and_is_damaged(folder):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["options"]["text"] = "wik\u00ef\ud800"
+    path.write_text(json.dumps(manifest))
+    for encoding in ("utf-8", "ascii"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-m", "indraquantum", "data", "info", str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, check=True)
+        assert "wik\u00ef\\ud800".encode(encoding, "backslashreplace") in done.stdout
+    refused(folder, "manifest.json", "is damaged", verify=True)
 
 
 def test_a_manifest_without_a_field_names_it(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -183,3 +184,63 @@ def test_messages_of_another_shape_are_refused(tmp_path, message, word):
             [{"messages": [message, {"role": "assistant", "content": "b"}]}],
             conversations="single",
         )
+
+
+def test_messages_of_both_forms_with_null_in_one_are_read(tmp_path):
+    messages = [
+        {"role": None, "content": None, "from": "human", "value": "Hello?"},
+        {"role": "assistant", "content": "Hi.", "from": None, "value": None},
+    ]
+    assert read(tmp_path / "a.json", [{"messages": messages}], conversations="single")[0] == [
+        AlpacaSample("Hello?", "", "Hi.")
+    ]
+
+
+def test_fields_beside_a_conversation_are_told_once_as_unused(tmp_path):
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    _, reading = read(tmp_path / "a.json", [talk | {"prompt": "a", "context": "c"}], conversations="single")
+    assert (reading.unused_fields, reading.notes) == ({"prompt": 1, "context": 1}, {})
+
+
+def test_where_all_is_left_out_the_error_says_what(tmp_path):
+    talk = {"messages": [{"role": "user", "content": "a"}] * 3}
+    with pytest.raises(UserError, match="at least one instruction; left out 2 conversations that are not one question"):
+        read(tmp_path / "a.json", [talk, talk], conversations="single")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_objects_of_several_lines_and_a_wrong_first_line(tmp_path, name):
+    pretty = "\n".join(json.dumps(item, indent=1) for item in objects("instruction", "input", "output"))
+    assert read(tmp_path / name, pretty)[0] == PLAIN
+    found, reading = read(tmp_path / name, "{bad\n" + LINES, skip=True)
+    assert (found, len(reading.skipped)) == (PLAIN, 1)
+
+
+def test_names_that_are_no_utf_8_are_shown_with_escapes(tmp_path):
+    items = [item | {"odd\ud800": 1, "two\nlines": 1} for item in objects("instruction", "input", "output")]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / os.fsdecode(b"a-train\xff.json")).write_text(json.dumps([*items, {"instruction": "alone"}]))
+    (folder / os.fsdecode(b"notes\xff.md")).write_text("x")
+    settings = PrepareSettings(
+        wikitext_samples=0, alpaca_samples=0, instructions=(str(folder),), skip_bad=True,
+        tokenizer=str(save_tiny_tokenizer(tmp_path / "tokenizer")), output=tmp_path / "d.pkl",
+    )  # fmt: skip
+    summary = prepare_summary(prepare(settings))
+    assert "6 samples have a field 'odd\\ud800' that is not used" in summary
+    assert "left out notes\\udcff.md" in summary
+    assert "skipped: 1 wrong record, listed" in summary
+    assert json.loads((tmp_path / "d/skipped.jsonl").read_text())["file"].endswith("a-train\\udcff.json")
+    assert "two\\nlines 6" in describe(tmp_path / "d")
+
+
+def test_many_unused_fields_are_told_in_a_few_lines(tmp_path):
+    items = [item | {f"{n}-{k}": 1 for k in range(3)} for n, item in enumerate(objects("question", "input", "answer"))]
+    (tmp_path / "a.json").write_text(json.dumps(items))
+    settings = PrepareSettings(
+        wikitext_samples=0, alpaca_samples=0, instructions=(str(tmp_path / "a.json"),),
+        tokenizer=str(save_tiny_tokenizer(tmp_path / "tokenizer")), output=tmp_path / "d.pkl",
+    )  # fmt: skip
+    summary = prepare_summary(prepare(settings))
+    assert summary.count("1 sample has a field") == 10
+    assert "8 more fields not used; manifest.json lists them" in summary

@@ -155,7 +155,7 @@ def test_a_file_without_the_markers_of_its_neighbour_is_read_as_it_would_be_alon
 def test_where_all_records_are_skipped_the_first_reason_is_told(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"title": "a"}\n{"title": "b"}\n')
     with pytest.raises(
-        UserError, match=r"at least one paragraph .*; 2 records are wrong, first: record 1 must have a text"
+        UserError, match=r"at least one paragraph .*; 2 wrong records, first: record 1 must have a text"
     ):
         read_wikitext("--text", str(tmp_path / "a.jsonl"), reading=Reading("--text", skip=True))
 
@@ -288,3 +288,38 @@ def test_sources_are_named_by_their_file_or_folder(tmp_path):
         wikitext_samples=0, alpaca_samples=0, text=tuple(f"{tmp_path}/{name}" for name in given)
     )  # fmt: skip
     assert [source.name for source in draw_sources(chosen).sources] == ["shards", "part", "shards-2", "part-1"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_texts_that_a_marker_joins_are_parted_however_long_the_line(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 64)
+    stories = [" ".join(story.split()) * 3 for story in STORIES]
+    for between in (MARKER, "<|end_of_text|>"):
+        joined = between.join(stories)
+        (tmp_path / name).write_text(joined if name == "a.txt" else json.dumps({"text": joined}))
+        found, reading = read(tmp_path / name)
+        assert found == stories
+        assert (reading.left_out["separators"], list(reading.notes)) == (8, [f"{between} separates documents"])
+    for told in ('GPT-2 has "<|endoftext|>".\nb', "a `<|endoftext|>`b\nb", "a <|endoftext|> b\nb"):
+        (tmp_path / "b.txt").write_text(told)
+        assert read(tmp_path / "b.txt")[0] == told.split("\n"), "a text about markers"
+
+
+def test_a_separator_that_is_nowhere_is_told(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text("\n\n".join(STORIES))
+    _, reading = read(path, separator="###")
+    assert list(reading.notes) == ["'###' separates nothing: it is nowhere in it"]
+    with pytest.raises(UserError, match="it gives 1 document; '###' separates nothing"):
+        draw_sources(PrepareSettings(wikitext_samples=0, alpaca_samples=0, text=(str(path),), separator="###"))
+    _, reading = read(path, separator="blank-line")
+    assert not reading.left_out, "blank lines are not counted"
+
+
+def test_a_column_of_nothing_is_no_unused_field_and_one_of_two_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": STORIES, "none": pa.nulls(9), "url": STORIES}), path)
+    assert read(path)[1].unused_fields == {"url": 9}
+    pq.write_table(pa.Table.from_arrays([pa.array(STORIES)] * 2, names=["text", "text"]), path)
+    with pytest.raises(UserError, match="must have one column 'text', not 2"):
+        read(path)

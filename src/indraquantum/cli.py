@@ -391,7 +391,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for number in heeded(signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, leave)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log file is read while the run goes on
-        sys.stdout.reconfigure(line_buffering=True)
+        # A name in a manifest, or a terminal that knows ASCII alone, must not stop the command.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.exit(run_guarded(lambda: app.meta(tokens, exit_on_error=False, print_error=False)))
 
 

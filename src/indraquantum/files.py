@@ -229,12 +229,12 @@ def check_manifest_json(field: str, path: Path) -> None:
         raise UserError(field, path, f"is damaged, or of an earlier program: it has no {SEAL}; make it again")
     value = {name: entry for name, entry in value.items() if name != SEAL}
     expected = json.dumps({**value, SEAL: _seal(value)}, indent=2, ensure_ascii=False) + "\n"
-    if path.read_bytes() != expected.encode():
+    if path.read_bytes() != expected.encode(errors="backslashreplace"):
         raise UserError(field, path, f"is damaged: its {SEAL} is not that of its content")
 
 
 def _seal(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, indent=2, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace")).hexdigest()
 
 
 def read_json(field: str, path: Path, at_most: int | None = None) -> Any:

@@ -61,7 +61,7 @@ class LargestIds(_Page):
 
     train: _Count
     validation: _Count
-    test: _Count | None = None
+    test: _Count = 0  # may be absent, where there is no such split, but not null
 
 
 class DatasetManifest(_Page):

@@ -20,6 +20,7 @@ from indraquantum.data.records import (
     check_text_column,
     json_records,
     kind_of,
+    samples_have,
     source_files,
     table_rows,
     wrong_text,
@@ -112,17 +113,18 @@ def alpaca_samples(
                     continue
                 if sample is None:
                     continue
-                renamed.update(_renamed(record))
+                if _conversation(record) is None:
+                    renamed.update(_renamed(record))
                 if NO_INPUT.fullmatch(sample.input.strip()):
                     inputs_none += 1
                     sample = sample._replace(input="") if empty_noinput else sample
                 samples += 1
                 yield sample
     for (role, found), count in renamed.items():
-        reading.note(f"{count:,} samples have their {role} in {found!r}")
+        reading.note(f"{samples_have(count)} their {role} in {found!r}")
     if inputs_none:
-        done = "emptied" if empty_noinput else "kept as they are; --empty-noinput empties them"
-        reading.note(f"{inputs_none:,} samples have an input that says there is none, such as <noinput>: {done}")
+        done = "emptied" if empty_noinput else "kept as it is; --empty-noinput empties it"
+        reading.note(f"{samples_have(inputs_none)} an input that says there is none, such as <noinput>: {done}")
     if not samples:
         raise reading.nothing(name, "instruction")
 
@@ -158,8 +160,7 @@ def _sample(number: int, item: Any, reading: Reading, conversations: str) -> Alp
     """Read an item: a sample, what is wrong with it, or None where it is left out; count what is not used."""
     if not isinstance(item, dict):
         return f"item {number} must be an object with instruction and output; {kind_of(item)}"
-    talk = next((name for name in CONVERSATIONS if isinstance(item.get(name), list)), None)
-    if talk and None in (_found(item, "instruction"), _found(item, "output")):
+    if talk := _conversation(item):
         if conversations == "refuse":
             return f"item {number} is a conversation ({talk!r}); --conversations single reads those of a single turn"
         turns = _turns(item[talk])
@@ -190,6 +191,13 @@ def _sample(number: int, item: Any, reading: Reading, conversations: str) -> Alp
     return texts
 
 
+def _conversation(item: dict[str, Any]) -> str | None:
+    """The name of an item's list of messages; None where it has instruction and output themselves."""
+    if None not in (_found(item, "instruction"), _found(item, "output")):
+        return None
+    return next((name for name in CONVERSATIONS if isinstance(item.get(name), list)), None)
+
+
 def _found(item: dict[str, Any], role: str) -> str | None:
     """The name under which an item has the text of a role; the first that is not empty, for the input."""
     there = [name for name in NAMES[role] if item.get(name) is not None or (name == role and name in item)]
@@ -213,7 +221,11 @@ def _turns(messages: list[Any]) -> list[tuple[str, str]] | str:
     for place, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             return f"message {place} must be an object with role and content, or from and value; {kind_of(message)}"
-        role, text = (message.get(new, message.get(old)) for new, old in (("role", "from"), ("content", "value")))
+        # A table of both forms has all four names in every message, two of them with null.
+        role, text = (
+            next((message[name] for name in names if message.get(name) is not None), None)
+            for names in (("role", "from"), ("content", "value"))
+        )
         if reason := wrong_text(text):
             return f"message {place} must have a text 'content' or 'value'; {reason}"
         turns.append((ROLES.get(str(role).lower(), str(role)), text))

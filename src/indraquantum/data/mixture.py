@@ -19,7 +19,7 @@ from indraquantum.data.held_out import TRAIN, VALIDATION, Keys, hold_out, text_k
 from indraquantum.data.instructions import AlpacaSample, alpaca_samples, local_instructions
 from indraquantum.data.large import chunks
 from indraquantum.data.prompt import format_alpaca
-from indraquantum.data.records import Reading, is_text
+from indraquantum.data.records import Reading, counted, is_text
 from indraquantum.data.sources import TextSource, is_heading, open_text, text_documents
 from indraquantum.errors import UserError, all_or_missing
 
@@ -288,7 +288,8 @@ def _hold_out(first: SourceOption, drawn: list[DrawnSource], keys: list[Keys]) -
     parts = hold_out(used)
     if not any((of_source == VALIDATION).any() for of_source in parts):
         allowed = "must give 2 different documents that share no paragraph, 1 of them to be held out"
-        raise UserError(first.field, first.path, allowed)
+        found = counted(sum(len(of_source.documents) for of_source in keys), "document")
+        raise UserError(first.field, first.path, "; ".join([allowed, f"it gives {found}", *drawn[0].reading.notes]))
     for source, once in zip(drawn, parts, strict=True):
         repeated = source.numbers[1:] == source.numbers[:-1]
         repeated = np.concatenate([[False], repeated]) if len(source.numbers) else np.zeros(0, dtype=bool)

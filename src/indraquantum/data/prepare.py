@@ -33,6 +33,7 @@ from indraquantum.data.mixture import (
 )
 from indraquantum.data.packing import pack
 from indraquantum.data.padded import checksum_path, write_checksum, write_padded
+from indraquantum.data.records import readable
 from indraquantum.data.scratch import scratch_folder
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
@@ -272,7 +273,7 @@ def _encode(
         tokens=tokens,
         padding_share=shares.padding,
         cut_share=shares.cut,
-        unused_fields=dict(drawn.reading.unused_fields),
+        unused_fields={readable(name): count for name, count in drawn.reading.unused_fields.items()},
         left_out=dict(drawn.reading.left_out),
         notes=tuple(drawn.reading.notes),
     )

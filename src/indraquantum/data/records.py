@@ -6,7 +6,7 @@ import glob
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,16 +45,40 @@ class Reading:
         """Raise UserError for a wrong record of the file `path`, or note it where such records are skipped."""
         if not self.skip:
             raise UserError(self.field, path, reason)
-        self.skipped.append({"file": str(path), "reason": reason})
+        self.skipped.append({"file": readable(str(path)), "reason": readable(reason)})
 
     def nothing(self, name: str, wanted: str) -> UserError:
         """The error for a source without one `wanted`; it says what was wrong with the first record, if any was."""
-        first = f"; {len(self.skipped):,} records are wrong, first: {self.skipped[0]['reason']}" if self.skipped else ""
-        return UserError(self.field, name, f"must hold at least one {wanted}{first}")
+        told = ""
+        if self.left_out:
+            told = f"; left out {listed(self.left_out)}"
+        if self.skipped:
+            told += f"; {counted(len(self.skipped), 'wrong record')}, first: {self.skipped[0]['reason']}"
+        return UserError(self.field, name, f"must hold at least one {wanted}{told}")
 
     def note(self, sentence: str) -> None:
         """Say something about how the source is read, once."""
-        self.notes[sentence] = None
+        self.notes[readable(sentence)] = None
+
+
+def counted(number: int, what: str) -> str:
+    """A number and what it counts, in the singular where it is one."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def samples_have(number: int) -> str:
+    """The beginning of a sentence on so many samples."""
+    return f"{counted(number, 'sample')} {'has' if number == 1 else 'have'}"
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Counts of several kinds, in words."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+
+
+def readable(text: str) -> str:
+    """`text` on one line, and with escapes for what can't be shown or stored, such as a name that is no UTF-8."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def source_files(field: str, name: str, suffixes: tuple[str, ...], remedy: str, reading: Reading) -> list[Path]:
@@ -92,7 +116,7 @@ def _folder_files(field: str, folder: Path, suffixes: tuple[str, ...], remedy: s
         try:
             return _saved_dataset(field, folder, reading)
         except (KeyError, TypeError, AttributeError) as error:
-            allowed = f"is no whole folder of datasets' save_to_disk ({type(error).__name__}: {error}); {remedy}"
+            allowed = f"is not a complete folder of datasets' save_to_disk ({type(error).__name__}: {error}); {remedy}"
             raise UserError(field, folder, allowed) from None
     visible = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     found = [file for file in visible if file.suffix in suffixes]
@@ -161,11 +185,12 @@ def text_lines(field: str, path: Path, reading: Reading) -> Iterator[tuple[int, 
 def json_records(field: str, path: Path, reading: Reading) -> Iterator[Any]:
     """Yield the records of a JSON file: the items of a list, or an object a line, whatever the file's ending says.
 
-    A file of an object a line is read line by line, any other as a whole.
+    A file of an object a line is read line by line, any other as a whole. A file that can't be read as a whole, but
+    has an object in its second line, has a wrong first line.
     """
-    first = _first_line(field, path).strip()
-    if first.startswith(b"[") or (path.suffix == ".json" and not _is_object(first)):
-        values = _json_values(field, path, only_list=path.suffix == ".jsonl")
+    first, second = _first_lines(field, path)
+    if first.startswith(b"[") or (not _is_object(first) and (path.suffix == ".json" or first.startswith(b"{"))):
+        values = _json_values(field, path, in_doubt_lines=path.suffix == ".jsonl" or _is_object(second))
         if values is not None:
             yield from values
             return
@@ -174,24 +199,23 @@ def json_records(field: str, path: Path, reading: Reading) -> Iterator[Any]:
             continue
         try:
             item = json.loads(line)
-        except ValueError as error:
-            reading.add(path, _json_reason(error, number))
-        except RecursionError as error:
+        except (ValueError, RecursionError) as error:
             reading.add(path, _json_reason(error, number))
         else:
             yield item
 
 
-def _first_line(field: str, path: Path) -> bytes:
-    """The first line that is not blank, or its beginning."""
+def _first_lines(field: str, path: Path) -> list[bytes]:
+    """The first two lines that are not blank, or their beginnings; empty ones where there are fewer."""
+    found: list[bytes] = []
     try:
         with open(path, "rb") as file:
-            while line := file.readline(MAX_LINE_BYTES):
+            while len(found) < 2 and (line := file.readline(MAX_LINE_BYTES)):
                 if line := line.removeprefix(b"\xef\xbb\xbf").strip():
-                    return line
+                    found.append(line)
     except OSError as error:
         raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
-    return b""
+    return [*found, b"", b""][:2]
 
 
 def _is_object(line: bytes) -> bool:
@@ -201,11 +225,11 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _json_values(field: str, path: Path, only_list: bool) -> list[Any] | None:
+def _json_values(field: str, path: Path, in_doubt_lines: bool) -> list[Any] | None:
     """The items of a file that is one list, or the values of one that has several, one behind the other.
 
     Returns:
-        The items; None where `only_list` is set and the file is no single list.
+        The items; None where `in_doubt_lines` is set and the file is neither one list nor objects alone.
     """
     text = read_text(field, path)
     decoder, place, values = json.JSONDecoder(), 0, []
@@ -217,19 +241,20 @@ def _json_values(field: str, path: Path, only_list: bool) -> list[Any] | None:
                 value, place = decoder.raw_decode(text, place)
                 values.append(value)
     except (ValueError, RecursionError) as error:
-        if only_list:
+        if in_doubt_lines:
             return None
         raise UserError(field, path, _json_reason(error)) from None
     if len(values) == 1 and isinstance(values[0], list):
         return values[0]
-    return None if only_list else values
+    return None if in_doubt_lines and not all(isinstance(value, dict) for value in values) else values
 
 
 def _json_reason(error: Exception, line: int | None = None) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"must be JSON; {error.msg} (line {line or error.lineno})"
-    where = f" (line {line})" if line else ""  # nested a thousand deep; an integer of thousands of digits
-    return f"must be JSON of records; {type(error).__name__}{where}"
+        return f"must be JSON; {error.msg.removesuffix(' at')} (line {line or error.lineno})"
+    where = f" (line {line})" if line else ""
+    reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+    return f"must be JSON of records; {reason}{where}"
 
 
 def read_text(field: str, path: Path) -> str:
@@ -297,10 +322,11 @@ def check_text_column(field: str, path: Path, schema: pyarrow.Schema, name: str)
     """Check that a column holds text.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it holds something else, or is there twice.
     """
     import pyarrow
 
+    _once(field, path, schema, [name])
     kind = schema.field(name).type
     value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     tests = ("is_string", "is_large_string", "is_string_view", "is_null")

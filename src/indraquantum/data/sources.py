@@ -8,6 +8,7 @@ what it was shown.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,6 +40,9 @@ SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
 REMEDY = "give a .txt, .tokens, .raw, .jsonl, .json, .parquet or .arrow file, or a folder of them"
 # What public files put between two documents. Found alone on a line, it separates them; no document is the marker.
 MARKERS = ("<|endoftext|>", "<|end_of_text|>", "<|endofdoc|>", "<|eos|>", "<eos>", "</s>", "[EOS]")
+_SPECIAL = "|".join(re.escape(marker) for marker in MARKERS if marker.startswith("<|"))
+# Where a marker joins two texts it touches both. In a text about markers, spaces or quotes stand beside it.
+JOINS = re.compile(rf"""[^\s"'`(\[{{<]({_SPECIAL})\w""")
 BLANK_LINE = "blank-line"
 BLOCK_BYTES = 1 << 16  # searched at once
 END = None  # in a stream of lines: a document ends here
@@ -101,7 +105,7 @@ def _marker(source: TextSource, path: Path) -> str | None:
     """The first of MARKERS that separates the documents of a file, or None."""
     if path.suffix in TEXT_SUFFIXES:
         return _marker_of_file(path)
-    return next(filter(None, map(_marker_at_an_end, _records(source, path, Reading("", skip=True)))), None)
+    return next(filter(None, map(_marker_in, _records(source, path, Reading("", skip=True)))), None)
 
 
 def _marker_of_file(path: Path) -> str | None:
@@ -109,7 +113,9 @@ def _marker_of_file(path: Path) -> str | None:
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
             is_long = b"\n" not in block and (is_long or len(tail) > BLOCK_BYTES)
-            if is_long:  # no marker begins a line here, but one may end it
+            if is_long:  # no marker begins a line here, but one may end it or stand inside
+                if b"<|" in tail + block and (found := JOINS.search((tail + block).decode(errors="replace"))):
+                    return found[1]
                 tail = b"." + block[-1024:]
                 continue
             lines, newline, tail = (tail + block).rpartition(b"\n")
@@ -122,15 +128,17 @@ def _marker_of_lines(lines: bytes) -> str | None:
     if not any(marker.encode() in lines for marker in MARKERS):
         return None
     texts = (line.decode("utf-8-sig", errors="replace") for line in lines.split(b"\n"))
-    return next(filter(None, map(_marker_at_an_end, texts)), None)
+    return next(filter(None, map(_marker_in, texts)), None)
 
 
-def _marker_at_an_end(text: str) -> str | None:
-    """The marker that a text is; or with which it begins or ends, if it is one that no text has by chance."""
+def _marker_in(text: str) -> str | None:
+    """The marker that a text is; or which begins, ends or joins it, if it is one that no text has by chance."""
     text = text.strip()
-    return next(
-        (m for m in MARKERS if text == m or (_is_special(m) and (text.startswith(m) or text.endswith(m)))), None
-    )
+    for marker in MARKERS:
+        if text == marker or (_is_special(marker) and (text.startswith(marker) or text.endswith(marker))):
+            return marker
+    found = JOINS.search(text)
+    return found[1] if found else None
 
 
 def _is_special(separator: str) -> bool:
@@ -165,6 +173,9 @@ def text_documents(source: TextSource, reading: Reading) -> Iterator[str]:
         raise reading.nothing(source.name, "paragraph that is no heading")
     yield first
     yield from documents
+    separators = set(source.separators.values()) - {None, BLANK_LINE}
+    if separators and not reading.left_out["separators"]:
+        reading.note(f"{separators.pop()!r} separates nothing: it is nowhere in it")
 
 
 def _lines(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
@@ -213,7 +224,8 @@ def _with_ends(source: TextSource, path: Path, reading: Reading) -> Iterator[str
             parts = _parted(line, separator)
             yield parts[0]
             for part in parts[1:]:
-                reading.left_out["separators"] += separator != BLANK_LINE
+                if separator != BLANK_LINE:
+                    reading.left_out["separators"] += 1
                 yield END
                 yield part
         if len(lines) > 1:
@@ -293,20 +305,24 @@ def _records(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
 
 
 def _table_texts(field: str, path: Path, reading: Reading) -> Iterator[str]:
+    import pyarrow
+
     others: list[str] = []
 
     def only_text(schema: pyarrow.Schema) -> list[str]:
         if "text" not in schema.names:
-            raise UserError(field, path, f"must have a column 'text'; it has {', '.join(schema.names)}")
+            raise UserError(field, path, f"must have a column 'text'; it has {', '.join(schema.names) or 'none'}")
         check_text_column(field, path, schema, "text")
-        others.extend(name for name in schema.names if name != "text")
+        named = zip(schema.names, schema.types, strict=True)
+        others.extend(name for name, kind in named if name != "text" and not pyarrow.types.is_null(kind))
         return ["text"]
 
     rows = 0
     for row in table_rows(field, path, only_text):
         rows += 1
         yield row["text"] or ""
-    reading.unused_fields.update(dict.fromkeys(others, rows))
+    if rows:
+        reading.unused_fields.update(dict.fromkeys(others, rows))
 
 
 def _hub_files(field: str, name: str, remedy: str) -> list[Path]:

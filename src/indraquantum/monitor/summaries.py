@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from indraquantum.data.instructions import ABOUT
 from indraquantum.data.prepare import PrepareReport, SourceReport
+from indraquantum.data.records import counted, listed, samples_have
 from indraquantum.teacher.capture import CaptureReport
+
+FIELDS_TOLD = 10  # of a source, those that are not used
 
 
 def prepare_summary(report: PrepareReport) -> str:
@@ -12,16 +15,18 @@ def prepare_summary(report: PrepareReport) -> str:
     lines = [f"note: {note}" for note in report.notes]
     for source in report.sources:
         lines += [f"note: {source.name}: {note}" for note in source.notes]
+        unused = [(name, count) for name, count in source.unused_fields.items() if name not in ABOUT]
         lines += [
-            f"note: {source.name}: {_samples_have(count)} a field {name!r} that is not used"
-            for name, count in source.unused_fields.items()
-            if name not in ABOUT
+            f"note: {source.name}: {samples_have(count)} a field '{name}' that is not used"
+            for name, count in unused[:FIELDS_TOLD]
         ]
+        if len(unused) > FIELDS_TOLD:
+            more = counted(len(unused) - FIELDS_TOLD, "more field")
+            lines.append(f"note: {source.name}: {more} not used; manifest.json lists them")
         if about := [name for name in source.unused_fields if name in ABOUT]:
             lines.append(f"note: {source.name}: fields that are not used: {', '.join(about)}")
         if source.left_out:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in source.left_out.items())
-            lines.append(f"note: {source.name}: left out {kinds}")
+            lines.append(f"note: {source.name}: left out {listed(source.left_out)}")
         lines.append(
             f"{source.name}: {source.documents:,} of {source.available:,} samples, {source.tokens:,} tokens; "
             f"{_copies(source)}; "
@@ -30,7 +35,8 @@ def prepare_summary(report: PrepareReport) -> str:
             f"{source.padding_share:.0%} of the positions are padding and {source.cut_share:.0%} of the tokens cut off"
         )
     if report.skipped:
-        lines.append(f"skipped: {report.skipped:,} wrong records, listed in {report.folder / 'skipped.jsonl'}")
+        skipped = counted(report.skipped, "wrong record")
+        lines.append(f"skipped: {skipped}, listed in {report.folder / 'skipped.jsonl'}")
     lines += [
         f"packed: {report.rows:,} rows of {report.row_length}, {report.tokens:,} tokens, {report.fill:.1%} filled; "
         f"validation {report.validation_rows} rows, {report.validation_tokens:,} tokens; "
@@ -40,13 +46,9 @@ def prepare_summary(report: PrepareReport) -> str:
     return "\n".join(lines)
 
 
-def _samples_have(count: int) -> str:
-    return "1 sample has" if count == 1 else f"{count:,} samples have"
-
-
 def _copies(source: SourceReport) -> str:
     near = "" if source.near_duplicates is None else f" and {source.near_duplicates - source.duplicates:,} near"
-    return f"{source.duplicates:,} exact{near} duplicates"
+    return counted(source.duplicates, f"exact{near} duplicate")
 
 
 def capture_summary(report: CaptureReport) -> str:
