@@ -32,14 +32,18 @@ def random_signals(positions, draws, seed):
     draw = np.random.default_rng(seed)
     tokens = np.sort(draw.zipf(1.3, (positions, draws)) % VOCABULARY, axis=1)
     found = [np.unique(row, return_counts=True) for row in tokens]
-    logprob = -draw.random(positions, np.float32)
+    confidence = 1 - draw.random(positions, np.float32) * np.float32(1 - 1 / VOCABULARY)
+    rest = np.maximum(1 - confidence, np.float32(1e-6))
+    least = -np.log(confidence)
+    most = confidence * least - rest * np.log(rest / (VOCABULARY - 1))
+    logprob = -least - draw.random(positions, np.float32)
     logprob[::5] = np.nan
     return PositionSignals(
         ids_M=np.concatenate([ids for ids, _ in found]),
         amounts_M=np.concatenate([counts for _, counts in found]),
         ids_per_position_N=np.array([len(ids) for ids, _ in found]),
-        entropy_N=draw.random(positions, np.float32) * np.float32(np.log(VOCABULARY)),
-        confidence_N=1 - draw.random(positions, np.float32) * np.float32(1 - 1 / VOCABULARY),
+        entropy_N=least + draw.random(positions, np.float32) * (most - least),
+        confidence_N=confidence,
         next_logprob_N=logprob,
         temperature_entropy_N=draw.random(positions, np.float32) * np.float32(np.log(VOCABULARY)),
     )
@@ -279,6 +283,10 @@ IMPOSSIBLE = {
     "twice": ("packed", other_entry(1, lambda n, entries: (entries[0] >> COUNT << COUNT) + n % 64), "above the last"),
     "never drawn": ("packed", other_entry(0, lambda n, _: n >> COUNT << COUNT), "count is 0, which must be from 1 to"),
     "drawn too often": ("packed", other_entry(0, lambda n, _: n | 63), "count is 63, which must be from 1 to 50"),
+    "less than -log c": ("entropy", lambda entropy: entropy * 0, r"entropy is 0, which must be at least .* confidence"),
+    "more than the rest": ("confidence", lambda c: c * 0 + 1, r"entropy is .* must be at most 0.01.* confidence 1$"),
+    "likelier than c": ("next_logprob", lambda p: p * 0, "next_logprob is (-)?0, which must be at most -.* confidence"),
+    "another sum": ("entropy", lambda entropy: entropy * 0.99, "entropy sums to .*, which must be the manifest's"),
     "too few draws": ("packed", other_entry(0, lambda n, _: n ^ 1), r"sum of a position's counts is (49|51), which"),
 }
 
@@ -291,6 +299,25 @@ def test_sealed_signals_that_no_teacher_can_have_given_are_refused_by_name(tmp_p
         UserError, match=rf"^--signals: got .*train-2.safetensors; holds impossible signals: .*{message}"
     ):
         verify_signals("--signals", tmp_path / "s", dataset_stub())
+
+
+@pytest.mark.parametrize(
+    ("sums", "message"),
+    [
+        ({"ids": 3}, "ids_per_position sums to .* the manifest's 3$"),
+        ({"confidence": -5.0}, "confidence sums to .* the manifest's -5.0$"),
+        ({"label_logprob_nats": 5.0}, "next_logprob sums to .* the manifest's 5.0$"),
+        ({"entropy_nats": None}, "entropy sums to .* the manifest's None$"),
+    ],
+)
+def test_totals_that_are_not_the_shards_are_refused(tmp_path, sums, message):
+    write_signals(tmp_path)
+    page = read_manifest("--signals", tmp_path)
+    first, *others = page.shards
+    changed = first.model_copy(update={"sums": first.sums.model_copy(update=sums)})
+    write_manifest(tmp_path, page.model_copy(update={"shards": (changed, *others)}))
+    with pytest.raises(UserError, match=message):
+        verify_signals("--signals", tmp_path, dataset_stub())
 
 
 @pytest.mark.parametrize("name", ["no probability", "below zero", "tempered", "drawn too often"])
@@ -307,7 +334,7 @@ def kept_signals(kind, ids, probs):
     count = 20
     return PositionSignals(
         np.tile(ids, count), np.tile(np.float32(probs), count), np.full(count, len(ids)),
-        *np.full((4, count), 0.5, np.float32) * np.array([[1], [1], [-1], [1]], np.float32),
+        *np.ones((4, count), np.float32) * np.array([[0.9], [0.5], [-0.9], [0.5]], np.float32),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from indraquantum.teacher.signals import Shard
 
 _SLACK = 2.0**-10  # by which float16 may round a figure past its range; subnormal numbers by less than 1e-7
+_TINY = 1e-7
 _ENTRIES_AT_ONCE = 1 << 15  # stay in the cache: twice as fast as a million
 
 
@@ -42,13 +43,15 @@ def figure_ranges(identity: Identity) -> dict[str, Range]:
     size = identity.vocabulary_size
     entropy = Range(-_SLACK, float(np.log(size)) * (1 + _SLACK) + _SLACK)
     # A server's probabilities are over its own vocabulary, which may be larger.
-    confidence = Range(0.0 if identity.served else (1 - _SLACK) / size - 1e-7, 1.0)
+    confidence = Range(0.0 if identity.served else (1 - _SLACK) / size - _TINY, 1.0)
     names = ("entropy", "entropy_low", "entropy_high", "temperature_entropy")
     return dict.fromkeys(names, entropy) | {"confidence": confidence, "next_logprob": _LOGPROB}
 
 
 def check_values(shard: Shard, entry: ShardEntry, manifest: Manifest) -> None:
-    """Check every figure and every entry of a shard: that each can be, and that the manifest counts them right.
+    """Check every figure and every entry of a shard: that each can be, and beside the others of its position.
+
+    The manifest must count and sum them right, too.
 
     Raises:
         UserError: naming the file, the tensor, the value and what is allowed.
@@ -72,6 +75,54 @@ def check_values(shard: Shard, entry: ShardEntry, manifest: Manifest) -> None:
         end = max(begin + 1, int(np.searchsorted(ends_N, first + _ENTRIES_AT_ONCE, "right")))
         _check_entries(shard, manifest, first, shard.ids_per_position[begin:end].astype(np.int64))
         begin, first = end, int(ends_N[end - 1])
+    if not manifest.served:  # a server's confidence is over its own vocabulary
+        _check_together(shard, manifest)
+    _check_sums(shard, entry)
+
+
+def _check_together(shard: Shard, identity: Identity) -> None:
+    """Check entropy and the label's log-probability against the confidence c, which bounds both.
+
+    No token is likelier than c, so the entropy is at least -log c. It is largest where all other tokens share the rest
+    equally.
+    """
+    names = ("confidence", "entropy", "next_logprob")
+    confidence_N, entropy_N, logprob_N = (shard.figures[name].astype(np.float64) for name in names)
+    high_N = np.minimum(confidence_N * (1 + _SLACK) + _TINY, 1)
+    rest_N = 1 - np.maximum(confidence_N * (1 - _SLACK) - _TINY, 1 / identity.vocabulary_size)
+    least_N = -np.log(high_N) * (1 - _SLACK) - _SLACK
+    most_N = -rest_N * np.log(rest_N / (identity.vocabulary_size - 1)) - (1 - rest_N) * np.log1p(-rest_N)
+    most_N = most_N * (1 + _SLACK) + _SLACK
+    logprob_most_N = np.log(high_N) * (1 - _SLACK) + _SLACK
+    for name, wrong_N, values_N, bound, bounds_N in (
+        ("entropy", entropy_N < least_N, entropy_N, "at least", least_N),
+        ("entropy", entropy_N > most_N, entropy_N, "at most", most_N),
+        ("next_logprob", logprob_N > logprob_most_N, logprob_N, "at most", logprob_most_N),
+    ):
+        if wrong_N.any():
+            place = int(wrong_N.argmax())
+            beside = f"beside confidence {confidence_N[place]:.6g}"
+            shard.refuse(f"{name} is {values_N[place]:.6g}, which must be {bound} {bounds_N[place]:.6g} {beside}")
+
+
+def _check_sums(shard: Shard, entry: ShardEntry) -> None:
+    """Check the manifest's totals; those of figures were taken before float16 rounded them."""
+    sums = entry.sums
+    if (ids := int(shard.ids_per_position.sum(dtype=np.int64))) != sums.ids:
+        shard.refuse(f"ids_per_position sums to {ids}, which must be the manifest's {sums.ids}")
+    low, high = sums.entropy_bounds_nats or (None, None)
+    stated = {
+        "entropy": sums.entropy_nats,
+        "entropy_low": low,
+        "entropy_high": high,
+        "confidence": sums.confidence,
+        "next_logprob": sums.label_logprob_nats,
+    }
+    for name in sorted(stated.keys() & shard.figures.keys()):
+        total = float(np.nansum(shard.figures[name], dtype=np.float64))
+        allowed = abs(total) * _SLACK + _TINY * entry.positions
+        if stated[name] is None or abs(total - stated[name]) > allowed:
+            shard.refuse(f"{name} sums to {total:.6g}, which must be the manifest's {stated[name]}")
 
 
 def _check_entries(shard: Shard, manifest: Manifest, first: int, counts_C: np.ndarray) -> None:
