@@ -138,8 +138,17 @@ def _flock(descriptor: int, kind: int) -> bool:
 
 
 def cache_folder() -> Path:
-    """Folder of what can be made or downloaded again: $INDRAQUANTUM_CACHE, or ~/.cache/indraquantum."""
-    return Path(os.environ.get("INDRAQUANTUM_CACHE") or Path.home() / ".cache" / "indraquantum")
+    """Folder of what can be made or downloaded again: $INDRAQUANTUM_CACHE, or ~/.cache/indraquantum.
+
+    Raises:
+        UserError: the variable is not set, and this user has no home folder.
+    """
+    if chosen := os.environ.get("INDRAQUANTUM_CACHE"):
+        return Path(chosen)
+    try:
+        return Path.home() / ".cache" / "indraquantum"
+    except RuntimeError:  # as in a container whose user has no entry in /etc/passwd
+        raise UserError("INDRAQUANTUM_CACHE", "nothing", "must name a folder: this user has no home folder") from None
 
 
 @contextlib.contextmanager
