@@ -130,6 +130,31 @@ def test_where_it_cannot_be_the_message_names_the_way(world, tmp_path, options, 
         load_checkpoint("", max(short.output.glob(start.rpartition("/")[2])))
 
 
+def test_going_back_to_a_shorter_length_leaves_nothing_that_is_ahead_of_the_metrics(world, tmp_path):
+    options = PLAIN | {"schedule": "constant"}
+    short = trained(world, tmp_path, **options, epochs=1)
+    before = lines_of(short)
+    long = trained(world, tmp_path, **options, epochs=2)
+    lines = lines_of(long)
+    with pytest.raises(UserError, match=f"it has done {2 * steps_per_epoch(world)} steps already"):
+        loop.train(short)
+    loop.train(short.model_copy(update={"resume": str(short.output / "checkpoint_v4_epoch_1.pt")}))
+    assert lines_of(short) == before
+    assert [path.name for path in short.output.glob("*.pt")] == ["checkpoint_v4_epoch_1.pt"]
+    loop.train(long)
+    assert lines_of(long) == lines
+
+
+def test_a_run_that_stopped_early_says_so_when_it_is_given_more_steps(world, tmp_path, capsys):
+    options = PLAIN | {"schedule": "constant", "learning_rate": 0.9, "patience": 1}
+    trained(world, tmp_path, **options, epochs=2)
+    capsys.readouterr()
+    longer = trained(world, tmp_path, **options, epochs=4)
+    last = longer.output / "checkpoint_v4_epoch_1.pt"
+    said = f"This run stopped early, by --patience; --start-from {last} --output NEW trains on from its weights.\n"
+    assert said in capsys.readouterr().out
+
+
 def test_the_way_that_is_named_trains_on(world, tmp_path):
     short = trained(world, tmp_path, epochs=1)
     last = short.output / "checkpoint_v4_epoch_1.pt"

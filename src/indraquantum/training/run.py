@@ -258,6 +258,8 @@ def resume(run: Run) -> bool:
     processes.first(lambda: _set_later_ones_aside(run, path))
     if not run.finished:
         print(f"Going on from step {run.step} of {run.total_steps}.")
+    elif run.step < run.total_steps:
+        print(f"This run stopped early, by --patience; --start-from {path} --output NEW trains on from its weights.")
     if run.total_steps != run.plan.planned_steps:
         print(f"The run was begun with {run.plan.planned_steps} steps: warm-up and loss weights keep to that length.")
     return True
@@ -285,7 +287,7 @@ def _set_later_ones_aside(run: Run, used: Path) -> None:
     later = (
         path
         for step, path in checkpoints_in(run.settings.output, run.plan.step_of_epoch)
-        if min(step, run.total_steps) > run.step and path.resolve() != used.resolve()
+        if step > run.step and path.resolve() != used.resolve()
     )
     set_aside(later)
 

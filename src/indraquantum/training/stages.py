@@ -141,11 +141,12 @@ class StagePlan:
         return stage.first_epoch + max(1, math.ceil((step - stage.first) / stage.steps_per_epoch))
 
     def step_of_epoch(self, epoch: int) -> int:
-        """The step at which `epoch`, from 1, ends."""
+        """The step at which `epoch`, from 1, ends; of an epoch after the last one, where it would end."""
         for stage in self.stages:
+            end = stage.first + (epoch - stage.first_epoch) * stage.steps_per_epoch
             if epoch <= stage.first_epoch + stage.epochs:
-                break
-        return min(stage.first + (epoch - stage.first_epoch) * stage.steps_per_epoch, stage.end)
+                return min(end, stage.end)
+        return end
 
 
 def rows_per_step(batch_tokens: int, row_length: int) -> int:
