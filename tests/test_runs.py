@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,8 +18,9 @@ from indraquantum.metrics import Line, MetricsLog
 from indraquantum.monitor import run_table
 from indraquantum.monitor.runs import all_runs, named_runs
 from indraquantum.training import loop
+from indraquantum.training.best import BestHeldOut
 from indraquantum.training.checkpoint import load_checkpoint
-from indraquantum.training.record import output_of_record
+from indraquantum.training.record import output_of_record, set_others_metrics_aside
 
 HELD_OUT = [{"wiki": 5.0, "all": 6.0}, {"wiki": 4.5, "all": 5.5}, {"wiki": 4.25, "all": 5.75}]
 
@@ -231,3 +233,14 @@ def test_a_run_in_a_copied_folder_continues_its_own_metrics(world, tmp_path, eva
 def test_a_damaged_record_is_nobodys_and_stops_no_run(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
     assert output_of_record(tmp_path) is None
+
+
+@pytest.mark.parametrize("line", [{"step": 6}, {"step": 6, "held_out": [1.0]}, {"step": 6, "held_out": None}])
+@pytest.mark.parametrize("best", [None, 2.5])
+def test_metrics_whose_lines_lack_figures_are_set_aside_as_another_runs(tmp_path, line, best):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    settings = SimpleNamespace(output=tmp_path / "run")
+    run = SimpleNamespace(best=BestHeldOut(best, 6), step=6, tokens=60, settings=settings)
+    set_others_metrics_aside(path, run, resumed=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl.set-aside-1"]

@@ -71,6 +71,19 @@ def test_after_a_kill_no_line_is_lost_and_none_is_there_twice(world, tmp_path, m
     assert [call[2]["tokens"] for call in calls[1:-1]] == [line["tokens"] for line in lines]
 
 
+@pytest.mark.parametrize("kind", ["wandb", "trackio"])
+def test_a_tracker_that_does_not_start_is_one_line_and_the_run_goes_on_without_it(world, tmp_path, monkeypatch, kind):
+    calls: list = []
+    package = fake_package(kind, calls)
+    monkeypatch.setattr(package, "init", lambda **options: {}["No API key\nconfigured"])
+    monkeypatch.setitem(sys.modules, kind, package)
+    with pytest.raises(
+        UserError, match=rf"^--log-to: got {kind}; must be a tracker that can start here \(.*\), or none"
+    ):
+        loop.train(settings(world, tmp_path, log_to=kind))
+    assert loop.train(settings(world, tmp_path)).steps == 3
+
+
 def test_only_numbers_are_tracked():
     metrics = {"step": 3, "ce": 1.5, "kd": None, "collapse": ["phase_rise"], "held_out": {"all": 2.5}, "on": True}
     assert numbers(metrics) == {"step": 3, "ce": 1.5, "held_out/all": 2.5}

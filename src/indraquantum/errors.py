@@ -53,6 +53,11 @@ class TrainingStopped(Exception):
     exit_status = 3
 
 
+def reason(error: Exception) -> str:
+    """What an error of another package says, short and on one line."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
 @contextlib.contextmanager
 def optional_package(field: str, value: object, package: str, install: str) -> Iterator[None]:
     """Import a package that is no dependency inside this: where it is missing, or broken, one line says what to do.
@@ -69,6 +74,7 @@ def optional_package(field: str, value: object, package: str, install: str) -> I
     try:
         yield
     except Exception as error:  # an installation that is broken, or a version that does not fit, raises anything
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        allowed = f"needs the package {package}, which can't be imported here ({reason}): pip install '{install}'"
+        allowed = (
+            f"needs the package {package}, which can't be imported here ({reason(error)}): pip install '{install}'"
+        )
         raise UserError(field, value, allowed) from None

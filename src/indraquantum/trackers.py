@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from indraquantum.errors import optional_package
+from indraquantum.errors import UserError, optional_package, reason
 
 PROJECT = "indraquantum"
 Kind = Literal["none", "tensorboard", "trackio", "wandb"]
@@ -108,9 +108,17 @@ def open_tracker(
         settings: what decides the run.
         step: the last step whose metrics are kept; None for a new run.
         history: the metrics up to `step`, read where they are needed.
+
+    Raises:
+        UserError: it can't start, or a line of the history is damaged.
     """
-    if kind == "tensorboard":
-        return TensorBoardTracker(folder, step)
-    if kind in ("trackio", "wandb"):
-        return WandbTracker(kind, folder, settings, history)
+    try:
+        if kind == "tensorboard":
+            return TensorBoardTracker(folder, step)
+        if kind in ("trackio", "wandb"):
+            return WandbTracker(kind, folder, settings, history)
+    except UserError:
+        raise
+    except Exception as error:  # nobody is logged in, nothing answers: each package has errors of its own
+        raise UserError("--log-to", kind, f"must be a tracker that can start here ({reason(error)}), or none") from None
     return NullTracker()

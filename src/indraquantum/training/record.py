@@ -51,7 +51,10 @@ def _are_of(path: Path, run: Run) -> bool:
     for line in checked_lines(path):
         if line.step == step:
             metrics = line.parse()
-            return metrics["tokens"] == run.tokens if best is None else (metrics["held_out"] or {}).get("all") == best
+            if best is None:
+                return metrics.get("tokens") == run.tokens
+            held_out = metrics.get("held_out")
+            return isinstance(held_out, dict) and held_out.get("all") == best
     return False
 
 
