@@ -38,10 +38,16 @@ class Processor:
         """As in `avx2-any-4`."""
         return f"{self.level}-{(self.onednn or 'any').lower()}-{self.threads}"
 
+    @property
+    def workers(self) -> int:
+        """Tests at once: where each has several threads, one (pytest's own process)."""
+        return 2 if self.threads == 1 else 0
+
     def environment(self) -> dict[str, str]:
         """This process's own, with what makes torch, oneDNN and the tests believe it."""
         rest = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
         isa = {"ONEDNN_MAX_CPU_ISA": self.onednn} if self.onednn else {}
+        rest["OMP_WAIT_POLICY"] = "passive"  # more threads than cores would wait for each other at full speed
         return rest | isa | {"ATEN_CPU_CAPABILITY": self.level, "INDRA_TEST_THREADS": str(self.threads)}
 
 
@@ -59,7 +65,7 @@ def own_level() -> str:
 def run(processor: Processor, arguments: list[str]) -> bool:
     """Run pytest as on `processor`, say how it went, and return whether all was well."""
     LOGS.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "not slow", "-n", "2", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "not slow", "-n", str(processor.workers), *arguments]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(command, env=processor.environment(), **output)
     (LOGS / f"{processor.name}.log").write_text(done.stdout, encoding="utf-8")
