@@ -26,6 +26,7 @@ from indraquantum.errors import UserError
 from indraquantum.evaluation.final import readings_path
 from indraquantum.evaluation.report import evaluate_checkpoint
 from indraquantum.evaluation.write import load_model, write_text
+from indraquantum.files import write_manifest_json
 from indraquantum.teacher.capture import capture
 from indraquantum.training.dry_run import dry_run
 from indraquantum.training.loop import train
@@ -168,8 +169,12 @@ def test_a_final_report_measures_every_run_once(world, data, tmp_path, capsys):
         measure_finally(bench, tasks, "")
     assert readings_path(data).read_text() == readings
     other = dict(final, runs={"wide-seed3": dict(final["runs"]["wide-seed3"], result_sha256="0" * 64)})
-    (tmp_path / "results" / "final.json").write_text(json.dumps(other))
+    del other["manifest_sha256"]
+    write_manifest_json(tmp_path / "results" / "final.json", other)
     with pytest.raises(UserError, match=r"final\.json; is of another run than wide-seed3\.json: remove it"):
+        read_final(tmp_path / "results")
+    (tmp_path / "results" / "final.json").write_text(json.dumps({name: final[name] for name in final if name != "runs"}))
+    with pytest.raises(UserError, match=r"final\.json; is damaged"):
         read_final(tmp_path / "results")
 
 

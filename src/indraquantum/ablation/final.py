@@ -19,7 +19,7 @@ from indraquantum.evaluation.figures import figures_by_source, predict
 from indraquantum.evaluation.final import read_test_split
 from indraquantum.evaluation.halves import bytes_by_source
 from indraquantum.evaluation.write import load_model
-from indraquantum.files import read_json, sha256_of, without_nan, write_json
+from indraquantum.files import check_manifest_json, read_json, sha256_of, without_nan, write_manifest_json
 from indraquantum.training.checkpoint import checkpoint_path
 from indraquantum.training.stages import plan_stages
 
@@ -54,7 +54,7 @@ def measure_finally(bench: Bench, tasks: list[Task], command: str) -> None:
             "result_sha256": sha256_of(task.result),
             "sources": {name: asdict(figures) for name, figures in sources.items()},
         }
-    write_json(path, without_nan({
+    write_manifest_json(path, without_nan({
         "format": FORMAT, "format_version": FORMAT_VERSION, "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": bench.dataset.content_sha256, "documents": reading.split.num_documents,
         "earlier_readings": list(reading.earlier), "runs": runs,
@@ -82,11 +82,12 @@ def read_final(folder: Path) -> Record | None:
     """The final figures of the runs in `folder`, or None where there are none.
 
     Raises:
-        UserError: the file is no such one, or of other runs than those that are there.
+        UserError: the file is damaged, no such one, or of other runs than those that are there.
     """
     path = folder / NAME
     if not path.exists():
         return None
+    check_manifest_json("results", path)
     found: Any = read_json("results", path)
     if not isinstance(found, dict) or (found.get("format"), found.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise UserError("results", path, f"must hold the final figures of a plan (format {FORMAT})")
