@@ -173,7 +173,8 @@ def test_a_final_report_measures_every_run_once(world, data, tmp_path, capsys):
     write_manifest_json(tmp_path / "results" / "final.json", other)
     with pytest.raises(UserError, match=r"final\.json; is of another run than wide-seed3\.json: remove it"):
         read_final(tmp_path / "results")
-    (tmp_path / "results" / "final.json").write_text(json.dumps({name: final[name] for name in final if name != "runs"}))
+    without_runs = {name: value for name, value in final.items() if name != "runs"}
+    (tmp_path / "results" / "final.json").write_text(json.dumps(without_runs))
     with pytest.raises(UserError, match=r"final\.json; is damaged"):
         read_final(tmp_path / "results")
 
