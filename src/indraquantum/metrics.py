@@ -22,7 +22,7 @@ from indraquantum.files import atomic_file, not_written, read_json
 from indraquantum.trackers import NullTracker
 
 RECORD_NAME = "run.json"  # beside the metrics: what the run is
-RECORD_KINDS = {"settings": dict, "total_steps": int | None, "finished": bool, "run_id": str | None}
+RECORD_KINDS = {"settings": dict, "total_steps": int | None, "finished": bool}
 RECORD_BYTES = 1 << 20  # none is ever as large
 FIELDS = {
     "step": "optimiser steps done; 0 is before training",
@@ -317,7 +317,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     record = read_json("--logs", path, at_most=RECORD_BYTES)
     if not isinstance(record, dict):
         raise UserError("--logs", path, "must be the record of a run, a JSON object")
-    record = {"settings": None, "total_steps": None, "finished": False, "run_id": None, **record}
+    record = {"settings": None, "total_steps": None, "finished": False, **record}
     for name, kind in RECORD_KINDS.items():
         if not isinstance(record[name], kind) or (name == "total_steps" and isinstance(record[name], bool)):
             raise UserError("--logs", path, f"must be the record of a run: its {name} is missing or wrong")
