@@ -20,7 +20,7 @@ import torch
 
 from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.split import Split
-from indraquantum.evaluation.write import load_model
+from indraquantum.inference.write import load_model
 from indraquantum.learner import to_tensors
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.teacher.teacher_model import Teacher, document_mask, find_teacher, load_teacher

@@ -31,8 +31,8 @@ from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Bench
 from indraquantum.config import AblateSettings, EvalSettings, TestSettings
 from indraquantum.errors import UserError
-from indraquantum.evaluation.report import evaluate_checkpoint
-from indraquantum.evaluation.write import write_text
+from indraquantum.inference.report import evaluate_checkpoint
+from indraquantum.inference.write import write_text
 from indraquantum.metrics import MetricsLog
 from indraquantum.training import loop
 

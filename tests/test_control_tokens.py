@@ -23,10 +23,10 @@ from indraquantum.data.inspect import describe, show_rows
 from indraquantum.data.prepare import prepare
 from indraquantum.data.tokenizer import load_tokenizer
 from indraquantum.errors import UserError
-from indraquantum.evaluation.export import export_checkpoint
-from indraquantum.evaluation.generate import generate_text
-from indraquantum.evaluation.report import evaluate_checkpoint
-from indraquantum.evaluation.write import load_model
+from indraquantum.inference.export import export_checkpoint
+from indraquantum.inference.generate import generate_text
+from indraquantum.inference.report import evaluate_checkpoint
+from indraquantum.inference.write import load_model
 from indraquantum.teacher.teacher_model import check_tokenizer, find_teacher
 from indraquantum.training.loop import train
 from indraquantum.training.pretrain_teacher import pretrain_teacher

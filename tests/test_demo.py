@@ -17,8 +17,8 @@ from nbclient import NotebookClient
 from indraquantum import cli
 from indraquantum.config import DemoSettings
 from indraquantum.demo import PROMPTS, run_demo
-from indraquantum.evaluation.generate import GeneratedText, TokenState
-from indraquantum.evaluation.write import print_states
+from indraquantum.inference.generate import GeneratedText, TokenState
+from indraquantum.inference.write import print_states
 from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,35 +1,64 @@
-"""Imports point downwards only, so that nothing below knows what is above."""
+"""Imports run one way: a folder, or a module beside it, imports from those below it, and there is no circle."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "indraquantum"
-# A module may import from its own level and from those before it.
+# A folder, or a module beside it, may import from those before its own line.
 LEVELS = (
-    {"config", "errors", "files", "memory", "strategy", "yaml_settings", "__init__"},
-    {"device", "metrics", "trackers", "processes", "progress", "smoothing"},
-    {"kernels", "model"},
-    {"data", "loss_v2"},
+    {"errors", "memory", "__init__"},
+    {"files", "yaml_settings", "processes", "trackers", "progress", "smoothing"},
+    {"config", "metrics"},
+    {"device", "strategy", "kernels"},
+    {"loss_v2"},
+    {"model", "data"},
     {"learner", "teacher"},
-    {"training", "evaluation", "monitor", "bench", "bench_step"},
-    {"demo", "ablation"},
-    {"cli", "__main__"},
+    {"evaluation", "monitor"},
+    {"training"},
+    {"inference", "bench"},
+    {"demo", "ablation", "bench_step"},
+    {"cli"},
+    {"__main__"},
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-# The model's forward computes its own loss when it is given labels, as transformers' models do.
-EXCEPTIONS = {("model/modeling.py", "loss_v2")}
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def imports_of(path: Path) -> list[str]:
+    """The modules of this package that the one at `path` imports, anywhere in it: `folder.module`."""
+    nodes = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom))
+    return [
+        name.removeprefix("indraquantum.") for node in nodes if (name := node.module or "").startswith("indraquantum.")
+    ]
+
+
+def own_name(path: Path) -> str:
+    """`folder.module` of the module at `path`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def require_no_circle(part: Callable[[str], str]) -> None:
+    """Fail, naming it, where imports between parts of the package lead back to where they began."""
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        own = part(own_name(path))
+        graph.setdefault(own, set()).update(part(name) for name in imports_of(path) if part(name) != own)
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_imports_point_downwards(path):
-    inside = path.relative_to(PACKAGE)
-    own = inside.parts[0].removesuffix(".py")
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("indraquantum."):
-            other = node.module.split(".")[1]
-            if (inside.as_posix(), other) not in EXCEPTIONS:
-                assert LEVEL_OF[other] <= LEVEL_OF[own], f"line {node.lineno} imports {node.module}"
+    own = own_name(path).split(".")[0]
+    for name in imports_of(path):
+        other = name.split(".")[0]
+        assert other == own or LEVEL_OF[other] < LEVEL_OF[own], f"{own} imports {name}"
+
+
+def test_no_circle_between_folders():
+    require_no_circle(lambda name: name.split(".")[0])

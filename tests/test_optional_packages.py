@@ -24,9 +24,9 @@ def test_whatever_an_import_raises_is_one_line(error, reason):
 @pytest.mark.parametrize("error", [MISSING, BROKEN])
 def test_the_harness_without_its_package_leaves_with_one_line(without_package, monkeypatch, capsys, error):
     without_package("lm_eval", error)
-    monkeypatch.delitem(sys.modules, "indraquantum.evaluation.lm_eval", raising=False)
+    monkeypatch.delitem(sys.modules, "indraquantum.inference.lm_eval", raising=False)
     with pytest.raises(SystemExit) as left:
-        runpy.run_module("indraquantum.evaluation.lm_eval", run_name="__main__")
+        runpy.run_module("indraquantum.inference.lm_eval", run_name="__main__")
     assert left.value.code == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1

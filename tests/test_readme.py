@@ -1,4 +1,4 @@
-"""What the README says is so: its tree is the tracked tree, its commands are commands, its links lead somewhere."""
+"""What the README says is so: its tree names the folders, its commands are commands, its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.star
 
 
 def tree_of(text: str) -> set[str]:
-    """Files that the README's tree names; folders end in / and indent what they hold by two blanks."""
-    files, folders = set(), []
+    """Folders that the README's tree names; two blanks indent what a folder holds."""
+    folders, path = set(), []
     for line in text.splitlines():
-        name = line.split()[0]
         depth = (len(line) - len(line.lstrip())) // 2
-        folders = folders[:depth]
-        if name.endswith("/"):
-            folders.append(name)
-        else:
-            files.add("".join(folders) + name)
-    return files
+        path = [*path[:depth], line.split()[0].rstrip("/")]
+        folders.add("/".join(path))
+    return folders
 
 
-def test_the_tree_is_the_tracked_tree():
+def test_the_tree_names_every_folder():
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:
         pytest.skip("not a git checkout")
-    (tree,) = [block for block in BLOCKS if "pyproject.toml" in block]
-    assert tree_of(tree) == {name for name in listing.stdout.split() if not name.startswith("results/")}
-    assert "\nresults/ " in tree
-    assert all(len(line.split(maxsplit=1)) == 2 for line in tree.splitlines()), "each line says what it is"
+    (tree,) = [block for block in BLOCKS if block.startswith("src/indraquantum/\n")]
+    parents = [Path(name).parent for name in listing.stdout.split()]
+    package = {parent for parent in parents if parent.parts[:2] == ("src", "indraquantum")}
+    others = {Path(parent.parts[0]) for parent in parents if parent.parts and parent.parts[0] not in ("src", ".ci")}
+    assert tree_of(tree) == {folder.as_posix() for folder in package | others}
+    for line in tree.splitlines()[1:]:
+        assert len(line.split(maxsplit=1)) == 2, f"{line}: must say what it is"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -18,7 +18,7 @@ from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import unigram_cross_entropy
-from indraquantum.evaluation.write import load_model
+from indraquantum.inference.write import load_model
 from indraquantum.learner import to_tensors
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.metrics import FIELDS, read_metrics

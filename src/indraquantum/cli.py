@@ -217,7 +217,7 @@ def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = Te
     checkpoint:
         A checkpoint_v4_epoch_N.pt that training wrote.
     """
-    from indraquantum.evaluation.write import write_text
+    from indraquantum.inference.write import write_text
 
     write_text(checkpoint, settings)
 
@@ -231,7 +231,7 @@ def evaluate(checkpoint: Path, /, *, settings: Annotated[EvalSettings, OPTIONS] 
     checkpoint:
         A checkpoint that training wrote.
     """
-    from indraquantum.evaluation.report import evaluate_checkpoint
+    from indraquantum.inference.report import evaluate_checkpoint
 
     evaluate_checkpoint(checkpoint, settings)
 
@@ -247,7 +247,7 @@ def export(checkpoint: Path, folder: Path, /) -> None:
     folder:
         A new folder.
     """
-    from indraquantum.evaluation.export import export_checkpoint
+    from indraquantum.inference.export import export_checkpoint
 
     export_checkpoint(checkpoint, folder)
     print(f"The model is in {folder}. After `import indraquantum`, AutoModelForCausalLM.from_pretrained loads it.")

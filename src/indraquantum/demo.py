@@ -29,8 +29,8 @@ from indraquantum.data.prepare import prepare
 from indraquantum.data.python_manual import write_manual_corpus
 from indraquantum.data.tokenizer_training import train_tokenizer
 from indraquantum.evaluation.held_out import perplexity, unigram_cross_entropy
-from indraquantum.evaluation.write import write_text
 from indraquantum.files import make_folder
+from indraquantum.inference.write import write_text
 from indraquantum.metrics import read_metrics
 from indraquantum.monitor.plots import save_overview
 from indraquantum.monitor.summaries import capture_summary, prepare_summary

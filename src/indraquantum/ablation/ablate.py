@@ -16,7 +16,7 @@ from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Bench, Task
 from indraquantum.config import AblateSettings
 from indraquantum.errors import UserError
-from indraquantum.evaluation.final import require_test_split
+from indraquantum.evaluation.test_split import require_test_split
 from indraquantum.files import folder_lock, make_folder
 
 

@@ -16,10 +16,10 @@ from indraquantum.ablation.tasks import Bench, Task
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
 from indraquantum.evaluation.figures import figures_by_source, predict
-from indraquantum.evaluation.final import read_test_split
 from indraquantum.evaluation.halves import bytes_by_source
-from indraquantum.evaluation.write import load_model
+from indraquantum.evaluation.test_split import read_test_split
 from indraquantum.files import check_manifest_json, read_json, sha256_of, without_nan, write_manifest_json
+from indraquantum.inference.write import load_model
 from indraquantum.training.checkpoint import checkpoint_path
 from indraquantum.training.stages import plan_stages
 

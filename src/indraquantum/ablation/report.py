@@ -15,8 +15,8 @@ from indraquantum.ablation.plots import PICTURES, Runs, save_picture
 from indraquantum.ablation.results import Record, read_results
 from indraquantum.ablation.sizes import FLOPS_FORMULA
 from indraquantum.errors import UserError
-from indraquantum.evaluation.samples import PROMPTS
 from indraquantum.files import atomic_file
+from indraquantum.inference.samples import PROMPTS
 
 FIGURES = {  # of a source: title, digits
     "cross_entropy": ("nats/token", 4),

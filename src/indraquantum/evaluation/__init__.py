@@ -1,1 +1,1 @@
-"""How good a model is, and what it writes."""
+"""What is measured on held-out text. Training looks at it; it knows nothing of training."""

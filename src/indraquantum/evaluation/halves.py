@@ -1,7 +1,7 @@
 """Two halves of the validation documents: choices look at one, tables are made on the other.
 
 This holds within one ablation: every plan on the same data has the same halves, so that what one plan's table taught is
-no news to the next plan's. For a figure that nothing has looked at there is the test split (final.py).
+no news to the next plan's. For a figure that nothing has looked at there is the test split (test_split.py).
 
 A document's half is decided by a hash of its text, so that neither order nor seed nor packing decides. A row may hold
 documents of both halves: positions are told apart by their document.

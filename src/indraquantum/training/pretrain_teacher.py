@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from indraquantum.config import TeacherSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
+from indraquantum.data.fast_tokenizer import save_tokenizer
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
-from indraquantum.evaluation.export import save_tokenizer
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import atomic_folder, make_folder, write_sums
 from indraquantum.kernels.measured import way_for

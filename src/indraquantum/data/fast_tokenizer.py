@@ -1,13 +1,7 @@
-"""A checkpoint as a folder that transformers reads: the command `indra export`.
+"""The dataset's tokenizer as transformers has it: the ids of `encode_prompt`, and a folder that AutoTokenizer reads.
 
-    import indraquantum    # tells the Auto classes what the folder holds
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(FOLDER)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-
-The tokenizer begins a text as in training, with BOS if there is one, and takes `</s>` within it for text. It has no
-padding token, like Llama's, and pads on the left, so that a batch of prompts can be continued.
+It begins a text as in training, with BOS if there is one, and takes `</s>` within it for text. It has no padding token,
+like Llama's, and pads on the left, so that a batch of prompts can be continued.
 """
 
 from __future__ import annotations
@@ -15,34 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from indraquantum.data.tokenizer import TextTokenizer
-from indraquantum.errors import UserError
-from indraquantum.evaluation.write import load_model
-from indraquantum.files import atomic_folder, make_folder, write_sums
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
-
-
-def export_checkpoint(path: Path, folder: Path) -> None:
-    """Write model and tokenizer of the checkpoint at `path` into `folder`, as a whole or not at all.
-
-    Raises:
-        UserError: `path` is no whole checkpoint, or `folder` holds anything already.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError("FOLDER", folder, "must be new or empty")
-    if folder.resolve() == Path.cwd():  # the whole folder is put in place of the old one
-        raise UserError("FOLDER", folder, "must not be the working folder")
-    model, tokenizer = load_model(path, torch.device("cpu"))
-    make_folder("FOLDER", folder.parent)
-    with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        save_tokenizer(tokenizer, temporary)
-        write_sums(temporary)
 
 
 def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:

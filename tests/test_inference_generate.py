@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from indraquantum.config import TestSettings
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
-from indraquantum.evaluation.generate import generate_text, uncertainty_nats
+from indraquantum.inference.generate import generate_text, uncertainty_nats
 from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
 
 BOS, EOS = 256, 257

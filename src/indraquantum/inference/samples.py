@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from indraquantum.config import TestSettings
 from indraquantum.data.prompt import format_alpaca
 from indraquantum.data.tokenizer import TextTokenizer
-from indraquantum.evaluation.generate import generate_text
+from indraquantum.inference.generate import generate_text
 from indraquantum.model.modeling import IndraQuantumPhase2
 
 PROMPTS = (

@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on a checkpoint, as its model `indraquantum`; pip install 'indraquantum[lm-eval]'.
 
-    python -m indraquantum.evaluation.lm_eval run --model indraquantum --model_args checkpoint=CHECKPOINT --tasks TASK
+    python -m indraquantum.inference.lm_eval run --model indraquantum --model_args checkpoint=CHECKPOINT --tasks TASK
 
 All options are the harness's own; only this module tells it of the model.
 """
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from indraquantum.data.fast_tokenizer import transformers_tokenizer
 from indraquantum.errors import UserError, optional_package
-from indraquantum.evaluation.export import transformers_tokenizer
-from indraquantum.evaluation.write import load_model
+from indraquantum.inference.write import load_model
 
 try:
-    with optional_package("python -m", "indraquantum.evaluation.lm_eval", "lm_eval", "indraquantum[lm-eval]"):
+    with optional_package("python -m", "indraquantum.inference.lm_eval", "lm_eval", "indraquantum[lm-eval]"):
         from lm_eval.api.instance import Instance
         from lm_eval.api.registry import register_model
         from lm_eval.models.huggingface import HFLM

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from indraquantum.config import TrainSettings
-from indraquantum.evaluation.write import load_model
+from indraquantum.inference.write import load_model
 from indraquantum.training.loop import train
 
 pytest.importorskip("lm_eval", reason="lm_eval is an extra")
@@ -47,7 +47,7 @@ def test_a_local_task_gives_the_models_own_figures(world, tmp_path, monkeypatch)
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from indraquantum.evaluation.lm_eval import IndraQuantumLM
+    from indraquantum.inference.lm_eval import IndraQuantumLM
 
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

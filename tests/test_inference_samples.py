@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from indraquantum.evaluation.samples import sample_figures
+from indraquantum.inference.samples import sample_figures
 
 
 def test_figures_by_hand():

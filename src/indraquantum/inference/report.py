@@ -19,10 +19,10 @@ from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
 from indraquantum.evaluation.figures import Alignment, Evaluation, evaluate
-from indraquantum.evaluation.final import read_test_split
 from indraquantum.evaluation.halves import bytes_by_source
-from indraquantum.evaluation.write import load_model
+from indraquantum.evaluation.test_split import read_test_split
 from indraquantum.files import check_new_file, without_nan, write_json
+from indraquantum.inference.write import load_model
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import put_in_force
 from indraquantum.model.modeling import IndraQuantumPhase2

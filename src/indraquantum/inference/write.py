@@ -13,7 +13,7 @@ from indraquantum.data.prompt import format_alpaca
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
-from indraquantum.evaluation.generate import GeneratedText, generate_text
+from indraquantum.inference.generate import GeneratedText, generate_text
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.strategy import Weights

@@ -23,10 +23,10 @@ from indraquantum.config import (
 from indraquantum.data import dataset as datasets
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
-from indraquantum.evaluation.final import readings_path
-from indraquantum.evaluation.report import evaluate_checkpoint
-from indraquantum.evaluation.write import load_model, write_text
+from indraquantum.evaluation.test_split import readings_path
 from indraquantum.files import write_manifest_json
+from indraquantum.inference.report import evaluate_checkpoint
+from indraquantum.inference.write import load_model, write_text
 from indraquantum.teacher.capture import capture
 from indraquantum.training.dry_run import dry_run
 from indraquantum.training.loop import train

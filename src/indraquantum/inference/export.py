@@ -1,0 +1,37 @@
+"""A checkpoint as a folder that transformers reads: the command `indra export`.
+
+import indraquantum    # tells the Auto classes what the folder holds
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)    # see data/fast_tokenizer.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from indraquantum.data.fast_tokenizer import save_tokenizer
+from indraquantum.errors import UserError
+from indraquantum.files import atomic_folder, make_folder, write_sums
+from indraquantum.inference.write import load_model
+
+
+def export_checkpoint(path: Path, folder: Path) -> None:
+    """Write model and tokenizer of the checkpoint at `path` into `folder`, as a whole or not at all.
+
+    Raises:
+        UserError: `path` is no whole checkpoint, or `folder` holds anything already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("FOLDER", folder, "must be new or empty")
+    if folder.resolve() == Path.cwd():  # the whole folder is put in place of the old one
+        raise UserError("FOLDER", folder, "must not be the working folder")
+    model, tokenizer = load_model(path, torch.device("cpu"))
+    make_folder("FOLDER", folder.parent)
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
+        write_sums(temporary)
