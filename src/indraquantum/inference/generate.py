@@ -1,30 +1,60 @@
 """Writes text with a model, and reads from the model's own state how sure it was of each token.
 
-The words are chosen by transformers' generate; what this project adds is the reading: confidence |c| and
-uncertainty phase/pi * ln V of the state that each token was drawn from.
+Tokens are drawn as transformers' generate draws them, to the same bits. The loop is written out here because importing
+transformers takes longer than a short text. What this project adds is the reading: confidence |c| and uncertainty
+phase/pi * ln V of the state that each token was drawn from.
 
-Legend: T positions of prompt and written text, W written tokens, V vocabulary.
+Legend: T positions of prompt and written text, W written tokens, D real width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from indraquantum.config import TestSettings
 from indraquantum.data.records import is_text
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
-from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.model.readout import wrapped_phase
+from indraquantum.model.shape import ModelShape
 
 GREEDY_BELOW = 1e-6  # a temperature at which the likeliest token is certain, and logits / temperature may overflow
 UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are not yet a whole character
+
+
+class Writer(Protocol):
+    """What can write text here: an InferenceModel or an IndraQuantumPhase2."""
+
+    config: ModelShape
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+
+    def lifted(self) -> AbstractContextManager[None]:
+        """Inside, the table is lifted once."""
+
+    def lift_table(self) -> Tensor:
+        """The lifted table (V, D)."""
+
+    def hidden_states(self, input_ids_BT: Tensor) -> Tensor:
+        """States (B, T, D)."""
+
+    def logits(self, states: Tensor, table_VD: Tensor) -> Tensor:
+        """Logits (..., V) of `states` (..., D) against the table."""
+
+    def amplitude(self, states: Tensor) -> Tensor:
+        """Complex readouts (...) of `states` (..., D)."""
+
+    def next_logits(self, ids_BT: Tensor, past: Any = None) -> tuple[Tensor, Any]:
+        """Logits (B, V) of the token after a text (B, T) or, with `past`, one more token of it; and the next `past`."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +83,7 @@ def uncertainty_nats(phase: Tensor, vocabulary_size: int) -> Tensor:
     return wrapped_phase(phase) / math.pi * math.log(vocabulary_size)
 
 
-def generate_text(
-    model: IndraQuantumPhase2, tokenizer: TextTokenizer, settings: TestSettings, prompt: str
-) -> GeneratedText:
+def generate_text(model: Writer, tokenizer: TextTokenizer, settings: TestSettings, prompt: str) -> GeneratedText:
     """Continue `prompt`.
 
     Args:
@@ -76,12 +104,10 @@ def generate_text(
         raise UserError("--prompt", ascii(prompt), "must not be empty: the model's documents begin with no BOS")
     _check_length(len(prompt_ids), model.config.max_position_embeddings, settings)
     ids_1T = torch.tensor([prompt_ids], device=model.device)
-    # transformers draws from the global generator; inside the fork that is ours alone.
+    # Tokens are drawn from the global generator; inside the fork that is ours alone.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        ids_1T = model.generate(
-            ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=_generation(tokenizer, settings)
-        )
+        ids_1T = _continued(model, ids_1T, settings, tokenizer.eos_id)
     texts = _token_texts(tokenizer, prompt_ids, ids_1T[0, len(prompt_ids) :].tolist())
     tokens = _read_states(model, ids_1T, texts) if settings.show_state else []
     return GeneratedText("".join(texts), tokens)
@@ -97,22 +123,34 @@ def _check_length(prompt_tokens: int, limit: int, settings: TestSettings) -> Non
         raise UserError("--max-new-tokens", settings.max_new_tokens, allowed)
 
 
-def _generation(tokenizer: TextTokenizer, settings: TestSettings) -> GenerationConfig:
-    common = {
-        "max_new_tokens": settings.max_new_tokens,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.eos_id,
-    }
+@torch.no_grad()
+def _continued(model: Writer, ids_1T: Tensor, settings: TestSettings, eos_id: int) -> Tensor:
+    """`ids_1T` (1, T) with what the model writes after it, EOS included where it comes to that."""
+    read_1T, past = ids_1T, None
+    with model.lifted():
+        for _ in range(settings.max_new_tokens):
+            logits_1V, past = model.next_logits(read_1T, past)
+            read_1T = _choose(logits_1V.float(), settings)
+            ids_1T = torch.cat([ids_1T, read_1T], dim=1)
+            if read_1T.item() == eos_id:
+                break
+    return ids_1T
+
+
+def _choose(logits_1V: Tensor, settings: TestSettings) -> Tensor:
+    """The next token (1, 1): drawn from what temperature, top-k and top-p leave, in this order, or the likeliest."""
     if settings.temperature < GREEDY_BELOW:
-        return GenerationConfig(do_sample=False, **common)
-    return GenerationConfig(
-        do_sample=True,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        **common,
-    )
+        return logits_1V.argmax(dim=-1, keepdim=True)
+    logits_1V = logits_1V / settings.temperature
+    if settings.top_k:
+        least = logits_1V.topk(min(settings.top_k, logits_1V.shape[-1])).values[:, -1:]
+        logits_1V = logits_1V.masked_fill(logits_1V < least, -math.inf)
+    if settings.top_p < 1:
+        sorted_1V, order_1V = logits_1V.sort()
+        unlikely_1V = sorted_1V.softmax(dim=-1).cumsum(dim=-1) <= 1 - settings.top_p
+        unlikely_1V[:, -1] = False  # the likeliest always stays
+        logits_1V = logits_1V.masked_fill(unlikely_1V.scatter(1, order_1V, unlikely_1V), -math.inf)
+    return torch.multinomial(logits_1V.softmax(dim=-1), num_samples=1)
 
 
 def _token_texts(tokenizer: TextTokenizer, prompt_ids: Sequence[int], written_ids: Sequence[int]) -> list[str]:
@@ -132,13 +170,13 @@ def _token_texts(tokenizer: TextTokenizer, prompt_ids: Sequence[int], written_id
     return texts
 
 
-def _read_states(model: IndraQuantumPhase2, ids_1T: Tensor, texts: Sequence[str]) -> list[TokenState]:
+@torch.no_grad()
+def _read_states(model: Writer, ids_1T: Tensor, texts: Sequence[str]) -> list[TokenState]:
     """Read the states that the last len(texts) tokens were drawn from, in one pass over the whole text."""
-    with torch.no_grad():
-        output = model(ids_1T[:, :-1], logits_to_keep=len(texts))
-    written_W1 = ids_1T[0, -len(texts) :, None]
-    probability_W = output.logits[0].float().softmax(-1).gather(-1, written_W1)[:, 0]
-    confidence_W = output.magnitude[0, -len(texts) :]
-    uncertainty_W = uncertainty_nats(output.phase[0, -len(texts) :], model.config.vocab_size)
-    rows = zip(texts, probability_W.tolist(), confidence_W.tolist(), uncertainty_W.tolist(), strict=True)
+    states_1TD = model.hidden_states(ids_1T[:, :-1])
+    logits_WV = model.logits(states_1TD[0, -len(texts) :], model.lift_table())
+    amplitude_W = model.amplitude(states_1TD)[0, -len(texts) :]
+    probability_W = logits_WV.float().softmax(-1).gather(-1, ids_1T[0, -len(texts) :, None])[:, 0]
+    uncertainty_W = uncertainty_nats(amplitude_W.angle(), model.config.vocab_size)
+    rows = zip(texts, probability_W.tolist(), amplitude_W.abs().tolist(), uncertainty_W.tolist(), strict=True)
     return [TokenState(*row) for row in rows]

@@ -22,10 +22,10 @@ from indraquantum.evaluation.figures import Alignment, Evaluation, evaluate
 from indraquantum.evaluation.halves import bytes_by_source
 from indraquantum.evaluation.test_split import read_test_split
 from indraquantum.files import check_new_file, without_nan, write_json
-from indraquantum.inference.write import load_model
+from indraquantum.inference.write import load_inference_model
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import put_in_force
-from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.learner import Learner
 from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest
 from indraquantum.teacher.signals import SignalStore, verify_signals
 
@@ -40,7 +40,7 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
     put_in_force(way_for(device))
     if settings.json_file is not None:
         check_new_file("--json-file", settings.json_file)
-    model, tokenizer = load_model(path, device, settings.weights)
+    model, tokenizer = load_inference_model(path, device, settings.weights)
     if settings.text is not None:
         if settings.split != "validation":
             raise UserError("--split", settings.split, "belongs to --data; a text file is one split")
@@ -86,7 +86,7 @@ def text_split(name: str, tokenizer: TextTokenizer, row_length: int) -> tuple[Sp
 
 
 def _evaluate_on_test(
-    model: IndraQuantumPhase2, path: Path, settings: EvalSettings, dataset: PreparedDataset, device: torch.device
+    model: Learner, path: Path, settings: EvalSettings, dataset: PreparedDataset, device: torch.device
 ) -> Evaluation:
     """The figures on the test split, whose reading is recorded; no teacher was asked about it."""
     if settings.signals is not None:

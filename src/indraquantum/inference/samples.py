@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from indraquantum.config import TestSettings
 from indraquantum.data.prompt import format_alpaca
 from indraquantum.data.tokenizer import TextTokenizer
-from indraquantum.inference.generate import generate_text
-from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.inference.generate import Writer, generate_text
 
 PROMPTS = (
     "The history of the city begins",
@@ -33,7 +32,7 @@ class Samples:
     repetition_4: float  # share of the runs of four words that stood earlier in the same text
 
 
-def write_samples(model: IndraQuantumPhase2, tokenizer: TextTokenizer) -> Samples:
+def write_samples(model: Writer, tokenizer: TextTokenizer) -> Samples:
     """Continue each of PROMPTS with `model`, in evaluation mode."""
     return sample_figures([generate_text(model, tokenizer, SETTINGS, prompt).text for prompt in PROMPTS])
 

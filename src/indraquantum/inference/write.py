@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
@@ -14,16 +15,21 @@ from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
 from indraquantum.inference.generate import GeneratedText, generate_text
-from indraquantum.model.configuration import IndraQuantumConfig
-from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.model.inference_model import InferenceModel
+from indraquantum.model.shape import ModelShape
 from indraquantum.strategy import Weights
 from indraquantum.training.checkpoint import Checkpoint, load_checkpoint
+
+if TYPE_CHECKING:
+    from indraquantum.model.modeling import IndraQuantumPhase2
+
+AnyModel = TypeVar("AnyModel")
 
 
 def load_model(
     path: Path, device: torch.device, weights: Literal["auto", "ema", "last"] = "auto"
 ) -> tuple[IndraQuantumPhase2, TextTokenizer]:
-    """The model and the tokenizer of a checkpoint, ready to write.
+    """The model and the tokenizer of a checkpoint, as transformers' classes take a model.
 
     Args:
         path: the checkpoint.
@@ -33,26 +39,57 @@ def load_model(
     Raises:
         UserError: `path` is no whole checkpoint, its weights don't fit its own configuration, or it has no average.
     """
-    return model_of(path, load_checkpoint("CHECKPOINT", path), device, weights)
+    from indraquantum.model.configuration import IndraQuantumConfig
+    from indraquantum.model.modeling import IndraQuantumPhase2
+
+    def build(state: dict[str, torch.Tensor]) -> IndraQuantumPhase2:
+        model = IndraQuantumPhase2(IndraQuantumConfig.from_dict(checkpoint.model_config))
+        model.load_state_dict(state)
+        return model.to(device).eval()
+
+    checkpoint = load_checkpoint("CHECKPOINT", path)
+    return _built(path, checkpoint, weights, build)
 
 
-def model_of(
+def load_inference_model(
+    path: Path, device: torch.device, weights: Literal["auto", "ema", "last"] = "auto"
+) -> tuple[InferenceModel, TextTokenizer]:
+    """As `load_model`, but quick to load and only to write and evaluate text with."""
+    return inference_model_of(path, load_checkpoint("CHECKPOINT", path), device, weights)
+
+
+def inference_model_of(
     path: Path, checkpoint: Checkpoint, device: torch.device, weights: Literal["auto", "ema", "last"] = "auto"
-) -> tuple[IndraQuantumPhase2, TextTokenizer]:
-    """As `load_model`, of a checkpoint that is read already; `path` is for the message.
+) -> tuple[InferenceModel, TextTokenizer]:
+    """As `load_inference_model`, of a checkpoint that is read already; `path` is for the message.
 
     Raises:
         UserError: its weights don't fit its own configuration, or it has no average.
     """
+
+    def build(state: dict[str, torch.Tensor]) -> InferenceModel:
+        return InferenceModel(ModelShape.from_values(checkpoint.model_config), state).to(device)
+
+    return _built(path, checkpoint, weights, build)
+
+
+def _built(
+    path: Path,
+    checkpoint: Checkpoint,
+    weights: Literal["auto", "ema", "last"],
+    build: Callable[[dict[str, torch.Tensor]], AnyModel],
+) -> tuple[AnyModel, TextTokenizer]:
+    """What `build` makes of the weights, and the tokenizer."""
     if weights == "ema" and not checkpoint.average:
         raise UserError("--weights", weights, "must be last or auto: the checkpoint keeps no average")
-    model = IndraQuantumPhase2(IndraQuantumConfig.from_dict(checkpoint.model_config))
     try:
-        model.load_state_dict(checkpoint.model if weights == "last" else checkpoint.model | checkpoint.average)
+        model = build(checkpoint.model if weights == "last" else checkpoint.model | checkpoint.average)
     except RuntimeError as error:
         raise UserError("CHECKPOINT", path, f"must hold weights of its own shape ({_mismatch(error)})") from None
+    except ValueError as error:
+        raise UserError("CHECKPOINT", path, f"must hold a model's shape ({_in_one_line(error)})") from None
     tokenizer = checkpoint.tokenizer
-    return model.to(device).eval(), TextTokenizer.from_json(tokenizer["json"], tokenizer["bos_id"], tokenizer["eos_id"])
+    return model, TextTokenizer.from_json(tokenizer["json"], tokenizer["bos_id"], tokenizer["eos_id"])
 
 
 def prompt_text(settings: TestSettings) -> str:
@@ -74,7 +111,7 @@ def write_text(path: Path, settings: TestSettings) -> GeneratedText:
     """Load the checkpoint at `path`, continue the prompt and print the result."""
     text = prompt_text(settings)
     checkpoint = load_checkpoint("CHECKPOINT", path)
-    model, tokenizer = model_of(path, checkpoint, choose_device(settings), settings.weights)
+    model, tokenizer = inference_model_of(path, checkpoint, choose_device(settings), settings.weights)
     generated = generate_text(model, tokenizer, settings, text)
     print(text + generated.text)
     if settings.show_state:
@@ -124,3 +161,7 @@ def print_states(generated: GeneratedText, aligned: set[str], highest_nats: floa
 
 def _mismatch(error: RuntimeError) -> str:
     return str(error).splitlines()[1].strip()
+
+
+def _in_one_line(error: ValueError) -> str:
+    return " ".join(str(error).split())[:200]

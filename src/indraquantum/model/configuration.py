@@ -6,42 +6,22 @@ else.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from indraquantum.config import ModelSettings
 from indraquantum.errors import UserError
+from indraquantum.model.shape import ModelShape
 
 
 @strict
-class IndraQuantumConfig(PreTrainedConfig):
-    """Sizes and variant of IndraQuantumPhase2; the fields mean what ModelSettings says."""
+class IndraQuantumConfig(ModelShape, PreTrainedConfig):
+    """The shape of IndraQuantumPhase2 and what transformers wants to know beside it."""
 
     model_type = "indraquantum"
     # What Trainer's compute_metrics gets is the logits alone, as of a Llama.
     keys_to_ignore_at_inference = ["past_key_values", "magnitude", "phase", "terms"]
 
-    vocab_size: int = 32_000
-    d_model: int = 128
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    intermediate_size: int = 688
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    attention_dropout: float = 0.0
-    projector: Literal["quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none"] = "quantum"
-    head: Literal["interference", "born"] = "interference"
-    readout: Literal["reference", "mean"] = "reference"
-    readout_references: int = 1
-    phase_spread: float = 0.02
-    magnitude: Literal["softplus", "exp", "linear"] = "linear"
-    table_std: float | None = None  # None: by the projector
-    residual: bool = False
-    ends: Literal["shared", "separate"] = "separate"
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = None
@@ -51,36 +31,8 @@ class IndraQuantumConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         """Fill what follows from other fields."""
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.projector == "none":
-            self.ends = "shared"
-        super().__post_init__(**kwargs)
-
-    def validate_architecture(self) -> None:
-        """Refuse sizes that no attention layer can have; transformers calls this on construction."""
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(
-                f"num_attention_heads: got {self.num_attention_heads}; must divide the width {self.hidden_size} "
-                "into even parts"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads: got {self.num_key_value_heads}; must divide num_attention_heads "
-                f"{self.num_attention_heads}"
-            )
-        if self.readout_references < 1:
-            raise ValueError(f"readout_references: got {self.readout_references}; must be at least 1")
-
-    @property
-    def hidden_size(self) -> int:
-        """Real width D of a state: twice the complex width, except in the plain control, which has one width."""
-        return self.d_model if self.projector == "none" else 2 * self.d_model
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        ModelShape.__post_init__(self)
+        PreTrainedConfig.__post_init__(self, **kwargs)
 
     def backbone(self) -> LlamaConfig:
         """Return the configuration of the Llama layers between projector and head."""

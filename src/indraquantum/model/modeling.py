@@ -31,11 +31,12 @@ from transformers.utils import can_return_tuple
 
 from indraquantum.files import NOT_ITS_SUM, SUMS_NAME, damaged_file
 from indraquantum.model.configuration import IndraQuantumConfig
-from indraquantum.model.head import HEADS, InterferenceHead
-from indraquantum.model.masks import additive, document_mask
+from indraquantum.model.core import QuantumCore
+from indraquantum.model.head import InterferenceHead
+from indraquantum.model.masks import additive
 from indraquantum.model.output import PASSED_ON, IndraQuantumOutput, unknown_argument
-from indraquantum.model.projector import PROJECTORS, LiftLinear, PhaseLinear, uniform_by_fan_in
-from indraquantum.model.readout import READOUTS, ReferenceReadout
+from indraquantum.model.projector import LiftLinear, PhaseLinear, uniform_by_fan_in
+from indraquantum.model.readout import ReferenceReadout
 from indraquantum.model.vocabulary import LiftedVocabulary
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _shifted(labels_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
     return shifted_BT.masked_fill((following_BT != segment_ids_BT) | (segment_ids_BT < 0), -100)
 
 
-class IndraQuantumPhase2(LiftedVocabulary, PreTrainedModel, GenerationMixin):
+class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, GenerationMixin):
     """A causal language model whose tokens are states with magnitude and phase.
 
     Args:
@@ -94,12 +95,8 @@ class IndraQuantumPhase2(LiftedVocabulary, PreTrainedModel, GenerationMixin):
     def __init__(self, config: IndraQuantumConfig) -> None:
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # so Trainer counts the labels that the shift leaves
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.projector = PROJECTORS[config.projector](config)
-        self.input_projector = PROJECTORS[config.projector](config) if config.ends == "separate" else None
-        self.backbone = Backbone(config.backbone())
-        self.head = HEADS[config.head](config)
-        self.readout = READOUTS[config.readout](config)
+        embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self._add_parts(config, embedding, lambda: Backbone(config.backbone()))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -110,73 +107,25 @@ class IndraQuantumPhase2(LiftedVocabulary, PreTrainedModel, GenerationMixin):
         elif isinstance(module, LiftLinear | PhaseLinear | InterferenceHead | ReferenceReadout):
             module.initialise()
 
-    @property
-    def bias_V(self) -> Tensor:
-        """The head's bias (V,)."""
-        return self.head.bias_V
-
-    @property
-    def scale(self) -> Tensor:
-        """The head's scale, a differentiable scalar."""
-        return self.head.scale_1[0]
-
-    def _input_states(self, embeddings: Tensor) -> Tensor:
-        """States (..., D) of the embeddings (..., d) of the inputs, which may have a projector of their own."""
-        projector = self.projector if self.input_projector is None else self.input_projector
-        return self._lift(projector, embeddings)
-
-    def _lift(self, projector: nn.Module, embeddings: Tensor) -> Tensor:
-        """States (..., D) of `embeddings` (..., d), with the embedding in their real part where that is asked for."""
-        # A phase of several radians loses its digits in 16 bits.
-        with torch.autocast(embeddings.device.type, enabled=False):
-            states = projector(embeddings)
-            return states + F.pad(embeddings, (0, embeddings.shape[-1])) if self.config.residual else states
-
     def _document_mask(self, segment_ids_BT: Tensor) -> Tensor:
-        mask_B1TT = document_mask(segment_ids_BT)
+        mask_B1TT = super()._document_mask(segment_ids_BT)
         # Eager attention adds its mask to the scores, so a bool one would silently let everything through.
         return additive(mask_B1TT, self.dtype) if self.config._attn_implementation == "eager" else mask_B1TT
 
-    def hidden_states(
-        self,
-        input_ids_BT: Tensor,
-        position_ids_BT: Tensor | None = None,
-        segment_ids_BT: Tensor | None = None,
-        table_VD: Tensor | None = None,
-    ) -> Tensor:
-        """Run the layers over whole rows.
-
-        Args:
-            input_ids_BT: (B, T) token ids.
-            position_ids_BT: (B, T) positions within each document; by default 0, 1, ... along the row.
-            segment_ids_BT: (B, T) document number within the row, -1 on padding; a position attends only to
-                earlier ones of its own document. By default there is no padding and a document begins where
-                positions restart.
-            table_VD: (V, D) the lifted table, where the caller has it; the inputs are then gathered from it, unless
-                they have a projector of their own.
-
-        Returns:
-            (B, T, D) the states psi.
-        """
-        if table_VD is None or self.input_projector is not None:
-            states_BTD = self._input_states(self.embedding(input_ids_BT))
-        else:
-            states_BTD = F.embedding(input_ids_BT, table_VD)
+    def _run_layers(self, states_BTD: Tensor, mask: Tensor | None, position_ids_BT: Tensor | None) -> Tensor:
         return self.backbone(
-            inputs_embeds=states_BTD,
-            attention_mask=None if segment_ids_BT is None else self._document_mask(segment_ids_BT),
-            position_ids=position_ids_BT,
-            use_cache=False,
+            inputs_embeds=states_BTD, attention_mask=mask, position_ids=position_ids_BT, use_cache=False
         ).last_hidden_state
 
-    def logits(self, states: Tensor, table_VD: Tensor) -> Tensor:
-        """Return the logits (..., V) of `states` (..., D) against the lifted table."""
-        return self.head(states, table_VD)
+    def next_logits(self, ids_BT: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
+        """Continue a text: the logits (B, V) of the token after `ids_BT`, and the cache to pass with that token.
 
-    def amplitude(self, states: Tensor) -> Tensor:
-        """Return the complex readout c (...) of `states` (..., D): |c| is the magnitude, its angle the phase."""
-        with torch.autocast(states.device.type, enabled=False):  # there are no complex numbers of 16 bits
-            return self.readout(states)
+        Args:
+            ids_BT: (B, T) the beginning of the text; with `past` the one token (B, 1) that follows.
+            past: what the last call returned; None at the beginning of a text.
+        """
+        output = self(ids_BT, past_key_values=past, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1], output.past_key_values
 
     @can_return_tuple
     def forward(

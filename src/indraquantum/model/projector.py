@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
+from torch.nn import init  # transformers guards it where a checkpoint has brought the weights
 
 if TYPE_CHECKING:
     from indraquantum.model.configuration import IndraQuantumConfig

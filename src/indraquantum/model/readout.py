@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
+from torch.nn import init  # transformers guards it where a checkpoint has brought the weights
 
 from indraquantum.kernels.born import conjugate_turn
 

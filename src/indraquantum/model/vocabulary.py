@@ -17,7 +17,7 @@ from indraquantum.model.kept_table import KeptTable
 
 
 class LiftedVocabulary:
-    """A part of IndraQuantumPhase2, which has `embedding`, `projector`, `head` and `_lift`."""
+    """A part of IndraQuantumPhase2, which stands before QuantumCore and PreTrainedModel."""
 
     _input_embed_layer = "embedding"
 
@@ -78,11 +78,11 @@ class LiftedVocabulary:
 
     def lift_table(self) -> Tensor:
         """Return the states (V, D) of all tokens: the projector applied to the whole table."""
-        embedding = self.embedding
-        if _is_plain(embedding):
-            return self._lift(self.projector, embedding.weight)
+        if _is_plain(self.embedding):
+            return super().lift_table()
         # An adapter around the embedding, for example, adds to what its weight alone would give.
-        return self._lift(self.projector, embedding(torch.arange(self.config.vocab_size, device=self.bias_V.device)))
+        ids_V = torch.arange(self.config.vocab_size, device=self.bias_V.device)
+        return self._lift(self.projector, self.embedding(ids_V))
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:

@@ -1,0 +1,106 @@
+"""The model's own parts and what they compute, whoever runs the layers in between.
+
+Both classes of the model are built on this: IndraQuantumPhase2, whose layers are transformers' Llama, and
+InferenceModel, which does without transformers.
+
+Legend: B batch, T positions, d complex width, D real width (2d), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from indraquantum.model.head import HEADS
+from indraquantum.model.masks import document_mask
+from indraquantum.model.projector import PROJECTORS
+from indraquantum.model.readout import READOUTS
+from indraquantum.model.shape import ModelShape
+
+
+class QuantumCore:
+    """Embedding, projectors, head and readouts of a module that also has the layers between them."""
+
+    config: ModelShape
+
+    def _add_parts(self, config: ModelShape, embedding: nn.Embedding, make_layers: Callable[[], nn.Module]) -> None:
+        """Add `embedding`, then make the other parts in the order in which they draw their weights."""
+        self.embedding = embedding
+        self.projector = PROJECTORS[config.projector](config)
+        self.input_projector = PROJECTORS[config.projector](config) if config.ends == "separate" else None
+        self.backbone = make_layers()
+        self.head = HEADS[config.head](config)
+        self.readout = READOUTS[config.readout](config)
+
+    def _run_layers(self, states_BTD: Tensor, mask: Tensor | None, position_ids_BT: Tensor | None) -> Tensor:
+        """Return the states psi (B, T, D) of the inputs' states (B, T, D); without a mask it is the causal one."""
+        raise NotImplementedError
+
+    @property
+    def bias_V(self) -> Tensor:
+        """The head's bias (V,)."""
+        return self.head.bias_V
+
+    @property
+    def scale(self) -> Tensor:
+        """The head's scale, a differentiable scalar."""
+        return self.head.scale_1[0]
+
+    def _input_states(self, embeddings: Tensor) -> Tensor:
+        """States (..., D) of the embeddings (..., d) of the inputs, which may have a projector of their own."""
+        projector = self.projector if self.input_projector is None else self.input_projector
+        return self._lift(projector, embeddings)
+
+    def _lift(self, projector: nn.Module, embeddings: Tensor) -> Tensor:
+        """States (..., D) of `embeddings` (..., d), with the embedding in their real part where that is asked for."""
+        # A phase of several radians loses its digits in 16 bits.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            states = projector(embeddings)
+            return states + F.pad(embeddings, (0, embeddings.shape[-1])) if self.config.residual else states
+
+    def lift_table(self) -> Tensor:
+        """Return the states (V, D) of all tokens: the projector applied to the whole table."""
+        return self._lift(self.projector, self.embedding.weight)
+
+    def _document_mask(self, segment_ids_BT: Tensor) -> Tensor:
+        return document_mask(segment_ids_BT)
+
+    def hidden_states(
+        self,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor | None = None,
+        segment_ids_BT: Tensor | None = None,
+        table_VD: Tensor | None = None,
+    ) -> Tensor:
+        """Run the layers over whole rows.
+
+        Args:
+            input_ids_BT: (B, T) token ids.
+            position_ids_BT: (B, T) positions within each document; by default 0, 1, ... along the row.
+            segment_ids_BT: (B, T) document number within the row, -1 on padding; a position attends only to
+                earlier ones of its own document. By default there is no padding and a document begins where
+                positions restart.
+            table_VD: (V, D) the lifted table, where the caller has it; the inputs are then gathered from it, unless
+                they have a projector of their own.
+
+        Returns:
+            (B, T, D) the states psi.
+        """
+        if table_VD is None or self.input_projector is not None:
+            states_BTD = self._input_states(self.embedding(input_ids_BT))
+        else:
+            states_BTD = F.embedding(input_ids_BT, table_VD)
+        mask = None if segment_ids_BT is None else self._document_mask(segment_ids_BT)
+        return self._run_layers(states_BTD, mask, position_ids_BT)
+
+    def logits(self, states: Tensor, table_VD: Tensor) -> Tensor:
+        """Return the logits (..., V) of `states` (..., D) against the lifted table."""
+        return self.head(states, table_VD)
+
+    def amplitude(self, states: Tensor) -> Tensor:
+        """Return the complex readout c (...) of `states` (..., D): |c| is the magnitude, its angle the phase."""
+        with torch.autocast(states.device.type, enabled=False):  # there are no complex numbers of 16 bits
+            return self.readout(states)

@@ -1,0 +1,190 @@
+"""IndraQuantumPhase2 to read and write text with, in plain torch: it starts in a fraction of the time.
+
+transformers takes longer to import than a short text takes to write. So Llama's layers stand here once more, as few
+lines, with the names of transformers' parameters and its operations in their order. The numbers are the same to the
+bit; tests/test_inference_model.py compares both. Train, export and adapt IndraQuantumPhase2 itself.
+
+Legend: B batch, T positions, D real width, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from indraquantum.model.core import QuantumCore
+from indraquantum.model.shape import ModelShape
+
+Memory = tuple[Tensor, Tensor]  # keys and values (B, H, positions so far, width of a head) of one layer
+
+
+class Place(NamedTuple):
+    """Where the positions of a pass stand, and what each may attend to."""
+
+    cos_BT: Tensor  # (B, 1, T, width of a head), of the rotary angles
+    sin_BT: Tensor
+    mask: Tensor | None  # (B, 1, T, T) bool; None: all earlier positions
+
+
+class RMSNorm(nn.Module):
+    """Scales each state to a root mean square of 1, then each direction by its weight."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.hidden_size))
+        self.epsilon = shape.rms_norm_eps
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the scaled states (..., D)."""
+        return self.weight * (states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.epsilon))
+
+
+class Attention(nn.Module):
+    """Attention of several heads with rotary positions."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        of_keys = shape.num_key_value_heads * shape.head_dim
+        self.shared_keys = shape.num_key_value_heads != shape.num_attention_heads
+        self.q_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
+        self.k_proj = nn.Linear(shape.hidden_size, of_keys, bias=False)
+        self.v_proj = nn.Linear(shape.hidden_size, of_keys, bias=False)
+        self.o_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
+
+    def forward(self, states_BTD: Tensor, place: Place, past: Memory | None) -> tuple[Tensor, Memory]:
+        """Return what the positions gather (B, T, D), and what the layer remembers with them."""
+        query, key, value = (
+            project(states_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = _rotated(query, place), _rotated(key, place)
+        if past is not None:
+            key, value = torch.cat([past[0], key], dim=-2), torch.cat([past[1], value], dim=-2)
+        gathered = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=place.mask, is_causal=place.mask is None and query.shape[2] > 1,
+            scale=self.head_dim**-0.5, enable_gqa=self.shared_keys,
+        )  # fmt: skip
+        return self.o_proj(gathered.transpose(1, 2).flatten(2)), (key, value)
+
+
+class MLP(nn.Module):
+    """The gated MLP of a layer."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return what the MLP adds to the states (..., D)."""
+        return self.down_proj(F.silu(self.gate_proj(states)) * self.up_proj(states))
+
+
+class Layer(nn.Module):
+    """One layer: attention, then MLP, each on normalised states and added to them."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(shape), MLP(shape)
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(shape), RMSNorm(shape)
+
+    def forward(self, states_BTD: Tensor, place: Place, past: Memory | None) -> tuple[Tensor, Memory]:
+        """Return the layer's states (B, T, D), and what it remembers with these positions."""
+        gathered_BTD, memory = self.self_attn(self.input_layernorm(states_BTD), place, past)
+        states_BTD = states_BTD + gathered_BTD
+        return states_BTD + self.mlp(self.post_attention_layernorm(states_BTD)), memory
+
+
+class Layers(nn.Module):
+    """Llama's layers on given states."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
+        self.norm = RMSNorm(shape)
+        # On the CPU also where the weights are made on the meta device: no checkpoint holds them.
+        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float, device="cpu") / shape.head_dim
+        self.register_buffer("frequencies", 1.0 / (shape.rope_theta**exponents), persistent=False)
+
+    def forward(
+        self, states_BTD: Tensor, position_ids_BT: Tensor, mask: Tensor | None, past: list[Memory] | None = None
+    ) -> tuple[Tensor, list[Memory]]:
+        """Return the states psi (B, T, D), and what each layer remembers for the positions that follow."""
+        angles = position_ids_BT[..., None].float() * self.frequencies
+        angles = torch.cat([angles, angles], dim=-1)[:, None]
+        place, memories = Place(angles.cos(), angles.sin(), mask), []
+        for layer, memory in zip(self.layers, past or [None] * len(self.layers), strict=True):
+            states_BTD, memory = layer(states_BTD, place, memory)
+            memories.append(memory)
+        return self.norm(states_BTD), memories
+
+
+class InferenceModel(QuantumCore, nn.Module):
+    """A trained model: what `indra test` and `indra eval` run.
+
+    Args:
+        shape: sizes and variant.
+        weights: a state_dict of IndraQuantumPhase2. The tensors are used as they are, without a copy.
+
+    Raises:
+        RuntimeError: the weights are not those of this shape.
+    """
+
+    def __init__(self, shape: ModelShape, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.config = shape
+        with torch.device("meta"):  # no memory is filled with what the weights replace
+            # Drawing an embedding on the meta device would import torch's compiler.
+            embedding = nn.Embedding.from_pretrained(torch.empty(shape.vocab_size, shape.d_model))
+            self._add_parts(shape, embedding, lambda: Layers(shape))
+        self.load_state_dict(weights, assign=True)
+        self.requires_grad_(False).eval()
+        self._table_VD: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    def _run_layers(self, states_BTD: Tensor, mask: Tensor | None, position_ids_BT: Tensor | None) -> Tensor:
+        if position_ids_BT is None:
+            position_ids_BT = torch.arange(states_BTD.shape[1], device=states_BTD.device)[None]
+        elif mask is None:  # a document begins where positions restart
+            restarts_BT = F.pad(position_ids_BT.diff(dim=-1) != 1, (1, 0)).cumsum(dim=-1)
+            mask = self._document_mask(restarts_BT) if restarts_BT.any() else None
+        return self.backbone(states_BTD, position_ids_BT, mask)[0]
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Lift the table once for all calls of `next_logits` inside."""
+        self._table_VD = self.lift_table()
+        try:
+            yield
+        finally:
+            self._table_VD = None
+
+    def next_logits(self, ids_BT: Tensor, past: list[Memory] | None = None) -> tuple[Tensor, list[Memory]]:
+        """Continue a text: the logits (B, V) of the token after `ids_BT`, and what to pass with that token.
+
+        Args:
+            ids_BT: (B, T) the beginning of the text; with `past` the one token (B, 1) that follows.
+            past: what the last call returned; None at the beginning of a text.
+        """
+        first = past[0][0].shape[2] if past else 0
+        position_ids_BT = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)[None]
+        states_BTD, memories = self.backbone(self._input_states(self.embedding(ids_BT)), position_ids_BT, None, past)
+        table_VD = self.lift_table() if self._table_VD is None else self._table_VD
+        return self.logits(states_BTD[:, -1], table_VD), memories
+
+
+def _rotated(heads: Tensor, place: Place) -> Tensor:
+    """Turn the queries or keys (B, H, T, width of a head) by their positions' angles."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * place.cos_BT + torch.cat([-second, first], dim=-1) * place.sin_BT

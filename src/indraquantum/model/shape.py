@@ -1,0 +1,82 @@
+"""The shape of a model as plain values: sizes and variant, without transformers.
+
+IndraQuantumConfig adds what transformers wants to know. A checkpoint holds all of it; what writes and evaluates text
+reads this part alone, because importing transformers takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+
+@dataclass(kw_only=True, repr=False)  # IndraQuantumConfig has the repr of transformers
+class ModelShape:
+    """Sizes and variant of IndraQuantumPhase2; the fields mean what ModelSettings says."""
+
+    vocab_size: int = 32_000
+    d_model: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    intermediate_size: int = 688
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    projector: Literal["quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none"] = "quantum"
+    head: Literal["interference", "born"] = "interference"
+    readout: Literal["reference", "mean"] = "reference"
+    readout_references: int = 1
+    phase_spread: float = 0.02
+    magnitude: Literal["softplus", "exp", "linear"] = "linear"
+    table_std: float | None = None  # None: by the projector
+    residual: bool = False
+    ends: Literal["shared", "separate"] = "separate"
+
+    def __post_init__(self) -> None:
+        """Fill what follows from other fields."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.projector == "none":
+            self.ends = "shared"
+
+    def validate_architecture(self) -> None:
+        """Refuse sizes that no attention layer can have; transformers calls this on construction."""
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"num_attention_heads: got {self.num_attention_heads}; must divide the width {self.hidden_size} "
+                "into even parts"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: got {self.num_key_value_heads}; must divide num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.readout_references < 1:
+            raise ValueError(f"readout_references: got {self.readout_references}; must be at least 1")
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> ModelShape:
+        """Read the shape from a checkpoint's `model_config`, whose other values are skipped.
+
+        Raises:
+            ValueError: a value is of another type than the field, not one of the choices, or an impossible size.
+        """
+        names = {field.name for field in fields(cls)}
+        shape = TypeAdapter(cls).validate_python({name: values[name] for name in names & values.keys()})
+        shape.validate_architecture()
+        return shape
+
+    @property
+    def hidden_size(self) -> int:
+        """Real width D of a state: twice the complex width, except in the plain control, which has one width."""
+        return self.d_model if self.projector == "none" else 2 * self.d_model
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
