@@ -1,7 +1,7 @@
 """Where a training step spends its time, as a table and a picture: `python benchmarks/step_parts.py [--plot FILE]`.
 
-The parts of `training.step.optimizer_step` are timed one by one at the user's sizes, and beside them, outside of the
-sum, the optimiser with its matrices turned in the other format; run it on an idle machine.
+It times the engine's own step, part by part, at the sizes of `indra train` on real text. Beside them, outside of the
+sum, stands the optimiser with Muon's matrices in the other format. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from indraquantum.bench_step import RandomSignals, StepShape, student, synthetic_split
+from indraquantum.bench_step import StepShape, student, synthetic_split, taught_step
 from indraquantum.config import TrainSettings
 from indraquantum.kernels.measured import quickest_way
-from indraquantum.kernels.onednn import onednn_products
 from indraquantum.kernels.ways import put_in_force
-from indraquantum.learner import to_tensors
-from indraquantum.loss_v2 import SemanticDistillationLoss
+from indraquantum.training import engine as engines
 from indraquantum.training import optimizers
+from indraquantum.training.engine import Engine
+from indraquantum.training.parallel import SingleProcess
 
 CHOSEN = optimizers.turning_format("cpu")
 OTHER = torch.float32 if CHOSEN is torch.bfloat16 else torch.bfloat16
@@ -31,52 +32,66 @@ OPTIMISER = f"Muon ({str(CHOSEN).removeprefix('torch.')}) and AdamW"
 INSTEAD = f"the same in {str(OTHER).removeprefix('torch.')}"
 
 
-@onednn_products()
+class Clock:
+    """Splits the time of a step at the calls that it makes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self._last = time.perf_counter()
+
+    def done(self, part: str | None) -> None:
+        """The time since the last call was that of `part`; None drops it."""
+        now = time.perf_counter()
+        if part is not None:
+            self.seconds[part].append(now - self._last)
+        self._last = now
+
+    def around(self, function: Callable, before: str | None, after: str | None) -> Callable:
+        """`function`, with `before` done when it is called and `after` when it returns."""
+
+        def timed(*arguments: object, **options: object) -> object:
+            if before is not None:
+                self.done(before)
+            result = function(*arguments, **options)
+            if after is not None:
+                self.done(after)
+            return result
+
+        return timed
+
+
 def measure(shape: StepShape, repeats: int) -> dict[str, float]:
     """Median seconds of each part, in the order in which they come."""
-    split, model = synthetic_split(shape), student(shape)
-    signals = RandomSignals(shape, split.num_tokens)
+    model = student(shape)
     optimizer = optimizers.new_optimizer(model, TrainSettings())
-    objective = SemanticDistillationLoss(kd_weight=0.05, phase_weight=0.1, magnitude_weight=0.1)
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for round_number in range(repeats + 1):
-        last = time.perf_counter()
+    engine, step, clock = Engine(SingleProcess(model), optimizer), taught_step(shape, synthetic_split(shape)), Clock()
+    objective = clock.around(engine.objective(step), "layers, forward", "objective, values and gradients")
 
-        def done(part: str, keep: bool = round_number > 0) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            if keep:  # the first round warms up
-                seconds[part].append(now - last)
-            last = now
+    def lifted(lift: Callable[[], torch.Tensor] = model.lift_table) -> torch.Tensor:
+        clock.done("checks and data")
+        table_VD = lift()
+        table_VD.register_hook(lambda _: clock.done("layers, backward"))
+        clock.done("lift the table")
+        return table_VD
 
-        optimizer.zero_grad(set_to_none=True)
-        batch = split.batch(np.arange(shape.rows))
-        labelled = batch.labels.reshape(-1) >= 0
-        teacher = signals.batch("train", batch.index.reshape(-1)[labelled])
-        done("data")
-        table_VD = model.lift_table()
-        leaf_VD = table_VD.detach().requires_grad_()
-        done("lift the table")
-        states_ND = model.hidden_states(**to_tensors(batch, torch.device("cpu")), table_VD=leaf_VD).flatten(0, 1)
-        states_ND = states_ND[torch.from_numpy(np.flatnonzero(labelled))]
-        amplitude_N = model.amplitude(states_ND)
-        done("layers, forward")
-        labels_N = torch.from_numpy(batch.labels.reshape(-1)[labelled])
-        terms = objective(states_ND, leaf_VD, labels_N, model.bias_V, model.scale, teacher, amplitude_N)
-        done("objective, values and gradients")
-        terms.total.backward()
-        done("layers, backward")
-        table_VD.backward(leaf_VD.grad)
-        done("lift, backward")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        done("clip")
-        optimizer.step()
-        done(OPTIMISER)
-        optimizers.turning_format = lambda _: OTHER
-        optimizer.step()
-        done(INSTEAD)
-        optimizers.turning_format = lambda _: CHOSEN
-    return {part: statistics.median(measured) for part, measured in seconds.items()}
+    backward = clock.around(torch.Tensor.backward, None, "lift, backward")
+    clip = clock.around(engines.clip_gradients, "figures", "clip")
+    with (
+        mock.patch.object(model, "lift_table", lifted),
+        mock.patch.object(engine, "objective", return_value=objective),
+        mock.patch.object(torch.Tensor, "backward", lambda tensor: backward(tensor)),
+        mock.patch.object(engines, "clip_gradients", clip),
+        mock.patch.object(optimizer, "step", clock.around(optimizer.step, None, OPTIMISER)),
+    ):
+        for _ in range(repeats + 1):
+            clock.done(None)
+            engine.step(step)
+    for _ in range(repeats + 1):
+        with mock.patch.object(optimizers, "turning_format", return_value=OTHER):
+            clock.done(None)
+            optimizer.step()
+            clock.done(INSTEAD)
+    return {part: statistics.median(measured[1:]) for part, measured in clock.seconds.items()}  # the first warms up
 
 
 def draw(path: Path, seconds: dict[str, float], title: str) -> None:

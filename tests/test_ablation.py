@@ -445,7 +445,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(finished, tmp_path, own
     assert not list((tmp_path / "work").rglob("*.pt"))
     output = tmp_path / "work" / "logs" / "plain-seed5" / "output.txt"
     if name == "take_step":
-        assert "Going on from step 17 of 20." in output.read_text()
+        assert "Resuming from step 17 of 20." in output.read_text()
     if name == "measure":  # this process did none of the training
         assert record(tmp_path, "plain-seed5")["timing"]["peak_memory_bytes"] is None
 
@@ -470,7 +470,7 @@ def test_a_plan_that_is_stopped_goes_on_to_the_same_bytes(world, finished, tmp_p
     assert process.wait() == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
     assert indra(*command[3:]) == 0
     said = (tmp_path / "work" / "logs" / "plain-seed3" / "output.txt").read_text()
-    assert re.search(rf"Left at step \d+ by SIGTERM.*Going on from step \d+ of {steps}", said, re.DOTALL)
+    assert re.search(rf"Left at step \d+ by SIGTERM.*Resuming from step \d+ of {steps}", said, re.DOTALL)
     undisturbed = bench_of(plan, tmp_path / "undisturbed").run("plain", 3, {})
     run_task(undisturbed)
     assert without_timing(undisturbed.result) == without_timing(tmp_path / "results" / "plain-seed3.json")

@@ -21,7 +21,7 @@ from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.teacher.signals import SignalStore
 from indraquantum.training import loop
-from indraquantum.training.collapse_guard import LOOKS, CollapseFigures, CollapseGuard
+from indraquantum.training.guards import LOOKS, CollapseFigures, CollapseGuard
 
 HEALTHY_STEPS = 40  # before a run is made to collapse
 WIDE = {"magnitude": "softplus", "phase_spread": 3.0, "ends": "shared", "table_rate": 10, "projector_rate": 1.0}

@@ -112,7 +112,7 @@ def test_automatic_resume_falls_back_with_one_warning_and_an_explicit_one_never(
     said = capsys.readouterr().out
     assert said.count("warning") == 1
     assert "using checkpoint_v4_step_2.pt" in said
-    assert "Going on from step 2" in said
+    assert "Resuming from step 2" in said
     assert survival.result(settings) == survival.result(run)
 
 

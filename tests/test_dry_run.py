@@ -15,9 +15,9 @@ from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.training import dry_run as costly
-from indraquantum.training import scratch
 from indraquantum.training.costs import StepSize, parameter_counts, step_flops
 from indraquantum.training.dry_run import activation_bytes, dry_run, duration, measure
+from indraquantum.training.run import trial_run
 
 SMALL = {"d_model": 14, "layers": 3, "heads": 2, "mlp_width": 22, "batch_tokens": 480}
 
@@ -98,13 +98,13 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_trained(world, tmp_path, ca
     assert list(tmp_path.iterdir()) == []
     found = dry_run(wanted)
     assert f"parameters: {found.parameters['all']:,}" in out
-    run = scratch.scratch_run(wanted)
+    run = trial_run(wanted)
     assert found.total_steps == run.total_steps
     assert found.size == StepSize(10, 48, found.size.labelled)
     assert found.parameters == parameter_counts(run.model)
     assert found.bytes["weights"] == found.bytes["gradients"] == 4 * found.parameters["all"]
     assert found.bytes["averaged weights"] == 0
-    averaged = measure(scratch.scratch_run(settings(world, tmp_path, ema_decay=0.9, optimizer="adamw")))
+    averaged = measure(trial_run(settings(world, tmp_path, ema_decay=0.9, optimizer="adamw")))
     assert averaged.bytes["averaged weights"] == 4 * found.parameters["all"]
     # AdamW keeps two moments of each parameter, and a float32 counter of steps for each tensor
     assert averaged.bytes["optimiser"] == 8 * found.parameters["all"] + 4 * len(list(run.model.parameters()))
@@ -118,7 +118,7 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_trained(world, tmp_path, ca
 
 def test_activations_grow_with_rows_and_layers(world, tmp_path):
     def kept(rows, **changes):
-        run = scratch.scratch_run(settings(world, tmp_path, **changes))
+        run = trial_run(settings(world, tmp_path, **changes))
         return activation_bytes(run, np.arange(rows))
 
     one, two = kept(2, layers=1), kept(2, layers=2)
@@ -131,17 +131,15 @@ def test_activations_grow_with_rows_and_layers(world, tmp_path):
 def test_activations_of_16_bits_are_smaller(world, tmp_path):
     kept = {}
     for precision in ("float32", "bfloat16"):
-        run = scratch.scratch_run(settings(world, tmp_path, layers=3, precision=precision))
+        run = trial_run(settings(world, tmp_path, layers=3, precision=precision))
         kept[precision] = activation_bytes(run, np.arange(4))
     assert 0.5 * kept["float32"] < kept["bfloat16"] < 0.9 * kept["float32"]
 
 
 def test_each_stage_is_timed(world, tmp_path, monkeypatch):
     """A step of stage 1 takes a second here, one with the teacher ten."""
-    run = scratch.scratch_run(settings(world, tmp_path, strategy="stage2-v3-gentle"))
-    monkeypatch.setattr(
-        costly, "timed_step", lambda run: scratch.TimedStep({}, 1.0 if run.plan.at(run.step).number == 0 else 10.0)
-    )
+    run = trial_run(settings(world, tmp_path, strategy="stage2-v3-gentle"))
+    monkeypatch.setattr(costly, "_step_seconds", lambda _, stage: 1.0 if stage.number == 0 else 10.0)
     monkeypatch.setattr(costly, "_evaluation_seconds", lambda *_: 0.5)
     first, second = (stage.steps for stage in run.plan.stages)
     found = measure(run)
@@ -154,7 +152,7 @@ def test_a_dry_run_goes_on_without_signals(world, tmp_path, capsys):
     for path in world.data.rglob("*"):
         target = data / path.relative_to(world.data)
         target.mkdir() if path.is_dir() else target.write_bytes(path.read_bytes())
-    run = scratch.scratch_run(settings(world, tmp_path, data=data))
+    run = trial_run(settings(world, tmp_path, data=data))
     assert run.stage.signals is None
     assert "No teacher signals" in capsys.readouterr().out
     assert measure(run).flops["readout"] > 0

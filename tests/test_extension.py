@@ -61,7 +61,7 @@ def test_a_run_may_be_extended_inside_an_epoch_and_killed_after_that(world, long
     assert survival.in_fork(killed) == -9
     said = tmp_path / "said"
     assert survival.in_fork(lambda: survival.train_small(settings), said) == 0
-    assert re.search(rf"Going on from step ({steps + 3}|{steps + 4}) of", said.read_text())
+    assert re.search(rf"Resuming from step ({steps + 3}|{steps + 4}) of", said.read_text())
     assert survival.result(settings)[0] == survival.result(long_run)[0]
 
 

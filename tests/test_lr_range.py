@@ -13,7 +13,7 @@ from indraquantum.errors import TrainingStopped
 from indraquantum.smoothing import smoothed
 from indraquantum.training import lr_range
 from indraquantum.training.lr_range import lr_range_test, rising_rates, suggested_rate
-from indraquantum.training.scratch import scratch_run
+from indraquantum.training.run import trial_run
 
 
 def settings(world, tmp_path, **changes) -> LrTestSettings:
@@ -44,10 +44,10 @@ def test_smoothing_by_hand():
 
 
 def test_a_long_range_test_takes_its_mean_once_a_step(monkeypatch, world, tmp_path):
-    run, taken = scratch_run(settings(world, tmp_path, no_teacher=True)), []
+    run, taken = trial_run(settings(world, tmp_path, no_teacher=True)), []
     take = lr_range.Smoothing.take
     monkeypatch.setattr(lr_range.Smoothing, "take", lambda mean, value: (taken.append(value), take(mean, value))[1])
-    monkeypatch.setattr(lr_range, "_loss_at", lambda _, rate: 5 - rate)
+    monkeypatch.setattr(lr_range, "_loss_of", lambda _, step: 5 - step.learning_rate)
     found = lr_range.climb(run, rising_rates(1e-5, 1.0, 300))
     assert taken == found.losses
     assert found.smoothed == smoothed(found.losses, lr_range.SMOOTHING)
@@ -70,25 +70,26 @@ def test_a_test_leaves_a_picture_and_nothing_else(world, tmp_path, capsys):
 def test_each_group_keeps_its_multiple_and_updates_follow_the_rate(world, tmp_path):
     moved = {}
     for rate in (1e-4, 1e-2):
-        run = scratch_run(settings(world, tmp_path, table_rate=7.0))
+        run = trial_run(settings(world, tmp_path, table_rate=7.0))
         before = run.model.embedding.weight.detach().clone()
         lr_range.climb(run, [rate])
         assert {g["name"]: g["lr"] for g in run.optimizer.param_groups}["table"] == pytest.approx(7 * rate)
-        objective = run.objective
-        assert [objective.kd_weight, objective.phase_weight, objective.magnitude_weight] == [0.01, 0.1, 0.1]
+        step = lr_range.step_at(run, 1, rate)
+        assert (step.kd_weight, step.phase_weight, step.magnitude_weight) == (0.01, 0.1, 0.1)
         moved[rate] = (run.model.embedding.weight.detach() - before).norm().item()
     assert moved[1e-2] == pytest.approx(100 * moved[1e-4], rel=1e-3)
 
 
 def test_rows_and_weights_are_those_of_the_first_stage(monkeypatch, world, tmp_path):
-    run = scratch_run(settings(world, tmp_path, strategy="stage2-v3-gentle"))
-    step, seen = lr_range.optimizer_step, []
+    run = trial_run(settings(world, tmp_path, strategy="stage2-v3-gentle"))
+    do, seen = run.engine.step, []
 
-    def watched(parallel, objective, optimizer, split, rows, signals, **options):
-        seen.append((set(split.batch(rows).sources.flat) - {-1}, signals, objective.kd_weight, objective.phase_weight))
-        return step(parallel, objective, optimizer, split, rows, signals, **options)
+    def watched(step):
+        sources = set(step.split.batch(step.rows).sources.flat) - {-1}
+        seen.append((sources, step.signals, step.kd_weight, step.phase_weight))
+        return do(step)
 
-    monkeypatch.setattr(lr_range, "optimizer_step", watched)
+    monkeypatch.setattr(run.engine, "step", watched)
     lr_range.climb(run, rising_rates(1e-5, 1e-4, 3))
     wikitext = run.dataset.source_names.index("wikitext")
     assert seen == [({wikitext}, None, 0.0, 0.0)] * 3
@@ -96,21 +97,22 @@ def test_rows_and_weights_are_those_of_the_first_stage(monkeypatch, world, tmp_p
 
 def test_the_tables_rate_is_that_of_the_stage(world, tmp_path):
     (tmp_path / "my.yaml").write_text("stages: [{name: a, fraction: 1.0, table_rate: 3.0}]")
-    run = scratch_run(settings(world, tmp_path, strategy=str(tmp_path / "my.yaml")))
+    run = trial_run(settings(world, tmp_path, strategy=str(tmp_path / "my.yaml")))
     lr_range.climb(run, [1e-4])
     assert {g["name"]: g["lr"] for g in run.optimizer.param_groups}["table"] == pytest.approx(3e-4)
 
 
 @pytest.mark.parametrize("end", ["rises", "is not finite"])
 def test_it_ends_where_the_loss(monkeypatch, world, tmp_path, end):
-    run = scratch_run(settings(world, tmp_path, no_teacher=True))
+    run = trial_run(settings(world, tmp_path, no_teacher=True))
 
-    def loss_at(_, rate):
+    def loss_of(_, step):
+        rate = step.learning_rate
         if rate > 5e-3 and end == "is not finite":
             raise TrainingStopped("loss nan")
         return 6.0 - 2 * np.log10(rate / 1e-5) / 3 if rate <= 5e-3 else 60.0
 
-    monkeypatch.setattr(lr_range, "_loss_at", loss_at)
+    monkeypatch.setattr(lr_range, "_loss_of", loss_of)
     found = lr_range.climb(run, rising_rates(1e-5, 1.0, 40))
     assert len(found.rates) == (23 if end == "rises" else 22)
     assert found.suggested <= 5e-3

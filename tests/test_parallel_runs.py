@@ -20,7 +20,8 @@ import survival
 from indraquantum.files import folder_lock
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher.signals import SignalStore
-from indraquantum.training import checkpoint, loop, parallel, taught
+from indraquantum.training import checkpoint, loop, parallel
+from indraquantum.training import signals as training_signals
 from indraquantum.training.checkpoint import load_checkpoint, newest_checkpoint
 
 STEPS, STEPS_PER_EPOCH = 50, 6
@@ -92,7 +93,7 @@ def stop_after(step: int, rank: int, number: int):
 
 
 def test_one_ddp_fsdp2_one(world, one, tmp_path):
-    """A signal to any of the processes stops them all with a checkpoint, from which any other number goes on."""
+    """A signal to any of the processes stops them all with a checkpoint, from which any other number resumes."""
     for kind, ranks, struck, step in (("auto", 1, 0, 7), ("ddp", 2, 1, 23), ("fsdp2", 2, 0, 36)):
         settings, folder = settings_of(world, tmp_path, parallel=kind), tmp_path / kind
 
@@ -107,7 +108,7 @@ def test_one_ddp_fsdp2_one(world, one, tmp_path):
     same_run(settings, one)
 
 
-def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(world, one, tmp_path):
+def test_a_killed_process_ends_the_others_and_the_same_command_resumes(world, one, tmp_path):
     settings = settings_of(world, tmp_path)
 
     def act(_):
@@ -235,7 +236,7 @@ def test_signals_are_captured_by_the_first_while_the_others_wait(world, tmp_path
     captures = tmp_path / "captures"
 
     def act(rank):
-        survival.at_every(taught, "capture", lambda *_: captures.open("a").write(f"{rank}\n"))
+        survival.at_every(training_signals, "capture", lambda *_: captures.open("a").write(f"{rank}\n"))
         loop.train(settings)
 
     assert forked.run(2, act, tmp_path) == [0, 0], forked.said(tmp_path)
@@ -291,7 +292,7 @@ def test_torchrun_restarts_a_killed_process(world, one, tmp_path, kind):
         wait_for_step(settings, 12)
         os.kill(children(launched.pid)[1], signal.SIGKILL)
         assert launched.wait(200) == 0, launched.said.read_text()
-        assert "Going on from step" in launched.said.read_text()
+        assert "Resuming from step" in launched.said.read_text()
     same_run(settings, one)
 
 

@@ -41,7 +41,7 @@ def test_what_is_no_teacher_is_not_replaced(world, tmp_path, monkeypatch, place)
     for file in (run / "checkpoint.pt", run.parent / "config.json", run.parent / "model.safetensors"):
         file.write_text("kept")
     (tmp_path / "file").write_text("kept")
-    monkeypatch.setattr(pretrain_teacher, "optimizer_step", None)  # no step is taken
+    monkeypatch.setattr(pretrain_teacher, "Engine", None)  # no step is taken
     with pytest.raises(UserError, match=r"--output: got \S+; must (not )?be"):
         pretrain_teacher.pretrain_teacher(TeacherSettings(data=world.data, output=Path(place), steps=1))
     assert (run / "checkpoint.pt").read_text() == (tmp_path / "file").read_text() == "kept"

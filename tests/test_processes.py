@@ -10,15 +10,14 @@ import forked
 from indraquantum.config import CaptureSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import TrainingStopped, UserError
-from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.processes import ALONE, Processes, own_device, store_of_this_start
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.signals import open_signals
-from indraquantum.training.average import WeightAverage
-from indraquantum.training.parallel import make_parallel
-from indraquantum.training.step import optimizer_step
+from indraquantum.training.engine import Engine
+from indraquantum.training.parallel import WeightAverage, make_parallel
+from indraquantum.training.step import StepInput
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -103,14 +102,12 @@ def fifty_steps(world_of_tests, processes, kind, teacher, folder):
     parallel = make_parallel(kind, model, processes, torch.device("cpu"), unused=teacher is None)
     optimizer = torch.optim.AdamW(model.parameter_groups(3e-3, 10.0, 0.1), fused=True)
     signals = None if teacher is None else open_signals("--signals", folder, dataset)
-    objective = SemanticDistillationLoss(*((0.3, 0.2, 0.1) if teacher else (0.0, 0.0, 0.0)))
-    results = [
-        optimizer_step(
-            parallel, objective, optimizer, dataset.train, STEPS[step % len(STEPS)], signals,
-            micro_batch_rows=3, max_grad_norm=1.0,
-        )
-        for step in range(50)
-    ]  # fmt: skip
+    taught = {} if teacher is None else {
+        "signals": signals, "kd_weight": 0.3, "phase_weight": 0.2, "magnitude_weight": 0.1, "tail": "bucket",
+    }  # fmt: skip
+    steps = [StepInput(dataset.train, rows, 3, learning_rate=3e-3, table_rate=10.0, **taught) for rows in STEPS]
+    engine = Engine(parallel, optimizer)
+    results = [engine.step(steps[number % len(steps)]) for number in range(50)]
     state = parallel.whole_state(optimizer, WeightAverage(model, 0.0))
     return results, state.model, state.optimizer
 

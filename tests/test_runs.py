@@ -18,9 +18,9 @@ from indraquantum.metrics import Line, MetricsLog
 from indraquantum.monitor import run_table
 from indraquantum.monitor.runs import all_runs, named_runs
 from indraquantum.training import loop
-from indraquantum.training.best import BestHeldOut
 from indraquantum.training.checkpoint import load_checkpoint
-from indraquantum.training.record import output_of_record, set_others_metrics_aside
+from indraquantum.training.folders import output_of_record, set_others_metrics_aside
+from indraquantum.training.run import BestHeldOut
 
 HELD_OUT = [{"wiki": 5.0, "all": 6.0}, {"wiki": 4.5, "all": 5.5}, {"wiki": 4.25, "all": 5.75}]
 

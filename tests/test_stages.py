@@ -18,7 +18,6 @@ from indraquantum.data.dataset import open_dataset
 from indraquantum.data.prepare import prepare
 from indraquantum.data.tokenizer_training import train_tokenizer
 from indraquantum.errors import UserError
-from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.metrics import read_metrics
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
@@ -26,11 +25,12 @@ from indraquantum.teacher.capture import capture
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training.engine import Engine
 from indraquantum.training.optimizers import new_optimizer
-from indraquantum.training.parallel import Alone
-from indraquantum.training.stages import plan_stages
-from indraquantum.training.step import optimizer_step
-from indraquantum.training.taught import found_signals, with_signals
+from indraquantum.training.parallel import SingleProcess
+from indraquantum.training.plan import plan_run
+from indraquantum.training.signals import find_signals
+from indraquantum.training.step import StepInput
 
 # What each shipped strategy is: its stages with sources, and the weights of kd, phase and magnitude at first and last.
 SHIPPED = {
@@ -59,16 +59,16 @@ def sources_of(dataset, split, rows) -> set[str]:
     return {dataset.source_names[number] for number in np.unique(found[found >= 0])}
 
 
+def watch_steps(monkeypatch, look):
+    """Let `look` see what each step is given, before it is done."""
+    do = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda engine, step: (look(step), do(engine, step))[1])
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_strategy_runs_as_its_file_says(world, tmp_path, monkeypatch, capsys, name):
     settings, dataset, seen = small(world, tmp_path, strategy=name), open_dataset("--data", world.data), []
-    step = loop.optimizer_step
-
-    def watched(parallel, objective, optimizer, split, rows, *arguments, **options):
-        seen.append(sources_of(dataset, split, rows))
-        return step(parallel, objective, optimizer, split, rows, *arguments, **options)
-
-    monkeypatch.setattr(loop, "optimizer_step", watched)
+    watch_steps(monkeypatch, lambda step: seen.append(sources_of(dataset, step.split, step.rows)))
     loop.train(settings)
     said = capsys.readouterr()
     lines = metrics(settings)[1:]
@@ -113,37 +113,38 @@ def test_v4_is_a_plain_loop_to_the_bit(world, tmp_path, taught):
     torch.manual_seed(settings.seed)
     model = IndraQuantumPhase2(config).train()
     optimizer = new_optimizer(model, settings)
+    engine = Engine(SingleProcess(model), optimizer)
     rows_per_step, micro_batch_rows = settings.batch_tokens // 48, settings.micro_batch_tokens // 48
     per_epoch = -(-num_rows // rows_per_step)
     steps, warm = 2 * per_epoch, max(1, round(0.05 * 2 * per_epoch))
     for step in range(steps):
         progress = (step - warm) / (steps - warm)
         factor = (step + 1) / warm if step < warm else 0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor * RATES[group["name"]]
-        kd = 0.01 + (0.05 - 0.01) * step / (steps - 1)
-        objective = SemanticDistillationLoss(*((kd, 0.1, 0.1) if taught else (0.0, 0.0, 0.0)))
+        weights = {"kd_weight": 0.01 + (0.05 - 0.01) * step / (steps - 1), "phase_weight": 0.1, "magnitude_weight": 0.1}
         epoch, place = divmod(step, per_epoch)
         order = np.argsort(np.random.Philox(key=[settings.seed, epoch]).random_raw(num_rows))
         rows = order[place * rows_per_step : (place + 1) * rows_per_step]
-        torch.manual_seed(settings.seed * 1_000_003 + step)
-        optimizer_step(
-            Alone(model), objective, optimizer, dataset.train, rows, signals,
-            micro_batch_rows=micro_batch_rows, max_grad_norm=1.0,
+        engine.step(
+            StepInput(
+                dataset.train, rows, micro_batch_rows, settings.learning_rate * factor, table_rate=50.0,
+                seed=settings.seed * 1_000_003 + step, signals=signals, **(weights if taught else {}),
+            )
         )  # fmt: skip
+        for group in optimizer.param_groups:
+            assert group["lr"] == settings.learning_rate * factor * RATES[group["name"]]
     assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
 
 
 def test_stages_visit_every_token_of_their_sources_once_an_epoch(world, tmp_path):
     dataset = open_dataset("--data", world.data)
-    plan = plan_stages(small(world, tmp_path, strategy="stage2-v3-gentle", epochs=6), dataset)
+    plan = plan_run(small(world, tmp_path, strategy="stage2-v3-gentle", epochs=6), dataset)
     assert len(plan.stages) == 2
     places = []
     for stage in plan.stages:
         drawn = np.concatenate([stage.rows_of(stage.first + step) for step in range(stage.steps_per_epoch)])
         batch = stage.train.batch(drawn)
         assert sorted(drawn) == list(range(stage.train.num_rows))
-        assert sources_of(dataset, stage.train, drawn) == set(stage.about.sources)
+        assert sources_of(dataset, stage.train, drawn) == set(stage.spec.sources)
         places.append(batch.index[batch.index >= 0])
         # each token is where the dataset has it, with the same label and place in its piece
         everywhere = dataset.train.batch(np.arange(dataset.train.num_rows))
@@ -180,7 +181,7 @@ def test_epochs_are_numbered_over_all_stages(world, tmp_path, lengths):
     (tmp_path / "my.yaml").write_text(
         f"stages: [{{name: a, {first}, sources: [wikitext]}}, {{name: b, {second}, sources: [alpaca]}}]"
     )
-    plan = plan_stages(
+    plan = plan_run(
         TrainSettings(batch_tokens=192, strategy=str(tmp_path / "my.yaml")), open_dataset("--data", world.data)
     )
     a, b = plan.stages
@@ -225,7 +226,7 @@ def test_a_run_starts_from_the_weights_of_another(world, tmp_path, capsys):
     report = loop.train(first)
     capsys.readouterr()
     second = small(world, tmp_path / "second", strategy="stage2-v3-gentle", start_from=report.checkpoint, max_steps=4)
-    plan = with_signals(plan_stages(second, open_dataset("--data", world.data)), found_signals)
+    plan = find_signals(plan_run(second, open_dataset("--data", world.data)))
     before = loop.start_run(second, plan, torch.device("cpu"))
     given = load_checkpoint("", report.checkpoint).model
     assert all(torch.equal(value, given[name]) for name, value in before.model.state_dict().items())
@@ -238,7 +239,7 @@ def test_a_run_starts_from_the_weights_of_another(world, tmp_path, capsys):
     (tmp_path / "my.yaml").write_text(
         f"start_from: first/run/{report.checkpoint.name}\nstages: [{{name: a, steps: 1}}]", encoding="utf-8"
     )
-    plan = plan_stages(TrainSettings(strategy=str(tmp_path / "my.yaml")), open_dataset("--data", world.data))
+    plan = plan_run(TrainSettings(strategy=str(tmp_path / "my.yaml")), open_dataset("--data", world.data))
     assert plan.strategy.start_from.resolve() == report.checkpoint.resolve()  # relative to the file
 
     other = small(world, tmp_path / "third", start_from=report.checkpoint, ends="shared")
@@ -263,13 +264,13 @@ def test_a_stage_may_have_data_and_signals_of_its_own(world, tmp_path, monkeypat
     )
     changes = small(world, tmp_path).model_dump(exclude_unset=True, exclude={"epochs"})
     settings = TrainSettings(**changes, strategy=str(tmp_path / "my.yaml"))
-    step, seen = loop.optimizer_step, []
-
-    def watched(parallel, objective, optimizer, split, rows, signals, **options):
-        seen.append((split.row_length, len(rows), signals.manifest.temperature, objective.temperature))
-        return step(parallel, objective, optimizer, split, rows, signals, **options)
-
-    monkeypatch.setattr(loop, "optimizer_step", watched)
+    seen = []
+    watch_steps(
+        monkeypatch,
+        lambda step: seen.append(
+            (step.split.row_length, len(step.rows), step.signals.manifest.temperature, step.temperature)
+        ),
+    )
     loop.train(settings)
     rows = open_dataset("--data", own).train.num_rows
     per_step = settings.batch_tokens // 40
@@ -304,13 +305,8 @@ def test_stages_on_the_same_data_may_have_signals_of_their_own(world, tmp_path, 
     stage = "{name: %s, steps: 1, data: own, signals: %s, weights: {kd: 1.0}}"
     (tmp_path / "my.yaml").write_text(f"stages: [{stage % ('a', 'hard')}, {stage % ('b', 'soft')}]")
     common = small(world, tmp_path).model_dump(exclude_unset=True, exclude={"epochs"})
-    step, seen = loop.optimizer_step, []
-
-    def watched(*arguments, **options):
-        seen.append((arguments[5].manifest.temperature, arguments[1].temperature))
-        return step(*arguments, **options)
-
-    monkeypatch.setattr(loop, "optimizer_step", watched)
+    seen = []
+    watch_steps(monkeypatch, lambda step: seen.append((step.signals.manifest.temperature, step.temperature)))
     loop.train(TrainSettings(**common, strategy=str(tmp_path / "my.yaml")))
     assert seen == [(1.0, 1.0), (2.0, 2.0)]
 
@@ -415,7 +411,7 @@ def test_a_dry_run_tells_the_stages(world, tmp_path, capsys):
         cli.main(["train", *arguments])
     assert exit_.value.code == 0
     settings = small(world, tmp_path, strategy="stage2-v3-gentle", batch_tokens=4096, epochs=3)
-    stages = plan_stages(settings, open_dataset("--data", world.data)).stages
+    stages = plan_run(settings, open_dataset("--data", world.data)).stages
     rows = [stage.train.num_rows for stage in stages]
     said = capsys.readouterr().out
     assert f"stage stage1: steps 1 to {stages[0].steps}, " in said

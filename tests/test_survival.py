@@ -16,8 +16,9 @@ from indraquantum import files
 from indraquantum.errors import UserError
 from indraquantum.files import read_json
 from indraquantum.metrics import MetricsLog, read_metrics
-from indraquantum.training import checkpoint, loop, stages
+from indraquantum.training import checkpoint, loop, plan
 from indraquantum.training.checkpoint import checkpoint_path, load_checkpoint, step_checkpoint_path
+from indraquantum.training.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,8 @@ def half_written(write):
 POINTS = [
     (owner, name, when)
     for owner, name in (
-        (loop, "start_run"), (loop, "resume"), (loop, "take_step"), (stages, "rows_of_step"), (loop, "evaluate"),
-        (loop, "set_learning_rates"), (torch.Tensor, "backward"), (torch.nn.utils, "clip_grads_with_norm_"),
+        (loop, "start_run"), (loop, "resume"), (loop, "take_step"), (plan, "rows_of_step"), (loop, "evaluate"),
+        (Engine, "step"), (torch.Tensor, "backward"), (torch.nn.utils, "clip_grads_with_norm_"),
         (torch.optim.AdamW, "step"), (MetricsLog, "write"), (MetricsLog, "sync"), (loop, "save"),
         (loop, "save_checkpoint"), (torch, "save"), (checkpoint.Path, "write_bytes"), (checkpoint.Path, "write_text"),
         (os, "fsync"), (os, "replace"), (files, "fsync_folder"), (checkpoint.Path, "unlink"),

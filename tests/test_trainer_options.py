@@ -17,16 +17,15 @@ from indraquantum.config import CaptureSettings, TrainSettings
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.inference.write import load_model
+from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher.capture import capture
-from indraquantum.training import acceleration, loop, optimizers
+from indraquantum.training import loop, optimizers
 from indraquantum.training import run as training_run
-from indraquantum.training.average import WeightAverage
-from indraquantum.training.best import BestHeldOut
 from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint, save_checkpoint
 from indraquantum.training.dry_run import activation_bytes
-from indraquantum.training.precision import Precision, choose_precision
-from indraquantum.training.scratch import scratch_run
+from indraquantum.training.parallel import Precision, WeightAverage, choose_precision
+from indraquantum.training.run import BestHeldOut, trial_run
 
 SMALL = {
     "d_model": 14, "layers": 2, "heads": 2, "mlp_width": 22, "batch_tokens": 480, "learning_rate": 5e-3, "epochs": 1,
@@ -49,8 +48,8 @@ def losses(run, steps: int) -> list[float]:
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_16_bits_stay_near_float32_and_weights_stay_float32(world, tmp_path, precision):
-    exact = losses(scratch_run(settings(world, tmp_path)), 6)
-    run = scratch_run(settings(world, tmp_path, precision=precision))
+    exact = losses(trial_run(settings(world, tmp_path)), 6)
+    run = trial_run(settings(world, tmp_path, precision=precision))
     rounded = losses(run, 6)
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=5e-3)
@@ -59,10 +58,10 @@ def test_16_bits_stay_near_float32_and_weights_stay_float32(world, tmp_path, pre
 
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
 def test_only_the_layers_products_are_16_bits(world, tmp_path, name, dtype):
-    run = scratch_run(settings(world, tmp_path, precision=name))
+    run = trial_run(settings(world, tmp_path, precision=name))
     seen = {}
     run.model.backbone.layers[0].mlp.down_proj.register_forward_hook(lambda *call: seen.update(layer=call[2].dtype))
-    original = run.objective.__class__.__call__
+    original = SemanticDistillationLoss.__call__
 
     def objective(self, states_ND, table_VD, *arguments, **options):
         seen.update(
@@ -71,13 +70,13 @@ def test_only_the_layers_products_are_16_bits(world, tmp_path, name, dtype):
         return terms
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.objective.__class__, "__call__", objective)
+        patch.setattr(SemanticDistillationLoss, "__call__", objective)
         loop.take_step(run)
     assert seen == {"layer": dtype, "table": torch.float32, "loss": torch.float32}
 
 
 def test_phases_of_the_inputs_own_projector_stay_float32(world, tmp_path):
-    run, seen = scratch_run(settings(world, tmp_path, precision="bfloat16", ends="separate")), []
+    run, seen = trial_run(settings(world, tmp_path, precision="bfloat16", ends="separate")), []
     run.model.input_projector.phase.register_forward_hook(lambda *call: seen.append(call[2].dtype))
     loop.take_step(run)
     assert seen == [torch.float32]
@@ -109,15 +108,15 @@ def likeliest(world, tmp_path_factory):
 def test_what_the_likeliest_tokens_lack_is_a_bucket_unless_told_otherwise(world, tmp_path, likeliest):
     found = {}
     for tail in ("auto", "bucket", "none", "uniform"):
-        run = scratch_run(settings(world, tmp_path, signals=likeliest, tail=tail, kd_weight_start=1.0))
+        run = trial_run(settings(world, tmp_path, signals=likeliest, tail=tail, kd_weight_start=1.0))
         found[tail] = loop.take_step(run)["kd"]
-        assert run.identity["tail"] == run.objective.tail == ("bucket" if tail == "auto" else tail)
+        assert run.identity["tail"] == run.plan.step(0).tail == ("bucket" if tail == "auto" else tail)
     assert found["auto"] == found["bucket"]
     assert found["none"] not in (found["bucket"], found["uniform"])
     assert found["bucket"] < found["uniform"]  # lumping outcomes together never makes two distributions differ more
-    drawn = scratch_run(settings(world, tmp_path, tail="auto"))
+    drawn = trial_run(settings(world, tmp_path, tail="auto"))
     loop.take_step(drawn)
-    assert drawn.identity["tail"] == drawn.objective.tail == "none"
+    assert drawn.identity["tail"] == drawn.plan.step(0).tail == "none"
 
 
 def test_a_run_of_before_there_was_a_tail_goes_on_without_one(world, tmp_path, likeliest):
@@ -155,7 +154,7 @@ def test_the_likeliest_tokens_give_no_estimate_of_the_divergence(world, tmp_path
 
 
 def test_a_loss_scale_that_is_too_large_leaves_the_update_out_and_halves(world, tmp_path):
-    run = scratch_run(settings(world, tmp_path, precision="float16"))
+    run = trial_run(settings(world, tmp_path, precision="float16"))
     run.parallel.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
     before = {name: p.clone() for name, p in run.model.named_parameters()}
     metrics = loop.take_step(run)
@@ -166,7 +165,7 @@ def test_a_loss_scale_that_is_too_large_leaves_the_update_out_and_halves(world, 
 
 
 def test_gradients_that_overflow_at_any_scale_stop_the_run(world, tmp_path):
-    run = scratch_run(settings(world, tmp_path, precision="float16"))
+    run = trial_run(settings(world, tmp_path, precision="float16"))
     run.parallel.precision.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     run.model.head.bias_V.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(TrainingStopped, match="gradient norm inf: not finite by rows"):
@@ -198,12 +197,12 @@ def test_the_average_is_evaluated_kept_and_used(world, tmp_path):
     for name, weight in load_checkpoint("", plain.checkpoint).model.items():
         assert torch.equal(weight, checkpoint.model[name]), "averaging must not change what is trained"
     passed = [load_checkpoint("", tmp_path / "run" / f"checkpoint_v4_step_{step}.pt").model for step in (1, 2, 3, 4)]
-    name, average = "embedding.weight", scratch_run(settings(world, tmp_path)).model.embedding.weight.detach()
+    name, average = "embedding.weight", trial_run(settings(world, tmp_path)).model.embedding.weight.detach()
     for step, model in enumerate([*passed, checkpoint.model], start=1):
         decay = min(0.3, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * model[name]
     torch.testing.assert_close(checkpoint.average[name], average)
-    dataset = scratch_run(settings(world, tmp_path)).dataset
+    dataset = trial_run(settings(world, tmp_path)).dataset
     found = {}
     for weights in ("auto", "ema", "last"):
         model, _ = load_model(report.checkpoint, torch.device("cpu"), weights)
@@ -250,7 +249,7 @@ def test_a_run_stops_early_and_keeps_its_best(world, tmp_path, monkeypatch, caps
     wanted = settings(
         world, tmp_path, epochs=9, evaluate_every=2, keep_best=True, patience=2, save_every=1, keep_last=99
     )
-    assert scratch_run(wanted).stage.steps_per_epoch > 8  # no epoch ends in between
+    assert trial_run(wanted).stage.steps_per_epoch > 8  # no epoch ends in between
     report = loop.train(wanted)
     assert report.steps == 8
     assert (
@@ -274,7 +273,7 @@ def test_muon_turns_the_layers_matrices_and_adamw_the_rest(world, tmp_path):
     # with wide phases no gradient has a rank of nearly half, whose other half Muon would leave short
     plain = {"phase_spread": 3.0, "weight_decay": 0, "warmup_fraction": 0}
     plain["max_grad_norm"] = 1e6  # the two sum the norm in another order, which clipping would bring into each weight
-    runs = [scratch_run(settings(world, tmp_path, optimizer=name, muon_rate=rate, **plain))
+    runs = [trial_run(settings(world, tmp_path, optimizer=name, muon_rate=rate, **plain))
             for name, rate in (("muon", 3.0), ("adamw", 1.0))]  # fmt: skip
     for run in runs:
         run.before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
@@ -347,7 +346,7 @@ def test_matrices_are_turned_in_bfloat16_where_there_are_units_for_it(monkeypatc
 
 def test_muon_state_goes_through_its_state_dict(world, tmp_path):
     wanted = settings(world, tmp_path, optimizer="muon")
-    run, again = scratch_run(wanted), scratch_run(wanted)
+    run, again = trial_run(wanted), trial_run(wanted)
     losses(run, 2)
     again.model.load_state_dict(run.model.state_dict())
     again.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
@@ -359,7 +358,7 @@ def test_muon_state_goes_through_its_state_dict(world, tmp_path):
 def test_the_tables_decay_is_decoupled(world, tmp_path):
     tables = []
     for decay in (0.0, 0.5):
-        run = scratch_run(settings(world, tmp_path, table_weight_decay=decay, warmup_fraction=0))
+        run = trial_run(settings(world, tmp_path, table_weight_decay=decay, warmup_fraction=0))
         start = run.model.embedding.weight.detach().clone()
         loop.take_step(run)
         tables.append(run.model.embedding.weight.detach())
@@ -391,9 +390,7 @@ def test_rates_of_what_is_not_there_are_refused(world, tmp_path, changes, said):
 
 
 def test_gradient_checkpointing_gives_the_same_bits_from_less_memory(world, tmp_path):
-    plain, kept = (
-        scratch_run(settings(world, tmp_path, gradient_checkpointing=on, dropout=0.1)) for on in (False, True)
-    )
+    plain, kept = (trial_run(settings(world, tmp_path, gradient_checkpointing=on, dropout=0.1)) for on in (False, True))
     rows = np.arange(10)
     assert activation_bytes(kept, rows) < 0.3 * activation_bytes(plain, rows)
     assert losses(kept, 3) == losses(plain, 3)
@@ -408,13 +405,13 @@ def test_without_a_compiler_there_is_one_line(world, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"--compile: got True; needs a compiler that works here \(InvalidCxx.*found\); leave"
     ):
-        acceleration.require_compiler(torch.device("cpu"))
+        training_run.require_compiler(torch.device("cpu"))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_compiled_layers_give_the_same_loss(world, tmp_path):
-    plain, compiled = (scratch_run(settings(world, tmp_path, compile=on)) for on in (False, True))
+    plain, compiled = (trial_run(settings(world, tmp_path, compile=on)) for on in (False, True))
     assert losses(compiled, 3) == pytest.approx(losses(plain, 3), rel=1e-5)
     assert set(compiled.model.state_dict()) == set(plain.model.state_dict())
     assert compiled.model.backbone.layers[0]._compiled_call_impl is not None

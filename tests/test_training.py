@@ -20,18 +20,20 @@ from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import unigram_cross_entropy
 from indraquantum.inference.write import load_model
 from indraquantum.learner import to_tensors
-from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.metrics import FIELDS, read_metrics
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.model.readout import wrapped_phase
 from indraquantum.teacher.signals import open_signals, verify_signals
-from indraquantum.training import loop, taught
+from indraquantum.training import loop
+from indraquantum.training import resume as training_resume
 from indraquantum.training import run as runs
+from indraquantum.training import signals as training_signals
 from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
-from indraquantum.training.parallel import Alone
-from indraquantum.training.stages import plan_stages
-from indraquantum.training.step import optimizer_step
+from indraquantum.training.engine import Engine
+from indraquantum.training.parallel import SingleProcess
+from indraquantum.training.plan import plan_run
+from indraquantum.training.step import StepInput
 
 SMALL = {
     "d_model": 14, "layers": 1, "heads": 2, "mlp_width": 22, "batch_tokens": 480, "learning_rate": 5e-3,
@@ -106,7 +108,7 @@ def test_each_epoch_leaves_its_checkpoint(finished):
     assert load_checkpoint("", report.checkpoint).finished
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(world, finished, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_bits(world, finished, tmp_path):
     run, report = finished
     again = settings(world, tmp_path, dropout=0.1)
     shutil.copytree(run.output, again.output)
@@ -158,11 +160,12 @@ def test_a_run_from_before_an_option_had_it_at_its_default(world, finished, tmp_
         settings={name: value for name, value in checkpoint.settings.items() if name != "residual"},
         model_config={name: value for name, value in checkpoint.model_config.items() if name != "residual"},
     )
-    monkeypatch.setattr(runs, "load_checkpoint", lambda field, path: older)
+    for module in (runs, training_resume):
+        monkeypatch.setattr(module, "load_checkpoint", lambda field, path: older)
 
     def started(**changes):
         wanted = settings(world, tmp_path, **changes)
-        return loop.start_run(wanted, plan_stages(wanted, open_dataset("--data", world.data)), torch.device("cpu"))
+        return loop.start_run(wanted, plan_run(wanted, open_dataset("--data", world.data)), torch.device("cpu"))
 
     again = started(dropout=0.1, no_teacher=True, start_from=report.checkpoint)
     assert torch.equal(again.model.embedding.weight, checkpoint.model["embedding.weight"])
@@ -190,7 +193,7 @@ def test_a_run_from_before_the_order_was_fixed_keeps_its_order(world, tmp_path, 
         before.setattr(
             loop, "save_checkpoint", lambda path, checkpoint: save_checkpoint(path, without_order(checkpoint))
         )
-        # after the first epoch, so that the second one's order is drawn by the run that goes on
+        # after the first epoch, so that the second one's order is drawn by the resumed run
         before.setattr(loop, "take_step", interrupted_after(loop.take_step, whole.steps // 2))
         again = settings(world, tmp_path)
         with pytest.raises(SystemExit):
@@ -312,17 +315,8 @@ def test_each_weight_changes_the_gradient(world, alive):
     gradients = []
     for weight in (0.0, 0.3):
         dataset, model, optimizer, signals = step_parts(world)
-        objective = SemanticDistillationLoss(**{"kd_weight": 0.0, alive: weight})
-        optimizer_step(
-            Alone(model),
-            objective,
-            optimizer,
-            dataset.train,
-            np.arange(7),
-            signals,
-            micro_batch_rows=7,
-            max_grad_norm=1e9,
-        )
+        step = StepInput(dataset.train, np.arange(7), 7, 1e-3, max_grad_norm=1e9, signals=signals, **{alive: weight})
+        Engine(SingleProcess(model), optimizer).step(step)
         gradients.append(model.embedding.weight.grad.clone())
     assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
 
@@ -341,14 +335,13 @@ def test_micro_batches_add_up_to_the_whole_step(world, projector):
     results = []
     for micro_batch_rows in (11, 2):
         dataset, model, optimizer, signals = step_parts(world, projector=projector, heads=1)
-        objective = SemanticDistillationLoss(kd_weight=0.3, phase_weight=0.2, magnitude_weight=0.1)
-        parallel = Alone(model)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
+        engine, weights = Engine(SingleProcess(model), optimizer), {"kd_weight": 0.3, "phase_weight": 0.2}
         for rows in (np.arange(20, 27), np.arange(11)):  # nothing of the first step may reach the second
-            result = optimizer_step(
-                parallel, objective, optimizer, dataset.train, rows, signals,
-                micro_batch_rows=micro_batch_rows, max_grad_norm=1e9,
+            result = engine.step(
+                StepInput(
+                    dataset.train, rows, micro_batch_rows, learning_rate=0.0, max_grad_norm=1e9, signals=signals,
+                    magnitude_weight=0.1, **weights,
+                )
             )  # fmt: skip
         results.append((result, {name: p.grad for name, p in model.named_parameters()}))
     (whole, gradients), (pieces, summed) = results
@@ -364,10 +357,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(world):
         model.embedding.weight[:] = float("nan")
     before = {name: p.clone() for name, p in model.named_parameters() if "embedding" not in name}
     with pytest.raises(TrainingStopped, match=r"not finite.*rows"):
-        optimizer_step(
-            Alone(model), SemanticDistillationLoss(kd_weight=0.05), optimizer, dataset.train, np.arange(3), signals,
-            micro_batch_rows=3, max_grad_norm=1.0,
-        )  # fmt: skip
+        Engine(SingleProcess(model), optimizer).step(
+            StepInput(dataset.train, np.arange(3), 3, learning_rate=1e-3, signals=signals, kd_weight=0.05)
+        )
     for name, parameter in model.named_parameters():
         if name in before:
             assert torch.equal(parameter, before[name])
@@ -387,7 +379,7 @@ def test_signals_without_a_training_row_are_refused(world, tmp_path, monkeypatch
         store.coverage = 0.0
         return store
 
-    monkeypatch.setattr(taught, "verify_signals", stopped_early)
+    monkeypatch.setattr(training_signals, "verify_signals", stopped_early)
     with pytest.raises(UserError, match="must cover a training row"):
         loop.train(settings(world, tmp_path))
     assert not list((tmp_path / "run").glob("*.pt*"))

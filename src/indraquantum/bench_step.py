@@ -27,17 +27,21 @@ from torch import Tensor
 from indraquantum.bench import CUBE, MEBIBYTE, Figure, bytes_measured_by, interleaved_seconds
 from indraquantum.data.packing import packed_split
 from indraquantum.data.split import Split
-from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
+from indraquantum.loss_v2 import TeacherSignals
 from indraquantum.memory import peak_bytes
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
-from indraquantum.training.parallel import Alone
-from indraquantum.training.step import optimizer_step
+from indraquantum.training.costs import StepSize, step_flops
+from indraquantum.training.engine import Engine
+from indraquantum.training.parallel import SingleProcess
+from indraquantum.training.step import StepInput
+
+LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """Sizes of the step; the defaults are the user's."""
+    """Sizes of the step; the defaults are those of `indra train` on real text."""
 
     d_model: int = 128
     layers: int = 4
@@ -56,11 +60,6 @@ class StepShape:
     def rows(self) -> int:
         """Rows of a step."""
         return self.step_tokens // self.row_length
-
-    def model_flops(self, tokens: int, labelled: int) -> int:
-        """Multiply-adds of the layers' and the head's matrices, forward and backward; lifting is not counted."""
-        layer = 4 * self.width**2 + 3 * self.width * self.mlp_width
-        return 6 * (tokens * self.layers * layer + labelled * self.vocabulary * self.width)
 
 
 class RandomSignals:
@@ -108,15 +107,23 @@ def ours(shape: StepShape) -> Candidate:
     """The step of `indra train`."""
     split = synthetic_split(shape)
     model = student(shape)
-    rows = np.arange(shape.rows)
-    batch = split.batch(rows)
-    signals = RandomSignals(shape, split.num_tokens)
-    objective = SemanticDistillationLoss(kd_weight=0.05, phase_weight=0.1, magnitude_weight=0.1)
-    step = partial(
-        optimizer_step, Alone(model), objective, adamw(model), split, rows, signals,
-        micro_batch_rows=shape.rows, max_grad_norm=1.0,
-    )  # fmt: skip
-    return Candidate(step, int((batch.index >= 0).sum()), int((batch.labels >= 0).sum()))
+    batch = split.batch(np.arange(shape.rows))
+    engine, step = Engine(SingleProcess(model), adamw(model)), taught_step(shape, split)
+    return Candidate(partial(engine.step, step), int((batch.index >= 0).sum()), int(batch.labelled.sum()))
+
+
+def taught_step(shape: StepShape, split: Split) -> StepInput:
+    """The first rows of `split` with random signals, by v4's weights."""
+    return StepInput(
+        split=split,
+        rows=np.arange(shape.rows),
+        micro_batch_rows=shape.rows,
+        learning_rate=LEARNING_RATE,
+        signals=RandomSignals(shape, split.num_tokens),
+        kd_weight=0.05,
+        phase_weight=0.1,
+        magnitude_weight=0.1,
+    )
 
 
 def straightforward(shape: StepShape) -> Candidate:
@@ -171,7 +178,7 @@ def llama(shape: StepShape) -> Candidate:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return Candidate(step, int((batch.index >= 0).sum()), int((batch.labels >= 0).sum()))
+    return Candidate(step, int((batch.index >= 0).sum()), int(batch.labelled.sum()))
 
 
 CANDIDATES: dict[str, Callable[[StepShape], Candidate]] = {
@@ -191,9 +198,15 @@ def student(shape: StepShape) -> IndraQuantumPhase2:
     return IndraQuantumPhase2(config).train()
 
 
+def matrix_flops(model: IndraQuantumPhase2, candidate: Candidate) -> int:
+    """FLOPs of a step in the matrices of the layers and of the head; lifting, attention and padding are left out."""
+    flops = step_flops(model, StepSize(rows=candidate.tokens, row_length=1, labelled=candidate.labelled))
+    return flops["layers"] + flops["objective"]
+
+
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     """The optimiser that all candidates use."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
 
 def _full_logits_loss(
@@ -222,7 +235,8 @@ def step_speed(shape: StepShape = StepShape(), repeats: int = 5) -> list[Figure]
     seconds = interleaved_seconds(work | {name: c.step for name, c in candidates.items()}, repeats)
     limit = 2 * CUBE**3 / seconds["matmul"]
     rate = {name: c.tokens / seconds[name] for name, c in candidates.items()}
-    share = {name: shape.model_flops(c.tokens, c.labelled) / seconds[name] / limit for name, c in candidates.items()}
+    model = student(shape)
+    share = {name: matrix_flops(model, c) / seconds[name] / limit for name, c in candidates.items()}
     detail = f"medians of {repeats} rounds, {torch.get_num_threads()} threads, {shape}"
     filled = candidates["straightforward"].tokens / shape.step_tokens
     return [

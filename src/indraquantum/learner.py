@@ -5,8 +5,9 @@ Legend: B rows, T positions, N positions of interest, D real width, V vocabulary
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,3 +39,17 @@ def to_tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """The parts of a batch that a model needs, as int64 tensors (B, T) on `device`."""
     names = {"input_ids": "input_ids_BT", "positions": "position_ids_BT", "segments": "segment_ids_BT"}
     return {names[name]: torch.from_numpy(getattr(batch, name)).to(device) for name in names}
+
+
+class LabelledPositions(NamedTuple):
+    """The positions of a batch that have a label, in row order."""
+
+    states_ND: Tensor
+    labels_N: Tensor  # int64
+
+
+def labelled_positions(states_BTD: Tensor, batch: Batch) -> LabelledPositions:
+    """Select the positions of `batch` that have a label, from the states (B, T, D) that a learner made of it."""
+    labelled, device = batch.labelled.reshape(-1), states_BTD.device
+    states_ND = states_BTD.flatten(0, 1)[torch.from_numpy(np.flatnonzero(labelled)).to(device)]
+    return LabelledPositions(states_ND, torch.from_numpy(batch.labels.reshape(-1)[labelled]).to(device))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from indraquantum.kernels import Implementation, ObjectiveOptions, ObjectiveResult, fused_linear_objective
@@ -30,6 +31,10 @@ class TeacherSignals(NamedTuple):
     confidence_N: Tensor | None = None  # max p, exact, at temperature 1
     # nats, at the distillation temperature; where absent, kd_estimate takes entropy_N, exact only at 1
     temperature_entropy_N: Tensor | None = None
+
+    def to(self, device: torch.device) -> TeacherSignals:
+        """The same signals on `device`."""
+        return TeacherSignals(*(None if part is None else part.to(device) for part in self))
 
 
 class LossTerms(NamedTuple):

@@ -31,7 +31,7 @@ WEIGHT_OPTIONS = {
     "phase": {"value": "phase_weight"},
     "magnitude": {"value": "magnitude_weight"},
 }
-TERMS = tuple(WEIGHT_OPTIONS)
+TEACHER_TERMS = tuple(WEIGHT_OPTIONS)
 Weight = Annotated[float, Field(ge=0, le=100, strict=True)]
 Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
 
@@ -181,7 +181,7 @@ class Stage(Settings):
     @property
     def asks_the_teacher(self) -> bool:
         """Whether a weight is ever positive."""
-        return any(getattr(self.weights, term).highest > 0 for term in TERMS)
+        return any(getattr(self.weights, term).highest > 0 for term in TEACHER_TERMS)
 
 
 class Strategy(Settings):
@@ -259,7 +259,7 @@ def _check(where: str, strategy: Strategy) -> None:
 
 
 def _steps_of(stage: Stage) -> Iterator[tuple[str, Steps]]:
-    for term in TERMS:
+    for term in TEACHER_TERMS:
         if isinstance(curve := getattr(stage.weights, term), Steps):
             yield term, curve
 

@@ -21,7 +21,7 @@ from indraquantum.evaluation.test_split import read_test_split
 from indraquantum.files import check_manifest_json, read_json, sha256_of, without_nan, write_manifest_json
 from indraquantum.inference.write import load_model
 from indraquantum.training.checkpoint import checkpoint_path
-from indraquantum.training.stages import plan_stages
+from indraquantum.training.plan import plan_run
 
 FORMAT = "indraquantum-ablation-final"
 FORMAT_VERSION = 1
@@ -70,7 +70,7 @@ def _finished(task: Task) -> bool:
 
 def _checkpoint(bench: Bench, task: Task) -> Path:
     """The last checkpoint of a finished run."""
-    plan = plan_stages(task.settings, bench.dataset)
+    plan = plan_run(task.settings, bench.dataset)
     path = checkpoint_path(task.settings.output, plan.epoch_of(plan.total_steps))
     if not path.exists():
         allowed = "must still have its checkpoint; give another --output and --work to run the plan anew with --final"

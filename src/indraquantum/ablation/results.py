@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from indraquantum.ablation.plan import Plan, resolved
 from indraquantum.errors import UserError
 from indraquantum.files import read_json, without_nan, write_json
-from indraquantum.training.run import FREE_SETTINGS, with_defaults
+from indraquantum.training.resume import with_defaults
+from indraquantum.training.run import FREE_SETTINGS
 
 FORMAT = "indraquantum-ablation-run"
 FORMAT_VERSION = 1

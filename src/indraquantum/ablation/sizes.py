@@ -14,7 +14,7 @@ from indraquantum.data.dataset import PreparedDataset
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.training.costs import products_of_the_head
-from indraquantum.training.stages import RunStage, plan_stages
+from indraquantum.training.plan import RunStage, plan_run
 
 FLOPS_FORMULA = (
     "6 (L (4 D² + 3 D m + T D) + V D + V P / B + I): forward and backward, a multiply-add is 2, for rows of T "
@@ -68,12 +68,12 @@ def flops_per_token(model: IndraQuantumPhase2, row_length: int, batch_tokens: in
 
 def planned_steps(settings: TrainSettings, dataset: PreparedDataset) -> int:
     """Optimiser steps of a run."""
-    return plan_stages(settings, dataset).total_steps
+    return plan_run(settings, dataset).total_steps
 
 
 def planned_tokens(settings: TrainSettings, dataset: PreparedDataset) -> int:
     """Real tokens that a run sees, row by row as it draws them."""
-    return sum(_tokens_seen(stage) for stage in plan_stages(settings, dataset).stages)
+    return sum(_tokens_seen(stage) for stage in plan_run(settings, dataset).stages)
 
 
 def _tokens_seen(stage: RunStage) -> int:

@@ -19,9 +19,9 @@ from indraquantum.evaluation.halves import Half, documents_of_half
 from indraquantum.files import combined_sha256
 from indraquantum.strategy import resolve
 from indraquantum.teacher.signals import SignalStore, open_signals
+from indraquantum.training.plan import plan_run
 from indraquantum.training.run import run_identity
-from indraquantum.training.stages import RunStage, plan_stages
-from indraquantum.training.taught import found_signals, with_signals
+from indraquantum.training.signals import find_signals
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,7 @@ class Bench:
 
     def _identity(self, settings: TrainSettings, store: SignalStore | None) -> Record:
         """What decides a run; its stages where they are not those of the default strategy, as in older JSONs."""
-
-        def find(stage: RunStage) -> SignalStore | None:
-            return store if stage.dataset is self.dataset else found_signals(stage)
-
-        identity = run_identity(settings, with_signals(plan_stages(settings, self.dataset), find))
+        identity = run_identity(settings, find_signals(plan_run(settings, self.dataset), opened=store))
         if settings.strategy == TrainSettings.model_fields["strategy"].default:
             del identity["stages"]
         return identity | {"strategy": Path(settings.strategy).name}
@@ -172,7 +168,7 @@ class Bench:
 
     def _rows_seen(self, settings: TrainSettings) -> int:
         """Rows that a run visits, each as often as it does, as if the last step of each epoch were a full one."""
-        plan = plan_stages(settings, self.dataset)
+        plan = plan_run(settings, self.dataset)
         rows = sum(stage.steps * stage.rows_per_step for stage in plan.stages)
         fractions = plan.strategy.stages[0].fraction is not None
         return min(rows, settings.epochs * self.dataset.train.num_rows) if fractions else rows

@@ -21,6 +21,11 @@ class Batch(NamedTuple):
     sources: np.ndarray  # number of the document's source; -1 on padding
     index: np.ndarray  # place among the split's real tokens in row order, where signals are kept; -1 on padding
 
+    @property
+    def labelled(self) -> np.ndarray:
+        """Where there is a label, (B, T) bool."""
+        return self.labels >= 0
+
 
 @dataclass(frozen=True, eq=False)
 class Split:

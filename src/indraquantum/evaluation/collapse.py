@@ -25,7 +25,7 @@ from torch import Tensor
 
 from indraquantum.data.split import Batch
 from indraquantum.errors import TrainingStopped
-from indraquantum.learner import to_tensors
+from indraquantum.learner import labelled_positions, to_tensors
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.model.projector import QuantumProjector
@@ -54,7 +54,7 @@ def collapse_figures(model: IndraQuantumPhase2, batch: Batch) -> CollapseFigures
     logits_NV = _logits(model, batch, table_VD)
     if not (logits_NV.isfinite().all() and table_VD.isfinite().all()):
         raise TrainingStopped("predictions on held-out rows are not finite")
-    labels_N = _thinned(torch.from_numpy(batch.labels[batch.labels >= 0])).to(logits_NV.device)
+    labels_N = _thinned(torch.from_numpy(batch.labels[batch.labelled])).to(logits_NV.device)
 
     def rise(part: Literal["phases", "magnitudes"]) -> float:
         with _without(part, model):
@@ -121,14 +121,13 @@ def dead_terms(
         model: as it is trained.
         objective: with the weights of the step.
         batch: rows with signals.
-        teacher: the signals at the labelled positions of `batch`.
+        teacher: the signals at the labelled positions of `batch`, on any device.
     """
     with torch.no_grad():
         table_VD = model.lift_table()
         states_BTD = model.hidden_states(**to_tensors(batch, table_VD.device), table_VD=table_VD)
-    labelled = torch.from_numpy(batch.labels.reshape(-1) >= 0)
-    labels_N = torch.from_numpy(batch.labels.reshape(-1))[labelled].to(table_VD.device)
-    states_ND = states_BTD.flatten(0, 1)[labelled.to(table_VD.device)]
+    states_ND, labels_N = labelled_positions(states_BTD, batch)
+    teacher = teacher.to(table_VD.device)
 
     def gradient(without: str | None = None) -> tuple[Tensor, dict[str, float | None]]:
         part = copy.copy(objective)
@@ -156,6 +155,5 @@ def _thinned(values: Tensor) -> Tensor:
 def _logits(model: IndraQuantumPhase2, batch: Batch, table_VD: Tensor) -> Tensor:
     """Logits (N, V) at some labelled positions; `table_VD` is the lifted table."""
     states_BTD = model.hidden_states(**to_tensors(batch, table_VD.device), table_VD=table_VD)
-    labelled = torch.from_numpy(batch.labels.reshape(-1) >= 0).to(table_VD.device)
-    states_ND = _thinned(states_BTD.flatten(0, 1)[labelled])
+    states_ND = _thinned(labelled_positions(states_BTD, batch).states_ND)
     return model.logits(states_ND, table_VD).float()

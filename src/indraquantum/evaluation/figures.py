@@ -18,7 +18,7 @@ from indraquantum.data.split import Split
 from indraquantum.device import widest_float
 from indraquantum.evaluation.held_out import LOGIT_ROWS, batches, perplexity
 from indraquantum.kernels.onednn import onednn_products
-from indraquantum.learner import Learner, to_tensors
+from indraquantum.learner import Learner, labelled_positions, to_tensors
 from indraquantum.model.readout import wrapped_phase
 from indraquantum.teacher.signals import SignalStore
 
@@ -82,12 +82,10 @@ def predict(learner: Learner, split: Split, device: torch.device) -> Predictions
         parts = []
         for batch in batches(split):
             states_BTD = learner.hidden_states(**to_tensors(batch, device), table_VD=table_VD)
-            labelled = batch.labels.reshape(-1) >= 0
-            states_ND = states_BTD.flatten(0, 1)[torch.from_numpy(labelled).to(device)]
-            labels_N = torch.from_numpy(batch.labels.reshape(-1)[labelled]).to(device)
+            states_ND, labels_N = labelled_positions(states_BTD, batch)
             softmax = _softmax_readings(learner, states_ND, labels_N, table_VD)
             readout = _state_readings(learner, states_ND)
-            places = batch.sources.reshape(-1)[labelled], batch.index.reshape(-1)[labelled]
+            places = batch.sources[batch.labelled], batch.index[batch.labelled]
             parts.append((*softmax, *readout, *places))
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 

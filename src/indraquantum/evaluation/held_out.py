@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from indraquantum.data.dataset import PreparedDataset
 from indraquantum.data.split import Batch, Split
 from indraquantum.kernels.onednn import onednn_products
-from indraquantum.learner import Learner, to_tensors
+from indraquantum.learner import Learner, labelled_positions, to_tensors
 from indraquantum.processes import ALONE, Processes
 
 ROWS_PER_BATCH = 16
@@ -48,7 +48,7 @@ def held_out_cross_entropy(
             losses_n = _losses(learner, table_VD, batch, device)
             if place < len(own):
                 losses_N.append(losses_n)
-                sources_N.append(batch.sources[batch.labels >= 0])
+                sources_N.append(batch.sources[batch.labelled])
     learner.train(training)
     parts = [part for parts in processes.gather(list(zip(losses_N, sources_N, strict=True))) for part in parts]
     losses, sources = map(np.concatenate, zip(*parts, strict=True))
@@ -66,8 +66,8 @@ def unigram_cross_entropy(dataset: PreparedDataset) -> dict[str, float]:
     counts_V = np.bincount(train.tokens, minlength=size) - np.bincount(firsts, minlength=size) + 1
     losses_V = np.log(counts_V.sum()) - np.log(counts_V)
     validation = list(batches(dataset.validation))
-    labels = np.concatenate([batch.labels[batch.labels >= 0] for batch in validation])
-    sources = np.concatenate([batch.sources[batch.labels >= 0] for batch in validation])
+    labels = np.concatenate([batch.labels[batch.labelled] for batch in validation])
+    sources = np.concatenate([batch.sources[batch.labelled] for batch in validation])
     return per_source(losses_V[labels], sources, dataset.source_names)
 
 
@@ -98,9 +98,7 @@ def batch_at(split: Split, start: int) -> Batch:
 def _losses(learner: Learner, table_VD: torch.Tensor, batch: Batch, device: torch.device) -> np.ndarray:
     """Cross-entropy of each labelled position of `batch`, (N,)."""
     states_BTD = learner.hidden_states(**to_tensors(batch, device), table_VD=table_VD)
-    labelled = torch.from_numpy(batch.labels.reshape(-1) >= 0)
-    states_ND = states_BTD.flatten(0, 1)[labelled.to(device)]
-    labels_N = torch.from_numpy(batch.labels.reshape(-1))[labelled].to(device)
+    states_ND, labels_N = labelled_positions(states_BTD, batch)
     losses = []
     for states_nD, labels_n in zip(states_ND.split(LOGIT_ROWS), labels_N.split(LOGIT_ROWS), strict=True):
         logits_nV = learner.logits(states_nD, table_VD).float()

@@ -6,6 +6,7 @@ The counts are exact, the seconds are those of real steps that are thrown away; 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,9 +17,9 @@ from indraquantum.config import TrainSettings
 from indraquantum.learner import to_tensors
 from indraquantum.progress import duration
 from indraquantum.training.costs import StepSize, objective_bytes, parameter_counts, step_flops
-from indraquantum.training.run import Run
-from indraquantum.training.scratch import scratch_run, timed_step
-from indraquantum.training.stages import RunStage
+from indraquantum.training.loop import take_step
+from indraquantum.training.plan import RunStage
+from indraquantum.training.run import Run, trial_run
 
 MEASURED_STEPS = 2  # of each stage: the first one also warms up, the last one is the figure
 
@@ -46,7 +47,7 @@ def dry_run(settings: TrainSettings) -> DryRun:
     Raises:
         UserError: settings, data or signals that don't fit.
     """
-    run = scratch_run(settings)
+    run = trial_run(settings)
     found = measure(run)
     print(report(found))
     return found
@@ -54,16 +55,15 @@ def dry_run(settings: TrainSettings) -> DryRun:
 
 def measure(run: Run) -> DryRun:
     """Count and time what `run`, at its first step, would do."""
-    stage = run.plan.at(0)
-    rows = stage.rows_of(0)
-    batch = stage.train.batch(rows)
-    size = StepSize(len(rows), stage.dataset.row_length, int((batch.labels >= 0).sum()))
-    activations = activation_bytes(run, rows[: stage.micro_batch_rows])
+    step = run.plan.step(0)
+    batch = step.split.batch(step.rows)
+    size = StepSize(len(step.rows), step.split.row_length, int(batch.labelled.sum()))
+    activations = activation_bytes(run, step.rows[: step.micro_batch_rows])
     seconds = [_step_seconds(run, stage) for stage in run.plan.stages]
     steps_seconds = sum(stage.steps * own for stage, own in zip(run.plan.stages, seconds, strict=True))
     return DryRun(
         size=size,
-        micro_batch_rows=stage.micro_batch_rows,
+        micro_batch_rows=step.micro_batch_rows,
         step_tokens=int((batch.index >= 0).sum()),
         total_steps=run.total_steps,
         stages=tuple(map(str, run.plan.stages)),
@@ -80,7 +80,9 @@ def _step_seconds(run: Run, stage: RunStage) -> float:
     """Seconds of the first step of `stage`."""
     for _ in range(MEASURED_STEPS):
         run.step = stage.first
-        seconds = timed_step(run).seconds
+        started = time.perf_counter()
+        take_step(run)
+        seconds = time.perf_counter() - started
     return seconds
 
 

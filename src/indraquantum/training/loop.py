@@ -2,8 +2,8 @@
 
     indra train --data data/mixed_train --signals data/teacher_signals
 
-A batch, a learning rate and a loss weight are pure functions of (seed, step), so that a run that was stopped goes on
-from its newest checkpoint exactly as if it had not been.
+Each step is a pure function of the settings and its number (plan.py), so that a run that was stopped resumes from its
+newest checkpoint exactly as if it had not been.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
@@ -36,15 +34,14 @@ from indraquantum.training.checkpoint import (
     save_checkpoint,
     step_checkpoint_path,
 )
-from indraquantum.training.collapse_guard import PROBE_EVERY, look_at
-from indraquantum.training.folders import FolderRemoved, HeldFolders
-from indraquantum.training.guards import require_finite_state
+from indraquantum.training.folders import FolderRemoved, HeldFolders, set_others_metrics_aside, write_record
+from indraquantum.training.guards import PROBE_EVERY, probe, require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
-from indraquantum.training.record import set_others_metrics_aside, write_record
-from indraquantum.training.run import Run, check_settings, resume, start_run
-from indraquantum.training.stages import RunStage, plan_stages
-from indraquantum.training.step import StepResult, optimizer_step, set_learning_rates
-from indraquantum.training.taught import captured_signals, check_folders, found_signals, with_signals
+from indraquantum.training.plan import plan_run
+from indraquantum.training.resume import resume
+from indraquantum.training.run import Run, check_settings, start_run
+from indraquantum.training.signals import capture_signals, check_folders, find_signals
+from indraquantum.training.step import StepInput, StepResult
 
 
 @dataclass(frozen=True)
@@ -58,10 +55,10 @@ class TrainReport:
 
 
 def train(settings: TrainSettings) -> TrainReport:
-    """Train by `settings`, going on from a checkpoint in the output folder where there is one.
+    """Train by `settings`; resume if the output folder holds a checkpoint.
 
-    A first SIGTERM, SIGINT or SIGHUP leaves after the step in hand and a checkpoint; a second one, but for SIGHUP, at
-    once.
+    A first SIGTERM, SIGINT or SIGHUP ends the run after the current step, with a checkpoint. A second SIGTERM or SIGINT
+    ends it at once.
 
     Returns:
         Where the last checkpoint and the metrics are, and the held-out cross-entropy.
@@ -77,54 +74,71 @@ def train(settings: TrainSettings) -> TrainReport:
         with processes.together():
             require_tracker(settings.log_to)
             device = own_device(choose_device(settings))
-            plan = plan_stages(settings, open_dataset("--data", settings.data, settings.tokenizer, verify=True))
-        plan = with_signals(plan, lambda stage: found_signals(stage, processes), processes)
+            plan = plan_run(settings, open_dataset("--data", settings.data, settings.tokenizer, verify=True))
+        plan = find_signals(plan, processes)
         folders = None
         with processes.together():
             check_settings(settings, plan, device)
             check_folders(plan)
             if processes.is_first:
                 folders = HeldFolders(settings.output, metrics_path.parent, stack)
-        plan = with_signals(plan, lambda stage: captured_signals(stage, processes), processes)
+        plan = capture_signals(plan, processes)
         stack.enter_context(using(processes.first(lambda: way_for(device))))
         with processes.together():
             run = start_run(settings, plan, device, processes)
-        resumed = resume(run)
-        if run.finished:
-            print(f"This run is finished: {run.step} steps, {run.tokens:,} tokens; see {settings.output}.")
-        if not resumed:
-            run.pending = {"step": 0, "tokens": 0, "epoch": 0.0}
-        last_written = run.step - (run.pending is not None)
-        with processes.together():
-            log = NoLog()
-            if processes.is_first:
-                set_others_metrics_aside(metrics_path, run, resumed)
-                kept = last_written if resumed else None
-                history = metrics_up_to(metrics_path, kept)
-                tracked = "none" if run.finished else settings.log_to
-                tracker = open_tracker(tracked, metrics_path.parent, run.identity, kept, history)
-                log = MetricsLog(metrics_path, kept, tracker)
-        if not processes.alone:
-            interrupts.join(processes.largest)
-        try:
-            processes.first(lambda: write_record(metrics_path.parent, run))
-            continue_run(run, log, interrupts, folders)
-            processes.first(lambda: write_record(metrics_path.parent, run))
-        except Interrupted as interrupted:
-            if processes.is_first:
-                with contextlib.suppress(OSError):  # the terminal may be gone
-                    print(f"Left at step {run.step} by {interrupted.name}; the same command goes on.", file=sys.stderr)
-            raise
-        finally:
-            log.close()
+        complete(run, metrics_path, interrupts, folders)
         return TrainReport(run.epoch_path, metrics_path, run.step, run.held_out or evaluate(run))
+
+
+def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: HeldFolders | None) -> None:
+    """Take `run` from its newest checkpoint, or from its first step, to its end; metrics and run.json tell of it.
+
+    Args:
+        run: at its first step.
+        metrics_path: the file for the metrics.
+        interrupts: ask the run to leave.
+        folders: where it writes; None in a process that writes nothing.
+
+    Raises:
+        Interrupted: a signal came; there is a checkpoint of the step that was done last.
+    """
+    settings, processes = run.settings, run.processes
+    resumed = resume(run)
+    if run.finished:
+        print(f"This run is finished: {run.step} steps, {run.tokens:,} tokens; see {settings.output}.")
+    if not resumed:
+        run.pending = {"step": 0, "tokens": 0, "epoch": 0.0}
+    last_written = run.step - (run.pending is not None)
+    with processes.together():
+        log = NoLog()
+        if processes.is_first:
+            set_others_metrics_aside(metrics_path, run, resumed)
+            kept = last_written if resumed else None
+            history = metrics_up_to(metrics_path, kept)
+            tracked = "none" if run.finished else settings.log_to
+            tracker = open_tracker(tracked, metrics_path.parent, run.identity, kept, history)
+            log = MetricsLog(metrics_path, kept, tracker)
+    if not processes.alone:
+        interrupts.join(processes.largest)
+    try:
+        processes.first(lambda: write_record(metrics_path.parent, run))
+        continue_run(run, log, interrupts, folders)
+        processes.first(lambda: write_record(metrics_path.parent, run))
+    except Interrupted as interrupted:
+        if processes.is_first:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                said = f"Left at step {run.step} by {interrupted.name}; run the same command to resume."
+                print(said, file=sys.stderr)
+        raise
+    finally:
+        log.close()
 
 
 def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, folders: HeldFolders | None = None) -> None:
     """Take `run` from where it stands to its end, or to where it must leave, with a checkpoint there.
 
     Args:
-        run: what to go on with.
+        run: what to continue.
         log: for the metrics.
         interrupts: ask it to leave.
         folders: where it writes; None in a process that writes nothing.
@@ -148,10 +162,10 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
                         folders.check(log)
                     if run.epoch_ends or run.step % run.settings.evaluate_every == 0:
                         run.pending["held_out"] = evaluate(run, interrupts)
-                        is_best = judge(run)
+                        is_best = note_evaluation(run)
                     log.write(run.pending)
                     if collapsed:
-                        raise TrainingStopped(f"{collapsed}; --on-collapse warn goes on")
+                        raise TrainingStopped(f"{collapsed}; continue with --on-collapse warn")
                 run.pending = None
                 if is_best and run.step and run.settings.keep_best:  # before the one to resume from: it is never behind
                     write_checkpoint(run, run.settings.output / BEST_NAME, log)
@@ -175,45 +189,19 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
 
 
 def take_step(run: Run) -> dict[str, Any]:
-    """One optimiser step at `run.step`, with the schedules' values of that step; its metrics."""
-    settings, step, stage = run.settings, run.step, run.plan.at(run.step)
-    learning_rate = set_learning_rates(
-        run.optimizer, stage.settings, step - stage.first, stage.steps, stage.planned_steps
-    )
-    set_objective(run, step)
-    # Dropout is the only randomness of a step: seeding it by the step makes resume exact without saving any state.
-    processes = run.processes
-    torch.manual_seed(((settings.seed * 1_000_003 + step) * processes.world + processes.rank) % 2**64)
+    """Take the next step of `run`; its metrics."""
+    step, stage = run.plan.step(run.step), run.plan.at(run.step)
     started = time.perf_counter()
-    rows = stage.rows_of(step)
     try:
-        result = optimizer_step(
-            run.parallel,
-            run.objective,
-            run.optimizer,
-            stage.train,
-            rows,
-            stage.signals,
-            micro_batch_rows=stage.micro_batch_rows,
-            max_grad_norm=settings.max_grad_norm,
-        )
+        result = run.engine.step(step)
     except TrainingStopped as error:
-        counted = "" if stage.train is stage.dataset.train else f" (rows of {', '.join(stage.about.sources)} alone)"
-        raise TrainingStopped(f"step {step + 1}: {error}{counted}") from None
+        counted = "" if stage.train is stage.dataset.train else f" (rows of {', '.join(stage.spec.sources)} alone)"
+        raise TrainingStopped(f"step {run.step + 1}: {error}{counted}") from None
     run.step += 1
     run.average.update(run.model, run.step)
     run.tokens += result.tokens
     run.saved = False
-    return metrics_of(run, result, learning_rate, time.perf_counter() - started)
-
-
-def set_objective(run: Run, step: int) -> None:
-    """Give the objective what the stage of `step` says: weights, and the temperature and the tail of its signals."""
-    stage = run.plan.at(step)
-    for term, weight in stage.weights_of(step).items():
-        setattr(run.objective, f"{term}_weight", weight)
-    run.objective.temperature = 1.0 if stage.signals is None else stage.signals.manifest.temperature
-    run.objective.tail = run.identity["tail"] if stage.has_truncated_signals else "none"
+    return metrics_of(run, step, result, time.perf_counter() - started)
 
 
 def watch_for_collapse(run: Run) -> str | None:
@@ -228,9 +216,10 @@ def watch_for_collapse(run: Run) -> str | None:
     if run.step % PROBE_EVERY or run.settings.on_collapse == "ignore":
         return None
     stage, held_out = run.stage, run.dataset.validation
+    objective = run.engine.objective(run.plan.step(run.step - 1))
     with run.parallel.readable():
         try:
-            look = look_at(run.guard, run.model, run.objective, stage.dataset.train, held_out, stage.signals)
+            look = probe(run.guard, run.model, objective, stage.dataset.train, held_out, stage.signals)
         except TrainingStopped as error:
             raise TrainingStopped(f"step {run.step}: {error}") from None
     look = run.processes.gather(look)[0]  # should they differ in the last digit, all do as the first one does
@@ -245,24 +234,22 @@ def watch_for_collapse(run: Run) -> str | None:
     return said if stops else None
 
 
-def _without_estimate(terms: dict[str, float | None], stage: RunStage) -> dict[str, float | None]:
-    """`terms`, without the estimate of the true divergence where the signals say nothing of the other tokens."""
-    return terms | {"kd_estimate": None} if stage.has_truncated_signals else terms
-
-
-def metrics_of(run: Run, result: StepResult, learning_rate: float, seconds: float) -> dict[str, Any]:
-    """The metrics line of the step that was just done."""
+def metrics_of(run: Run, step: StepInput, result: StepResult, seconds: float) -> dict[str, Any]:
+    """The metrics line of `step`, which `run` has just done."""
+    # Truncated signals say nothing of the other tokens: the true divergence can't be estimated from them.
+    no_estimate = {"kd_estimate": None} if run.stage.has_truncated_signals else {}
     return {
         "step": run.step,
         "tokens": run.tokens,
-        "stage": run.stage.about.name,
+        "stage": run.stage.spec.name,
         "epoch": run.plan.epochs_done(run.step),
-        **_without_estimate(result.terms, run.stage),
-        "kd_weight": run.objective.kd_weight,
-        "phase_weight": run.objective.phase_weight,
-        "magnitude_weight": run.objective.magnitude_weight,
+        **result.terms,
+        **no_estimate,
+        "kd_weight": step.kd_weight,
+        "phase_weight": step.phase_weight,
+        "magnitude_weight": step.magnitude_weight,
         **result.readout,
-        "learning_rate": learning_rate,
+        "learning_rate": step.learning_rate,
         "grad_norm": result.grad_norm,
         "tokens_per_second": result.tokens / seconds,
     }
@@ -288,12 +275,12 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> dict[str, float]
         raise TrainingStopped(f"step {run.step}: the held-out cross-entropy is not finite: {figures}")
     text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
     ended = run.plan.ends_at(run.step)
-    stage = f", end of stage {ended.about.name}" if ended and len(run.plan.stages) > 1 else ""
+    stage = f", end of stage {ended.spec.name}" if ended and len(run.plan.stages) > 1 else ""
     tell(f"step {run.step}/{run.total_steps}{stage}: held-out cross-entropy (nats/token) {text}")
     return figures
 
 
-def judge(run: Run) -> bool:
+def note_evaluation(run: Run) -> bool:
     """Take in the evaluation that was just done; whether it is the best so far. May end the run."""
     best = run.best
     is_best = best.take(run.step, run.held_out["all"], run.settings.patience)
@@ -349,7 +336,7 @@ def write_checkpoint(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
 
 
 def checkpoint_of(run: Run) -> Checkpoint:
-    """All that `run` needs to go on, in the first process; all must ask for it."""
+    """All that `run` needs to resume, in the first process; all must ask for it."""
     tokenizer, state = run.dataset.tokenizer, run.parallel.whole_state(run.optimizer, run.average)
     return Checkpoint(
         model_config=run.model.config.to_dict(),
@@ -369,7 +356,7 @@ def checkpoint_of(run: Run) -> Checkpoint:
 
 
 def figures_of(metrics: dict[str, Any]) -> str:
-    """The four terms, the learning rate and the speed of a step, to show while the run goes on."""
+    """The four terms, the learning rate and the speed of a step, to show while the run is under way."""
     names = [name for name in ("ce", "kd", "phase", "magnitude") if metrics.get(name) is not None]
     terms = [f"{name} {metrics[name]:.3f}" for name in names]
     return ", ".join(

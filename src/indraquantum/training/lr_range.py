@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from indraquantum.config import LrTestSettings
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.files import atomic_file, check_new_file
 from indraquantum.progress import Progress
 from indraquantum.smoothing import Smoothing
-from indraquantum.training.loop import set_objective
-from indraquantum.training.run import Run
-from indraquantum.training.scratch import scratch_run
-from indraquantum.training.step import optimizer_step, set_base_rate
+from indraquantum.training.run import Run, trial_run
+from indraquantum.training.step import StepInput
 
 SUFFIXES = (".png", ".pdf", ".svg")
 SMOOTHING = 0.8  # of the exponential mean over the steps' losses
@@ -54,7 +51,7 @@ def lr_range_test(settings: LrTestSettings) -> RangeTest:
         allowed = f"must be above --lowest-rate {settings.lowest_rate:g}"
         raise UserError("--highest-rate", f"{settings.highest_rate:g}", allowed)
     check_new_file("--picture", settings.picture)
-    run = scratch_run(settings)
+    run = trial_run(settings)
     found = climb(run, rising_rates(settings.lowest_rate, settings.highest_rate, settings.steps))
     _draw(settings, found)
     if found.suggested is None:
@@ -76,11 +73,10 @@ def climb(run: Run, rates: Sequence[float]) -> RangeTest:
     Rows come from the strategy's first stage; the weights stay as they are at its first step.
     """
     losses, smooth, mean = [], [], Smoothing(SMOOTHING)
-    set_objective(run, step=0)
     with Progress("lr-test", len(rates), "steps") as progress:
-        for rate in rates:
+        for number, rate in enumerate(rates):
             try:
-                losses.append(_loss_at(run, rate))
+                losses.append(_loss_of(run, step_at(run, number, rate)))
             except TrainingStopped:
                 break
             smooth.append(mean.take(losses[-1]))
@@ -91,23 +87,14 @@ def climb(run: Run, rates: Sequence[float]) -> RangeTest:
     return RangeTest(taken, losses, smooth, suggested_rate(taken, smooth))
 
 
-def _loss_at(run: Run, rate: float) -> float:
-    """The loss of the next step, which is then taken at `rate`; each group keeps its multiple."""
+def step_at(run: Run, number: int, rate: float) -> StepInput:
+    """The first step of `run`, with the rows of step `number` and at `rate`."""
     stage = run.plan.at(0)
-    set_base_rate(run.optimizer, stage.settings, rate)
-    torch.manual_seed(run.settings.seed + run.step)
-    result = optimizer_step(
-        run.parallel,
-        run.objective,
-        run.optimizer,
-        stage.train,
-        stage.rows_of(run.step),
-        stage.signals,
-        micro_batch_rows=stage.micro_batch_rows,
-        max_grad_norm=run.settings.max_grad_norm,
-    )
-    run.step += 1
-    return result.terms["loss"]
+    return replace(stage.step(0), rows=stage.rows_of(number), learning_rate=rate, seed=run.settings.seed + number)
+
+
+def _loss_of(run: Run, step: StepInput) -> float:
+    return run.engine.step(step).terms["loss"]
 
 
 def suggested_rate(rates: Sequence[float], losses: Sequence[float]) -> float | None:

@@ -1,10 +1,12 @@
-"""One optimiser step over several processes: DDP and FSDP2 around the pass of one micro-batch.
+"""A model in training: its number format, the average of its weights, and the processes that share its work.
 
-Both reduce gradients in hooks of a module's forward and backward. What a step does to a model is several calls on one
-lifted table, so the pass as a whole is the module that they wrap (`MicroBatchPass`): one forward and one backward for
-each micro-batch, the reduction with the last one. That is their own documented way to accumulate gradients, and their
-buckets overlap with the backward; gradients reduced by hand after the step would be shorter by some lines, could not
-shard, and would not overlap.
+Weights, lifted table, objective and optimiser are float32 in every number format; so are held-out figures.
+
+DDP and FSDP2 reduce gradients in hooks of a module's forward and backward. What a step does to a model is several calls
+on one lifted table, so the pass as a whole is the module that they wrap (`MicroBatchPass`): one forward and one
+backward for each micro-batch, the reduction with the last one. That is their own documented way to accumulate
+gradients, and their buckets overlap with the backward. Gradients reduced by hand after the step would take some lines
+less, but could not shard, and would not overlap.
 
 Gradients are summed, not averaged: each term is already divided by the labelled tokens of the whole global step. So
 ranks may have different shares, none at all included, which take part with an `idle` batch.
@@ -23,13 +25,92 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from indraquantum.config import TrainSettings
 from indraquantum.data.split import Batch
+from indraquantum.device import best_16_bits
 from indraquantum.errors import UserError
-from indraquantum.learner import Learner, to_tensors
+from indraquantum.learner import Learner, labelled_positions, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
 from indraquantum.processes import ALONE, Processes, shard_like
-from indraquantum.training.average import WeightAverage
-from indraquantum.training.precision import Precision
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Precision:
+    """A number format on a device, and its loss scale, which does nothing but for float16."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
+        self.dtype = dtype
+        self._device_type = "cpu" if device is None else device.type
+        self.scaler = torch.amp.GradScaler(self._device_type, enabled=dtype is torch.float16)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Inside, the matrix products of the layers are computed in the format."""
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device_type, self.dtype)
+
+    @property
+    def name(self) -> str:
+        """As `--precision` spells it."""
+        return next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether gradients that are not finite may be the loss scale's fault: it is halved then, down to 1."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
+
+def choose_precision(settings: TrainSettings, device: torch.device) -> Precision:
+    """The format that `settings` ask for; auto takes 16 bits on CUDA, bfloat16 where the card has it, else float32."""
+    if settings.precision != "auto":
+        return Precision(DTYPES[settings.precision], device)
+    if device.type != "cuda":
+        return Precision(torch.float32, device)
+    return Precision(best_16_bits(), device)
+
+
+class WeightAverage:
+    """An exponential moving average of a model's trainable weights; with a decay of 0 it is empty and does nothing.
+
+    Args:
+        model: whose weights to average, as it stands at its first step.
+        decay: part of the average that stays at each step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad and decay}
+        self.weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after `step` steps; the first steps count for more, so that the start is forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, average in self.weights.items():
+            average.lerp_(model.get_parameter(name), 1 - decay)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Resume from the average of a checkpoint of the same run."""
+        for name, average in self.weights.items():
+            average.copy_(weights[name])
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def in_place_of(self, model: nn.Module) -> Iterator[None]:
+        """Inside, `model` has the average for weights; must not be interrupted on the way in or out."""
+        own = {name: model.get_parameter(name).detach().clone() for name in self.weights}
+        _fill(model, self.weights)
+        try:
+            yield
+        finally:
+            _fill(model, own)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        model.get_parameter(name).copy_(weight)
 
 
 class PassResult(NamedTuple):
@@ -63,23 +144,21 @@ class MicroBatchPass(nn.Module):
 
         Args:
             batch: rows.
-            teacher: signals at the labelled positions of `batch`.
+            teacher: signals at the labelled positions of `batch`, on any device.
             objective: the loss.
             token_count: labelled tokens of the whole step, in all processes.
             leaf_VD: (V, D) the lifted table as a leaf that collects its gradient; None lifts the table here, so that
-                its gradient goes on through the projector.
+                its gradient reaches the projector.
             collected_VD: (V, D) what a leaf has collected before; goes through the projector too.
         """
         table_VD = self.lift_table() if leaf_VD is None else leaf_VD
         if collected_VD is not None:
             table_VD = table_VD.view_as(table_VD)  # without a projector it is the weight itself, which keeps its hooks
             table_VD.register_hook(lambda gradient_VD: gradient_VD + collected_VD)
-        device = table_VD.device
         with self.precision.autocast():
-            states_BTD = self.learner.hidden_states(**to_tensors(batch, device), table_VD=table_VD)
-        labelled = batch.labels.reshape(-1) >= 0
-        states_ND = states_BTD.flatten(0, 1)[torch.from_numpy(np.flatnonzero(labelled)).to(device)]
-        labels_N = torch.from_numpy(batch.labels.reshape(-1)[labelled]).to(device)
+            states_BTD = self.learner.hidden_states(**to_tensors(batch, table_VD.device), table_VD=table_VD)
+        states_ND, labels_N = labelled_positions(states_BTD, batch)
+        teacher = None if teacher is None else teacher.to(table_VD.device)
         amplitude_N = self.learner.amplitude(states_ND)
         bias_V, scale = self.learner.bias_V, self.learner.scale
         terms = objective(states_ND, table_VD, labels_N, bias_V, scale, teacher, amplitude_N, token_count=token_count)
@@ -99,7 +178,7 @@ def idle(batch: Batch) -> Batch:
     return batch._replace(labels=np.full_like(batch.labels, -100), index=np.full_like(batch.index, -1))
 
 
-class Alone:
+class SingleProcess:
     """One process: nothing to share."""
 
     rows_stand_alone = True  # whether one process may run a row by itself, to see what it does
@@ -107,6 +186,7 @@ class Alone:
     def __init__(self, learner: Learner, processes: Processes = ALONE, precision: Precision | None = None) -> None:
         self.processes, self.precision = processes, precision or Precision()
         self.device = next(learner.parameters()).device
+        self.learner = learner
         self.bare = MicroBatchPass(learner, self.precision)
         self.run_pass: nn.Module = self.bare
 
@@ -125,10 +205,10 @@ class Alone:
 
     def whole_state(self, optimizer: torch.optim.Optimizer, average: WeightAverage) -> WholeState:
         """The state for a checkpoint; all processes must ask for it together, and the first one has it."""
-        return WholeState(self.bare.learner.state_dict(), average.weights, optimizer.state_dict())
+        return WholeState(self.learner.state_dict(), average.weights, optimizer.state_dict())
 
 
-class DataParallel(Alone):
+class DataParallel(SingleProcess):
     """DDP: each process holds the whole model."""
 
     def __init__(self, learner: Learner, processes: Processes, precision: Precision, *, unused: bool) -> None:
@@ -137,7 +217,7 @@ class DataParallel(Alone):
         self.run_pass.register_comm_hook(None, _sum_bucket)
 
     def part(self, *, last: bool) -> AbstractContextManager[None]:
-        """As in `Alone`."""
+        """As in `SingleProcess`."""
         return contextlib.nullcontext() if last else self.run_pass.no_sync()
 
 
@@ -147,7 +227,7 @@ def _sum_bucket(_, bucket):  # DDP refuses annotations that are strings, as they
     return work.get_future().then(lambda future: future.value()[0])
 
 
-class FullyShardedParallel(Alone):
+class FullyShardedParallel(SingleProcess):
     """FSDP2: weights, gradients and optimiser state lie in shards; each layer is gathered where it is used."""
 
     rows_stand_alone = False
@@ -171,13 +251,13 @@ class FullyShardedParallel(Alone):
 
     @contextlib.contextmanager
     def part(self, *, last: bool) -> Iterator[None]:
-        """As in `Alone`."""
+        """As in `SingleProcess`."""
         self.bare.set_requires_gradient_sync(last)
         yield
 
     @contextlib.contextmanager
     def readable(self) -> Iterator[None]:
-        """As in `Alone`; the layers are gathered as they are used."""
+        """As in `SingleProcess`; the layers are gathered as they are used."""
         self.bare.unshard()
         try:
             yield
@@ -185,14 +265,14 @@ class FullyShardedParallel(Alone):
             self.bare.reshard()
 
     def whole_state(self, optimizer: torch.optim.Optimizer, average: WeightAverage) -> WholeState:
-        """As in `Alone`: gathered tensor by tensor, onto the CPU of the first process; the others get empty dicts."""
+        """As in `SingleProcess`: gathered tensor by tensor onto the CPU of the first process; the others get {}."""
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
             get_model_state_dict,
             get_optimizer_state_dict,
         )
 
-        learner, options = self.bare.learner, StateDictOptions(full_state_dict=True, cpu_offload=True)
+        learner, options = self.learner, StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(learner, options=options)
         averaged = {}
         if average.weights:
@@ -211,7 +291,7 @@ def make_parallel(
     *,
     unused: bool,
     precision: Precision | None = None,
-) -> Alone:
+) -> SingleProcess:
     """Share `learner` among `processes`; before its optimiser is made, which must hold the weights as they then are.
 
     Args:
@@ -226,7 +306,7 @@ def make_parallel(
         UserError: FSDP2 is to work with a loss scale.
     """
     if processes.alone:
-        return Alone(learner, precision=precision)
+        return SingleProcess(learner, precision=precision)
     precision = precision or Precision()
     if kind == "fsdp2" and precision.scaler.is_enabled():
         # Each process would see the overflow of its own shards only.

@@ -24,15 +24,13 @@ from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.files import atomic_folder, make_folder, write_sums
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import put_in_force
-from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.model.masks import document_mask
 from indraquantum.progress import Progress
-from indraquantum.strategy import check_decay
+from indraquantum.strategy import RATES, Stage, Strategy, check_decay
+from indraquantum.training.engine import Engine
 from indraquantum.training.optimizers import MUON_GROUP, MuonAdamW
-from indraquantum.training.parallel import Alone
-from indraquantum.training.schedule import rows_of_step
-from indraquantum.training.stages import rows_per_step
-from indraquantum.training.step import optimizer_step, set_learning_rates
+from indraquantum.training.parallel import SingleProcess
+from indraquantum.training.plan import Plan, RunStage
 
 
 @dataclass(frozen=True)
@@ -120,6 +118,22 @@ def parameter_groups(learner: LlamaLearner, settings: TeacherSettings) -> list[d
     ]
 
 
+def teacher_plan(settings: TeacherSettings, dataset: PreparedDataset) -> Plan:
+    """The plan of a teacher's run: one stage over all rows, with cross-entropy alone."""
+    spec = Stage(name="teacher", steps=settings.steps, **{name: getattr(settings, name) for name in RATES})
+    stage = RunStage(
+        number=0,
+        spec=spec,
+        settings=settings,
+        dataset=dataset,
+        train=dataset.train,
+        first=0,
+        steps=settings.steps,
+        first_epoch=0,
+    )
+    return Plan(Strategy(stages=(spec,)), dataset, (stage,))
+
+
 def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
     """Train a teacher by `settings` and save it with its tokenizer.
 
@@ -138,28 +152,14 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
     torch.manual_seed(settings.seed)
     learner = LlamaLearner(new_llama(settings, dataset)).to(device).train()
     optimizer = MuonAdamW(parameter_groups(learner, settings))
-    objective = SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0)
-    parallel, tokens = Alone(learner), 0
+    engine, plan, tokens = Engine(SingleProcess(learner), optimizer), teacher_plan(settings, dataset), 0
     with Progress("teacher", settings.steps, "steps") as progress:
-        for step in range(settings.steps):
-            began = time.perf_counter()
-            learning_rate = set_learning_rates(optimizer, settings, step, settings.steps)
-            rows = rows_of_step(
-                dataset.train.num_rows, rows_per_step(settings.batch_tokens, dataset.row_length), settings.seed, step
-            )
-            result = optimizer_step(
-                parallel,
-                objective,
-                optimizer,
-                dataset.train,
-                rows,
-                None,
-                micro_batch_rows=rows_per_step(settings.micro_batch_tokens, dataset.row_length),
-                max_grad_norm=settings.max_grad_norm,
-            )
+        for number in range(settings.steps):
+            began, step = time.perf_counter(), plan.step(number)
+            result = engine.step(step)
             tokens += result.tokens
             speed = result.tokens / (time.perf_counter() - began)
-            figures = f"ce {result.terms['ce']:.3f}, learning rate {learning_rate:.2e}, {speed:,.0f} tokens/s"
+            figures = f"ce {result.terms['ce']:.3f}, learning rate {step.learning_rate:.2e}, {speed:,.0f} tokens/s"
             progress.update(1, figures)
     held_out = held_out_cross_entropy(learner, dataset, device)
     save_teacher(learner, dataset, settings.output)

@@ -1,46 +1,39 @@
-"""A run and what decides it: its parts, its identity, and how it is put where a checkpoint stands."""
+"""A run: its parts at the first step, and what decides its result.
+
+`start_run` builds what `indra train` trains. `trial_run` builds the same for a look at what a run would be: it makes no
+folder, asks no teacher and reads no checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from indraquantum.config import TrainSettings
-from indraquantum.data.dataset import PreparedDataset
+from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.same_tokenizer import require_same_tokenizer
 from indraquantum.data.tokenizer import TextTokenizer
+from indraquantum.device import choose_device
 from indraquantum.errors import UserError
 from indraquantum.files import combined_sha256, sha256_of
-from indraquantum.kernels.ways import continued, in_force, put_in_force
-from indraquantum.loss_v2 import SemanticDistillationLoss
+from indraquantum.kernels.measured import way_for
+from indraquantum.kernels.ways import in_force, put_in_force
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.processes import ALONE, Processes
 from indraquantum.teacher.signals import SignalStore
-from indraquantum.training.acceleration import accelerate, require_compiler
-from indraquantum.training.average import WeightAverage
-from indraquantum.training.best import BestHeldOut
-from indraquantum.training.checkpoint import (
-    Checkpoint,
-    Found,
-    checkpoint_path,
-    checkpoints_in,
-    load_checkpoint,
-    newest_checkpoint,
-    set_aside,
-)
-from indraquantum.training.collapse_guard import CollapseGuard
-from indraquantum.training.extension import LENGTHS, NotExtensible, extended, without_length
+from indraquantum.training.checkpoint import checkpoint_path, checkpoints_in, load_checkpoint
+from indraquantum.training.engine import Engine
+from indraquantum.training.guards import CollapseGuard
 from indraquantum.training.optimizers import check_rates, new_optimizer
-from indraquantum.training.parallel import Alone, make_parallel, scattered, scattered_optimizer
-from indraquantum.training.precision import choose_precision
+from indraquantum.training.parallel import SingleProcess, WeightAverage, choose_precision, make_parallel
+from indraquantum.training.plan import Plan, RunStage, plan_run, tail_of
 from indraquantum.training.schedule import ORDER
-from indraquantum.training.stages import RunStage, StagePlan
+from indraquantum.training.signals import find_signals, folder_of
 
 # What may change between two starts of one run without changing what it computes.
 FREE_SETTINGS = {
@@ -48,9 +41,6 @@ FREE_SETTINGS = {
     "save_every", "keep_last", "resume", "on_collapse", "dry_run", "parallel", "gradient_checkpointing", "keep_best",
     "log_to",
 }  # fmt: skip
-
-# What the program did before it had an option, where that is not the option's default.
-BEFORE_THE_OPTION = {"tail": "none", "row_order": 1}
 
 # What two models must share for the weights of one to fit the other: option, and its name in the model's configuration.
 SHAPE = {
@@ -60,17 +50,36 @@ SHAPE = {
 }  # fmt: skip
 
 
+MOST_SHAPES = 256  # that compiled layers may meet: rows of micro-batches and evaluations, times layers
+
+
+@dataclass
+class BestHeldOut:
+    """What the evaluations have shown; plain values, so that a checkpoint can hold them."""
+
+    cross_entropy: float | None = None  # of all held-out text, nats per token
+    step: int = 0  # where it was
+    evaluations_since: int = 0
+    stopped: bool = False  # the run ends here
+
+    def take(self, step: int, cross_entropy: float, patience: int) -> bool:
+        """Take in an evaluation; whether it is the best so far. A patience of 0 never stops the run."""
+        if self.cross_entropy is None or cross_entropy < self.cross_entropy:
+            self.cross_entropy, self.step, self.evaluations_since = cross_entropy, step, 0
+            return True
+        self.evaluations_since += 1
+        self.stopped = 0 < patience <= self.evaluations_since
+        return False
+
+
 @dataclass
 class Run:
     """Everything that one run carries from step to step."""
 
     settings: TrainSettings
-    plan: StagePlan
-    model: IndraQuantumPhase2
-    parallel: Alone  # the model in the hands of this process and the others
-    optimizer: torch.optim.Optimizer
+    plan: Plan
+    engine: Engine
     device: torch.device
-    objective: SemanticDistillationLoss
     average: WeightAverage
     identity: dict[str, Any]
     step: int = 0
@@ -80,6 +89,21 @@ class Run:
     best: BestHeldOut = field(default_factory=BestHeldOut)
     guard: CollapseGuard = field(default_factory=CollapseGuard)
     saved: bool = False  # a checkpoint holds the run as it stands
+
+    @property
+    def parallel(self) -> SingleProcess:
+        """The model in the hands of this process and the others."""
+        return self.engine.parallel
+
+    @property
+    def model(self) -> IndraQuantumPhase2:
+        """The model itself."""
+        return self.engine.parallel.learner
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the model's weights."""
+        return self.engine.optimizer
 
     @property
     def processes(self) -> Processes:
@@ -117,7 +141,7 @@ class Run:
         return checkpoint_path(self.settings.output, self.plan.epoch_of(self.step))
 
 
-def start_run(settings: TrainSettings, plan: StagePlan, device: torch.device, processes: Processes = ALONE) -> Run:
+def start_run(settings: TrainSettings, plan: Plan, device: torch.device, processes: Processes = ALONE) -> Run:
     """A run at its first step: seeded weights, fresh optimiser; the same in each of `processes`.
 
     Raises:
@@ -135,19 +159,61 @@ def start_run(settings: TrainSettings, plan: StagePlan, device: torch.device, pr
     return Run(
         settings=settings,
         plan=plan,
-        model=model,
-        parallel=parallel,
-        optimizer=new_optimizer(model, settings, processes),
-        average=WeightAverage(model, settings.ema_decay),
+        engine=Engine(parallel, new_optimizer(model, settings, processes), settings.head),
         device=device,
-        # Its weights, temperature and tail are set at each step.
-        objective=SemanticDistillationLoss(kd_weight=0.0, phase_weight=0.0, magnitude_weight=0.0, head=settings.head),
+        average=WeightAverage(model, settings.ema_decay),
         identity=run_identity(settings, plan)
         | {"precision": precision.name, "row_order": ORDER, "products": str(in_force())},
     )
 
 
-def model_config(settings: TrainSettings, plan: StagePlan) -> IndraQuantumConfig:
+def trial_run(settings: TrainSettings) -> Run:
+    """A run at its first step that leaves nothing behind; stages whose signals are not captured yet have none.
+
+    Raises:
+        UserError: settings, data or signals that don't fit.
+    """
+    device = choose_device(settings)
+    put_in_force(way_for(device))
+    dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
+    plan = find_signals(plan_run(settings, dataset))
+    for folder in dict.fromkeys(folder_of(stage.settings) for stage in plan.stages if stage.lacks_signals):
+        print(f"No teacher signals at {folder}: continuing without; `indra train` captures them first.")
+    return start_run(settings, plan, device)
+
+
+def accelerate(model: IndraQuantumPhase2, settings: TrainSettings, device: torch.device) -> None:
+    """Apply what `settings` ask for to the layers of `model`, in place.
+
+    Raises:
+        UserError: layers are to be compiled and no compiler works here.
+    """
+    if settings.gradient_checkpointing:
+        model.backbone.activation_checkpointing_enable()
+    if settings.compile:
+        require_compiler(device)
+        # What is compiled for a shape must not depend on the shapes before it, or a resumed run would have other bits:
+        # so no shape is left open, and none is one too many (torch would then continue without compiling).
+        torch.compiler.config.recompile_limit = MOST_SHAPES
+        for layer in model.backbone.layers:  # alike, so that one compilation serves all
+            layer.compile(dynamic=False)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Compile something tiny, forward and backward.
+
+    Raises:
+        UserError: it fails; the reason is in the message.
+    """
+    weight = torch.ones(3, device=device, requires_grad=True)
+    try:
+        torch.compile(lambda x: (x.sin() * x).sum())(weight).backward()
+    except Exception as error:  # whatever a compiler, a driver or a read-only cache may raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError("--compile", True, f"needs a compiler that works here ({reason}); leave it out") from None
+
+
+def model_config(settings: TrainSettings, plan: Plan) -> IndraQuantumConfig:
     """The model's configuration for the data of `plan`."""
     tokenizer = plan.dataset.tokenizer
     return IndraQuantumConfig.from_settings(
@@ -159,7 +225,7 @@ def model_config(settings: TrainSettings, plan: StagePlan) -> IndraQuantumConfig
     )
 
 
-def check_settings(settings: TrainSettings, plan: StagePlan, device: torch.device) -> None:
+def check_settings(settings: TrainSettings, plan: Plan, device: torch.device) -> None:
     """Refuse what no run can begin with, before anything is written and before a teacher is asked.
 
     Raises:
@@ -172,12 +238,12 @@ def check_settings(settings: TrainSettings, plan: StagePlan, device: torch.devic
     if settings.compile:
         require_compiler(device)
     if settings.resume == "never":
-        _refuse_checkpoints(settings, plan)
+        refuse_checkpoints(settings, plan)
     elif settings.resume != "auto" and not Path(settings.resume).is_file():
         raise UserError("--resume", settings.resume, "must be auto, never, or the path of a checkpoint")
 
 
-def starting_weights(settings: TrainSettings, plan: StagePlan) -> dict[str, Tensor] | None:
+def starting_weights(settings: TrainSettings, plan: Plan) -> dict[str, Tensor] | None:
     """The weights of the checkpoint that the strategy starts from; None where it starts from none.
 
     Raises:
@@ -197,7 +263,18 @@ def starting_weights(settings: TrainSettings, plan: StagePlan) -> dict[str, Tens
     return checkpoint.model
 
 
-def run_identity(settings: TrainSettings, plan: StagePlan) -> dict[str, Any]:
+def refuse_checkpoints(settings: TrainSettings, plan: Plan) -> None:
+    """Check that the output folder holds no checkpoint.
+
+    Raises:
+        UserError: it holds one.
+    """
+    if there := checkpoints_in(settings.output, plan.step_of_epoch):
+        allowed = f"must be auto: {settings.output} holds {there[0][1].name}; or another --output"
+        raise UserError("--resume", settings.resume, allowed)
+
+
+def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
     """What decides a run's result, as plain values: options, content of data and signals, the resolved strategy.
 
     A precision that the device chooses stands as "auto".
@@ -212,20 +289,21 @@ def run_identity(settings: TrainSettings, plan: StagePlan) -> dict[str, Any]:
         "data": plan.dataset.content_sha256,
         "signals": _signals_sha256(own[0]) if own else None,
         "start_from": start and sha256_of(start),
-        "stages": {stage.about.name: _stage_identity(stage, plan) for stage in plan.stages},
+        "stages": {stage.spec.name: stage_identity(stage, plan) for stage in plan.stages},
     }
 
 
-def _tail(settings: TrainSettings, plan: StagePlan) -> str:
-    """What becomes of the probability that truncated signals don't hold."""
-    if settings.tail != "auto":
-        return settings.tail
-    return "bucket" if any(stage.has_truncated_signals for stage in plan.stages) else "none"
+def _tail(settings: TrainSettings, plan: Plan) -> str:
+    """What becomes of the probability that truncated signals don't store."""
+    if settings.tail == "auto" and not any(stage.has_truncated_signals for stage in plan.stages):
+        return "none"
+    return tail_of(settings)
 
 
-def _stage_identity(stage: RunStage, plan: StagePlan) -> dict[str, Any]:
+def stage_identity(stage: RunStage, plan: Plan) -> dict[str, Any]:
+    """What decides the steps of `stage`, as plain values."""
     lengths = {"fraction", "epochs", "steps"}  # what came of them is `steps`
-    stated = stage.about.model_dump(mode="json", exclude={"name", "only_from_scratch", "data", "signals", *lengths})
+    stated = stage.spec.model_dump(mode="json", exclude={"name", "only_from_scratch", "data", "signals", *lengths})
     if stage.dataset is not plan.dataset:
         signals = None if stage.signals is None else _signals_sha256(stage.signals)
         stated |= {"data": stage.dataset.content_sha256, "signals": signals}
@@ -235,146 +313,3 @@ def _stage_identity(stage: RunStage, plan: StagePlan) -> dict[str, Any]:
 
 def _signals_sha256(signals: SignalStore) -> str:
     return combined_sha256(entry.sha256 for entry in signals.manifest.shards)
-
-
-def resume(run: Run) -> bool:
-    """Put `run` where the checkpoint that its settings ask for stands; whether there was one.
-
-    Raises:
-        UserError: that checkpoint is damaged or of a run with other settings, or the folder should hold none.
-    """
-    processes, read = run.processes, []
-
-    def choose() -> Path | None:
-        read.append(_wanted_checkpoint(run))
-        return read[0] and read[0].path
-
-    path = processes.first(choose)
-    if path is None:
-        return False
-    with processes.together():  # the others read and verify the file too
-        field = "--output" if run.settings.resume == "auto" else "--resume"
-        restore(run, read[0].checkpoint if read else load_checkpoint(field, path))
-    processes.first(lambda: _set_later_ones_aside(run, path))
-    if not run.finished:
-        print(f"Going on from step {run.step} of {run.total_steps}.")
-    elif run.step < run.total_steps:
-        print(f"This run stopped early, by --patience; --start-from {path} --output NEW trains on from its weights.")
-    if run.total_steps != run.plan.planned_steps:
-        print(f"The run was begun with {run.plan.planned_steps} steps: warm-up and loss weights keep to that length.")
-    return True
-
-
-def _wanted_checkpoint(run: Run) -> Found | None:
-    """The checkpoint that the settings ask for, None to start afresh."""
-    output, wanted = run.settings.output, run.settings.resume
-    if wanted == "never":
-        _refuse_checkpoints(run.settings, run.plan)
-        return None
-    if wanted == "auto":
-        return newest_checkpoint(output, run.plan.step_of_epoch)
-    return Found(Path(wanted), load_checkpoint("--resume", Path(wanted)))
-
-
-def _refuse_checkpoints(settings: TrainSettings, plan: StagePlan) -> None:
-    if there := checkpoints_in(settings.output, plan.step_of_epoch):
-        allowed = f"must be auto: {settings.output} holds {there[0][1].name}; or another --output"
-        raise UserError("--resume", settings.resume, allowed)
-
-
-def _set_later_ones_aside(run: Run, used: Path) -> None:
-    """After going back on purpose: later checkpoints would be ahead of the metrics."""
-    later = (
-        path
-        for step, path in checkpoints_in(run.settings.output, run.plan.step_of_epoch)
-        if step > run.step and path.resolve() != used.resolve()
-    )
-    set_aside(later)
-
-
-def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Give `run` the state of `checkpoint`; an option that the program did not have then counts as what it did then.
-
-    Raises:
-        UserError: the checkpoint is of a run with other settings; the first that differs is named.
-    """
-    before = with_defaults(checkpoint.settings, run.identity)
-    if run.settings.tail == "auto":
-        run.identity["tail"] = before["tail"]
-    run.identity["row_order"] = before["row_order"]
-    way = continued(before.get("products"), "--resume")
-    put_in_force(way)
-    run.identity["products"] = before["products"] = str(way)
-    if (found := first_difference(without_length(run.identity), without_length(before))) is not None:
-        raise UserError(*found.option_and_value(), _as_there(run, found.then))
-    now, then = (", ".join(settings["stages"]) for settings in (run.identity, checkpoint.settings))
-    if now != then:
-        raise UserError("--strategy", f"stages {now}", _as_there(run, then))
-    try:
-        plan = extended(run.plan, before, checkpoint.step)
-    except NotExtensible as error:
-        raise _not_extensible(run, before, error) from None
-    run.plan = replace(plan, stages=tuple(replace(stage, order=before["row_order"]) for stage in plan.stages))
-    run.identity["stages"] = {stage.about.name: _stage_identity(stage, run.plan) for stage in run.plan.stages}
-    run.model.load_state_dict(scattered(checkpoint.model, run.model.state_dict()))
-    run.optimizer.load_state_dict(scattered_optimizer(checkpoint.optimizer, run.optimizer))
-    run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True
-    run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
-    run.average.load(scattered(checkpoint.average, run.average.weights))
-    run.parallel.precision.scaler.load_state_dict(checkpoint.loss_scale)
-
-
-def _as_there(run: Run, then: Any) -> str:
-    """What an option must be for the run to go on from its checkpoint."""
-    if run.settings.resume == "auto":
-        return f"must be {then}, as in the run that {run.settings.output} holds, or give another --output"
-    return f"must be {then}, as in the run of --resume {run.settings.resume}"
-
-
-def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -> UserError:
-    """What to say where the run can't have the length that is asked for: why, and the ways on."""
-    settings = run.settings
-    option, value, then = "--strategy", f"{run.total_steps:,} steps", "of the same length"
-    for name in LENGTHS:
-        if before[name] != getattr(settings, name):
-            option, value, then = f"--{name.replace('_', '-')}", getattr(settings, name), before[name]
-    there = checkpoints_in(settings.output, run.plan.step_of_epoch)
-    early = [path for step, path in there if step <= error.before]
-    newest = there[0][1] if settings.resume == "auto" and there else settings.resume
-    ways = [f"resume from before that with --resume {early[0]}"] if early else []
-    ways.append(f"begin a new run from its weights with --start-from {newest} --output NEW")
-    which = f"the run that {settings.output} holds" if settings.resume == "auto" else "the run of --resume"
-    return UserError(option, value, f"must be {then}, as in {which}: {error.why}. To train on, {', or '.join(ways)}")
-
-
-def with_defaults(then: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """What decided an earlier run, with what the program did for each option among `names` that it did not have then.
-
-    That is the option's default, except where the default became another when the option came.
-    """
-    defaults = {name: field.default for name, field in TrainSettings.model_fields.items()} | BEFORE_THE_OPTION
-    return {name: defaults[name] for name in names if name in defaults} | dict(then)
-
-
-class Difference(NamedTuple):
-    """Where two trees of plain values differ."""
-
-    path: tuple[str, ...]  # names on the way there
-    now: Any
-    then: Any
-
-    def option_and_value(self) -> tuple[str, str]:
-        """What to tell a user to have given."""
-        name, *place = self.path
-        if name == "stages":
-            return "--strategy", f"{'.'.join(place)} {self.now}"
-        return f"--{name.replace('_', '-')}", str(self.now)
-
-
-def first_difference(now: Any, then: Any, path: tuple[str, ...] = ()) -> Difference | None:
-    """Where `now` first differs from `then`; None where it does not."""
-    if isinstance(now, dict) and isinstance(then, dict):
-        names = (*now, *(name for name in then if name not in now))
-        found = (first_difference(now.get(name), then.get(name), (*path, name)) for name in names)
-        return next((difference for difference in found if difference is not None), None)
-    return None if now == then else Difference(path, now, then)

@@ -1,4 +1,8 @@
-"""The stages of a run: which rows, signals, weights and learning rate each step has, as pure functions of the step.
+"""The plan of a run: what each optimiser step is, as a pure function of its number.
+
+    plan = plan_run(settings, dataset)
+    print(plan.step(0))             # a StepInput: rows, signals, loss weights, learning rate
+    print(plan)                     # a line for each stage
 
 A strategy says what each stage is; here it meets the dataset. Steps are counted over the whole run, from 0.
 """
@@ -12,15 +16,23 @@ from functools import cached_property
 
 import numpy as np
 
-from indraquantum.config import TrainSettings
+from indraquantum.config import TeacherSettings, TrainSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.packing import part_of_sources
 from indraquantum.data.same_tokenizer import require_same_control_tokens, require_same_tokenizer
 from indraquantum.data.split import Split
 from indraquantum.errors import UserError
-from indraquantum.strategy import RATES, TERMS, Stage, Strategy, resolve
+from indraquantum.kernels.arguments import Tail
+from indraquantum.strategy import RATES, TEACHER_TERMS, Stage, Strategy, resolve
 from indraquantum.teacher.signals import SignalStore
-from indraquantum.training.schedule import ORDER, decay_begins, rows_of_step, steps_per_epoch
+from indraquantum.training.schedule import (
+    ORDER,
+    decay_begins,
+    learning_rate_factor,
+    rows_of_step,
+    steps_per_epoch,
+)
+from indraquantum.training.step import StepInput
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +40,8 @@ class RunStage:
     """One stage with its data; its signals are None until they are attached, or where it needs none."""
 
     number: int  # from 0
-    about: Stage  # every value settled
-    settings: TrainSettings  # the run's, with the stage's own data, signals and learning rate
+    spec: Stage  # every value settled
+    settings: TrainSettings | TeacherSettings  # the run's, with the stage's own data, signals and learning rate
     dataset: PreparedDataset
     train: Split  # what it trains on: the dataset's training side, or the part of it that its sources are
     first: int  # its first step
@@ -37,7 +49,7 @@ class RunStage:
     first_epoch: int  # epochs begun before it
     signals: SignalStore | None = None
     order: int = ORDER  # which rule orders its rows
-    planned_steps: int | None = None  # what it was begun with, where that was another length: see extension.py
+    planned_steps: int | None = None  # what it was begun with, where that was another length: see resume.extended
 
     @property
     def rows_per_step(self) -> int:
@@ -66,15 +78,52 @@ class RunStage:
 
     def __str__(self) -> str:
         """One line for a reader."""
-        sources = "all sources" if self.about.sources == "all" else ", ".join(self.about.sources)
-        weights = ", ".join(f"{term} {getattr(self.about.weights, term)}" for term in TERMS)
+        sources = "all sources" if self.spec.sources == "all" else ", ".join(self.spec.sources)
+        weights = ", ".join(f"{term} {getattr(self.spec.weights, term)}" for term in TEACHER_TERMS)
         steps = f"steps {self.first + 1:,} to {self.end:,}, {self.steps / self.steps_per_epoch:.2f} epochs"
-        return f"stage {self.about.name}: {steps} of {self.train.num_rows:,} rows ({sources}); weights {weights}"
+        return f"stage {self.spec.name}: {steps} of {self.train.num_rows:,} rows ({sources}); weights {weights}"
+
+    @property
+    def lacks_signals(self) -> bool:
+        """Whether it needs the teacher's signals and has none yet."""
+        return self.spec.asks_the_teacher and self.signals is None
 
     @property
     def has_truncated_signals(self) -> bool:
         """Whether its signals leave out part of the teacher's probability."""
         return self.signals is not None and self.signals.manifest.is_truncated
+
+    def step(self, number: int) -> StepInput:
+        """What step `number` of the run is."""
+        settings, signals, weights = self.settings, self.signals, self.weights_of(number)
+        return StepInput(
+            split=self.train,
+            rows=self.rows_of(number),
+            micro_batch_rows=self.micro_batch_rows,
+            learning_rate=self.learning_rate_of(number),
+            table_rate=settings.table_rate,
+            max_grad_norm=settings.max_grad_norm,
+            signals=signals,
+            kd_weight=weights["kd"],
+            phase_weight=weights["phase"],
+            magnitude_weight=weights["magnitude"],
+            temperature=1.0 if signals is None else signals.manifest.temperature,
+            tail=tail_of(settings) if self.has_truncated_signals else "none",
+            seed=settings.seed * 1_000_003 + number,
+        )
+
+    def learning_rate_of(self, step: int) -> float:
+        """The base learning rate at `step`."""
+        settings = self.settings
+        return settings.learning_rate * learning_rate_factor(
+            step - self.first,
+            self.steps,
+            settings.warmup_fraction,
+            settings.schedule,
+            settings.decay_fraction,
+            settings.final_rate,
+            self.planned_steps,
+        )
 
     def rows_of(self, step: int) -> np.ndarray:
         """Numbers of the rows of `step` in `train`."""
@@ -84,19 +133,19 @@ class RunStage:
     def weights_of(self, step: int) -> dict[str, float]:
         """Weights of the teacher's terms at `step`; 0 where there are no signals."""
         if self.signals is None:
-            return dict.fromkeys(TERMS, 0.0)
+            return dict.fromkeys(TEACHER_TERMS, 0.0)
         planned = self.planned_steps or self.steps
         place = min(step - self.first, planned - 1)
-        return {term: getattr(self.about.weights, term).at(place, planned) for term in TERMS}
+        return {term: getattr(self.spec.weights, term).at(place, planned) for term in TEACHER_TERMS}
 
     def rate_decays_from(self, step: int) -> bool:
         """Whether wsd begins to decay after `step` steps of the run."""
-        decays = self.about.schedule == "wsd"
-        return decays and step == self.first + decay_begins(self.steps, self.about.decay_fraction)
+        decays = self.spec.schedule == "wsd"
+        return decays and step == self.first + decay_begins(self.steps, self.spec.decay_fraction)
 
 
 @dataclass(frozen=True, eq=False)
-class StagePlan:
+class Plan:
     """All stages of a run."""
 
     strategy: Strategy
@@ -112,6 +161,13 @@ class StagePlan:
     def planned_steps(self) -> int:
         """Steps that the run was begun with."""
         return sum(stage.planned_steps or stage.steps for stage in self.stages)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.stages))
+
+    def step(self, number: int) -> StepInput:
+        """What the step after `number` done ones is: rows, signals, loss weights, learning rate."""
+        return self.at(number).step(number)
 
     def at(self, step: int) -> RunStage:
         """The stage whose turn it is at `step`; the last one from its end on."""
@@ -149,12 +205,17 @@ class StagePlan:
         return end
 
 
+def tail_of(settings: TrainSettings) -> Tail:
+    """What becomes of the probability that truncated signals don't store."""
+    return "bucket" if settings.tail == "auto" else settings.tail
+
+
 def rows_per_step(batch_tokens: int, row_length: int) -> int:
     """Rows of so many positions; at least one."""
     return max(1, batch_tokens // row_length)
 
 
-def plan_stages(settings: TrainSettings, dataset: PreparedDataset) -> StagePlan:
+def plan_run(settings: TrainSettings, dataset: PreparedDataset) -> Plan:
     """Let the strategy of `settings` meet its data; nothing is written, no teacher is asked.
 
     Args:
@@ -167,28 +228,28 @@ def plan_stages(settings: TrainSettings, dataset: PreparedDataset) -> StagePlan:
     strategy = resolve(settings)
     stages: list[RunStage] = []
     ends = _ends_of_fractions(settings, strategy, dataset)
-    for number, about in enumerate(strategy.stages):
-        changes = {name: getattr(about, name) for name in RATES}
-        if about.data is not None:
-            changes |= {"data": about.data, "signals": about.signals, "tokenizer": None}
-        own = _other_dataset(about, dataset) if about.data is not None else dataset
+    for number, spec in enumerate(strategy.stages):
+        changes = {name: getattr(spec, name) for name in RATES}
+        if spec.data is not None:
+            changes |= {"data": spec.data, "signals": spec.signals, "tokenizer": None}
+        own = _other_dataset(spec, dataset) if spec.data is not None else dataset
         first = stages[-1].end if stages else 0
         stage = RunStage(
             number=number,
-            about=about,
+            spec=spec,
             settings=settings.model_copy(update=changes),
             dataset=own,
-            train=_part_of_sources(about, own),
+            train=_part_of_sources(spec, own),
             first=first,
             steps=0,
             first_epoch=stages[-1].first_epoch + stages[-1].epochs if stages else 0,
         )
         steps = ends[number] - first if ends else _own_steps(stage)
         if not steps:
-            allowed = f"is too short for --strategy {settings.strategy}: it leaves stage {about.name} without a step"
+            allowed = f"is too short for --strategy {settings.strategy}: it leaves stage {spec.name} without a step"
             raise UserError("--max-steps" if settings.max_steps else "--epochs", _asked(settings), allowed)
         stages.append(replace(stage, steps=steps))
-    return StagePlan(strategy, dataset, tuple(stages))
+    return Plan(strategy, dataset, tuple(stages))
 
 
 def _asked(settings: TrainSettings) -> int:
@@ -205,34 +266,34 @@ def _ends_of_fractions(settings: TrainSettings, strategy: Strategy, dataset: Pre
 
 
 def _own_steps(stage: RunStage) -> int:
-    lengths = [] if stage.about.steps is None else [stage.about.steps]
-    if stage.about.epochs is not None:
-        lengths.append(stage.about.epochs * stage.steps_per_epoch)
+    lengths = [] if stage.spec.steps is None else [stage.spec.steps]
+    if stage.spec.epochs is not None:
+        lengths.append(stage.spec.epochs * stage.steps_per_epoch)
     return min(lengths)
 
 
-def _other_dataset(about: Stage, dataset: PreparedDataset) -> PreparedDataset:
-    field = f"--strategy: stage {about.name}: data"
-    other = open_dataset(field, about.data, verify=True)
-    require_same_tokenizer(field, about.data, "must have the tokenizer of --data", dataset.tokenizer, other.tokenizer)
-    require_same_control_tokens(field, about.data, "those of --data", dataset.tokenizer, other.tokenizer)
+def _other_dataset(spec: Stage, dataset: PreparedDataset) -> PreparedDataset:
+    field = f"--strategy: stage {spec.name}: data"
+    other = open_dataset(field, spec.data, verify=True)
+    require_same_tokenizer(field, spec.data, "must have the tokenizer of --data", dataset.tokenizer, other.tokenizer)
+    require_same_control_tokens(field, spec.data, "those of --data", dataset.tokenizer, other.tokenizer)
     return other
 
 
-def _part_of_sources(about: Stage, dataset: PreparedDataset) -> Split:
+def _part_of_sources(spec: Stage, dataset: PreparedDataset) -> Split:
     """What the stage trains on.
 
     Raises:
         UserError: a source that the dataset lacks, or has held out entirely.
     """
     names = dataset.source_names
-    if about.sources == "all":
+    if spec.sources == "all":
         return dataset.train
-    field = f"--strategy: stage {about.name}: sources"
-    for source in about.sources:
+    field = f"--strategy: stage {spec.name}: sources"
+    for source in spec.sources:
         if source not in names:
             raise UserError(field, source, f"must be one of the dataset's: {', '.join(names)}")
-    part = part_of_sources(dataset.train, [names.index(source) for source in about.sources])
+    part = part_of_sources(dataset.train, [names.index(source) for source in spec.sources])
     if not part.num_rows:
-        raise UserError(field, ", ".join(about.sources), "must have a training row in the dataset")
+        raise UserError(field, ", ".join(spec.sources), "must have a training row in the dataset")
     return part

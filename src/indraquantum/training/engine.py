@@ -1,0 +1,192 @@
+"""The engine of every training here: one optimiser step of any learner, in one process or several.
+
+    engine = Engine(SingleProcess(model), optimizer)
+    result = engine.step(plan.step(n))
+
+`indra train`, `teacher`, `lr-test`, `train --dry-run` and the benchmarks all take their steps with it.
+
+Legend: N labelled tokens of a micro-batch, D real width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from indraquantum.data.split import Batch
+from indraquantum.errors import TrainingStopped
+from indraquantum.kernels.arguments import Head
+from indraquantum.kernels.onednn import onednn_products
+from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
+from indraquantum.model.readout import wrapped_phase
+from indraquantum.processes import Processes, whole
+from indraquantum.training.guards import all_finite, require_finite_signals, require_finite_weights
+from indraquantum.training.parallel import PassResult, SingleProcess, idle
+from indraquantum.training.step import REPORTED_TERMS, StepInput, StepResult
+
+
+class Engine:
+    """A model in the hands of one process or several, and its optimiser.
+
+    Args:
+        parallel: the model and the processes that share its work.
+        optimizer: of the model's weights; a group may have a `name` and a `rate`, its multiple of the base rate.
+        head: what makes logits of states and table, see `SemanticDistillationLoss`.
+    """
+
+    def __init__(self, parallel: SingleProcess, optimizer: torch.optim.Optimizer, head: Head = "interference") -> None:
+        self.parallel, self.optimizer, self.head = parallel, optimizer, head
+
+    def objective(self, step: StepInput) -> SemanticDistillationLoss:
+        """The loss of `step`."""
+        return SemanticDistillationLoss(
+            step.kd_weight,
+            step.phase_weight,
+            step.magnitude_weight,
+            step.temperature,
+            tail=step.tail,
+            head=self.head,
+        )
+
+    @onednn_products()
+    def step(self, step: StepInput) -> StepResult:
+        """Accumulate the gradients of the step's rows over all processes and update the weights once.
+
+        The lifted table collects its gradient over the micro-batches, which then goes back through the projector once.
+        Every term is divided by the labelled tokens of the whole step.
+
+        Raises:
+            TrainingStopped: a weight, signal, loss or gradient is not finite; the weights are left as they were.
+        """
+        parallel, optimizer, objective = self.parallel, self.optimizer, self.objective(step)
+        processes, own = parallel.processes, parallel.processes.share(step.rows)
+        self._set_learning_rates(step)
+        # Dropout is the only randomness of a step: with a seed of each step and process, resuming is exact without
+        # any saved state.
+        torch.manual_seed((step.seed * processes.world + processes.rank) % 2**64)
+        with processes.together():
+            require_finite_weights(optimizer.param_groups)
+            size = step.micro_batch_rows
+            work = [_work(step, own[i : i + size]) for i in range(0, len(own), size)]
+        # All take part equally often, for FSDP2 gathers the weights in each pass.
+        most = math.ceil(math.ceil(len(step.rows) / processes.world) / size)
+        work += [_work(step, step.rows[:1], count_nothing=True)] * (most - len(work))
+        tokens, labelled = processes.sums([sum(w.tokens for w in work), sum(w.labelled for w in work)])
+        token_count = max(1, int(labelled))
+        optimizer.zero_grad(set_to_none=True)
+        totals = _Totals()
+        for result in _passes(parallel, objective, work, token_count):
+            totals.add(result)
+        terms, readout = totals.over(processes)
+        parallel.precision.scaler.unscale_(optimizer)
+        grad_norm = clip_gradients(optimizer, step.max_grad_norm)
+        if not (math.isfinite(terms["loss"]) and (math.isfinite(grad_norm) or parallel.precision.may_overflow)):
+            guilty = self._guilty_rows(step, objective, token_count)
+            found = f"loss {terms['loss']}, gradient norm {grad_norm}: not finite by rows {guilty}"
+            raise TrainingStopped(f"{found}; the weights were not updated")
+        parallel.precision.scaler.step(optimizer)  # leaves the weights alone where a gradient overflowed
+        parallel.precision.scaler.update()
+        grad_norm = grad_norm if math.isfinite(grad_norm) else None
+        return StepResult(tokens=int(tokens), grad_norm=grad_norm, terms=terms, readout=readout)
+
+    def _set_learning_rates(self, step: StepInput) -> None:
+        """Give each parameter group its multiple of the base rate."""
+        for group in self.optimizer.param_groups:
+            rate = step.table_rate if group.get("name") == "table" else group.get("rate", 1.0)
+            group["lr"] = step.learning_rate * rate
+
+    def _guilty_rows(self, step: StepInput, objective: SemanticDistillationLoss, token_count: int) -> list[int]:
+        """The rows whose loss or gradient alone is not finite; all rows if none is, or if weights are sharded."""
+        guilty, parallel = [], self.parallel
+        for row in parallel.processes.share(step.rows) if parallel.rows_stand_alone else ():
+            self.optimizer.zero_grad(set_to_none=True)
+            work = _work(step, np.array([row]))
+            with parallel.part(last=False):  # nothing is reduced
+                result = _backward(parallel, parallel.run_pass(work.batch, work.teacher, objective, token_count))
+            gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+            if not all_finite(result.terms.total.item(), gradients):
+                guilty.append(int(row))
+        return sorted(row for found in parallel.processes.gather(guilty) for row in found) or step.rows.tolist()
+
+
+def _passes(
+    parallel: SingleProcess, objective: SemanticDistillationLoss, work: list[_Work], token_count: int
+) -> Iterator[PassResult]:
+    """Forward and backward of each micro-batch; with the last one the gradients are those of all processes."""
+    leaf_VD = parallel.lifted_leaf() if len(work) > 1 else None
+    for part in work[:-1]:
+        with parallel.part(last=False):
+            yield _backward(parallel, parallel.run_pass(part.batch, part.teacher, objective, token_count, leaf_VD))
+    with parallel.part(last=True):
+        collected_VD = None if leaf_VD is None else leaf_VD.grad
+        result = parallel.run_pass(work[-1].batch, work[-1].teacher, objective, token_count, None, collected_VD)
+        yield _backward(parallel, result)
+
+
+def _backward(parallel: SingleProcess, result: PassResult) -> PassResult:
+    parallel.precision.scaler.scale(result.terms.total).backward()
+    return result
+
+
+class _Work(NamedTuple):
+    """A micro-batch and what the teacher says at its labelled positions, on the CPU."""
+
+    batch: Batch
+    teacher: TeacherSignals | None
+    tokens: int  # real ones
+    labelled: int
+
+
+def _work(step: StepInput, rows: np.ndarray, *, count_nothing: bool = False) -> _Work:
+    """The micro-batch of `rows`, or one of the same shape in which nothing counts."""
+    batch = step.split.batch(rows)
+    if count_nothing:
+        batch = idle(batch)
+    labelled = batch.labelled
+    teacher = None if step.signals is None else step.signals.batch("train", batch.index[labelled])
+    require_finite_signals(teacher, rows[np.nonzero(labelled)[0]].tolist())
+    return _Work(batch, teacher, tokens=int((batch.index >= 0).sum()), labelled=int(labelled.sum()))
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
+    """Scale the gradients down to `max_grad_norm` together; their norm before that, over all shards."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=True)
+    return norm.item()
+
+
+class _Totals:
+    """Sums over the micro-batches: of the terms, and of the readouts' first two moments."""
+
+    def __init__(self) -> None:
+        self.terms: dict[str, float] = {}
+        self.moments = [0.0] * 5  # positions; magnitudes, their squares; phases, their squares
+
+    def add(self, result: PassResult) -> None:
+        """Take in one micro-batch."""
+        for name in REPORTED_TERMS:
+            value = result.terms.total if name == "loss" else getattr(result.terms, name)
+            if value is not None:
+                self.terms[name] = self.terms.get(name, 0.0) + value.item()
+        if result.amplitude_N is not None:
+            magnitude_N = result.amplitude_N.abs().cpu().double()  # MPS has no float64
+            phase_N = wrapped_phase(result.amplitude_N.angle()).cpu().double()
+            sums = [part.sum().item() for x_N in (magnitude_N, phase_N) for part in (x_N, x_N.square())]
+            self.moments = [a + b for a, b in zip(self.moments, [len(magnitude_N), *sums], strict=True)]
+
+    def over(self, processes: Processes) -> tuple[dict[str, float | None], dict[str, float | None]]:
+        """Terms and readout statistics of the whole step."""
+        sums = processes.sums([*self.terms.values(), *self.moments])
+        terms = dict(zip(self.terms, sums, strict=False))
+        count, *moments = sums[len(self.terms) :]
+        readout = dict.fromkeys(("magnitude_mean", "magnitude_std", "phase_mean", "phase_std"))
+        if count:
+            for name, (first, second) in zip(("magnitude", "phase"), (moments[:2], moments[2:]), strict=True):
+                mean = first / count
+                readout |= {f"{name}_mean": mean, f"{name}_std": math.sqrt(max(0.0, second / count - mean**2))}
+        return {name: terms.get(name) for name in REPORTED_TERMS}, readout

@@ -1,0 +1,243 @@
+"""Resuming: put a run where a checkpoint stands, if the checkpoint is of the same run.
+
+A run may also resume with another length, with its optimiser and all:
+
+    indra train --schedule constant --epochs 1 ...
+    indra train --schedule constant --epochs 3 ...      the same command, longer
+
+What is behind the run must not depend on its length. So the schedule of the stage under way must be constant, or wsd
+that has not begun to decay. What rises with the progress, the warm-up and the curves of the loss weights, keeps the
+length that the stage was begun with: the steps that are added have the last weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from indraquantum.config import TrainSettings
+from indraquantum.errors import UserError
+from indraquantum.kernels.ways import continued, put_in_force
+from indraquantum.training.checkpoint import (
+    Checkpoint,
+    Found,
+    checkpoints_in,
+    load_checkpoint,
+    newest_checkpoint,
+    set_aside,
+)
+from indraquantum.training.guards import CollapseGuard
+from indraquantum.training.parallel import scattered, scattered_optimizer
+from indraquantum.training.plan import Plan, RunStage
+from indraquantum.training.run import BestHeldOut, Run, refuse_checkpoints, stage_identity
+from indraquantum.training.schedule import decay_begins
+
+# What the program did before it had an option, where that is not the option's default.
+BEFORE_THE_OPTION = {"tail": "none", "row_order": 1}
+LENGTHS = ("epochs", "max_steps")  # options
+STAGE_LENGTHS = ("steps", "planned_steps")  # in a stage's identity
+
+
+def resume(run: Run) -> bool:
+    """Put `run` where the checkpoint that its settings ask for stands; whether there was one.
+
+    Raises:
+        UserError: that checkpoint is damaged or of a run with other settings, or the folder should hold none.
+    """
+    processes, read = run.processes, []
+
+    def choose() -> Path | None:
+        read.append(_wanted_checkpoint(run))
+        return read[0] and read[0].path
+
+    path = processes.first(choose)
+    if path is None:
+        return False
+    with processes.together():  # the others read and verify the file too
+        field = "--output" if run.settings.resume == "auto" else "--resume"
+        restore(run, read[0].checkpoint if read else load_checkpoint(field, path))
+    processes.first(lambda: _set_later_ones_aside(run, path))
+    if not run.finished:
+        print(f"Resuming from step {run.step} of {run.total_steps}.")
+    elif run.step < run.total_steps:
+        print(f"This run stopped early, by --patience; --start-from {path} --output NEW trains on from its weights.")
+    if run.total_steps != run.plan.planned_steps:
+        print(f"The run was begun with {run.plan.planned_steps} steps: warm-up and loss weights keep that length.")
+    return True
+
+
+def _wanted_checkpoint(run: Run) -> Found | None:
+    """The checkpoint that the settings ask for, None to start afresh."""
+    output, wanted = run.settings.output, run.settings.resume
+    if wanted == "never":
+        refuse_checkpoints(run.settings, run.plan)
+        return None
+    if wanted == "auto":
+        return newest_checkpoint(output, run.plan.step_of_epoch)
+    return Found(Path(wanted), load_checkpoint("--resume", Path(wanted)))
+
+
+def _set_later_ones_aside(run: Run, used: Path) -> None:
+    """After going back on purpose: later checkpoints would be ahead of the metrics."""
+    later = (
+        path
+        for step, path in checkpoints_in(run.settings.output, run.plan.step_of_epoch)
+        if step > run.step and path.resolve() != used.resolve()
+    )
+    set_aside(later)
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Give `run` the state of `checkpoint`; an option that the program did not have then counts as what it did then.
+
+    Raises:
+        UserError: the checkpoint is of a run with other settings; the first that differs is named.
+    """
+    before = with_defaults(checkpoint.settings, run.identity)
+    if run.settings.tail == "auto":
+        run.identity["tail"] = before["tail"]
+    run.identity["row_order"] = before["row_order"]
+    way = continued(before.get("products"), "--resume")
+    put_in_force(way)
+    run.identity["products"] = before["products"] = str(way)
+    if (found := first_difference(without_length(run.identity), without_length(before))) is not None:
+        raise UserError(*found.option_and_value(), _as_there(run, found.then))
+    now, then = (", ".join(settings["stages"]) for settings in (run.identity, checkpoint.settings))
+    if now != then:
+        raise UserError("--strategy", f"stages {now}", _as_there(run, then))
+    try:
+        plan = extended(run.plan, before, checkpoint.step)
+    except NotExtensible as error:
+        raise _not_extensible(run, before, error) from None
+    kept = {"tail": run.identity["tail"]}
+    run.plan = replace(
+        plan,
+        stages=tuple(
+            replace(stage, order=before["row_order"], settings=stage.settings.model_copy(update=kept))
+            for stage in plan.stages
+        ),
+    )
+    run.identity["stages"] = {stage.spec.name: stage_identity(stage, run.plan) for stage in run.plan.stages}
+    run.model.load_state_dict(scattered(checkpoint.model, run.model.state_dict()))
+    run.optimizer.load_state_dict(scattered_optimizer(checkpoint.optimizer, run.optimizer))
+    run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True
+    run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
+    run.average.load(scattered(checkpoint.average, run.average.weights))
+    run.parallel.precision.scaler.load_state_dict(checkpoint.loss_scale)
+
+
+def _as_there(run: Run, then: Any) -> str:
+    """What an option must be for the run to resume from its checkpoint."""
+    if run.settings.resume == "auto":
+        return f"must be {then}, as in the run that {run.settings.output} holds, or give another --output"
+    return f"must be {then}, as in the run of --resume {run.settings.resume}"
+
+
+def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -> UserError:
+    """What to say where the run can't have the length that is asked for: why, and the ways on."""
+    settings = run.settings
+    option, value, then = "--strategy", f"{run.total_steps:,} steps", "of the same length"
+    for name in LENGTHS:
+        if before[name] != getattr(settings, name):
+            option, value, then = f"--{name.replace('_', '-')}", getattr(settings, name), before[name]
+    there = checkpoints_in(settings.output, run.plan.step_of_epoch)
+    early = [path for step, path in there if step <= error.before]
+    newest = there[0][1] if settings.resume == "auto" and there else settings.resume
+    ways = [f"resume from before that with --resume {early[0]}"] if early else []
+    ways.append(f"begin a new run from its weights with --start-from {newest} --output NEW")
+    which = f"the run that {settings.output} holds" if settings.resume == "auto" else "the run of --resume"
+    return UserError(option, value, f"must be {then}, as in {which}: {error.why}. To train on, {', or '.join(ways)}")
+
+
+def with_defaults(then: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """What decided an earlier run, with what the program did for each option among `names` that it did not have then.
+
+    That is the option's default, except where the default became another when the option came.
+    """
+    defaults = {name: field.default for name, field in TrainSettings.model_fields.items()} | BEFORE_THE_OPTION
+    return {name: defaults[name] for name in names if name in defaults} | dict(then)
+
+
+class Difference(NamedTuple):
+    """Where two trees of plain values differ."""
+
+    path: tuple[str, ...]  # names on the way there
+    now: Any
+    then: Any
+
+    def option_and_value(self) -> tuple[str, str]:
+        """What to tell a user to have given."""
+        name, *place = self.path
+        if name == "stages":
+            return "--strategy", f"{'.'.join(place)} {self.now}"
+        return f"--{name.replace('_', '-')}", str(self.now)
+
+
+def first_difference(now: Any, then: Any, path: tuple[str, ...] = ()) -> Difference | None:
+    """Where `now` first differs from `then`; None where it does not."""
+    if isinstance(now, dict) and isinstance(then, dict):
+        names = (*now, *(name for name in then if name not in now))
+        found = (first_difference(now.get(name), then.get(name), (*path, name)) for name in names)
+        return next((difference for difference in found if difference is not None), None)
+    return None if now == then else Difference(path, now, then)
+
+
+class NotExtensible(Exception):
+    """Why a run can't have another length, for a reader.
+
+    Args:
+        why: a clause.
+        before: steps done until which it still could; 0 where it never could.
+    """
+
+    def __init__(self, why: str, before: int = 0) -> None:
+        self.why, self.before = why, before
+        super().__init__(why)
+
+
+def without_length(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a run apart from its length."""
+    stages = {
+        name: {key: value for key, value in stage.items() if key not in STAGE_LENGTHS}
+        for name, stage in identity["stages"].items()
+    }
+    return {name: value for name, value in identity.items() if name not in LENGTHS} | {"stages": stages}
+
+
+def extended(plan: Plan, before: Mapping[str, Any], step: int) -> Plan:
+    """`plan` as what follows `step` steps of a run that was begun with another length, or the same.
+
+    Args:
+        plan: of the length that is asked for.
+        before: what decided the run so far, of the same stages.
+        step: optimiser steps done.
+
+    Raises:
+        NotExtensible: the steps that are done would have been others with this length.
+    """
+    stages = []
+    for stage in plan.stages:
+        then = before["stages"][stage.spec.name]
+        done = step - stage.first
+        if done > 0 and then["steps"] != stage.steps:
+            _check(stage, then["steps"], done)
+        # A stage that has not begun has the length that it is given now.
+        planned = then.get("planned_steps", then["steps"]) if done > 0 else None
+        stages.append(replace(stage, planned_steps=None if planned == stage.steps else planned))
+    return replace(plan, stages=tuple(stages))
+
+
+def _check(stage: RunStage, steps_then: int, done: int) -> None:
+    name, schedule = stage.spec.name, stage.spec.schedule
+    if done > steps_then:
+        raise NotExtensible(f"its stage {name} is over")
+    if done > stage.steps:
+        raise NotExtensible(f"it has done {stage.first + done:,} steps already")
+    if schedule == "cosine":
+        raise NotExtensible("its cosine schedule is tied to its length")
+    if schedule == "wsd":
+        begin = min(decay_begins(steps, stage.spec.decay_fraction) for steps in (steps_then, stage.steps))
+        if done > begin:
+            raise NotExtensible(f"its learning rate decays from step {stage.first + begin:,} on", stage.first + begin)
