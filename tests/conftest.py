@@ -130,7 +130,7 @@ def world(tmp_path_factory) -> World:
     )  # fmt: skip
     pretrain_teacher(
         TeacherSettings(data=data, output=teacher, width=24, layers=1, heads=2, steps=40, batch_tokens=480,
-                        learning_rate=1e-2, device="cpu")
+                        learning_rate=1e-2, device="cpu", logs=folder / "logs")
     )  # fmt: skip
     capture(CaptureSettings(data=data, teacher=str(teacher), output=signals, device="cpu"))
     return World(text, questions, folder / "tokenizer", data.with_suffix(".pkl"), data, teacher, signals)

@@ -68,7 +68,16 @@ def data(world, tmp_path):
 def test_nothing_but_a_final_report_reads_the_test_split(world, data, tmp_path, poisoned):
     small = {**SMALL, "data": data, "output": tmp_path / "run", "logs": tmp_path / "logs"}
     pretrain_teacher(
-        TeacherSettings(data=data, output=tmp_path / "teacher", width=8, layers=1, heads=2, steps=2, batch_tokens=480)
+        TeacherSettings(
+            data=data,
+            output=tmp_path / "teacher",
+            logs=tmp_path / "logs",
+            width=8,
+            layers=1,
+            heads=2,
+            steps=2,
+            batch_tokens=480,
+        )
     )
     capture(CaptureSettings(data=data, teacher=str(tmp_path / "teacher"), output=tmp_path / "signals"))
     train_settings = TrainSettings(**small, signals=tmp_path / "signals")

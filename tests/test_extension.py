@@ -72,7 +72,7 @@ def test_warm_up_and_weights_keep_to_the_length_that_the_run_was_begun_with(worl
     before = lines_of(short)
     capsys.readouterr()
     extended = trained(world, tmp_path, **options, epochs=3)
-    assert f"The run was begun with {steps} steps: warm-up and loss weights keep to that length." in (
+    assert f"The run was begun with {steps} steps: warm-up and loss weights keep that length." in (
         capsys.readouterr().out
     )
     lines = lines_of(extended)

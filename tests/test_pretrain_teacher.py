@@ -1,20 +1,33 @@
-"""Training a teacher: what is optimised how, and that it learns."""
+"""Training a teacher: what is optimised how, that it learns, and that it is a run like any other."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import survival
+from indraquantum import cli
 from indraquantum.config import TeacherSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy, unigram_cross_entropy
-from indraquantum.training import pretrain_teacher
+from indraquantum.files import read_sums
+from indraquantum.metrics import read_metrics
+from indraquantum.training import loop, pretrain_teacher
 from indraquantum.training.pretrain_teacher import LlamaLearner, new_llama, parameter_groups
+
+
+def teacher_of(folder: Path, **changes) -> TeacherSettings:
+    sizes = {"width": 12, "layers": 1, "heads": 2, "steps": 7, "batch_tokens": 1440, "micro_batch_tokens": 768}
+    every = {"save_every": 2, "evaluate_every": 3, "device": "cpu", "threads": 1}
+    return TeacherSettings(**{"output": folder / "teacher", "logs": folder / "logs", **sizes, **every, **changes})
 
 
 def test_groups_cover_every_parameter_once_and_muon_gets_the_layers_matrices(world):
@@ -41,19 +54,19 @@ def test_what_is_no_teacher_is_not_replaced(world, tmp_path, monkeypatch, place)
     for file in (run / "checkpoint.pt", run.parent / "config.json", run.parent / "model.safetensors"):
         file.write_text("kept")
     (tmp_path / "file").write_text("kept")
-    monkeypatch.setattr(pretrain_teacher, "Engine", None)  # no step is taken
+    monkeypatch.setattr(pretrain_teacher, "HeldFolders", None)  # no step is taken
     with pytest.raises(UserError, match=r"--output: got \S+; must (not )?be"):
-        pretrain_teacher.pretrain_teacher(TeacherSettings(data=world.data, output=Path(place), steps=1))
+        pretrain_teacher.pretrain_teacher(teacher_of(tmp_path, data=world.data, output=Path(place), steps=1))
     assert (run / "checkpoint.pt").read_text() == (tmp_path / "file").read_text() == "kept"
 
 
 def test_a_pickle_is_refused(world, tmp_path):
     with pytest.raises(UserError, match=r"--data: got \S+pkl; must be the packed folder"):
-        pretrain_teacher.pretrain_teacher(TeacherSettings(data=world.pickle, output=tmp_path / "new", steps=1))
+        pretrain_teacher.pretrain_teacher(teacher_of(tmp_path, data=world.pickle, output=tmp_path / "new", steps=1))
 
 
 def test_a_schedule_without_room_to_decay_is_refused(world, tmp_path):
-    settings = TeacherSettings(data=world.data, output=tmp_path / "new", schedule="wsd", warmup_fraction=0.9)
+    settings = teacher_of(tmp_path, data=world.data, schedule="wsd", warmup_fraction=0.9)
     with pytest.raises(
         UserError, match=r"--decay-fraction: got 0\.2; must be at most 1 with the warm-up fraction 0\.9"
     ):
@@ -62,8 +75,7 @@ def test_a_schedule_without_room_to_decay_is_refused(world, tmp_path):
 
 def test_a_teacher_of_before_is_replaced(world, tmp_path):
     shutil.copytree(world.teacher, tmp_path / "teacher")
-    settings = TeacherSettings(data=world.data, output=tmp_path / "teacher", steps=1, width=8, layers=1, heads=2)
-    pretrain_teacher.pretrain_teacher(settings)
+    pretrain_teacher.pretrain_teacher(teacher_of(tmp_path, data=world.data, steps=1, width=8))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").config.hidden_size == 8
 
 
@@ -73,3 +85,79 @@ def test_a_teacher_has_learned(world):
     learner = LlamaLearner(AutoModelForCausalLM.from_pretrained(world.teacher).eval())
     learned = held_out_cross_entropy(learner, dataset, torch.device("cpu"))
     assert learned["all"] < 0.5 * unigram_cross_entropy(dataset)["all"]
+
+
+def outcome(settings: TeacherSettings) -> tuple[dict[str, str], list[dict]]:
+    """What two runs must have in common to the bit: the teacher's files, and every metrics line."""
+    lines = read_metrics(settings.logs / "teacher" / "metrics.jsonl")
+    return read_sums(settings.output), [{**line, "tokens_per_second": None} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """A run that nothing stopped."""
+    settings = teacher_of(tmp_path_factory.mktemp("finished"), data=world.data)
+    assert survival.in_fork(lambda: pretrain_teacher.pretrain_teacher(settings)) == 0
+    return settings
+
+
+def test_a_teacher_is_logged_evaluated_and_listed_as_any_run(finished, capsys):
+    sums, lines = outcome(finished)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= sums.keys()
+    assert [line["step"] for line in lines] == list(range(8))
+    assert [line["step"] for line in lines if line["held_out"]] == [0, 3, 6, 7]
+    assert all(line["loss"] == line["ce"] > 0 for line in lines[1:])
+    assert lines[-1]["held_out"]["all"] < lines[0]["held_out"]["all"]
+    with pytest.raises(SystemExit):
+        cli.main(["runs", f"--logs={finished.logs}"])
+    assert re.search(r"^teacher\t.*finished\t7/7", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_teacher_resumes_to_the_same_bits(world, tmp_path, finished, how):
+    settings, said = teacher_of(tmp_path, data=world.data), tmp_path / "said"
+
+    def stopped():
+        survival.at(loop, "take_step", "after", 5, lambda: os.kill(os.getpid(), how))
+        pretrain_teacher.pretrain_teacher(settings)
+
+    status = survival.in_fork(stopped, said)
+    assert status == (-how if how == signal.SIGKILL else 128 + how)
+    assert not settings.output.exists()
+    assert survival.in_fork(lambda: pretrain_teacher.pretrain_teacher(settings), said) == 0
+    assert f"Resuming from step {4 if how == signal.SIGKILL else 5} of 7." in said.read_text()
+    assert outcome(settings) == outcome(finished)
+
+
+def test_a_finished_teacher_is_not_trained_again_and_may_be_extended_where_its_schedule_allows(
+    world, tmp_path, finished, capsys
+):
+    again = finished.model_copy(update={"output": tmp_path / "teacher", "logs": tmp_path / "logs"})
+    shutil.copytree(pretrain_teacher.run_folder(finished), pretrain_teacher.run_folder(again))
+    with pytest.raises(UserError, match=r"--width: got 16; must be 12, as in the run that \S+teacher_run holds, or"):
+        pretrain_teacher.pretrain_teacher(again.model_copy(update={"width": 16}))
+    with pytest.raises(UserError, match=r"--steps: got 9; must be 7, .*its cosine schedule is tied to its length$"):
+        pretrain_teacher.pretrain_teacher(again.model_copy(update={"steps": 9}))
+    with pytest.raises(UserError, match=r"--logs: got \S+; must not put the metrics into the teacher's folder"):
+        pretrain_teacher.pretrain_teacher(again.model_copy(update={"logs": tmp_path}))
+    pretrain_teacher.pretrain_teacher(again)
+    assert "This run is finished: 7 steps" in capsys.readouterr().out
+    assert read_sums(again.output) == read_sums(finished.output)
+    constant = teacher_of(tmp_path / "constant", data=world.data, schedule="constant", steps=3)
+    pretrain_teacher.pretrain_teacher(constant)
+    assert pretrain_teacher.pretrain_teacher(constant.model_copy(update={"steps": 5})).tokens > 4 * 1000
+
+
+def test_a_teachers_checkpoint_is_no_students(world, tmp_path, finished, capsys):
+    checkpoint = max(pretrain_teacher.run_folder(finished).glob("*.pt"))
+    small = [f"--data={world.data}", f"--logs={tmp_path}", "--d-model=4", "--layers=1", "--heads=2", "--mlp-width=6"]
+    for words in (
+        ["test", str(checkpoint), "--prompt=x"],
+        ["train", *small, f"--start-from={checkpoint}", f"--output={tmp_path / 'run'}"],
+        ["train", *small, f"--output={pretrain_teacher.run_folder(finished)}"],
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(words)
+        error = capsys.readouterr().err
+        assert (exit_.value.code, error.count("\n")) == (2, 1)
+        assert "must be a checkpoint of indraquantum, not of llama" in error

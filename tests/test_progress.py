@@ -57,7 +57,7 @@ def test_every_long_command_says_how_far_it_is(world, tmp_path, capsys, monkeypa
         PrepareSettings(wikitext=str(world.wikitext), alpaca_samples=0, alpaca=str(world.alpaca),
                         tokenizer=str(world.tokenizer), output=tmp_path / "d.pkl")
     )  # fmt: skip
-    pretrain_teacher(TeacherSettings(**sizes, output=tmp_path / "teacher", width=8, steps=2))
+    pretrain_teacher(TeacherSettings(**sizes, output=tmp_path / "teacher", logs=tmp_path / "logs", width=8, steps=2))
     capture(CaptureSettings(data=world.data, teacher=str(world.teacher), output=tmp_path / "signals"))
     train(TrainSettings(**sizes, output=tmp_path / "run", logs=tmp_path, d_model=4, mlp_width=6, max_steps=3))
     said = capsys.readouterr().out

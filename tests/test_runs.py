@@ -19,7 +19,7 @@ from indraquantum.monitor import run_table
 from indraquantum.monitor.runs import all_runs, named_runs
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import load_checkpoint
-from indraquantum.training.folders import output_of_record, set_others_metrics_aside
+from indraquantum.training.folders import folder_of_record, set_others_metrics_aside
 from indraquantum.training.run import BestHeldOut
 
 HELD_OUT = [{"wiki": 5.0, "all": 6.0}, {"wiki": 4.5, "all": 5.5}, {"wiki": 4.25, "all": 5.75}]
@@ -232,7 +232,7 @@ def test_a_run_in_a_copied_folder_continues_its_own_metrics(world, tmp_path, eva
 )
 def test_a_damaged_record_is_nobodys_and_stops_no_run(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
-    assert output_of_record(tmp_path) is None
+    assert folder_of_record(tmp_path) is None
 
 
 @pytest.mark.parametrize("line", [{"step": 6}, {"step": 6, "held_out": [1.0]}, {"step": 6, "held_out": None}])

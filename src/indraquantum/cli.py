@@ -178,9 +178,12 @@ def capture(*, settings: Annotated[CaptureSettings, OPTIONS] = CaptureSettings()
 @app.command
 def teacher(*, settings: Annotated[TeacherSettings, OPTIONS] = TeacherSettings()) -> None:
     """Train a small Llama teacher from scratch on a prepared dataset."""
-    from indraquantum.training.pretrain_teacher import pretrain_teacher
+    from indraquantum.training.interrupts import Interrupts
 
-    pretrain_teacher(settings)
+    with Interrupts():  # before the imports that take a while
+        from indraquantum.training.pretrain_teacher import pretrain_teacher
+
+        pretrain_teacher(settings)
 
 
 @app.command

@@ -212,15 +212,35 @@ class TrainerSettings(Settings):
     """Compile the layers with torch.compile, where a compiler works."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decay of a moving average of the weights, which is then what is evaluated, say 0.999; 0 keeps none."""
-    log_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
-    """Where metrics go beside metrics.jsonl, by an extra package (pip install 'indraquantum[tensorboard]')."""
     keep_best: bool = False
     """Keep the checkpoint with the best held-out cross-entropy too, as checkpoint_v4_best.pt."""
     patience: int = Field(default=0, ge=0)
     """Stop after so many evaluations in a row without a better held-out cross-entropy; 0 never does."""
 
 
-class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSettings):
+class RunSettings(Settings):
+    """How a training run is logged, evaluated, saved and resumed."""
+
+    logs: Path = Path("logs")
+    """Folder for the logs. Metrics go to <logs>/<name of output>/metrics.jsonl."""
+    log_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Log metrics to this tracker as well as to metrics.jsonl. Needs its package:
+    pip install 'indraquantum[tensorboard]'."""
+    evaluate_every: int = Field(default=200, ge=1)
+    """Optimiser steps between two evaluations on held-out text."""
+    save_every: int = Field(default=200, ge=1)
+    """Optimiser steps between two step checkpoints (checkpoint_v4_step_S.pt). A crash loses at most this many steps."""
+    keep_last: int = Field(default=2, ge=1)
+    """Step checkpoints to keep. Older ones are removed."""
+    on_collapse: Literal["warn", "stop", "ignore"] = "warn"
+    """When predictions, phases, magnitudes or a loss term collapse: warn, or stop with exit status 3. ignore does not
+    check for collapse."""
+    resume: str = "auto"
+    """auto resumes from the newest valid checkpoint of the run; never fails if there is one; or give the path of a
+    checkpoint."""
+
+
+class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettings, DeviceSettings):
     """One run of semantic distillation, by default the unified one (v4).
 
     Options that are given replace the strategy's values; those in which its stages differ or clash with it are refused.
@@ -241,9 +261,8 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSet
     no_teacher: bool = False
     """Train on cross-entropy alone."""
     output: Path = Path("checkpoints/phase2_v4_unified")
-    """Folder for checkpoint_v4_epoch_N.pt; the same command again goes on from the newest checkpoint."""
-    logs: Path = Path("logs")
-    """Folder of the logs; metrics go to <logs>/<name of output>/metrics.jsonl."""
+    """Folder for the checkpoints. Each epoch leaves its own, checkpoint_v4_epoch_N.pt. The same command resumes from
+    the newest one."""
     epochs: int = Field(default=3, ge=1, le=100_000)
     """Passes over the training rows; more extend a run whose rate is constant, or wsd that has not begun to decay."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -259,20 +278,10 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, DeviceSet
     tail: Literal["auto", "bucket", "uniform", "none"] = "auto"
     """The probability that top-k signals don't store: bucket compares it as one lump, uniform spreads it over the other
     tokens, none ignores it. auto takes bucket for top-k signals; a run that is resumed keeps what it began with."""
-    evaluate_every: int = Field(default=200, ge=1)
-    """Optimiser steps between two evaluations on held-out text."""
-    save_every: int = Field(default=200, ge=1)
-    """Optimiser steps between two checkpoints checkpoint_v4_step_S.pt; each epoch leaves its own too."""
-    keep_last: int = Field(default=2, ge=1)
-    """Step checkpoints to keep; those of epochs always stay."""
-    on_collapse: Literal["warn", "stop", "ignore"] = "warn"
-    """When predictions, phases, magnitudes or a term collapse: warn, or stop (exit status 3); ignore does not look."""
     dry_run: bool = False
     """Print shapes, parameters, memory, FLOPs and the time to finish, from real steps that are thrown away."""
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
     """What each process of a torchrun holds: the whole model (ddp, which auto takes), or a shard of it (fsdp2)."""
-    resume: str = "auto"
-    """auto goes on from the newest whole checkpoint of output, never refuses a folder with any; or a checkpoint."""
 
 
 class LrTestSettings(TrainSettings):
@@ -288,8 +297,8 @@ class LrTestSettings(TrainSettings):
     """Where to draw the loss over the rate: .png, .pdf or .svg."""
 
 
-class TeacherSettings(OptimizerSettings, DeviceSettings):
-    """Trains a small Llama teacher from scratch on a prepared dataset."""
+class TeacherSettings(OptimizerSettings, RunSettings, DeviceSettings):
+    """Trains a small Llama teacher from scratch on a prepared dataset. The same command resumes after a stop."""
 
     learning_rate: float = Field(default=3e-3, gt=0, le=10)
     """Peak learning rate."""
@@ -298,7 +307,7 @@ class TeacherSettings(OptimizerSettings, DeviceSettings):
     data: Path = Path("data/mixed_train")
     """The packed dataset to train on."""
     output: Path = Path("checkpoints/teacher")
-    """Folder for the teacher, in Hugging Face's format."""
+    """Folder for the teacher, in Hugging Face's format. The run's checkpoints go to <output>_run beside it."""
     width: int = Field(default=256, ge=2)
     """Width of the Llama."""
     layers: int = Field(default=6, ge=1)

@@ -119,7 +119,14 @@ def run_demo(settings: DemoSettings) -> DemoReport:
 
     console.rule("3/6  teacher: a small Llama, from scratch")
     teacher = pretrain_teacher(
-        TeacherSettings(data=data, output=folder / "teacher", seed=settings.seed, **compute, **size.teacher)
+        TeacherSettings(
+            data=data,
+            output=folder / "teacher",
+            logs=folder / "logs",
+            seed=settings.seed,
+            **compute,
+            **size.teacher,
+        )
     )
 
     console.rule("4/6  capture: the teacher's signals, asked once")

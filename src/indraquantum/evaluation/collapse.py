@@ -25,7 +25,7 @@ from torch import Tensor
 
 from indraquantum.data.split import Batch
 from indraquantum.errors import TrainingStopped
-from indraquantum.learner import labelled_positions, to_tensors
+from indraquantum.learner import Learner, labelled_positions, to_tensors
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.model.projector import QuantumProjector
@@ -44,7 +44,7 @@ class CollapseFigures(NamedTuple):
 
 
 @torch.no_grad()  # not inference_mode, which FSDP2 does not bear
-def collapse_figures(model: IndraQuantumPhase2, batch: Batch) -> CollapseFigures:
+def collapse_figures(model: Learner, batch: Batch) -> CollapseFigures:
     """Measure `model` on the rows of `batch`.
 
     Raises:
@@ -62,9 +62,10 @@ def collapse_figures(model: IndraQuantumPhase2, batch: Batch) -> CollapseFigures
         return (F.cross_entropy(changed_NV, labels_N) - F.cross_entropy(logits_NV, labels_N)).item()
 
     phase_rise = magnitude_rise = None
-    if isinstance(model.projector, QuantumProjector):
+    projector = getattr(model, "projector", None)  # a Llama has none
+    if isinstance(projector, QuantumProjector):
         phase_rise = rise("phases")
-        if model.projector.magnitude is not None:
+        if projector.magnitude is not None:
             magnitude_rise = rise("magnitudes")
     read_ND = table_VD[torch.from_numpy(np.unique(batch.input_ids)).to(table_VD.device)]
     rank = effective_rank(read_ND - read_ND.mean(dim=0))
@@ -112,9 +113,7 @@ def effective_rank(states_ND: Tensor) -> float:
     return torch.special.entr(share_D).sum().exp().item()
 
 
-def dead_terms(
-    model: IndraQuantumPhase2, objective: SemanticDistillationLoss, batch: Batch, teacher: TeacherSignals
-) -> list[str]:
+def dead_terms(model: Learner, objective: SemanticDistillationLoss, batch: Batch, teacher: TeacherSignals) -> list[str]:
     """The terms of positive weight whose value, or whose part of the gradient to the states, is exactly 0.
 
     Args:
@@ -152,7 +151,7 @@ def _thinned(values: Tensor) -> Tensor:
     return values[:: max(1, -(-len(values) // POSITIONS))]
 
 
-def _logits(model: IndraQuantumPhase2, batch: Batch, table_VD: Tensor) -> Tensor:
+def _logits(model: Learner, batch: Batch, table_VD: Tensor) -> Tensor:
     """Logits (N, V) at some labelled positions; `table_VD` is the lifted table."""
     states_BTD = model.hidden_states(**to_tensors(batch, table_VD.device), table_VD=table_VD)
     states_ND = _thinned(labelled_positions(states_BTD, batch).states_ND)

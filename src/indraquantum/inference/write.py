@@ -18,7 +18,7 @@ from indraquantum.inference.generate import GeneratedText, generate_text
 from indraquantum.model.inference_model import InferenceModel
 from indraquantum.model.shape import ModelShape
 from indraquantum.strategy import Weights
-from indraquantum.training.checkpoint import Checkpoint, load_checkpoint
+from indraquantum.training.checkpoint import Checkpoint, load_checkpoint, require_student
 
 if TYPE_CHECKING:
     from indraquantum.model.modeling import IndraQuantumPhase2
@@ -82,6 +82,7 @@ def _built(
     """What `build` makes of the weights, and the tokenizer."""
     if weights == "ema" and not checkpoint.average:
         raise UserError("--weights", weights, "must be last or auto: the checkpoint keeps no average")
+    require_student("CHECKPOINT", path, checkpoint)
     try:
         model = build(checkpoint.model if weights == "last" else checkpoint.model | checkpoint.average)
     except RuntimeError as error:

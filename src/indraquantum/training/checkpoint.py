@@ -28,6 +28,7 @@ from indraquantum.files import atomic_file, fsync_folder, not_written, sha256_of
 
 FORMAT = "indraquantum-checkpoint"
 FORMAT_VERSION = 4
+STUDENT_TYPE = "indraquantum"  # IndraQuantumConfig.model_type, without the import of transformers
 BEST_NAME = "checkpoint_v4_best.pt"
 NAME = re.compile(r"checkpoint_v4_(epoch|step)_(\d+)\.pt")
 # What zipfile and torch.load raise for files that are cut, damaged or none of ours.
@@ -51,7 +52,7 @@ class Checkpoint:
     finished: bool  # the run had come to its end
     pending: dict[str, Any] | None  # metrics of this step where its evaluation was cut short, to be done on resume
     guard: dict[str, Any]  # what the collapse guard has seen
-    best: dict[str, Any]  # the best evaluation so far, see best.BestHeldOut
+    best: dict[str, Any]  # the best evaluation so far, see run.BestHeldOut
     loss_scale: dict[str, Any]  # state of float16's loss scale; empty for the other formats
     settings: dict[str, Any]  # what decides the run, see run.run_identity
     tokenizer: dict[str, Any]  # json, bos_id (None where documents begin with their text), eos_id
@@ -123,6 +124,26 @@ def load_checkpoint(field: str, path: Path) -> Checkpoint:
     if manifest is not None and manifest["step"] != checkpoint.step:
         raise UserError(field, manifest_path(path), f"is damaged: step {manifest['step']}, not {checkpoint.step}")
     return checkpoint
+
+
+def require_student(field: str, path: Path, checkpoint: Checkpoint) -> None:
+    """Check that the checkpoint at `path` is of an IndraQuantumPhase2.
+
+    Raises:
+        UserError: it is of another model, such as a teacher; `field` is the option to name.
+    """
+    require_model_type(field, path, checkpoint, STUDENT_TYPE)
+
+
+def require_model_type(field: str, path: Path, checkpoint: Checkpoint, model_type: str) -> None:
+    """Check that the checkpoint at `path` is of a model of `model_type`, as its configuration calls it.
+
+    Raises:
+        UserError: it is of another; `field` is the option to name.
+    """
+    there = checkpoint.model_config.get("model_type", STUDENT_TYPE)
+    if there != model_type:
+        raise UserError(field, path, f"must be a checkpoint of {model_type}, not of {there}")
 
 
 def _verify(field: str, path: Path) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ class HeldFolders:
     """
 
     def __init__(self, output: Path, logs: Path, stack: contextlib.ExitStack) -> None:
-        if (other := output_of_record(logs)) and other.resolve() != output.resolve() and other.exists():
+        if (other := folder_of_record(logs)) and other.resolve() != output.resolve() and other.exists():
             raise UserError(
                 "--logs", logs, f"holds the metrics of {other}; give another, or an --output of another name"
             )
@@ -89,15 +89,17 @@ class HeldFolders:
         return said
 
 
-def output_of_record(folder: Path) -> Path | None:
-    """The output folder of the run that logs to `folder`; None where none does: no whole record, or a copied one."""
+def folder_of_record(folder: Path) -> Path | None:
+    """The checkpoints' folder of the run that logs to `folder`; None if none does: no whole record, or a copied one."""
     try:
-        settings = (read_record(folder) or {})["settings"]
+        record = read_record(folder) or {}
+        settings = record["settings"]
         output, logs = Path(settings["output"]), Path(settings["logs"])
         here = (logs / output.resolve().name).resolve() == folder.resolve()
+        checkpoints = Path(record.get("checkpoints", output))
     except (UserError, OSError, ValueError, TypeError, KeyError, RuntimeError):  # the last one: links that form a loop
         return None
-    return output if here else None
+    return checkpoints if here else None
 
 
 def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
@@ -108,8 +110,8 @@ def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
     """
     if not path.exists() or not path.stat().st_size:
         return
-    output = output_of_record(path.parent)
-    if output is not None and output.resolve() == run.settings.output.resolve():
+    owner = folder_of_record(path.parent)
+    if owner is not None and owner.resolve() == run.folder.resolve():
         return
     if resumed and _are_of(path, run):
         return
@@ -135,7 +137,7 @@ def _are_of(path: Path, run: Run) -> bool:
 
 
 def write_record(folder: Path, run: Run) -> None:
-    """Write `folder`/run.json: settings, the data's and signals' hashes, steps in all, and whether `run` has finished.
+    """Write `folder`/run.json: what `run` is, where its checkpoints are, and whether it has finished.
 
     Raises:
         UserError: it can't be written.
@@ -143,11 +145,13 @@ def write_record(folder: Path, run: Run) -> None:
     for leftover in folder.glob(".*.tmp"):  # of a process that was killed: the folder is locked
         leftover.unlink()
     # As typed they would mean others to a command in another folder.
-    folders = {name: str(getattr(run.settings, name).resolve()) for name in ("output", "logs")}
+    settled = {name: str(getattr(run.settings, name).resolve()) for name in ("output", "logs")}
+    settled |= {name: run.identity[name] for name in ("tail",) if name in run.identity}
     record = {
-        "settings": run.settings.model_dump(mode="json") | folders | {"tail": run.identity["tail"]},
+        "settings": run.settings.model_dump(mode="json") | settled,
         "data": run.identity["data"],
-        "signals": run.identity["signals"],
+        "signals": run.identity.get("signals"),
+        "checkpoints": str(run.folder.resolve()),
         "total_steps": run.total_steps,
         "planned_steps": run.plan.planned_steps,
         "finished": run.finished,

@@ -32,7 +32,6 @@ from indraquantum.training.checkpoint import (
     Checkpoint,
     prune_step_checkpoints,
     save_checkpoint,
-    step_checkpoint_path,
 )
 from indraquantum.training.folders import FolderRemoved, HeldFolders, set_others_metrics_aside, write_record
 from indraquantum.training.guards import PROBE_EVERY, probe, require_finite_state
@@ -87,7 +86,7 @@ def train(settings: TrainSettings) -> TrainReport:
         with processes.together():
             run = start_run(settings, plan, device, processes)
         complete(run, metrics_path, interrupts, folders)
-        return TrainReport(run.epoch_path, metrics_path, run.step, run.held_out or evaluate(run))
+        return TrainReport(run.milestone_path, metrics_path, run.step, run.held_out or evaluate(run))
 
 
 def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: HeldFolders | None) -> None:
@@ -148,7 +147,7 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
         FolderRemoved: one of the folders is gone.
     """
     silent = not run.processes.is_first
-    progress = Progress("train", run.total_steps, "steps", done=run.step, silent=silent)
+    progress = Progress(run.name, run.total_steps, "steps", done=run.step, silent=silent)
     with interrupts.deferred(), progress:
         try:
             while run.pending is not None or not run.finished:
@@ -160,15 +159,15 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
                         collapsed = watch_for_collapse(run)
                     if folders is not None:
                         folders.check(log)
-                    if run.epoch_ends or run.step % run.settings.evaluate_every == 0:
+                    if run.at_milestone or run.step % run.settings.evaluate_every == 0:
                         run.pending["held_out"] = evaluate(run, interrupts)
                         is_best = note_evaluation(run)
                     log.write(run.pending)
                     if collapsed:
                         raise TrainingStopped(f"{collapsed}; continue with --on-collapse warn")
                 run.pending = None
-                if is_best and run.step and run.settings.keep_best:  # before the one to resume from: it is never behind
-                    write_checkpoint(run, run.settings.output / BEST_NAME, log)
+                if is_best and run.step and run.keep_best:  # before the one to resume from: it is never behind
+                    write_checkpoint(run, run.folder / BEST_NAME, log)
                 save_where_due(run, log)
                 interrupts.check()
             save_where_due(run, log)
@@ -177,14 +176,13 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
                     folders.check(log)
         except Interrupted:
             if run.step and not run.saved:
-                save(run, step_checkpoint_path(run.settings.output, run.step), log)
+                save(run, run.step_path, log)
             raise
         except FolderRemoved as removed:
             said = run.processes.first(lambda: folders.make_again(log))
             if run.step:
-                path = run.epoch_path if run.finished else step_checkpoint_path(run.settings.output, run.step)
-                save(run, path, log)
-                said = [*said, f"step {run.step} is saved in {run.settings.output}: the same command resumes"]
+                save(run, run.milestone_path if run.finished else run.step_path, log)
+                said = [*said, f"step {run.step} is saved in {run.folder}: the same command resumes"]
             raise FolderRemoved(removed.field, removed.value, "; ".join([removed.allowed, *said])) from None
 
 
@@ -283,7 +281,7 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> dict[str, float]
 def note_evaluation(run: Run) -> bool:
     """Take in the evaluation that was just done; whether it is the best so far. May end the run."""
     best = run.best
-    is_best = best.take(run.step, run.held_out["all"], run.settings.patience)
+    is_best = best.take(run.step, run.held_out["all"], run.patience)
     if best.stopped:
         waited = f"{best.evaluations_since} evaluations without a better held-out cross-entropy"
         tell(f"step {run.step}: stopped early, {waited} than {best.cross_entropy:.4f} at step {best.step}")
@@ -291,12 +289,12 @@ def note_evaluation(run: Run) -> bool:
 
 
 def save_where_due(run: Run, log: MetricsLog | NoLog) -> None:
-    """Write the checkpoint of the epoch that ends here, or that of the step if its turn has come."""
-    if run.step and run.epoch_ends:
-        if run.processes.largest(not (run.saved and run.epoch_path.exists())):
-            save(run, run.epoch_path, log)
+    """Write the checkpoint of a milestone, such as the end of an epoch, or that of the step if its turn has come."""
+    if run.step and run.at_milestone:
+        if run.processes.largest(not (run.saved and run.milestone_path.exists())):
+            save(run, run.milestone_path, log)
     elif (run.step % run.settings.save_every == 0 or _decay_begins(run, run.step)) and run.step and not run.saved:
-        save(run, step_checkpoint_path(run.settings.output, run.step), log)
+        save(run, run.step_path, log)
 
 
 def _decay_begins(run: Run, step: int) -> bool:
@@ -313,7 +311,7 @@ def save(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
     write_checkpoint(run, path, log)
     run.saved = True
     if run.processes.is_first:
-        prune_step_checkpoints(run.settings.output, run.settings.keep_last, lambda step: _decay_begins(run, step))
+        prune_step_checkpoints(run.folder, run.settings.keep_last, lambda step: _decay_begins(run, step))
 
 
 def write_checkpoint(run: Run, path: Path, log: MetricsLog | NoLog) -> None:

@@ -2,15 +2,16 @@
 
     indra teacher --data data/mixed_train --output checkpoints/teacher
 
-It goes through the same optimiser step as the student, with cross-entropy alone and Muon for its layers. It is saved in
-Hugging Face's format.
+It is a run like that of the student, with the same engine, loop, checkpoints and metrics: cross-entropy alone, and Muon
+for the layers. At its end the teacher is saved in Hugging Face's format.
 """
 
 from __future__ import annotations
 
-import time
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +21,23 @@ from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.fast_tokenizer import save_tokenizer
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
-from indraquantum.evaluation.held_out import held_out_cross_entropy
-from indraquantum.files import atomic_folder, make_folder, write_sums
+from indraquantum.files import atomic_folder, write_sums
 from indraquantum.kernels.measured import way_for
-from indraquantum.kernels.ways import put_in_force
+from indraquantum.kernels.ways import using
 from indraquantum.model.masks import document_mask
-from indraquantum.progress import Progress
 from indraquantum.strategy import RATES, Stage, Strategy, check_decay
+from indraquantum.trackers import require_tracker
 from indraquantum.training.engine import Engine
+from indraquantum.training.folders import HeldFolders
+from indraquantum.training.interrupts import Interrupts
+from indraquantum.training.loop import complete, evaluate
 from indraquantum.training.optimizers import MUON_GROUP, MuonAdamW
-from indraquantum.training.parallel import SingleProcess
+from indraquantum.training.parallel import SingleProcess, WeightAverage
 from indraquantum.training.plan import Plan, RunStage
+from indraquantum.training.run import FREE_SETTINGS, Run, check_resume, computed_by, stage_identity
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,11 @@ class LlamaLearner(nn.Module):
     def __init__(self, llama: nn.Module) -> None:
         super().__init__()
         self.llama = llama
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The Llama's configuration."""
+        return self.llama.config
 
     def lift_table(self) -> Tensor:
         """The embedding table (V, D)."""
@@ -76,16 +88,20 @@ class LlamaLearner(nn.Module):
         """A Llama has no readouts."""
 
 
-def new_llama(settings: TeacherSettings, dataset: PreparedDataset) -> nn.Module:
-    """A freshly initialised tied LlamaForCausalLM for the dataset's vocabulary.
+def check_heads(settings: TeacherSettings) -> None:
+    """Check the shape of the Llama.
 
     Raises:
         UserError: the heads don't divide the width into even parts.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     if settings.width % (2 * settings.heads):
         raise UserError("--heads", settings.heads, f"must divide --width {settings.width} into even parts")
+
+
+def new_llama(settings: TeacherSettings, dataset: PreparedDataset) -> nn.Module:
+    """A freshly initialised tied LlamaForCausalLM for the dataset's vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     tokenizer = dataset.tokenizer
     return LlamaForCausalLM(
         LlamaConfig(
@@ -134,38 +150,68 @@ def teacher_plan(settings: TeacherSettings, dataset: PreparedDataset) -> Plan:
     return Plan(Strategy(stages=(spec,)), dataset, (stage,))
 
 
+def run_folder(settings: TeacherSettings) -> Path:
+    """Where the checkpoints of a teacher's run stand: beside the teacher, whose folder holds nothing else."""
+    return settings.output.with_name(f"{settings.output.name}_run")
+
+
+def start_teacher(settings: TeacherSettings, plan: Plan, device: torch.device) -> Run:
+    """The run of a teacher at its first step: seeded weights, fresh optimiser."""
+    torch.manual_seed(settings.seed)
+    learner = LlamaLearner(new_llama(settings, plan.dataset)).to(device).train()
+    parallel = SingleProcess(learner)
+    chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS)
+    stages = {stage.spec.name: stage_identity(stage, plan) for stage in plan.stages}
+    return Run(
+        settings=settings,
+        plan=plan,
+        engine=Engine(parallel, MuonAdamW(parameter_groups(learner, settings))),
+        device=device,
+        average=WeightAverage(learner, 0.0),
+        identity={**chosen, "data": plan.dataset.content_sha256, "stages": stages, **computed_by(parallel.precision)},
+        folder=run_folder(settings),
+        name="teacher",
+        epoch_checkpoints=False,  # rows are often seen many times
+    )
+
+
 def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
-    """Train a teacher by `settings` and save it with its tokenizer.
+    """Train a teacher by `settings`, or resume its run, and save it with its tokenizer.
+
+    A first SIGTERM, SIGINT or SIGHUP ends the run after the current step, with a checkpoint. A second SIGTERM or SIGINT
+    ends it at once.
 
     Raises:
-        UserError: settings or data that don't fit.
+        UserError: settings or data that don't fit, or folders that hold something else or are in use.
         TrainingStopped: the loss or a gradient is not finite.
+        Interrupted: by a signal.
     """
-    check_decay(settings)
-    device = choose_device(settings)
-    put_in_force(way_for(device))
-    if settings.data.is_file():
-        raise UserError("--data", settings.data, "must be the packed folder, which carries its tokenizer")
-    dataset = open_dataset("--data", settings.data, verify=True)
-    check_replaceable(settings.output)
-    make_folder("--output", settings.output.parent)
-    torch.manual_seed(settings.seed)
-    learner = LlamaLearner(new_llama(settings, dataset)).to(device).train()
-    optimizer = MuonAdamW(parameter_groups(learner, settings))
-    engine, plan, tokens = Engine(SingleProcess(learner), optimizer), teacher_plan(settings, dataset), 0
-    with Progress("teacher", settings.steps, "steps") as progress:
-        for number in range(settings.steps):
-            began, step = time.perf_counter(), plan.step(number)
-            result = engine.step(step)
-            tokens += result.tokens
-            speed = result.tokens / (time.perf_counter() - began)
-            figures = f"ce {result.terms['ce']:.3f}, learning rate {step.learning_rate:.2e}, {speed:,.0f} tokens/s"
-            progress.update(1, figures)
-    held_out = held_out_cross_entropy(learner, dataset, device)
-    save_teacher(learner, dataset, settings.output)
+    metrics_path = settings.logs / settings.output.resolve().name / "metrics.jsonl"
+    with Interrupts() as interrupts, contextlib.ExitStack() as stack:
+        check_decay(settings)
+        require_tracker(settings.log_to)
+        device = choose_device(settings)
+        if settings.data.is_file():
+            raise UserError("--data", settings.data, "must be the packed folder, which carries its tokenizer")
+        dataset = open_dataset("--data", settings.data, verify=True)
+        check_replaceable(settings.output)
+        if metrics_path.parent.resolve() == settings.output.resolve():
+            allowed = "must not put the metrics into the teacher's folder, which is replaced as a whole"
+            raise UserError("--logs", settings.logs, allowed)
+        plan = teacher_plan(settings, dataset)
+        check_heads(settings)
+        check_resume(settings.resume, run_folder(settings), plan)
+        folders = HeldFolders(run_folder(settings), metrics_path.parent, stack)
+        stack.enter_context(using(way_for(device)))
+        run = start_teacher(settings, plan, device)
+        complete(run, metrics_path, interrupts, folders)
+        held_out = run.held_out or evaluate(run)
+        save_teacher(run.model, dataset, settings.output)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in held_out.items())
-    print(f"teacher after {tokens:,} tokens: held-out cross-entropy (nats/token) {figures}; wrote {settings.output}")
-    return TeacherReport(settings.output, sum(p.numel() for p in learner.parameters()), tokens, held_out)
+    print(
+        f"teacher after {run.tokens:,} tokens: held-out cross-entropy (nats/token) {figures}; wrote {settings.output}"
+    )
+    return TeacherReport(settings.output, sum(p.numel() for p in run.model.parameters()), run.tokens, held_out)
 
 
 def check_replaceable(folder: Path) -> None:

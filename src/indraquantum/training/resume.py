@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from indraquantum.config import TrainSettings
+from indraquantum.config import Settings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.kernels.ways import continued, put_in_force
 from indraquantum.training.checkpoint import (
@@ -26,6 +26,7 @@ from indraquantum.training.checkpoint import (
     checkpoints_in,
     load_checkpoint,
     newest_checkpoint,
+    require_model_type,
     set_aside,
 )
 from indraquantum.training.guards import CollapseGuard
@@ -36,7 +37,7 @@ from indraquantum.training.schedule import decay_begins
 
 # What the program did before it had an option, where that is not the option's default.
 BEFORE_THE_OPTION = {"tail": "none", "row_order": 1}
-LENGTHS = ("epochs", "max_steps")  # options
+LENGTHS = ("epochs", "max_steps", "steps")  # options
 STAGE_LENGTHS = ("steps", "planned_steps")  # in a stage's identity
 
 
@@ -57,7 +58,9 @@ def resume(run: Run) -> bool:
         return False
     with processes.together():  # the others read and verify the file too
         field = "--output" if run.settings.resume == "auto" else "--resume"
-        restore(run, read[0].checkpoint if read else load_checkpoint(field, path))
+        checkpoint = read[0].checkpoint if read else load_checkpoint(field, path)
+        require_model_type(field, path, checkpoint, run.model.config.model_type)
+        restore(run, checkpoint)
     processes.first(lambda: _set_later_ones_aside(run, path))
     if not run.finished:
         print(f"Resuming from step {run.step} of {run.total_steps}.")
@@ -70,12 +73,12 @@ def resume(run: Run) -> bool:
 
 def _wanted_checkpoint(run: Run) -> Found | None:
     """The checkpoint that the settings ask for, None to start afresh."""
-    output, wanted = run.settings.output, run.settings.resume
+    folder, wanted = run.folder, run.settings.resume
     if wanted == "never":
-        refuse_checkpoints(run.settings, run.plan)
+        refuse_checkpoints(run.folder, run.plan)
         return None
     if wanted == "auto":
-        return newest_checkpoint(output, run.plan.step_of_epoch)
+        return newest_checkpoint(folder, run.plan.step_of_epoch)
     return Found(Path(wanted), load_checkpoint("--resume", Path(wanted)))
 
 
@@ -83,7 +86,7 @@ def _set_later_ones_aside(run: Run, used: Path) -> None:
     """After going back on purpose: later checkpoints would be ahead of the metrics."""
     later = (
         path
-        for step, path in checkpoints_in(run.settings.output, run.plan.step_of_epoch)
+        for step, path in checkpoints_in(run.folder, run.plan.step_of_epoch)
         if step > run.step and path.resolve() != used.resolve()
     )
     set_aside(later)
@@ -95,9 +98,11 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: the checkpoint is of a run with other settings; the first that differs is named.
     """
-    before = with_defaults(checkpoint.settings, run.identity)
-    if run.settings.tail == "auto":
-        run.identity["tail"] = before["tail"]
+    before, kept = with_defaults(checkpoint.settings, run.identity, type(run.settings)), {}
+    if "tail" in run.identity:
+        if run.settings.tail == "auto":
+            run.identity["tail"] = before["tail"]
+        kept["tail"] = run.identity["tail"]
     run.identity["row_order"] = before["row_order"]
     way = continued(before.get("products"), "--resume")
     put_in_force(way)
@@ -111,7 +116,6 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         plan = extended(run.plan, before, checkpoint.step)
     except NotExtensible as error:
         raise _not_extensible(run, before, error) from None
-    kept = {"tail": run.identity["tail"]}
     run.plan = replace(
         plan,
         stages=tuple(
@@ -131,7 +135,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 def _as_there(run: Run, then: Any) -> str:
     """What an option must be for the run to resume from its checkpoint."""
     if run.settings.resume == "auto":
-        return f"must be {then}, as in the run that {run.settings.output} holds, or give another --output"
+        return f"must be {then}, as in the run that {run.folder} holds, or give another --output"
     return f"must be {then}, as in the run of --resume {run.settings.resume}"
 
 
@@ -140,23 +144,27 @@ def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -
     settings = run.settings
     option, value, then = "--strategy", f"{run.total_steps:,} steps", "of the same length"
     for name in LENGTHS:
-        if before[name] != getattr(settings, name):
+        if before.get(name) != getattr(settings, name, None):
             option, value, then = f"--{name.replace('_', '-')}", getattr(settings, name), before[name]
-    there = checkpoints_in(settings.output, run.plan.step_of_epoch)
+    there = checkpoints_in(run.folder, run.plan.step_of_epoch)
     early = [path for step, path in there if step <= error.before]
     newest = there[0][1] if settings.resume == "auto" and there else settings.resume
     ways = [f"resume from before that with --resume {early[0]}"] if early else []
-    ways.append(f"begin a new run from its weights with --start-from {newest} --output NEW")
-    which = f"the run that {settings.output} holds" if settings.resume == "auto" else "the run of --resume"
-    return UserError(option, value, f"must be {then}, as in {which}: {error.why}. To train on, {', or '.join(ways)}")
+    if "start_from" in type(settings).model_fields:
+        ways.append(f"begin a new run from its weights with --start-from {newest} --output NEW")
+    way_out = f". To train on, {', or '.join(ways)}" if ways else ""
+    which = f"the run that {run.folder} holds" if settings.resume == "auto" else "the run of --resume"
+    return UserError(option, value, f"must be {then}, as in {which}: {error.why}{way_out}")
 
 
-def with_defaults(then: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def with_defaults(
+    then: Mapping[str, Any], names: Iterable[str], options: type[Settings] = TrainSettings
+) -> dict[str, Any]:
     """What decided an earlier run, with what the program did for each option among `names` that it did not have then.
 
     That is the option's default, except where the default became another when the option came.
     """
-    defaults = {name: field.default for name, field in TrainSettings.model_fields.items()} | BEFORE_THE_OPTION
+    defaults = {name: field.default for name, field in options.model_fields.items()} | BEFORE_THE_OPTION
     return {name: defaults[name] for name in names if name in defaults} | dict(then)
 
 

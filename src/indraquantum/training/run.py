@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from indraquantum.config import TrainSettings
+from indraquantum.config import TeacherSettings, TrainSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.same_tokenizer import require_same_tokenizer
 from indraquantum.data.tokenizer import TextTokenizer
@@ -26,11 +26,17 @@ from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.processes import ALONE, Processes
 from indraquantum.teacher.signals import SignalStore
-from indraquantum.training.checkpoint import checkpoint_path, checkpoints_in, load_checkpoint
+from indraquantum.training.checkpoint import (
+    checkpoint_path,
+    checkpoints_in,
+    load_checkpoint,
+    require_student,
+    step_checkpoint_path,
+)
 from indraquantum.training.engine import Engine
 from indraquantum.training.guards import CollapseGuard
 from indraquantum.training.optimizers import check_rates, new_optimizer
-from indraquantum.training.parallel import SingleProcess, WeightAverage, choose_precision, make_parallel
+from indraquantum.training.parallel import Precision, SingleProcess, WeightAverage, choose_precision, make_parallel
 from indraquantum.training.plan import Plan, RunStage, plan_run, tail_of
 from indraquantum.training.schedule import ORDER
 from indraquantum.training.signals import find_signals, folder_of
@@ -76,12 +82,17 @@ class BestHeldOut:
 class Run:
     """Everything that one run carries from step to step."""
 
-    settings: TrainSettings
+    settings: TrainSettings | TeacherSettings
     plan: Plan
     engine: Engine
     device: torch.device
     average: WeightAverage
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # what decides its result
+    folder: Path  # of its checkpoints
+    name: str = "train"  # of the progress bar
+    epoch_checkpoints: bool = True  # the end of each epoch is evaluated and leaves a checkpoint that stays
+    keep_best: bool = False  # the best checkpoint stays too
+    patience: int = 0  # evaluations without a better one after which the run stops; 0 never does
     step: int = 0
     tokens: int = 0
     held_out: dict[str, float] | None = None  # of the last evaluation
@@ -96,8 +107,8 @@ class Run:
         return self.engine.parallel
 
     @property
-    def model(self) -> IndraQuantumPhase2:
-        """The model itself."""
+    def model(self) -> nn.Module:
+        """The model itself, an IndraQuantumPhase2 or another learner."""
         return self.engine.parallel.learner
 
     @property
@@ -131,14 +142,21 @@ class Run:
         return self.step == self.total_steps or self.best.stopped
 
     @property
-    def epoch_ends(self) -> bool:
-        """Whether `step` is the last of an epoch, of a stage, or of the run."""
-        return self.plan.epoch_ends(self.step) or self.finished
+    def at_milestone(self) -> bool:
+        """Whether `step` is the first or last of the run, or the last of a stage or of an epoch, if those are saved."""
+        return self.finished or (self.plan.epoch_ends(self.step) if self.epoch_checkpoints else self.step == 0)
 
     @property
-    def epoch_path(self) -> Path:
-        """Where the checkpoint of the epoch that `step` is in stands."""
-        return checkpoint_path(self.settings.output, self.plan.epoch_of(self.step))
+    def milestone_path(self) -> Path:
+        """Where the checkpoint of the milestone that `step` leads to stands."""
+        if self.epoch_checkpoints:
+            return checkpoint_path(self.folder, self.plan.epoch_of(self.step))
+        return self.step_path
+
+    @property
+    def step_path(self) -> Path:
+        """Where a checkpoint of `step` stands that is not a milestone's."""
+        return step_checkpoint_path(self.folder, self.step)
 
 
 def start_run(settings: TrainSettings, plan: Plan, device: torch.device, processes: Processes = ALONE) -> Run:
@@ -162,8 +180,10 @@ def start_run(settings: TrainSettings, plan: Plan, device: torch.device, process
         engine=Engine(parallel, new_optimizer(model, settings, processes), settings.head),
         device=device,
         average=WeightAverage(model, settings.ema_decay),
-        identity=run_identity(settings, plan)
-        | {"precision": precision.name, "row_order": ORDER, "products": str(in_force())},
+        identity=run_identity(settings, plan) | computed_by(precision),
+        folder=settings.output,
+        keep_best=settings.keep_best,
+        patience=settings.patience,
     )
 
 
@@ -237,10 +257,19 @@ def check_settings(settings: TrainSettings, plan: Plan, device: torch.device) ->
     check_rates(model, settings)
     if settings.compile:
         require_compiler(device)
-    if settings.resume == "never":
-        refuse_checkpoints(settings, plan)
-    elif settings.resume != "auto" and not Path(settings.resume).is_file():
-        raise UserError("--resume", settings.resume, "must be auto, never, or the path of a checkpoint")
+    check_resume(settings.resume, settings.output, plan)
+
+
+def check_resume(resume: str, folder: Path, plan: Plan) -> None:
+    """Check, before a run begins, that what `--resume` asks for is there.
+
+    Raises:
+        UserError: it is not, or `folder` holds a checkpoint although none is wanted.
+    """
+    if resume == "never":
+        refuse_checkpoints(folder, plan)
+    elif resume != "auto" and not Path(resume).is_file():
+        raise UserError("--resume", resume, "must be auto, never, or the path of a checkpoint")
 
 
 def starting_weights(settings: TrainSettings, plan: Plan) -> dict[str, Tensor] | None:
@@ -253,6 +282,7 @@ def starting_weights(settings: TrainSettings, plan: Plan) -> dict[str, Tensor] |
     if path is None:
         return None
     checkpoint = load_checkpoint("--start-from", path)
+    require_student("--start-from", path, checkpoint)
     theirs = TextTokenizer.from_json(*(checkpoint.tokenizer[name] for name in ("json", "bos_id", "eos_id")))
     require_same_tokenizer("--start-from", path, "must have the tokenizer of --data", plan.dataset.tokenizer, theirs)
     ours, theirs = model_config(settings, plan), IndraQuantumConfig.from_dict(checkpoint.model_config)
@@ -263,15 +293,15 @@ def starting_weights(settings: TrainSettings, plan: Plan) -> dict[str, Tensor] |
     return checkpoint.model
 
 
-def refuse_checkpoints(settings: TrainSettings, plan: Plan) -> None:
-    """Check that the output folder holds no checkpoint.
+def refuse_checkpoints(folder: Path, plan: Plan) -> None:
+    """Check that `folder` holds no checkpoint.
 
     Raises:
         UserError: it holds one.
     """
-    if there := checkpoints_in(settings.output, plan.step_of_epoch):
-        allowed = f"must be auto: {settings.output} holds {there[0][1].name}; or another --output"
-        raise UserError("--resume", settings.resume, allowed)
+    if there := checkpoints_in(folder, plan.step_of_epoch):
+        allowed = f"must be auto: {folder} holds {there[0][1].name}; or give another --output"
+        raise UserError("--resume", "never", allowed)
 
 
 def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
@@ -291,6 +321,11 @@ def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
         "start_from": start and sha256_of(start),
         "stages": {stage.spec.name: stage_identity(stage, plan) for stage in plan.stages},
     }
+
+
+def computed_by(precision: Precision) -> dict[str, Any]:
+    """What else decides the bits of a run: number format, the rule for the order of rows, the products' way."""
+    return {"precision": precision.name, "row_order": ORDER, "products": str(in_force())}
 
 
 def _tail(settings: TrainSettings, plan: Plan) -> str:
