@@ -262,7 +262,7 @@ def test_data_prepared_with_the_export_are_the_same_everywhere(qwen, checkpoint,
 def test_its_teacher_has_the_same_tokenizer(qwen, tmp_path):
     pretrain_teacher(
         TeacherSettings(
-            data=qwen / "d", output=tmp_path / "teacher", logs=tmp_path, width=8, layers=1, heads=2, steps=1
+            data=qwen / "d", output=tmp_path / "teacher", logs=tmp_path / "logs", width=8, layers=1, heads=2, steps=1
         )
     )
     dataset = open_dataset("--data", qwen / "d")
