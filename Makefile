@@ -1,4 +1,4 @@
-# make demo | demo-tiny | test | test-slow | test-processors | lint | lock | clean.   Set-up is part of each: .venv is made when it is missing.
+# make demo | demo-tiny | test | test-slow | test-processors | docs | lint | lock | clean.   Set-up is part of each: .venv is made when it is missing.
 PYTHON ?= python3
 # An index for torch alone: without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
 TORCH_INDEX ?=
@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Tests at once: one worker a core, of 2 GB each.
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny test test-slow test-processors lint lock clean
+.PHONY: help demo demo-tiny test test-slow test-processors docs docs-serve lint lock clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -41,6 +41,17 @@ ONLY ?= *
 test-processors: .venv/installed
 	$(BIN)/python tests/processors.py --only '$(ONLY)'
 
+.venv/docs-installed: requirements-docs.lock .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-docs.lock
+	@touch $@
+
+# The site in build/site; a warning is an error. docs-serve shows it at http://localhost:8000 while you write.
+docs: .venv/docs-installed
+	$(BIN)/python docs/tools/site.py
+
+docs-serve: .venv/docs-installed
+	$(BIN)/python docs/tools/site.py --serve
+
 lint: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -51,6 +62,8 @@ lock: .venv/installed
 	echo 'torch ; sys_platform == "never"' > .venv/without-torch
 	$(BIN)/uv pip compile pyproject.toml requirements.in --extra dev --universal --python-version 3.11 \
 	  --override .venv/without-torch --no-emit-package torch --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements.lock
+	$(BIN)/uv pip compile --group docs --universal --python-version 3.11 --constraint requirements.lock \
+	  --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements-docs.lock
 
 clean:
 	rm -rf .venv demo build src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,25 +1,58 @@
-"""What the README says is so: its tree names the folders, its commands are commands, its links lead somewhere."""
+"""What README and the documentation say is so: folders are named, commands are commands, links lead somewhere."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
+from indraquantum import __version__
 from indraquantum.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
+]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# The log tells of commands as they were on their day.
+BLOCKS = {
+    page: [block for language, block in FENCED.findall(text) if not language]
+    for page, text in TEXTS.items()
+    if page != "docs/LOG.md"
+}
 SCRIPTS = {"prepare_mixed_data.py": "prepare", "train_phase2_v4_unified.py": "train", "test_phase2.py": "test"}
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith(("indra ", "python scripts/"))]
+GENERATED = {"docs/options.md"}  # by docs/tools/options_page.py when the site is built
+
+
+def commands_of(blocks: list[str]) -> list[str]:
+    """The lines of `blocks` that call `indra` or a script of ours, alone or under torchrun."""
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    return [line for line in lines if re.match(r"([A-Z_]+=\S+ )*(indra|torchrun|python scripts/\S+)(\s|$)", line)]
+
+
+COMMANDS = [(page, command) for page, blocks in BLOCKS.items() for command in commands_of(blocks)]
+
+
+def arguments_of(command: str) -> list[str]:
+    """What `indra` gets of a line of a shell."""
+    words = shlex.split(command, comments=True)
+    place = next(i for i, word in enumerate(words) if word in ("indra", "indraquantum") or word.startswith("scripts/"))
+    own = [SCRIPTS[Path(words[place]).name]] if words[place].startswith("scripts/") else []
+    return [*own, *words[place + 1 :]]
 
 
 def tree_of(text: str) -> set[str]:
-    """Folders that the README's tree names; two blanks indent what a folder holds."""
+    """Folders that a tree names; two blanks indent what a folder holds."""
     folders, path = set(), []
     for line in text.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
@@ -32,7 +65,7 @@ def test_the_tree_names_every_folder():
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:
         pytest.skip("not a git checkout")
-    (tree,) = [block for block in BLOCKS if block.startswith("src/indraquantum/\n")]
+    (tree,) = [block for block in BLOCKS["CONTRIBUTING.md"] if block.startswith("src/indraquantum/\n")]
     parents = [Path(name).parent for name in listing.stdout.split()]
     package = {parent for parent in parents if parent.parts[:2] == ("src", "indraquantum")}
     others = {Path(parent.parts[0]) for parent in parents if parent.parts and parent.parts[0] not in ("src", ".ci")}
@@ -41,15 +74,22 @@ def test_the_tree_names_every_folder():
         assert len(line.split(maxsplit=1)) == 2, f"{line}: must say what it is"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command):
-    words = shlex.split(command)
-    arguments = words[1:] if words[0] == "indra" else [SCRIPTS[Path(words[1]).name], *words[2:]]
-    app.parse_args(arguments, exit_on_error=False, print_error=False)
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_commands_parse(page, command):
+    app.parse_args(arguments_of(command), exit_on_error=False, print_error=False)
+
+
+def test_commands_are_found_on_every_page_that_has_some():
+    assert {page for page, _ in COMMANDS} >= {
+        "README.md",
+        *(f"docs/{p}.md" for p in ("tutorial", "your-data", "cluster")),
+    }
+    assert arguments_of("RAY_ADDRESS=auto indra capture --workers 16  # all") == ["capture", "--workers", "16"]
+    assert arguments_of("torchrun --x 2 scripts/test_phase2.py a.pt") == ["test", "a.pt"]
 
 
 def test_the_three_commands_are_there():
-    assert [c for c in COMMANDS if c.startswith("python")] == [
+    assert [c for page, c in COMMANDS if page == "README.md" and c.startswith("python")] == [
         "python scripts/prepare_mixed_data.py",
         "python scripts/train_phase2_v4_unified.py",
         "python scripts/test_phase2.py checkpoints/phase2_v4_unified/checkpoint_v4_epoch_1.pt "
@@ -57,15 +97,36 @@ def test_the_three_commands_are_there():
     ]
 
 
-def test_make_knows_the_two_commands():
-    for target in ("demo", "test"):
+def test_make_knows_its_commands():
+    named = {
+        target for text in TEXTS.values() for target in re.findall(r"`make ([a-z-]+)`|^make ([a-z-]+)$", text, re.M)
+    }
+    targets = {one or other for one, other in named}
+    assert targets >= {"demo", "test", "docs"}
+    for target in sorted(targets):
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_the_python_of_the_readme_prints_what_it_says():
+    code, output = (dict(FENCED.findall(TEXTS["README.md"]))[language] for language in ("python", "text"))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(code, "README.md", "exec"), {})
+    assert said.getvalue() == output
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
-        if "://" not in target:
-            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", TEXTS[page]):
+        path = (ROOT / page).parent.joinpath(target)
+        if "://" not in target and path.resolve().relative_to(ROOT).as_posix() not in GENERATED:
+            assert path.exists(), f"{page} links to {target}"
+
+
+def test_the_citation_file_is_complete():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == __version__
+    assert citation["license"] == "Apache-2.0"
+    assert {"message", "title", "authors"} <= citation.keys()
