@@ -116,12 +116,21 @@ def test_the_python_of_the_readme_prints_what_it_says():
     assert said.getvalue() == output
 
 
+def anchors_of(text: str) -> set[str]:
+    """What GitHub, and the site, make of the headings: lower case, no punctuation, a hyphen for each blank."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", TEXTS[page]):
-        path = (ROOT / page).parent.joinpath(target)
-        if "://" not in target and path.resolve().relative_to(ROOT).as_posix() not in GENERATED:
-            assert path.exists(), f"{page} links to {target}"
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", TEXTS[page]):
+        path = (ROOT / page).parent.joinpath(target).resolve() if target else ROOT / page
+        if "://" in target or path.relative_to(ROOT).as_posix() in GENERATED:
+            continue
+        assert path.exists(), f"{page} links to {target}"
+        if anchor:
+            assert anchor in anchors_of(path.read_text(encoding="utf-8")), f"{page} links to {target}#{anchor}"
 
 
 def test_the_citation_file_is_complete():

@@ -24,10 +24,18 @@ CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 
 
 def linked(page: Path) -> list[Path]:
-    """Files of the repository that `page` links to; what is generated, or on the web, is none."""
+    """Files of the repository that `page` links to; what is generated, or on the web, is none.
+
+    Raises:
+        SystemExit: one is missing; zensical says nothing of a picture that is.
+    """
     targets = LINK.findall(CODE.sub("", page.read_text(encoding="utf-8")))
     paths = [Path(os.path.normpath(page.parent / target)) for target in targets if "://" not in target]
-    return [path for path in paths if path.is_file()]
+    paths = [path for path in paths if path != ROOT / OPTIONS]
+    missing = [path.relative_to(ROOT).as_posix() for path in paths if not path.is_file()]
+    if missing:
+        sys.exit(f"{page.relative_to(ROOT)} links to files that do not exist: {', '.join(missing)}")
+    return paths
 
 
 def files() -> set[Path]:
@@ -60,9 +68,11 @@ def main(arguments: list[str]) -> int:
     stage()
     tools = str(Path(__file__).parent)  # where zensical finds the extension that makes MathML
     command = ["serve"] if "--serve" in arguments else ["build", "--clean", "--strict"]
-    return subprocess.run(
-        [sys.executable, "-m", "zensical", *command], cwd=ROOT, env={**os.environ, "PYTHONPATH": tools}
-    ).returncode
+    environment = {**os.environ, "PYTHONPATH": tools}
+    status = subprocess.run([sys.executable, "-m", "zensical", *command], cwd=ROOT, env=environment).returncode
+    if status == 0:
+        print("The site is in build/site. To read it: python3 -m http.server --directory build/site")
+    return status
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ FIELDS = {
     "epoch": "epochs done, a fraction",
     "loss": "the whole objective, nats per labelled token",
     "ce": "cross-entropy of the batch, nats per token",
-    "kd": "KL to the teacher's signals, times temperature squared, 0 without any; from draws it never reaches 0, with "
-    "a bucket for the tail of top-k signals it is at most the true KL",
+    "kd": "KL to the teacher's signals, times temperature squared; 0 without signals. With sampled signals it never "
+    "reaches 0. With top-k signals and a bucket for their tail it is at most the true KL",
     "kd_estimate": "unbiased estimate of the true KL where there are signals; may dip below 0; null for topk",
     "phase": "phase term: mean circular distance, 0 to 2, and 0 at tokens without signals",
     "magnitude": "magnitude term: mean squared error, 0 at tokens without signals",
