@@ -1,0 +1,74 @@
+"""Commands load what they need and no more. Modules are counted, never seconds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
+from indraquantum.training.checkpoint import Checkpoint, save_checkpoint
+
+# Each takes a tenth of a second to some seconds to import.
+HEAVY = {
+    "torch", "numpy", "pyarrow", "matplotlib", "transformers", "accelerate", "peft", "datasets", "sklearn", "scipy",
+    "pandas", "sympy", "httpx2", "torch._dynamo", "torch._inductor", "torch.distributed.tensor",
+}  # fmt: skip
+# Runs the commands, lists of arguments, one after the other and prints what was imported in the end.
+PROGRAM = """
+import contextlib, io, json, sys
+from indraquantum.cli import main
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main(arguments)
+        except SystemExit as left:
+            assert left.code == 0, (arguments, left.code)
+print(json.dumps(list(sys.modules)))
+"""
+
+
+def heavy_imports_of(*commands):
+    command = [sys.executable, "-c", PROGRAM, json.dumps([list(map(str, arguments)) for arguments in commands])]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return HEAVY & set(json.loads(result.stdout))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint as training writes it, of a model that has learned nothing."""
+    vocabulary = {word: number for number, word in enumerate(["?", "<s>", "</s>", *"abcdefgh"])}
+    config = IndraQuantumConfig(vocab_size=len(vocabulary), d_model=8, num_hidden_layers=1, intermediate_size=8)
+    model = IndraQuantumPhase2(config)
+    tokenizer = {"json": Tokenizer(models.WordLevel(vocabulary, unk_token="?")).to_str(), "bos_id": 1, "eos_id": 2}
+    path = tmp_path_factory.mktemp("startup") / "checkpoint_v4_epoch_1.pt"
+    save_checkpoint(path, Checkpoint(
+        model_config=config.to_dict(), model=model.state_dict(), average={}, optimizer={}, step=1, tokens=1,
+        finished=True, pending=None, guard={}, best={}, loss_scale={}, settings={"stages": {}}, tokenizer=tokenizer,
+    ))  # fmt: skip
+    return path
+
+
+def test_writing_and_evaluating_text_import_torch_and_numpy_alone(checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d\ne f g h\n" * 20, encoding="utf-8")
+    write = ("test", checkpoint, "--prompt", "a", "--max-new-tokens", 3)
+    evaluate = ("eval", checkpoint, "--text", text, "--row-length", 8)
+    assert heavy_imports_of(write, evaluate) == {"torch", "numpy"}
+
+
+def test_help_and_lists_of_runs_import_nothing_heavy(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("")
+    assert (
+        heavy_imports_of(("runs", "--logs", tmp_path), ("runs", "compare", "one", "two", "--logs", tmp_path)) == set()
+    )
+
+
+def test_help_of_a_command_and_a_look_at_data_import_no_torch(world):
+    helps = [(command, "--help") for command in ("train", "capture", "eval", "bench")]
+    assert heavy_imports_of(*helps) == set()
+    assert heavy_imports_of(("data", "info", world.data), ("data", "verify", world.data)) == {"numpy"}
