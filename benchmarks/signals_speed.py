@@ -23,7 +23,8 @@ import torch
 from indraquantum.bench_step import StepShape, ours
 from indraquantum.teacher.manifest import Manifest, statistics_of, write_manifest
 from indraquantum.teacher.sampling import PositionSignals
-from indraquantum.teacher.signals import SignalStore, open_signals, write_shard
+from indraquantum.teacher.shard import write_shard
+from indraquantum.teacher.signals import SignalStore, open_signals
 
 SHARDS, SHARD_ROWS, DRAWS, VOCABULARY = 145, 64, 50, 32_000
 SHA = "0" * 64

@@ -18,12 +18,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from indraquantum.data.dataset import PreparedDataset, open_dataset
+from indraquantum.data.dataset import open_dataset
+from indraquantum.data.prepared import PreparedDataset
 from indraquantum.data.split import Split
 from indraquantum.inference.write import load_model
 from indraquantum.learner import to_tensors
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
-from indraquantum.teacher.teacher_model import Teacher, document_mask, find_teacher, load_teacher
+from indraquantum.model.masks import document_mask
+from indraquantum.teacher.loading import load_teacher
+from indraquantum.teacher.teacher_files import find_teacher
+from indraquantum.teacher.teacher_model import Teacher
 
 STEPS, RATE, BATCH = 600, 0.02, 1024
 ALONE = 1e4  # weight of distillation that drowns the cross-entropy beside it

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from indraquantum.data.dataset import PreparedDataset, content_hash
+from indraquantum.data.prepared import PreparedDataset, content_hash
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import load_tokenizer
 

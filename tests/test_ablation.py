@@ -24,9 +24,9 @@ from indraquantum.ablation import one_run, processes, results
 from indraquantum.ablation.ablate import command_line
 from indraquantum.ablation.blocks import markdown
 from indraquantum.ablation.one_run import curve, measure, run_task
-from indraquantum.ablation.plan import load_plan
+from indraquantum.ablation.plan import Plan, load_plan
 from indraquantum.ablation.report import report_blocks
-from indraquantum.ablation.results import check_record
+from indraquantum.ablation.results import check_result
 from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Bench
 from indraquantum.config import AblateSettings, EvalSettings, TestSettings
@@ -204,7 +204,7 @@ def test_a_finished_plan_runs_nothing_again_and_refuses_other_settings(world, fi
     other = write_plan(world, tmp_path, base=BASE | {"warmup_fraction": 0.5})
     assert indra("ablate", other, *folders(folder)) == 2
     said = capsys.readouterr().err
-    assert "must be of a run with warmup_fraction 0.5, as planned, not 0.05" in said
+    assert "must belong to a run with warmup_fraction 0.5, as planned, not 0.05" in said
     assert "quantum-seed3.json" in said
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -212,8 +212,8 @@ def test_a_finished_plan_runs_nothing_again_and_refuses_other_settings(world, fi
 @pytest.mark.parametrize(
     ("variant", "changes", "said"),
     [
-        ("quantum", {"d_model": 8}, "must be of a run with d_model 8, as planned, not 6"),
-        ("plain", {}, "must be of a run with a setting of the plan's search, not {'table_rate': 20}"),
+        ("quantum", {"d_model": 8}, "must belong to a run with d_model 8, as planned, not 6"),
+        ("plain", {}, "must belong to a run with a setting of the plan's search, not {'table_rate': 20}"),
     ],
 )
 def test_a_report_refuses_the_runs_of_another_plan(world, finished, tmp_path, capsys, variant, changes, said):
@@ -265,7 +265,7 @@ def test_runs_that_cannot_be_compared_are_refused(finished, tmp_path, capsys, na
     for options in (("--report-only",), ("--work", tmp_path / "work", "--only", "broken")):
         assert indra("ablate", plan, "--output", tmp_path / "results", *options) == 2
         assert re.search(
-            rf"results: got \S*{name}\.json; must be of a run with {said}; remove it", capsys.readouterr().err
+            rf"results: got \S*{name}\.json; must belong to a run with {said}; remove it", capsys.readouterr().err
         )
     assert not (tmp_path / "results" / "broken-seed3.json").exists()
 
@@ -293,7 +293,10 @@ def test_a_run_that_is_killed_is_said_to_be(world, tmp_path, capsys, monkeypatch
     plan = write_plan(world, tmp_path, seeds=[3], search=None)
     monkeypatch.setattr(processes, "_run_here", killed)
     assert indra("ablate", plan, *folders(tmp_path), "--only", "plain") == 2
-    assert "1 runs have no result; the first: plain-seed3: not done (killed by signal 9)" in capsys.readouterr().err
+    assert (
+        "1 runs have no result; the first of them: plain-seed3: not finished (killed by signal 9)"
+        in capsys.readouterr().err
+    )
 
 
 def killed(task):
@@ -308,7 +311,7 @@ def killed(task):
 def test_a_report_alone_is_of_all_and_is_written(finished, capsys, options):
     folder, plan = finished
     assert indra("ablate", plan, *folders(folder), "--report-only", *options) == 2
-    assert f"{options[0]}: got given; must not stand beside --report-only" in capsys.readouterr().err
+    assert f"{options[0]}: got given; must not be given together with --report-only" in capsys.readouterr().err
 
 
 def test_a_report_that_finds_no_room_leaves_the_pictures_of_before(finished, tmp_path, capsys, monkeypatch):
@@ -361,7 +364,7 @@ def test_a_run_that_could_not_be_done_leaves_no_json_and_does_not_stop_the_other
     plan = write_plan(world, tmp_path, signals=str(signals), seeds=[3], search=None, base=base)
     assert indra("ablate", plan, *folders(tmp_path), "--only", "quantum", "--only", "plain") == 2
     said = capsys.readouterr().err
-    assert "1 runs have no result; the first: quantum-seed3: not done" in said
+    assert "1 runs have no result; the first of them: quantum-seed3: not finished" in said
     assert "must have sha256" in said
     assert sorted(path.name for path in (tmp_path / "results").glob("*.json")) == ["plain-seed3.json"]
     assert "1 of 3 runs are done" in (tmp_path / "results" / "report.md").read_text()
@@ -393,16 +396,16 @@ def test_a_json_of_before_an_option_came_counts_at_its_default(finished):
     now, before = record(folder, "plain-seed3"), record(folder, "plain-seed3")
     planned = {name: now[name] for name in ("variant", "half", "chosen", "readouts_measured_with", "settings")}
     del before["settings"]["dropout"]
-    check_record(path, before, planned)
+    check_result(path, before, planned)
     with pytest.raises(UserError, match=r"dropout 0\.1, as planned, not 0\.0"):
-        check_record(path, before, {**planned, "settings": planned["settings"] | {"dropout": 0.1}})
+        check_result(path, before, {**planned, "settings": planned["settings"] | {"dropout": 0.1}})
     del before["settings"]["tail"]
-    check_record(path, before, planned)
+    check_result(path, before, planned)
     with pytest.raises(UserError, match="tail bucket, as planned, not none"):  # its default now, but not then
-        check_record(path, before, {**planned, "settings": planned["settings"] | {"tail": "bucket"}})
+        check_result(path, before, {**planned, "settings": planned["settings"] | {"tail": "bucket"}})
     before["settings"]["gone"] = 3
     with pytest.raises(UserError, match="gone None, as planned, not 3"):
-        check_record(path, before, planned)
+        check_result(path, before, planned)
 
 
 def test_unequal_tokens_are_told(finished):
@@ -410,7 +413,10 @@ def test_unequal_tokens_are_told(finished):
     runs = {name: {3: record(folder, f"{name}-seed3")} for name in ("quantum", "plain")}
     assert "NOT AT EQUAL" not in markdown(report_blocks(load_plan(plan), folder / "results", runs, runs, {}))
     tokens = runs["quantum"][3]["tokens"]
-    for part, told in ((0.0005, "Equal rows, not quite as full"), (0.002, "NOT AT EQUAL TOKENS: seeds 3")):
+    for part, told in (
+        (0.0005, "The rows are equally many, but not equally full"),
+        (0.002, "NOT AT EQUAL TOKENS: seeds 3"),
+    ):
         runs["plain"][3]["tokens"] = round(tokens * (1 + part))
         said = markdown(report_blocks(load_plan(plan), folder / "results", runs, runs, {}))
         assert f"{told}: tokens differ by up to {round(tokens * (1 + part)) / tokens - 1:.3%}." in said
@@ -479,8 +485,18 @@ def test_a_plan_that_is_stopped_goes_on_to_the_same_bytes(world, finished, tmp_p
 @pytest.mark.parametrize(("name", "value"), [("settings", []), ("chosen", "x"), ("status", "done"), ("status", {})])
 def test_a_result_of_wrong_kinds_is_one_line(tmp_path, name, value):
     record = {"variant": "a", "half": "table", "chosen": {}, "settings": {}, "status": "finished"}
-    results.write_record(tmp_path / "a-seed0.json", record)
-    assert results.read_record(tmp_path / "a-seed0.json").items() >= record.items()
-    results.write_record(tmp_path / "a-seed0.json", {**record, name: value})
+    results.write_result(tmp_path / "a-seed0.json", record)
+    assert results.read_result(tmp_path / "a-seed0.json").items() >= record.items()
+    results.write_result(tmp_path / "a-seed0.json", {**record, name: value})
     with pytest.raises(UserError, match=rf"results: got .*a-seed0\.json; is damaged: its {name} must be"):
-        results.read_record(tmp_path / "a-seed0.json")
+        results.read_result(tmp_path / "a-seed0.json")
+
+
+def test_all_damaged_results_are_named_at_once(tmp_path):
+    plan = Plan(name="p", data=tmp_path, variants={"a": {}, "b": {}}, seeds=(0, 1))
+    for name in ("a-seed1", "b-seed0"):
+        (tmp_path / f"{name}.json").write_text("{")
+    with pytest.raises(
+        UserError, match=r"results: got .*a-seed1\.json; must be JSON .*\. results: got .*b-seed0\.json"
+    ):
+        results.read_results(plan, tmp_path)

@@ -49,12 +49,12 @@ def test_a_dry_run_lists_the_variants_and_writes_nothing(world, tmp_path, capsys
         ({"seeds": []}, "seeds", "[]", "at least 1"),
         ({"pairs": [["quantum", "nobody"]]}, "pairs", "nobody", "one of the variants quantum, plain, broken"),
         ({"search": {"grid": [{}] * 7}}, "search.grid", "", "at most 6"),
-        ({"search": {"grid": [{"d_model": 7}]}}, "search.grid.d_model", "7", "is stated by variants.quantum"),
+        ({"search": {"grid": [{"d_model": 7}]}}, "search.grid.d_model", "7", "because variants.quantum sets it"),
         ({"search": {"fraction": 0}}, "search.fraction", "0", "greater than 0"),
         ({"equal_parameters": [["quantum", "plain"]]}, "equal_parameters", "quantum plain", "plain 3,697"),
         ({"variants": {"a": {}, "b": {"max_steps": 19}}}, "variants", "b", "as many rows as variant a (200), not 190"),
         ({"variants": {"a": {"projector": "none", "residual": True}}}, "variants.a: --residual", "true", "left out"),
-        ({"signals": None}, "variants.quantum.signals", "none", "or no_teacher: true"),
+        ({"signals": None}, "variants.quantum.signals", "none", "or set no_teacher: true"),
         ({"data": "nowhere"}, "--data", "nowhere", "does not exist"),
     ],
 )
@@ -114,7 +114,7 @@ def test_a_search_needs_stages_that_it_can_shorten(world, tmp_path, capsys):
     search = {"grid": [{"table_rate": 1}, {"table_rate": 2}]}
     plan = write_plan(world, tmp_path, base=base, variants=variants, pairs=[], search=search)
     assert indra("ablate", plan, *folders(tmp_path), "--dry-run") == 2
-    assert re.search(r"variants\.own\.strategy: got \S*own\.yaml; must have stages that are", capsys.readouterr().err)
+    assert re.search(r"variants\.own\.strategy: got \S*own\.yaml; must have stages given as", capsys.readouterr().err)
 
 
 def test_a_plan_needs_the_packed_folder(world, tmp_path, capsys):
@@ -127,7 +127,10 @@ def test_a_search_needs_something_held_out_to_choose_by(world, tmp_path, capsys,
     plan = write_plan(world, tmp_path)
     monkeypatch.setattr(tasks, "documents_of_half", lambda dataset, half: np.array([half == "table"]))
     assert indra("ablate", plan, *folders(tmp_path)) == 2
-    assert "must hold out two different documents of a source, for a search" in capsys.readouterr().err
+    assert (
+        "must hold out at least two different documents of a source, because the plan has a search"
+        in capsys.readouterr().err
+    )
     plan = write_plan(world, tmp_path, search=None)
     assert indra("ablate", plan, *folders(tmp_path), "--dry-run") == 0
 

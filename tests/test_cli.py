@@ -58,6 +58,18 @@ def test_help_shows_every_field_with_its_sentence(capsys, command):
 
 
 @pytest.mark.parametrize(
+    ("settings", "name"), sorted({(each, name) for each in COMMANDS.values() for name in each.model_fields}, key=str)
+)
+def test_the_help_of_an_option_is_a_sentence_that_says_more_than_its_name(settings, name):
+    help_text = settings.model_fields[name].description
+    choices = str(settings.model_fields[name].annotation)
+    assert help_text[0].isupper() or f"'{help_text.split()[0]}'" in choices
+    assert help_text.endswith(".")
+    told = set(re.findall(r"[a-z]+", help_text.lower())) - {part.rstrip("s") for part in name.split("_")}
+    assert len({word for word in told if len(word) > 3 and word.rstrip("s") not in name}) >= 2, help_text
+
+
+@pytest.mark.parametrize(
     ("arguments", "field", "value", "allowed"),
     [
         (("train", "--epochs", "0"), "--epochs", "0", "greater than or equal to 1"),
@@ -113,7 +125,7 @@ def test_options_from_a_file_count_where_the_command_line_is_silent(monkeypatch,
         ("epochs: [", "--options", "must be YAML"),
         ("seed: 2024-13-45", "--options", "must be YAML"),
         ("seed: " + "1" * 5000, "--options", "must be YAML"),
-        ("on: 2", "--options", "True; must be an option's name; put it in quotes"),
+        ("on: 2", "--options", "True; must be the name of an option; put it in quotes"),
         (None, "--options", "must be a file that can be read"),
     ],
 )
@@ -129,7 +141,7 @@ def test_a_wrong_file_of_options_is_one_line(capsys, tmp_path, content, field, s
 
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(errno.ENOSPC, "must be a place with room"), (errno.EACCES, "must be open to this user"),
+    [(errno.ENOSPC, "must be a place with room"), (errno.EACCES, "must be open to you"),
      (errno.ENAMETOOLONG, "must be a shorter path")],
 )  # fmt: skip
 def test_what_the_system_refuses_is_one_line(capsys, number, said):

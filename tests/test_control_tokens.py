@@ -27,7 +27,7 @@ from indraquantum.inference.export import export_checkpoint
 from indraquantum.inference.generate import generate_text
 from indraquantum.inference.report import evaluate_checkpoint
 from indraquantum.inference.write import load_model
-from indraquantum.teacher.teacher_model import check_tokenizer, find_teacher
+from indraquantum.teacher.teacher_files import check_tokenizer, find_teacher
 from indraquantum.training.loop import train
 from indraquantum.training.pretrain_teacher import pretrain_teacher
 
@@ -122,10 +122,10 @@ def test_a_bos_that_is_not_there_is_not_invented(tmp_path):
     [
         ("tokenizer_config.json", [], "must be a JSON object"),
         ("special_tokens_map.json", "<s>", "must be a JSON object"),
-        ("tokenizer_config.json", {"bos_token": 7}, "text or null as bos_token"),
-        ("tokenizer_config.json", {"eos_token": {"content": None}}, "text or null as eos_token"),
-        ("special_tokens_map.json", {"bos_token": ["<s>"]}, "text or null as bos_token"),
-        ("tokenizer_config.json", {"add_bos_token": "no"}, "true or false as add_bos_token"),
+        ("tokenizer_config.json", {"bos_token": 7}, "text of a token, or null, as its bos_token"),
+        ("tokenizer_config.json", {"eos_token": {"content": None}}, "text of a token, or null, as its eos_token"),
+        ("special_tokens_map.json", {"bos_token": ["<s>"]}, "text of a token, or null, as its bos_token"),
+        ("tokenizer_config.json", {"add_bos_token": "no"}, "true or false as its add_bos_token"),
         ("tokenizer_config.json", {"eos_token": "<|nowhere|>"}, "eos_token in tokenizer_config.json that is in"),
     ],
 )

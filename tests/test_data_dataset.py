@@ -222,14 +222,14 @@ def test_another_tokenizer_is_refused(folder, tokenizer_folder):
     description = json.loads((tokenizer_folder / "tokenizer.json").read_text())
     description["model"]["vocab"]["new"] = len(IDS)
     (tokenizer_folder / "tokenizer.json").write_text(json.dumps(description))
-    refused(folder, "must be the dataset's own", tokenizer=str(tokenizer_folder), field="--tokenizer")
+    refused(folder, "must be the tokenizer of the dataset", tokenizer=str(tokenizer_folder), field="--tokenizer")
 
 
 def test_missing_and_short_files_are_refused(folder):
     tokens = folder / "train" / "tokens.npy"
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:-1])
-    refused(folder, "tokens.npy", f"{len(whole)} bytes expected, {len(whole) - 1} found")
+    refused(folder, "tokens.npy", f"{len(whole)} bytes, not {len(whole) - 1} found")
     tokens.unlink()
     refused(folder, "tokens.npy", "nothing found")
 
@@ -296,7 +296,7 @@ def test_a_pickle_is_one_document_a_row(tmp_path, tokenizer_folder, capsys):
     path = save_rows(tmp_path / "p.pkl", rows)
     dataset = open_dataset("--data", path, str(tokenizer_folder))
     said = capsys.readouterr().err
-    assert f"note: {path}: 1 rows have 'labels', which is not used: every real token is learned\n" in said
+    assert f"note: {path}: 1 rows have 'labels', which is not used; every real token is a label\n" in said
     assert f"note: {path}: 1 rows have 'more', which is not used\n" in said
     assert dataset.manifest["sources"][0]["unused_fields"] == {"more": 1, "labels": 1}
     assert (dataset.validation.num_rows, dataset.train.num_rows) == (4, 10)
@@ -357,9 +357,9 @@ BAD_ROWS = [
     ([*ROWS, {"input_ids": [1, 1, 1, 1, 2**70], "attention_mask": ONES}], "row 13", "64 bits"),
     ([*ROWS, {"input_ids": [1] * 4, "attention_mask": [1] * 4}], "row 13", "5 long"),
     ([*ROWS, {"input_ids": ONES, "attention_mask": [1] * 4}], "row 13", "5 long"),
-    ([*ROWS, {"input_ids": ONES, "attention_mask": [0, 1, 1, 1, 1]}], "row 13", "ones (at least one), then zeros"),
-    ([*ROWS, {"input_ids": ONES, "attention_mask": [0] * 5}], "row 13", "ones (at least one), then zeros"),
-    ([*ROWS, {"input_ids": ONES, "attention_mask": [1, 1, 2, 0, 0]}], "row 13", "ones (at least one), then zeros"),
+    ([*ROWS, {"input_ids": ONES, "attention_mask": [0, 1, 1, 1, 1]}], "row 13", "one or more ones, followed by zeros"),
+    ([*ROWS, {"input_ids": ONES, "attention_mask": [0] * 5}], "row 13", "one or more ones, followed by zeros"),
+    ([*ROWS, {"input_ids": ONES, "attention_mask": [1, 1, 2, 0, 0]}], "row 13", "one or more ones, followed by zeros"),
     ([*ROWS, {"input_ids": [1, 1, 1, 1, len(IDS)], "attention_mask": ONES}], "row 13", f"token id {len(IDS)}"),
     ([*ROWS, {"input_ids": [1, 1, 1, 1, -1], "attention_mask": ONES}], "row 13", "token id -1"),
     ([ROWS[0], ROWS[0]], "2 different rows"),

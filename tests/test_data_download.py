@@ -144,7 +144,7 @@ def test_a_file_that_changes_in_between_is_never_mixed(server):
 
 
 def test_the_next_call_goes_on_where_the_last_one_gave_up(server, tmp_path):
-    with pytest.raises(UserError, match=rf"ended after 1000 of {len(CONTENT)} bytes; the same command goes on"):
+    with pytest.raises(UserError, match=rf"ended after 1000 of {len(CONTENT)} bytes; the same command resumes"):
         download_url("--alpaca", f"{server}/stuck.json", "help")
     assert len(Handler.requests) == 1 + download.ATTEMPTS - 1
     assert {path.name for path in files_in(tmp_path)} == {".stuck.json.part", ".stuck.json.state", ".lock"}
@@ -179,7 +179,7 @@ def test_a_pin_must_be_one(server):
 
 
 def test_an_address_that_is_none_is_one_line():
-    with pytest.raises(UserError, match=r"--alpaca: got http://\[bad/x\.json; must be an address"):
+    with pytest.raises(UserError, match=r"--alpaca: got http://\[bad/x\.json; must be a URL"):
         download_url("--alpaca", "http://[bad/x.json", "help")
 
 

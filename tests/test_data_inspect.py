@@ -71,7 +71,7 @@ def test_verify_of_a_pickle_needs_its_checksum(tmp_path, capsys):
     write_padded(path, [np.array([4, 9, 2])], 5, 2)
     status, _, err = run(capsys, "data", "verify", path)
     assert (status, err.count("\n")) == (2, 1)
-    assert "must have its checksum beside it, m.pkl.json" in err
+    assert "must have its checksum in m.pkl.json beside it" in err
     write_checksum(path, sha256_of(path))
     assert run(capsys, "data", "verify", path)[0] == 0
     path.write_bytes(path.read_bytes()[:-1] + b"!")

@@ -82,10 +82,10 @@ def test_fields_that_are_not_used_are_counted_in_summary_and_manifest(tmp_path):
     )  # fmt: skip
     said = prepare_summary(report).splitlines()
     for name, count in (("system", 7), ("history", 3)):
-        assert f"note: factory: {count} samples have a field {name!r} that is not used" in said
+        assert f"note: factory: {count} samples have a field {name!r}, which is not used" in said
     for name in ("text", "score"):
-        assert f"note: factory: 1 sample has a field {name!r} that is not used" in said
-    assert "note: factory: fields that are not used: id" in said
+        assert f"note: factory: 1 sample has a field {name!r}, which is not used" in said
+    assert "note: factory: these fields are not used: id" in said
     assert "factory: unused fields: id 12, system 7, history 3, text 1, score 1" in describe(report.folder)
     (source,) = open_dataset("--data", report.folder, verify=True).manifest["sources"]
     assert source["unused_fields"] == {"id": 12, "system": 7, "history": 3, "text": 1, "score": 1}
@@ -165,7 +165,7 @@ def test_conversations_of_a_single_turn_are_read_by_option(tmp_path, kind, suffi
     reading = Reading("--instructions")
     found = read_alpaca("--instructions", str(path), reading=reading, conversations="single")
     assert found == [AlpacaSample("Hello?", "", "Hi."), AlpacaSample("Two?", "", "2")]
-    assert reading.left_out == {"conversations that are not one question and its answer": 2}
+    assert reading.left_out == {"conversations of more or less than one question and one answer": 2}
     assert reading.unused_fields == {"id": 2, "system message": 1}
 
 
@@ -175,6 +175,9 @@ def test_conversations_of_a_single_turn_are_read_by_option(tmp_path, kind, suffi
         ("Hello", "message 1 must be an object"),
         ({"role": "user"}, "'content'"),
         ({"role": "user", "content": []}, "a list"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "a part of the type 'image_url'"),
+        ({"role": "user", "content": ["Hello"]}, "a part without a type"),
+        ({"role": "user", "content": [{"type": "text", "text": 1}]}, "must have a text field 'text'; it is a number"),
     ],
 )
 def test_messages_of_another_shape_are_refused(tmp_path, message, word):
@@ -184,6 +187,13 @@ def test_messages_of_another_shape_are_refused(tmp_path, message, word):
             [{"messages": [message, {"role": "assistant", "content": "b"}]}],
             conversations="single",
         )
+
+
+def test_text_parts_of_a_message_are_joined(tmp_path):
+    parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": " this?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "That."}]
+    found, _ = read(tmp_path / "a.json", [{"messages": messages}], conversations="single")
+    assert found == [AlpacaSample("What is this?", "", "That.")]
 
 
 def test_messages_of_both_forms_with_null_in_one_are_read(tmp_path):
@@ -204,7 +214,9 @@ def test_fields_beside_a_conversation_are_told_once_as_unused(tmp_path):
 
 def test_where_all_is_left_out_the_error_says_what(tmp_path):
     talk = {"messages": [{"role": "user", "content": "a"}] * 3}
-    with pytest.raises(UserError, match="at least one instruction; left out 2 conversations that are not one question"):
+    with pytest.raises(
+        UserError, match="at least one instruction; left out 2 conversations of more or less than one question"
+    ):
         read(tmp_path / "a.json", [talk, talk], conversations="single")
 
 
@@ -227,7 +239,7 @@ def test_names_that_are_no_utf_8_are_shown_with_escapes(tmp_path):
         tokenizer=str(save_tiny_tokenizer(tmp_path / "tokenizer")), output=tmp_path / "d.pkl",
     )  # fmt: skip
     summary = prepare_summary(prepare(settings))
-    assert "6 samples have a field 'odd\\ud800' that is not used" in summary
+    assert "6 samples have a field 'odd\\ud800', which is not used" in summary
     assert "left out notes\\udcff.md" in summary
     assert "skipped: 1 wrong record, listed" in summary
     assert json.loads((tmp_path / "d/skipped.jsonl").read_text())["file"].endswith("a-train\\udcff.json")
@@ -243,4 +255,4 @@ def test_many_unused_fields_are_told_in_a_few_lines(tmp_path):
     )  # fmt: skip
     summary = prepare_summary(prepare(settings))
     assert summary.count("1 sample has a field") == 10
-    assert "8 more fields not used; manifest.json lists them" in summary
+    assert "8 more fields are not used; manifest.json lists them" in summary

@@ -142,7 +142,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
     for changed in (lines[:-1], [*lines[:7], "another", *lines[8:]]):
         (source,) = draw_sources(chosen).sources
         (tmp_path / "wiki.txt").write_text("\n".join(changed))
-        with pytest.raises(UserError, match="--wikitext: got wikitext; must stay as it is while it is read"):
+        with pytest.raises(UserError, match="--wikitext: got wikitext; changed while it was read"):
             list(source.read_texts())
         (tmp_path / "wiki.txt").write_text("\n".join(lines))
 

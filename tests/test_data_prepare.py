@@ -117,7 +117,7 @@ def test_the_pickle_and_the_folder_to_the_last_id(tmp_path):
         ("wikitext", 6, 6, 3), ("alpaca", 6, 6, 3),
     ]  # fmt: skip
     assert len(report.notes) == 2
-    assert "wikitext holds 6 samples, fewer than the 22,000 asked for" in report.notes[0]
+    assert "wikitext has only 6 of the 22,000 samples asked for" in report.notes[0]
 
 
 def test_the_test_split_is_another_part_that_no_training_file_holds(tmp_path):
@@ -223,7 +223,7 @@ def test_a_second_run_replaces_the_first_but_nobody_elses_folder(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mixed", "mixed.pkl", "mixed.pkl.json"]
     (report.folder / "manifest.json").write_text("{}")
     before = snapshot(tmp_path)
-    with pytest.raises(UserError, match="no prepared dataset"):
+    with pytest.raises(UserError, match="not a prepared dataset"):
         prepare(chosen)
     assert snapshot(tmp_path) == before
 

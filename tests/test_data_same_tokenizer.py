@@ -70,7 +70,7 @@ def swap(page):
 DIFFERENT = {
     "two tokens swapped": (swap, "token 66 is 'a', not 'b'"),
     "one more": (lambda page: page["added_tokens"].append(added(264, "<more>")), "264 tokens, not 265"),
-    "other merges": (lambda page: page["model"]["merges"].reverse(), "equal tokens, but other merges"),
+    "other merges": (lambda page: page["model"]["merges"].reverse(), "the tokens are equal, but the merges differ"),
     "lower case": (lambda page: page.update(normalizer={"type": "Lowercase"}), "The quick brown"),
     "digits": (
         lambda page: page.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
@@ -128,5 +128,5 @@ def test_the_llama_tokenizer_saved_by_transformers_drops_a_leading_space(shared,
 @pytest.mark.shared
 def test_the_wrongly_converted_llama_tokenizer_is_another_one(shared):
     first, wrong = (load_tokenizer("-", str(shared / "tokenizer" / name)) for name in ("", "before-2026-11-28"))
-    with pytest.raises(UserError, match="equal tokens, but other merges"):
+    with pytest.raises(UserError, match="the tokens are equal, but the merges differ"):
         require_same_tokenizer("--data", "it", "must have the dataset's tokenizer", first, wrong)

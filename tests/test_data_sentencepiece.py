@@ -175,7 +175,7 @@ def test_damaged_files_are_refused_in_one_line(both):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"model_type": "char"}, "neither of the kind bpe nor unigram"),
+        ({"model_type": "char"}, "is not of the kind bpe or unigram"),
         ({"model_type": "bpe", "treat_whitespace_as_suffix": True}, "puts spaces at the end of words"),
     ],
 )

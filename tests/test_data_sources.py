@@ -169,7 +169,7 @@ def test_bad_wikitext(tmp_path):
     path.write_bytes("in UTF-16\n".encode("utf-16"))
     refused(read_wikitext, "--wikitext", path, "must be UTF-8 text (byte 0 is not)")
     path.rename(tmp_path / "wiki.doc")
-    refused(read_wikitext, "--wikitext", tmp_path, "is a folder without a file that can be read")
+    refused(read_wikitext, "--wikitext", tmp_path, "holds no file that can be read")
     refused(read_wikitext, "--wikitext", tmp_path / "wiki.doc", "unknown ending '.doc'")
 
 
@@ -186,8 +186,12 @@ def test_all_that_is_missing_is_said_at_once(tmp_path, world, monkeypatch):
         "output": tmp_path / "out" / "d.pkl",
     }  # fmt: skip
     words = {
-        "tokenizer": "--tokenizer: got nobody/tokenizer; is no local file, and the Hugging Face hub can't be reached",
-        "wikitext": "--wikitext: got nobody/text; is no local file, and the Hugging Face hub can't be reached; give a ",
+        "tokenizer": (
+            "--tokenizer: got nobody/tokenizer; is not a local file, and the Hugging Face hub can't be reached"
+        ),
+        "wikitext": (
+            "--wikitext: got nobody/text; is not a local file, and the Hugging Face hub can't be reached; give a "
+        ),
         "alpaca": "--alpaca: got http://127.0.0.1:9/alpaca.json; could not be downloaded ([Errno 111] Connection ref",
     }
     for there in ((), ("tokenizer",), ("wikitext",), ("tokenizer", "alpaca")):

@@ -309,8 +309,8 @@ def test_a_separator_that_is_nowhere_is_told(tmp_path):
     path = tmp_path / "stories.txt"
     path.write_text("\n\n".join(STORIES))
     _, reading = read(path, separator="###")
-    assert list(reading.notes) == ["'###' separates nothing: it is nowhere in it"]
-    with pytest.raises(UserError, match="it gives 1 document; '###' separates nothing"):
+    assert list(reading.notes) == ["the separator '###' does not occur in it"]
+    with pytest.raises(UserError, match="it gives 1 document; the separator '###' does not occur"):
         draw_sources(PrepareSettings(wikitext_samples=0, alpaca_samples=0, text=(str(path),), separator="###"))
     _, reading = read(path, separator="blank-line")
     assert not reading.left_out, "blank lines are not counted"

@@ -98,9 +98,9 @@ UNTAUGHT = {"shape": "constant", "value": 0.0}
 @pytest.mark.parametrize(
     ("untaught", "columns", "said"),
     [
-        (("phase", "magnitude"), 2, "the magnitude or the phase readout with a teacher, so that no confidence or unc"),
-        (("phase",), 3, "never aligned the phase readout with a teacher, so that no uncertainty is shown"),
-        (("magnitude",), 3, "never aligned the magnitude readout with a teacher, so that no confidence is shown"),
+        (("phase", "magnitude"), 2, "the magnitude or the phase readout with a teacher, so no confidence or unc"),
+        (("phase",), 3, "never aligned the phase readout with a teacher, so no uncertainty is shown"),
+        (("magnitude",), 3, "never aligned the magnitude readout with a teacher, so no confidence is shown"),
     ],
 )
 def test_a_readout_that_was_never_aligned_is_not_read(demo, capsys, tmp_path, untaught, columns, said):
@@ -128,7 +128,7 @@ def test_an_uncertainty_beyond_what_there_is_reads_as_the_end(capsys):
     [
         ((), "--prompt: got None; give either"),
         (("--prompt", "a", "--instruction", "b"), "give either"),
-        (("--prompt", "a", "--input", "b"), "--input: got b; belongs to --instruction"),
+        (("--prompt", "a", "--input", "b"), "--input: got b; must be given together with --instruction"),
     ],
 )
 def test_what_to_write_about_must_be_clear(demo, capsys, arguments, message):
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_shape_is_refused(demo, capsys, tmp_path):
     save_checkpoint(tmp_path / "checkpoint_v4_epoch_1.pt", checkpoint)
     status, out, err = run(capsys, "test", tmp_path / "checkpoint_v4_epoch_1.pt", "--prompt", "a")
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "must hold weights of its own shape" in err
+    assert "must hold weights that fit its own settings" in err
 
 
 def test_a_missing_checkpoint_is_one_line(capsys, tmp_path):

@@ -192,8 +192,8 @@ def signals_beside(world, folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "beside", "asked"),
     [
-        ({"dataset_sha256": "0" * 64}, "of another dataset", "must belong to the dataset"),
-        ({"served": True}, "of a served teacher", "must not be a served teacher's"),
+        ({"dataset_sha256": "0" * 64}, "come from another dataset", "must belong to the dataset"),
+        ({"served": True}, "of a served teacher", "must not come from a served teacher"),
     ],
 )
 def test_signals_beside_that_tell_nothing_are_left_and_asked_for_refused(
@@ -203,7 +203,7 @@ def test_signals_beside_that_tell_nothing_are_left_and_asked_for_refused(
     evaluation = evaluate_checkpoint(checkpoint, EvalSettings(data=data))
     assert evaluation.alignment is None
     assert evaluation.sources == found[0].sources
-    assert f"Without teacher signals: those at {signals} are {beside}." in capsys.readouterr().out
+    assert f"No teacher signals are used: those in {signals} are {beside}." in capsys.readouterr().out
     with pytest.raises(UserError, match=asked):
         evaluate_checkpoint(checkpoint, EvalSettings(data=data, signals=signals))
 
@@ -238,7 +238,7 @@ def test_a_learner_without_readouts_has_no_correlation(world):
     [
         (("--text", "nowhere.txt"), "nowhere.txt"),
         (("--data", "nowhere"), "--data: got nowhere; does not exist"),
-        (("--text", "a.txt", "--signals", "here"), "--signals: got here; belongs to --data"),
+        (("--text", "a.txt", "--signals", "here"), "--signals: got here; must be left out with --text"),
         (("--text", "a.txt", "--row-length", "4096"), "--row-length: got 4096; must be at most 2048 for this model"),
         (("--json-file", "."), "--json-file: got .; must be a file, not a folder"),
         (("--json-file", "/dev/null/figures.json"), "--json-file: got /dev/null; must be a folder that can be written"),

@@ -134,7 +134,7 @@ def test_what_can_not_be_read_or_recorded_is_one_line(world, data, checkpoint, t
     test = {"data": data, "split": "test"}
     with pytest.raises(UserError, match=r"--signals: got \S+; must be left out with --split test"):
         evaluate_checkpoint(checkpoint, EvalSettings(**test, signals=world.signals))
-    with pytest.raises(UserError, match="--split: got test; belongs to --data; a text file is one split"):
+    with pytest.raises(UserError, match="--split: got test; must be left out with --text, which has no splits"):
         evaluate_checkpoint(checkpoint, EvalSettings(**test, text=str(world.wikitext)))
     with pytest.raises(UserError, match="--split: got test; needs a dataset with a test split"):
         evaluate_checkpoint(checkpoint, EvalSettings(data=world.pickle, split="test"))
@@ -154,7 +154,7 @@ def test_a_final_report_measures_every_run_once(world, data, tmp_path, capsys):
     bench = bench_of(plan, tmp_path)
     tasks = [bench.run(variant, 3, {}) for variant in variants]
     run_task(tasks[0])
-    with pytest.raises(UserError, match="--final: got narrow-seed3; must be done first"):
+    with pytest.raises(UserError, match="--final: got narrow-seed3; must be trained first"):
         measure_finally(bench, tasks, "")
     run_task(tasks[1])
     assert indra("ablate", plan, *folders(tmp_path), "--final") == 0
@@ -180,7 +180,10 @@ def test_a_final_report_measures_every_run_once(world, data, tmp_path, capsys):
     other = dict(final, runs={"wide-seed3": dict(final["runs"]["wide-seed3"], result_sha256="0" * 64)})
     del other["manifest_sha256"]
     write_manifest_json(tmp_path / "results" / "final.json", other)
-    with pytest.raises(UserError, match=r"final\.json; is of another run than wide-seed3\.json: remove it"):
+    with pytest.raises(
+        UserError,
+        match=r"final\.json; holds the figures of another run than the one in wide-seed3\.json; remove final\.json",
+    ):
         read_final(tmp_path / "results")
     without_runs = {name: value for name, value in final.items() if name != "runs"}
     (tmp_path / "results" / "final.json").write_text(json.dumps(without_runs))
@@ -195,7 +198,7 @@ def test_a_final_report_is_of_all_runs(world, tmp_path, capsys, other):
     assert indra("ablate", plan, *folders(tmp_path), "--final", *given) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "got given; must not stand beside" in error
+    assert "got given; must not be given together with" in error
 
 
 def test_without_a_test_split_a_final_report_is_refused_before_anything_runs(world, tmp_path, capsys, monkeypatch):

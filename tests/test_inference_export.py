@@ -139,7 +139,7 @@ def test_nothing_is_replaced_and_a_bad_checkpoint_is_one_line(exported, tmp_path
     assert sorted(path.name for path in folder.iterdir()) == before
     monkeypatch.chdir(tmp_path)
     assert indra("export", checkpoint, ".") == 2
-    assert "FOLDER: got .; must not be the working folder" in capsys.readouterr().err
+    assert "FOLDER: got .; must not be the current folder, which is replaced as a whole" in capsys.readouterr().err
     assert indra("export", tmp_path / "nowhere.pt", tmp_path / "new") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "new").exists()

@@ -37,7 +37,7 @@ def make_case(seed=0, num_rows=N, width=D, vocabulary=V, kept=K, size=1.0, top_k
     return {
         "states": normal(num_rows, width), "table": normal(vocabulary, width), "labels": labels,
         "bias": normal(vocabulary) * 0.3, "scale": torch.tensor(0.31, dtype=torch.float64),
-        "ids": ids, "probs": probs, "weights": None, "token_count": None,
+        "ids": ids, "probs": probs, "token_count": None,
     }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def evaluate(objective, case, options, dtype=torch.float64):
     inputs = check_inputs(
         leaves["states"], leaves["table"], case["labels"], bias_V=leaves["bias"], scale=leaves["scale"],
         signal_ids_NK=case["ids"], signal_probs_NK=case["probs"].to(torch.promote_types(dtype, torch.float32)),
-        row_weights_N=case["weights"], token_count=case["token_count"],
+        token_count=case["token_count"],
     )  # fmt: skip
     result = objective(inputs, options)
     result.total.backward()
@@ -83,12 +83,7 @@ ALL_OPTIONS = {
     "warm bucket": ObjectiveOptions(kd_weight=0.7, temperature=2.0, tail="bucket"),
     "uniform": ObjectiveOptions(kd_weight=0.7, tail="uniform"),
     "warm uniform": ObjectiveOptions(kd_weight=0.7, temperature=3.0, tail="uniform"),
-    "smoothing": ObjectiveOptions(kd_weight=0.7, label_smoothing=0.1),
-    "z-loss": ObjectiveOptions(kd_weight=0.7, z_loss=0.2),
-    "all": ObjectiveOptions(
-        kd_weight=0.7, temperature=1.5, tail="bucket", label_smoothing=0.2, z_loss=0.1
-    ),
-    "reported": ObjectiveOptions(kd_weight=0.0, temperature=2.0, tail="bucket", z_loss=0.1),
+    "reported": ObjectiveOptions(kd_weight=0.0, temperature=2.0, tail="bucket"),
 }  # fmt: skip
 
 
@@ -96,7 +91,6 @@ ALL_OPTIONS = {
 @pytest.mark.parametrize("top_k", [False, True])
 def test_float32_equals_the_float64_reference(name, top_k):
     case = make_case(top_k=top_k)
-    case["weights"] = torch.rand(N) + 0.1
     expected = evaluate(reference_objective, case, ALL_OPTIONS[name])
     assert_close(evaluate(cpu(11, 64, lanes=2), case, ALL_OPTIONS[name], torch.float32), expected, 1e-5)
 
@@ -137,7 +131,7 @@ def test_chunk_boundaries(rows, tile):
     assert_close(evaluate(cpu(rows, tile), case, ALL_OPTIONS["kd"]), expected, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["plain", "kd", "warm", "warm bucket", "uniform", "smoothing"])
+@pytest.mark.parametrize("name", ["plain", "kd", "warm", "warm bucket", "uniform"])
 def test_extreme_logits_do_not_overflow(name):
     """Logits up to +-1e4: finite, and the values still agree with float64."""
     case = make_case(seed=4, top_k=True)
@@ -164,10 +158,10 @@ def test_both_ways_to_a_safe_exponential(size):
 def test_lanes_share_the_vocabulary(lanes):
     threads = torch.get_num_threads()
     case = make_case(seed=12, size=8.0)
-    expected = evaluate(reference_objective, case, ALL_OPTIONS["all"])
-    actual = evaluate(cpu(8, 30, lanes), case, ALL_OPTIONS["all"])
+    expected = evaluate(reference_objective, case, ALL_OPTIONS["warm bucket"])
+    actual = evaluate(cpu(8, 30, lanes), case, ALL_OPTIONS["warm bucket"])
     assert_close(actual, expected, 1e-11)
-    again = evaluate(cpu(8, 30, lanes), case, ALL_OPTIONS["all"])
+    again = evaluate(cpu(8, 30, lanes), case, ALL_OPTIONS["warm bucket"])
     assert all(torch.equal(actual[name], again[name]) for name in actual)
     assert torch.get_num_threads() == threads
 
@@ -193,7 +187,7 @@ def test_lanes_cover_the_vocabulary_once(vocabulary, tile, count):
 def test_all_rows_ignored():
     case = make_case()
     case["labels"].fill_(-100)
-    for options in (ALL_OPTIONS["kd"], ALL_OPTIONS["all"]):
+    for options in (ALL_OPTIONS["kd"], ALL_OPTIONS["warm bucket"]):
         assert all((value == 0).all() for value in evaluate(cpu(), case, options).values())
         assert all((value == 0).all() for value in evaluate(reference_objective, case, options).values())
 
@@ -209,17 +203,9 @@ def test_no_rows_at_all():
 def test_plain_cross_entropy_is_torchs():
     case = make_case(seed=6)
     logits = 0.31 * case["states"] @ case["table"].T + case["bias"]
-    actual = evaluate(cpu(rows=6), case, ObjectiveOptions(label_smoothing=0.1))
-    expected = F.cross_entropy(logits, case["labels"], label_smoothing=0.1)
+    actual = evaluate(cpu(rows=6), case, ObjectiveOptions())
+    expected = F.cross_entropy(logits, case["labels"])
     torch.testing.assert_close(actual["total"], expected)
-
-
-@pytest.mark.parametrize("wrong", [-0.5, float("nan"), float("inf")])
-def test_wrong_row_weights_are_named(wrong):
-    case = make_case()
-    weights = torch.ones(N).index_fill_(0, torch.tensor([4]), wrong)
-    with pytest.raises(ValueError, match=f"row_weights_N: got {wrong}; must be finite and 0 or more"):
-        fused_linear_objective(case["states"], case["table"], case["labels"], row_weights_N=weights)
 
 
 def test_non_contiguous_inputs():
@@ -230,18 +216,6 @@ def test_non_contiguous_inputs():
     case["ids"], case["probs"] = (case[name].T.contiguous().T for name in ("ids", "probs"))
     case["labels"] = torch.stack((case["labels"], case["labels"]), dim=1)[:, 0]
     assert_close(evaluate(cpu(rows=6), case, ALL_OPTIONS["kd"]), expected, 1e-13)
-
-
-@pytest.mark.parametrize("name", ["kd", "all"])
-def test_row_weight_zero_equals_an_ignored_row_at_the_same_token_count(name):
-    case = make_case(seed=8)
-    case["token_count"] = 17.0
-    case["weights"] = torch.ones(N, dtype=torch.float64)
-    case["weights"][9] = 0
-    weighted = evaluate(cpu(rows=6), case, ALL_OPTIONS[name])
-    assert_close(evaluate(reference_objective, case, ALL_OPTIONS[name]), weighted, 1e-12)
-    case["labels"][9], case["weights"] = -100, None
-    assert_close(evaluate(cpu(rows=6), case, ALL_OPTIONS[name]), weighted, 1e-13)
 
 
 @settings(max_examples=40)
@@ -266,7 +240,7 @@ def test_any_shape_and_mask(num_rows, width, vocabulary, kept, rows, tile, seed,
     assert_close(evaluate(cpu(rows, tile), case, ALL_OPTIONS[name]), expected, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["kd", "warm bucket", "uniform", "smoothing", "z-loss"])
+@pytest.mark.parametrize("name", ["kd", "warm bucket", "uniform"])
 def test_gradcheck_of_the_reference(name):
     case = make_case(seed=9, num_rows=7, width=3, vocabulary=11, kept=3, top_k=True)
     leaves = [case[part].requires_grad_() for part in INPUTS]

@@ -35,7 +35,9 @@ def test_a_way_is_what_its_text_says(way):
 @pytest.mark.parametrize("text", ["mkl", "onednn:", "torch:0x5", "torch:5", "onednn:5x-1", "torch:5x5x5"])
 def test_what_is_no_way_is_refused(monkeypatch, text):
     monkeypatch.setenv(ways.VARIABLE, text)
-    with pytest.raises(UserError, match=r"^INDRA_PRODUCTS: got .*; must be auto, onednn or torch, maybe with rows and"):
+    with pytest.raises(
+        UserError, match=r"^INDRA_PRODUCTS: got .*; must be auto, onednn or torch, with or without rows and"
+    ):
         measured.quickest_way()
 
 
@@ -93,7 +95,9 @@ def test_a_user_without_a_home_measures_each_time_and_can_name_another_cache(fre
     monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])  # as for the user of a container
     monkeypatch.setattr(measured, "measure", lambda: Way("torch", 512, 500))
     assert str(measured.quickest_way()) == "torch:512x500"
-    with pytest.raises(UserError, match=r"^INDRAQUANTUM_CACHE: got nothing; must name a folder: this user has no home"):
+    with pytest.raises(
+        UserError, match=r"^INDRAQUANTUM_CACHE: got nothing; must name a folder, because there is no home"
+    ):
         cache_folder()
 
 
@@ -136,7 +140,7 @@ def test_a_run_goes_on_as_it_began_whatever_is_quickest_by_then(world, free, tmp
 
     monkeypatch.setenv(ways.VARIABLE, "torch:8x40")
     assert train_from(2) == ["torch:8x40"]
-    said = "Computing by torch:8x40 from here on, not by torch:32x100: the last bits may differ."
+    said = "From here on this computes by torch:8x40 instead of torch:32x100; the last bits may differ."
     assert said in capsys.readouterr().err
     monkeypatch.delenv(ways.VARIABLE)
 

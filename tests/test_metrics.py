@@ -82,9 +82,9 @@ def test_a_flipped_bit_of_a_line_is_told(tmp_path):
         (b'{"step": 1, "loss": NaN}', "is no JSON"),
         (b"[" * 100_000, "is no JSON"),
         (b'{"step": 1, "loss": ' + b"1" * 5000 + b"}", "is no JSON"),
-        (b"[1]", "is no JSON object"),
-        (b'{"step": 1, "loss": 1.5, "cbc": "00000000"}', "has a key that no metric has, 'cbc'"),
-        (b" " * (1 << 20), "is longer than any of a run"),
+        (b"[1]", "is not a JSON object"),
+        (b'{"step": 1, "loss": 1.5, "cbc": "00000000"}', "has an unknown key, 'cbc'"),
+        (b" " * (1 << 20), "is longer than any line of a run"),
     ],
 )
 def test_what_is_no_line_of_a_run_is_told(tmp_path, line, how):

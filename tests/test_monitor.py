@@ -74,7 +74,7 @@ def test_the_newest_run_is_found(tmp_path, monkeypatch):
     assert find_run(tmp_path / "logs").parent.name == "old"
     for empty in ("gone", "logs/begun/metrics.jsonl"):
         monkeypatch.setenv("INDRA_METRICS", str(tmp_path / empty))
-        with pytest.raises(UserError, match=r"must be the metrics\.jsonl of a run that has done a step"):
+        with pytest.raises(UserError, match=r"must be the metrics\.jsonl of a run with at least one step"):
             find_run(tmp_path)
 
 

@@ -169,6 +169,6 @@ def test_a_python_without_its_manual_is_one_line(tmp_path, monkeypatch):
         write_manual_corpus(tmp_path / "out")
     monkeypatch.undo()
     monkeypatch.setattr(python_manual.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(UserError, match="must hold Python's sources"):
+    with pytest.raises(UserError, match="must hold Python's source files"):
         write_manual_corpus(tmp_path / "out")
     assert os.listdir(tmp_path) == []

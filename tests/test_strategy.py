@@ -92,7 +92,7 @@ REFUSED = {
     "no end": (f"stages: [{{{ONE}, weights: {{kd: {{shape: linear, start: 1}}}}}}]", {}, r"kd\.linear\.end"),
     "too few values": (
         f"stages: [{{{ONE}, weights: {{kd: {{shape: step, values: [1, 2], at_progress: [0.2, 0.4]}}}}}}]", {},
-        r"kd\.at_progress: got 0\.2, 0\.4; must be one less than the 2 values",
+        r"kd\.at_progress: got 0\.2, 0\.4; must have one number fewer than values, which has 2",
     ),
     "falling": (
         f"stages: [{{{ONE}, weights: {{kd: {{shape: step, values: [1, 2, 3], at_progress: [0.4, 0.2]}}}}}}]", {},
@@ -110,7 +110,7 @@ REFUSED = {
     "signals alone": (f"stages: [{{{ONE}, signals: x}}]", {}, r"signals: got x; must be left out without data"),
     "epochs of its own": ("stages: [{name: a, epochs: 2}]", {"epochs": 3}, "--epochs: got 3; must be left out"),
     "steps of its own": ("stages: [{name: a, steps: 2}]", {"max_steps": 3}, "--max-steps: got 3; must be left out"),
-    "nothing left": (f"stages: [{{{ONE}, only_from_scratch: true}}]", {"start_from": "x.pt"}, "--start-from: .*leaves"),
+    "nothing left": (f"stages: [{{{ONE}, only_from_scratch: true}}]", {"start_from": "x.pt"}, "--start-from: .*stage"),
     "rates differ": (
         "stages: [{name: a, steps: 1, learning_rate: 0.1}, {name: b, steps: 1}]", {"learning_rate": 0.2},
         r"--learning-rate: got 0\.2; must be left out .* differ",
@@ -121,7 +121,7 @@ REFUSED = {
     ),
     "a bent curve": (
         f"stages: [{{{ONE}, weights: {{kd: {{shape: cosine, start: 0, end: 1}}}}}}]", {"kd_weight_end": 0.3},
-        r"--kd-weight-end: got 0\.3; must be left out .* no straight line",
+        r"--kd-weight-end: got 0\.3; must be left out .* not a straight line",
     ),
 }  # fmt: skip
 

@@ -15,7 +15,9 @@ from indraquantum.teacher import batch_size
 from indraquantum.teacher import capture as capture_module
 from indraquantum.teacher.batch_size import choose_batch_rows, free_memory, teacher_size
 from indraquantum.teacher.capture import capture
-from indraquantum.teacher.teacher_model import Teacher, find_teacher, load_teacher
+from indraquantum.teacher.loading import load_teacher
+from indraquantum.teacher.teacher_files import find_teacher
+from indraquantum.teacher.teacher_model import Teacher
 from teacher_world import as_dataset, make_split, random_documents, write_tokenizer
 
 SHARD = 480  # ten rows of 48
@@ -158,7 +160,7 @@ def test_another_batch_may_be_asked_for_and_is_said(settings, monkeypatch, asked
     asked.clear()
     capture(changed(settings, batch_tokens=48 * 2), None, SHARD)
     assert max(asked) == 2
-    assert "batches of 2 rows from here on, not 5" in capsys.readouterr().err
+    assert "in batches of 2 rows instead of 5" in capsys.readouterr().err
     page = json.loads((settings.output / "manifest.json").read_text())
     assert (page["batch_rows"], page["complete"]) == (2, True)
 

@@ -15,7 +15,7 @@ from indraquantum.config import CaptureSettings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.files import sha256_of
 from indraquantum.teacher import capture as capture_module
-from indraquantum.teacher import teacher_model
+from indraquantum.teacher import loading
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.manifest import read_manifest, write_manifest
 from indraquantum.teacher.signals import open_signals, verify_signals
@@ -139,8 +139,8 @@ def test_report_and_manifest_agree(settings, dataset, capsys):
     assert page["dataset_sha256"] == dataset.content_sha256
     assert {shard["precision"] for shard in page["shards"]} == {"float32"}
     announced = capsys.readouterr().err
-    assert f"{positions} positions, about" in announced
-    assert announced.count("hours and") == 1
+    assert f"{positions} positions will take about" in announced
+    assert announced.count(" MB on the disk") == 1
 
 
 def test_the_announcement_counts_the_journals(settings, dataset, monkeypatch, capsys):
@@ -153,7 +153,9 @@ def test_the_announcement_counts_the_journals(settings, dataset, monkeypatch, ca
 
     monkeypatch.setattr(capture_module, "write_manifest", measured)
     report = capture(changed(settings, draws=20_000), dataset, 10**6)
-    message = re.search(r" and ([\d.]+) MB on the disk, of which ([\d.]+) MB stay\n", capsys.readouterr().err)
+    message = re.search(
+        r" and ([\d.]+) MB on the disk, of which ([\d.]+) MB remain at the end\n", capsys.readouterr().err
+    )
     announced, stays = (1e6 * float(number) for number in message.groups())
     assert max(sizes) == pytest.approx(announced, rel=0.15)
     assert report.bytes == pytest.approx(stays, rel=0.3)
@@ -165,7 +167,9 @@ def test_a_manifest_with_shards_of_another_grid_is_refused(settings, dataset):
     page = read_manifest("--output", settings.output)
     moved = page.shards[0].model_copy(update={"rows": (0, 2)})
     write_manifest(settings.output, page.model_copy(update={"shards": (moved, *page.shards[1:])}))
-    with pytest.raises(UserError, match=rf"--output.*lists {moved.file} with rows \[0, 2\] of {moved.split}, which no"):
+    with pytest.raises(
+        UserError, match=rf"--output.*lists {moved.file} with rows \[0, 2\] of {moved.split}, which is not"
+    ):
         capture(settings, dataset, SHARD)
 
 
@@ -180,7 +184,7 @@ def test_impossible_signals_are_captured_again(settings, dataset, capsys):
     write_manifest(settings.output, page.model_copy(update={"shards": (sealed, *page.shards[1:])}))
     report = capture(settings, dataset, SHARD)
     assert report.positions_asked == page.shards[0].positions
-    assert "confidence is 7, which must be from" in capsys.readouterr().err
+    assert "confidence is 7, but must be from" in capsys.readouterr().err
     assert files_of(settings.output) == before
 
 
@@ -234,7 +238,7 @@ def test_a_stopped_capture_goes_on_and_ends_in_the_same_bytes(
 def test_a_finished_capture_asks_nothing(settings, dataset, monkeypatch):
     first = capture(settings, dataset, SHARD)
     before = files_of(settings.output)
-    monkeypatch.setattr(teacher_model, "load_teacher", None)
+    monkeypatch.setattr(loading, "load_teacher", None)
     again = capture(settings, dataset, SHARD)
     assert (again.positions_asked, again.positions_kept) == (0, first.positions_asked)
     assert again.statistics == first.statistics
@@ -335,7 +339,7 @@ def test_a_capture_does_not_go_on_from_a_manifest_that_was_changed(settings, dat
 def test_two_captures_into_one_folder(settings, dataset):
     settings.output.mkdir()
     with capture_module._only_writer(settings.output, new=True):  # noqa: SIM117 - two different things
-        with pytest.raises(UserError, match=r"--output.*another capture"):
+        with pytest.raises(UserError, match=r"--output.*is in use by another run"):
             capture(settings, dataset, SHARD)
 
 

@@ -12,7 +12,8 @@ import torch
 
 from indraquantum.errors import UserError
 from indraquantum.teacher.checks import differences, is_causal, packs_right, telling_rows
-from indraquantum.teacher.teacher_model import find_teacher, load_teacher, teacher_config
+from indraquantum.teacher.loading import load_teacher, teacher_config
+from indraquantum.teacher.teacher_files import find_teacher
 from teacher_world import (
     ROW,
     VOCABULARY,
@@ -120,7 +121,7 @@ def test_longrope_is_scaled_by_each_documents_own_length(make, dataset, longest_
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_who_looks_ahead_is_no_teacher(make, dataset, precision):
-    with pytest.raises(UserError, match=r"--teacher.*must be causal: a later token changes"):
+    with pytest.raises(UserError, match=r"--teacher.*must be causal, but a later token changes"):
         make("bert", dataset, precision, is_decoder=False)
     make("bert", dataset, precision, is_decoder=True)
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from indraquantum.errors import UserError
-from indraquantum.teacher import teacher_model
+from indraquantum.model.masks import document_mask
 from indraquantum.teacher.checks import packs_right
-from indraquantum.teacher.teacher_model import check_tokenizer, document_mask, find_teacher, load_teacher
+from indraquantum.teacher.loading import load_teacher
+from indraquantum.teacher.teacher_files import check_tokenizer, find_teacher
 from teacher_world import VOCABULARY, make_dataset, write_teacher, write_tokenizer
 
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def test_a_teacher_that_leaks_gets_one_document_at_a_time(folder, dataset, monke
     def causal_only(segments_BT):
         return torch.ones_like(segments_BT[:, None, :, None] + segments_BT[:, None, None], dtype=bool).tril()
 
-    monkeypatch.setattr(teacher_model, "document_mask", causal_only)
+    monkeypatch.setattr("indraquantum.model.masks.document_mask", causal_only)
     teacher = load(folder, dataset)
     assert not teacher.packed
     assert_each_document_alone(teacher, dataset)

@@ -152,7 +152,7 @@ def test_a_server_that_goes_away_is_not_asked_again_for_what_it_gave(settings, s
 
     server.answer = dying
     once = changed(whole, concurrency=1, output=settings.output)
-    with pytest.raises(UserError, match=r"--teacher: .*failed 8 times \(status 500.*goes on later"):
+    with pytest.raises(UserError, match=r"--teacher: .*failed 8 times \(status 500.*to resume"):
         capture(once, None, SHARD)
     assert list(settings.output.glob("*.journal"))
     given, server.faults, server.answer = len(server.prompts), [], answer
@@ -167,7 +167,7 @@ def test_a_server_that_goes_away_is_not_asked_again_for_what_it_gave(settings, s
     ("spoil", "message"),
     [
         (lambda entries: entries.pop(), "prompt_logprobs for"),
-        (lambda entries: entries[1].update({"99999": {"logprob": -1.0}}), "past the dataset's vocabulary"),
+        (lambda entries: entries[1].update({"99999": {"logprob": -1.0}}), "outside the dataset's vocabulary"),
         (lambda entries: entries[1].clear(), "0 tokens where 7"),
         (lambda entries: entries[1].update({key: {"logprob": -0.1} for key in entries[1]}), "sum to"),
         (lambda entries: entries[1].update({key: {"logprob": float("nan")} for key in entries[1]}), "log-probability"),

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 from indraquantum.errors import UserError
 from indraquantum.files import sha256_of
 from indraquantum.teacher.manifest import Manifest, read_manifest, statistics_of, write_manifest
-from indraquantum.teacher.packing_bits import pack, unpack
+from indraquantum.teacher.packing_bits import pack_bits, unpack_bits
 from indraquantum.teacher.sampling import PositionSignals
-from indraquantum.teacher.signals import entry_bits, open_signals, verify_signals, write_shard
+from indraquantum.teacher.shard import entry_bits, write_shard
+from indraquantum.teacher.signals import open_signals, verify_signals
 
 VOCABULARY = 1009
 ROW_LENGTHS = [11, 7, 13, 0, 5, 13, 2, 13, 13]  # real positions of the training rows
@@ -175,9 +176,9 @@ def change_manifest(folder, change):
         (lambda page: page["shards"][0].update(rows=[7, 10]), "rows"),
         (lambda page: page["shards"][0].update(rows=[-2, 8]), r"shards.0.*rows \[-2, 8\] must be"),
         (lambda page: page["shards"][0].update(rows=[8, 7]), r"shards.0.*rows \[8, 7\] must be"),
-        (lambda page: page["shards"].append(page["shards"][0]), "both have rows from 7 on"),
+        (lambda page: page["shards"].append(page["shards"][0]), "both hold row 7"),
         (lambda page: page["shards"][2].update(rows=[0, 4]), "train-2.safetensors and train-3.safetensors both have"),
-        (lambda page: page["shards"][0].update(file="train-3.safetensors"), "two shards are in one file"),
+        (lambda page: page["shards"][0].update(file="train-3.safetensors"), "two shards name the same file"),
         (lambda page: page.update(vocabulary_size=VOCABULARY - 1), f"vocabulary_size is {VOCABULARY - 1}, not"),
         (lambda page: page["shards"][0].update(file="train-9.safetensors"), "is missing"),
     ],
@@ -261,33 +262,41 @@ def other_entry(place, change):
     def packed(stream):
         manifest = Manifest.model_construct(kind="sampled", vocabulary_size=VOCABULARY, draws=50)
         width = entry_bits(manifest).width
-        numbers = unpack(stream, np.arange((len(stream) - 8) * 8 // width), width)
+        numbers = unpack_bits(stream, np.arange((len(stream) - 8) * 8 // width), width)
         numbers[place] = change(int(numbers[place]), numbers)
-        return pack(numbers, width)
+        return pack_bits(numbers, width)
 
     return packed
 
 
 COUNT = 6  # bits of a count of up to 50
 IMPOSSIBLE = {
-    "no probability": ("confidence", put(4, 7), r"confidence is 7, which must be from 0.00099\d+ to 1$"),
-    "less than even": ("confidence", put(0, 1e-4), r"confidence is 0.0001\d*, which must be from"),
+    "no probability": ("confidence", put(4, 7), r"confidence is 7, but must be from 0.00099\d+ to 1$"),
+    "less than even": ("confidence", put(0, 1e-4), r"confidence is 0.0001\d*, but must be from"),
     "confidence nan": ("confidence", put(4, np.nan), "confidence is nan"),
-    "below zero": ("entropy", put(2, -3), r"entropy is -3, which must be from -0.000976562 to 6.92"),
-    "above ln V": ("entropy", put(2, 7), r"entropy is 7, which must be from"),
+    "below zero": ("entropy", put(2, -3), r"entropy is -3, but must be from -0.000976562 to 6.92"),
+    "above ln V": ("entropy", put(2, 7), r"entropy is 7, but must be from"),
     "entropy nan": ("entropy", put(2, np.nan), "entropy is nan"),
     "tempered": ("temperature_entropy", put(2, np.inf), "temperature_entropy is inf"),
-    "above certainty": ("next_logprob", put(1, 0.5), r"next_logprob is 0.5, which must be from -65504 to 0"),
-    "a label too few": ("next_logprob", put(1, np.nan), r"next_logprob holds \d+ numbers beside nan, which must"),
-    "past the vocabulary": ("packed", other_entry(0, lambda n, _: (VOCABULARY << COUNT) + n % 64), "id is 1009, which"),
-    "twice": ("packed", other_entry(1, lambda n, entries: (entries[0] >> COUNT << COUNT) + n % 64), "above the last"),
-    "never drawn": ("packed", other_entry(0, lambda n, _: n >> COUNT << COUNT), "count is 0, which must be from 1 to"),
-    "drawn too often": ("packed", other_entry(0, lambda n, _: n | 63), "count is 63, which must be from 1 to 50"),
-    "less than -log c": ("entropy", lambda entropy: entropy * 0, r"entropy is 0, which must be at least .* confidence"),
+    "above certainty": ("next_logprob", put(1, 0.5), r"next_logprob is 0.5, but must be from -65504 to 0"),
+    "a label too few": ("next_logprob", put(1, np.nan), r"next_logprob holds \d+ numbers that are not nan, but must"),
+    "past the vocabulary": ("packed", other_entry(0, lambda n, _: (VOCABULARY << COUNT) + n % 64), "id is 1009, but"),
+    "twice": (
+        "packed",
+        other_entry(1, lambda n, entries: (entries[0] >> COUNT << COUNT) + n % 64),
+        "above the one before",
+    ),
+    "never drawn": ("packed", other_entry(0, lambda n, _: n >> COUNT << COUNT), "count is 0, but must be from 1 to"),
+    "drawn too often": ("packed", other_entry(0, lambda n, _: n | 63), "count is 63, but must be from 1 to 50"),
+    "less than -log c": ("entropy", lambda entropy: entropy * 0, r"entropy is 0, but must be at least .* confidence"),
     "more than the rest": ("confidence", lambda c: c * 0 + 1, r"entropy is .* must be at most 0.01.* confidence 1$"),
-    "likelier than c": ("next_logprob", lambda p: p * 0, "next_logprob is (-)?0, which must be at most -.* confidence"),
-    "another sum": ("entropy", lambda entropy: entropy * 0.99, "entropy sums to .*, which must be the manifest's"),
-    "too few draws": ("packed", other_entry(0, lambda n, _: n ^ 1), r"sum of a position's counts is (49|51), which"),
+    "likelier than c": ("next_logprob", lambda p: p * 0, "next_logprob is (-)?0, but must be at most -.* confidence"),
+    "another sum": (
+        "entropy",
+        lambda entropy: entropy * 0.99,
+        "entropy sums to .*, but must be .* as in the manifest",
+    ),
+    "too few draws": ("packed", other_entry(0, lambda n, _: n ^ 1), r"sum of a position's counts is (49|51), but"),
 }
 
 
@@ -342,12 +351,12 @@ def kept_signals(kind, ids, probs):
     ("kind", "probs", "message"),
     [
         ("topk", [0.5, 0.25, 0.25], None),
-        ("topk", [0.75, 0.25, 0.25], "sum of a position's probabilities is 1.25, which must be from 0 to 1.0009"),
-        ("topk", [-0.5, 0.25, 0.25], "probability is -0.5, which must be from 0 to 1"),
-        ("topk", [1.5, 0.25, 0.25], "probability is 1.5, which must be from 0 to 1"),
+        ("topk", [0.75, 0.25, 0.25], "sum of a position's probabilities is 1.25, but must be from 0 to 1.0009"),
+        ("topk", [-0.5, 0.25, 0.25], "probability is -0.5, but must be from 0 to 1"),
+        ("topk", [1.5, 0.25, 0.25], "probability is 1.5, but must be from 0 to 1"),
         ("topk", [np.nan, 0.25, 0.25], "probability is nan"),
         ("full", [0.2, 0.3, 0.5], None),
-        ("full", [0.2, 0.3, 0.4], "sum of a position's probabilities is 0.9, which must be from 0.999"),
+        ("full", [0.2, 0.3, 0.4], "sum of a position's probabilities is 0.9, but must be from 0.999"),
     ],
 )
 def test_probabilities_of_the_other_kinds_are_checked(tmp_path, kind, probs, message):

@@ -126,7 +126,7 @@ def test_workers_give_the_same_bytes_and_one_may_be_killed(settings, whole, monk
     monkeypatch.setattr(capture_module, "write_manifest", murderous)
     report = capture(changed(settings, workers=2), None, SHARD)
     assert killed
-    assert "a worker died" in capsys.readouterr().err
+    assert "a worker ended unexpectedly" in capsys.readouterr().err
     assert files_of(settings.output) == whole
     assert report.packed is True
     assert report.coverage == {"train": 1.0, "validation": 1.0}

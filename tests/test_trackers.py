@@ -78,7 +78,7 @@ def test_a_tracker_that_does_not_start_is_one_line_and_the_run_goes_on_without_i
     monkeypatch.setattr(package, "init", lambda **options: {}["No API key\nconfigured"])
     monkeypatch.setitem(sys.modules, kind, package)
     with pytest.raises(
-        UserError, match=rf"^--log-to: got {kind}; must be a tracker that can start here \(.*\), or none"
+        UserError, match=rf"^--log-to: got {kind}; must be none or a tracker that can start here \(.*\)"
     ):
         loop.train(settings(world, tmp_path, log_to=kind))
     assert loop.train(settings(world, tmp_path)).steps == 3

@@ -220,7 +220,7 @@ def test_weights_that_are_not_there_are_refused(world, tmp_path, capsys):
         cli.main(words)
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert "--weights: got ema; must be last or auto: the checkpoint keeps no average" in error
+    assert "--weights: got ema; must be last or auto, because the checkpoint has no moving average" in error
     assert error.count("\n") == 1
     cli.app(
         ["eval", str(report.checkpoint), "--data", str(world.data), "--weights", "last"], result_action="return_value"

@@ -253,7 +253,7 @@ def test_any_seed_trains(world, tmp_path, seed):
     [
         ({"heads": 3}, "--heads: got 3; must divide the width 28"),
         ({"optimizer": "adamw", "muon_rate": 3}, "--muon-rate: got 3.0; must be 1 without --optimizer muon"),
-        ({"projector": "none", "ends": "separate"}, "--ends: got separate; must be shared where --projector is none"),
+        ({"projector": "none", "ends": "separate"}, "--ends: got separate; must be shared with --projector none"),
         ({"resume": "nowhere.pt"}, "--resume: got nowhere.pt; must be auto, never, or the path of a checkpoint"),
     ],
 )

@@ -33,14 +33,16 @@ def test_aliases_count_as_copies(tmp_path, monkeypatch, levels):
     monkeypatch.setattr(yaml_settings, "MOST_CHARACTERS", total)
     assert read(tmp_path, nested(levels))["a1"] == ["word", "word"]
     monkeypatch.setattr(yaml_settings, "MOST_CHARACTERS", total - 1)
-    with pytest.raises(UserError, match=f"must be at most {total - 1} characters long, each alias counted as a copy"):
+    with pytest.raises(
+        UserError, match=f"must be at most {total - 1} characters long, where each alias counts as a copy"
+    ):
         read(tmp_path, nested(levels))
 
 
 def test_merged_mappings_count_as_copies(tmp_path, monkeypatch):
     text = "a: &a {k: 1}\nb: &b {<<: [*a, *a, *a]}\nc: {<<: [*b, *b, *b]}"
     monkeypatch.setattr(yaml_settings, "MOST_CHARACTERS", 60)
-    with pytest.raises(UserError, match="each alias counted"):
+    with pytest.raises(UserError, match="each alias counts"):
         read(tmp_path, text)
     monkeypatch.setattr(yaml_settings, "MOST_CHARACTERS", 200)
     assert read(tmp_path, text)["c"] == {"k": 1}
@@ -54,7 +56,7 @@ def test_a_file_of_any_length_is_refused_unread(tmp_path, monkeypatch):
 
 
 def test_an_anchor_that_holds_itself_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"must be YAML .an anchor holds itself"):
+    with pytest.raises(UserError, match=r"must be YAML .an anchor contains itself"):
         read(tmp_path, "a: &a [*a]")
 
 
@@ -63,9 +65,9 @@ def test_every_command_that_reads_yaml_is_bounded(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(yaml_settings, "MOST_CHARACTERS", 1000)
     path = tmp_path / "my.yaml"
     path.write_text(nested(9), encoding="utf-8")
-    with pytest.raises(UserError, match="each alias counted"):
+    with pytest.raises(UserError, match="each alias counts"):
         load_strategy(str(path))
     assert run_guarded(lambda: app.meta([*command, str(path)], exit_on_error=False, print_error=False)) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "must be at most 1,000 characters long, each alias counted as a copy" in said
+    assert "must be at most 1,000 characters long, where each alias counts as a copy" in said

@@ -1,7 +1,7 @@
-"""How fast and how lean the objective is, measured beside the machine's own limit; `indra bench` prints this.
+"""Measures the speed and memory of the objective beside the machine's own limit; `indra bench` prints the figures.
 
-Every figure is a ratio of medians from one run in which the candidates take turns, so that a busy machine slows all
-of them alike. Run it on an idle machine: `python benchmarks/bench_objective.py --json figures.json`.
+Every figure is a ratio of medians from one run in which the candidates take turns, so that other load slows all of them
+alike. Run it on an idle machine: `python benchmarks/bench_objective.py --json figures.json`.
 
 Legend: N rows (token positions), D real width, V vocabulary, K kept teacher tokens of a row.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from indraquantum.memory import held_bytes, peak_bytes, restart_peak
+from indraquantum.tables import text_table
 
 CUBE = 2048  # the square matrix product whose rate stands for the machine's limit
 MEBIBYTE = 2**20
@@ -27,18 +28,18 @@ MEBIBYTE = 2**20
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number and what it should be."""
+    """One measured number and its goal."""
 
     name: str
-    value: float | None  # None where it can't be measured on this system
+    value: float | None  # None if it can't be measured on this system
     unit: str
-    goal: float | None  # None where the number is context
+    goal: float | None  # None if the number has no goal
     is_upper_limit: bool  # whether the goal is the most, not the least
     detail: str
 
     @property
     def is_reached(self) -> bool | None:
-        """Whether the goal is met; a figure without one always is. None where the value is unknown."""
+        """Whether the goal is met. It always is if there is no goal; None if the value is unknown."""
         if self.goal is None:
             return True
         if self.value is None:
@@ -65,13 +66,13 @@ class Shape:
 
 
 def interleaved_seconds(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each candidate, all taking turns, after one unmeasured round.
+    """Return the median seconds of each candidate, which all take turns, after one round that is not measured.
 
-    The order turns too, so that none always finds the memory as the same other one left it.
+    The order changes from round to round, so that no candidate always follows the same other one.
 
     Args:
-        candidates: what to time, by name.
-        repeats: measured rounds.
+        candidates: the functions to time, by name.
+        repeats: number of measured rounds.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -86,7 +87,7 @@ def interleaved_seconds(candidates: Mapping[str, Callable[[], object]], repeats:
 
 
 def objective_speed(shape: Shape = Shape(), repeats: int = 7) -> list[Figure]:
-    """Time the objective, forward and backward, beside plain PyTorch and beside a large matrix product."""
+    """Time the objective, forward and backward, beside plain PyTorch and a large matrix product."""
     import torch
 
     from indraquantum.kernels.onednn import is_exact, onednn_products
@@ -122,7 +123,7 @@ def objective_speed(shape: Shape = Shape(), repeats: int = 7) -> list[Figure]:
         Figure("matmul_rate", limit / 1e9, "GFLOP/s", None, False, f"{CUBE}-cube float32 product"),
         Figure(
             "matmul_rate_onednn", 2 * CUBE**3 / seconds["onednn"] / 1e9, "GFLOP/s", None, False,
-            f"the same{'' if is_exact() else ': oneDNN would round here'}; we compute by {in_force()}",
+            f"the same by oneDNN{'' if is_exact() else ', which rounds here'}; this machine computes by {in_force()}",
         ),
         Figure("objective_rate", rate / 1e9, "GFLOP/s", None, False, f"CE alone, {medians}"),
         Figure("objective_share_of_matmul_rate", rate / limit, "", 0.75, False, "CE alone"),
@@ -139,7 +140,7 @@ def objective_speed(shape: Shape = Shape(), repeats: int = 7) -> list[Figure]:
 
 
 def objective_memory(rows: Sequence[int] = (512, 4096, 65_536), shape: Shape = Shape()) -> list[Figure]:
-    """Memory beyond inputs and gradients for each number of rows; each in a process of its own."""
+    """Measure the memory beyond inputs and gradients for each number of rows, each in its own process."""
     figures = []
     for num_rows in rows:
         extra = bytes_measured_by("indraquantum.bench", num_rows, shape.width, shape.vocabulary, shape.kept)
@@ -150,7 +151,7 @@ def objective_memory(rows: Sequence[int] = (512, 4096, 65_536), shape: Shape = S
 
 
 def bytes_measured_by(module: str, *arguments: object) -> int | None:
-    """What `python -m module arguments` measures in a process of its own; None where it can't, or does not end well."""
+    """Return what `python -m module arguments` measures in its own process; None if it fails."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
@@ -162,18 +163,18 @@ def bytes_measured_by(module: str, *arguments: object) -> int | None:
 
 
 def figures_table(figures: Sequence[Figure]) -> str:
-    """One line a figure: name, value, goal, whether it is met."""
-    lines = []
+    """Return one line for each figure: name, value, goal, and whether it is met."""
+    rows = []
     for figure in figures:
         goal = "" if figure.goal is None else f"{'at most' if figure.is_upper_limit else 'at least'} {figure.goal}"
         verdict = "" if figure.goal is None else {True: "yes", False: "NO", None: "?"}[figure.is_reached]
         value = "unknown" if figure.value is None else f"{figure.value:.3g} {figure.unit}".strip()
-        lines.append(f"{figure.name:<32} {value:>14}  {goal:<14} {verdict:<4} {figure.detail}")
-    return "\n".join(lines)
+        rows.append([figure.name, value, goal, verdict, figure.detail])
+    return text_table((), rows, left=(0, 2, 3, 4))
 
 
 def figures_json(figures: Sequence[Figure]) -> str:
-    """The same figures for a program, with the versions they were measured with."""
+    """Return the figures as JSON, with the machine's versions."""
     import torch
 
     rows: list[dict[str, Any]] = [asdict(figure) | {"is_reached": figure.is_reached} for figure in figures]
@@ -182,7 +183,7 @@ def figures_json(figures: Sequence[Figure]) -> str:
 
 
 class _Case:
-    """Random inputs and the calls that are timed on them."""
+    """Random inputs, and the calls that are timed on them."""
 
     def __init__(self, shape: Shape) -> None:
         import torch
@@ -231,7 +232,7 @@ class _Case:
 def _extra_bytes(shape: Shape) -> int | None:
     """Peak of this process over one step, minus what it held before and minus the gradients."""
     case = _Case(shape)
-    _Case(Shape(64, shape.width, 2048, shape.kept)).distillation()  # libraries set themselves up at first use
+    _Case(Shape(64, shape.width, 2048, shape.kept)).distillation()  # libraries initialise at their first use
     # Where the peak can't begin again, it stands in for what is held now; that it was higher makes the figure smaller.
     before = held_bytes() if restart_peak() else peak_bytes()
     case.distillation()

@@ -1,11 +1,11 @@
-"""A whole training step beside two ways of doing the same without this project; `indra bench` prints this.
+"""Measures a whole training step beside two ways to do the same without this project; `indra bench` prints the figures.
 
-- `ours`: packed rows, the table lifted once, the fused objective: what `indra train` does.
+- `ours`: packed rows, the table lifted once, and the fused objective, as in `indra train`.
 - `straightforward`: the same model on padded rows, with plain F.cross_entropy and KL over full logits.
 - `llama`: transformers' own Llama of the same width and depth on packed rows, with CE and top-k KL from a cache.
 
-All take turns in one process, with the same optimiser and threads, on documents of the same lengths. Memory is the
-peak of a process of its own.
+All three take turns in one process, with the same optimiser and threads, on documents of the same lengths. Memory is
+the peak of a separate process.
 
 Legend: B rows, T positions, N labelled positions, D real width, V vocabulary, K kept teacher tokens.
 """
@@ -63,7 +63,7 @@ class StepShape:
 
 
 class RandomSignals:
-    """Signals of K random tokens a position, in place of a store on disk."""
+    """Signals of K random tokens for each position, instead of a store on disk."""
 
     def __init__(self, shape: StepShape, positions: int) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -72,7 +72,7 @@ class RandomSignals:
         self.confidence = torch.rand(positions, generator=generator)
 
     def batch(self, split: str, index_N: np.ndarray) -> TeacherSignals:
-        """As SignalStore.batch."""
+        """Return signals as SignalStore.batch does."""
         place_N = torch.from_numpy(index_N)
         ids_NK = self.ids[place_N]
         return TeacherSignals(
@@ -81,10 +81,10 @@ class RandomSignals:
 
 
 def synthetic_split(shape: StepShape, documents: int = 400) -> Split:
-    """Random tokens in documents as long as those of WikiText and Alpaca.
+    """Return random tokens in documents as long as those of WikiText and Alpaca.
 
-    The quantiles of this log-normal law, padded to 128, give 28 % padding and cut 30 % of the tokens; the real text
-    gives 28 % and 29 %.
+    The lengths follow a log-normal law. Padded to 128, they give 28 % padding and cut off 30 % of the tokens; the real
+    text gives 28 % and 29 %.
     """
     draw = np.random.Generator(np.random.Philox(key=[0, 0]))
     quantiles = np.array([NormalDist(4.6, 0.75).inv_cdf((i + 0.5) / documents) for i in range(documents)])
@@ -156,7 +156,7 @@ def straightforward(shape: StepShape) -> Candidate:
 
 
 def llama(shape: StepShape) -> Candidate:
-    """Llama of transformers, with CE and top-k KL on packed rows; nothing keeps its documents apart."""
+    """Llama of transformers, with CE and top-k KL on packed rows, without a mask between documents."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -189,7 +189,7 @@ CANDIDATES: dict[str, Callable[[StepShape], Candidate]] = {
 
 
 def student(shape: StepShape) -> IndraQuantumPhase2:
-    """The model at these sizes, ready to train."""
+    """Return the model at these sizes, ready to train."""
     torch.manual_seed(0)
     config = IndraQuantumConfig(
         vocab_size=shape.vocabulary, d_model=shape.d_model, num_hidden_layers=shape.layers,
@@ -199,20 +199,20 @@ def student(shape: StepShape) -> IndraQuantumPhase2:
 
 
 def matrix_flops(model: IndraQuantumPhase2, candidate: Candidate) -> int:
-    """FLOPs of a step in the matrices of the layers and of the head; lifting, attention and padding are left out."""
+    """Return a step's FLOPs in the matrices of the layers and the head, without lifting, attention and padding."""
     flops = step_flops(model, StepSize(rows=candidate.tokens, row_length=1, labelled=candidate.labelled))
     return flops["layers"] + flops["objective"]
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimiser that all candidates use."""
+    """Return the optimiser that all candidates use."""
     return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
 
 def _full_logits_loss(
     logits_BTV: Tensor, labels_BT: Tensor, teacher: TeacherSignals, amplitude_N: Tensor | None
 ) -> Tensor:
-    """CE, KL to the kept tokens and, with an amplitude, the two alignment terms, as one would first write them."""
+    """Return CE, KL to the kept tokens and, with an amplitude, the two alignment terms, written plainly."""
     logits_NV, labels_N = logits_BTV.flatten(0, 1), labels_BT.flatten()
     labelled_N = labels_N >= 0
     loss = F.cross_entropy(logits_NV, labels_N)
@@ -254,7 +254,7 @@ def step_speed(shape: StepShape = StepShape(), repeats: int = 5) -> list[Figure]
 
 
 def step_memory(shape: StepShape = StepShape()) -> list[Figure]:
-    """Peak memory of a step of ours against the Llama's, each in a process of its own."""
+    """Return the peak memory of a step of ours and of the Llama's, each in its own process."""
     names, sizes = ("ours", "llama", "straightforward"), astuple(shape)
     peak = {name: bytes_measured_by("indraquantum.bench_step", name, *sizes) for name in names}
     detail = ", ".join(f"{name} {'unknown' if x is None else f'{x / MEBIBYTE:.0f} MiB'}" for name, x in peak.items())
@@ -263,7 +263,7 @@ def step_memory(shape: StepShape = StepShape()) -> list[Figure]:
 
 
 def _peak_bytes(name: str, shape: StepShape) -> int | None:
-    """Peak resident memory of this process after two steps."""
+    """Return the peak resident memory of this process after two steps."""
     step = CANDIDATES[name](shape).step
     step()
     step()

@@ -1,9 +1,9 @@
-"""The command `indra`: each subcommand is one function over one settings class of config.py.
+"""The command `indra`: each subcommand is one function that takes one settings class of config.py.
 
     indra prepare | data | capture | teacher | train | lr-test | test | eval | export | ablate | bench | runs | demo
 
-Whatever a user can mend comes out as one line on stderr with exit status 2; work is imported where it is used, so that
-`indra --help` stays quick.
+An error in what you typed or in your files is one line on stderr, with exit status 2. Each command imports what it
+needs when it runs, so that `indra --help` starts quickly.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from indraquantum.config import (
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.files import atomic_file, check_new_file
 from indraquantum.training.interrupts import heeded
-from indraquantum.yaml_settings import read_yaml
+from indraquantum.yaml_settings import first_problem, read_yaml
 
 # `*` lifts the fields of a settings class to options of the command; switches have no --no- twin.
 OPTIONS = Parameter(name="*", negative="")
 
-# What the system may refuse wherever a file is touched, and what must be otherwise.
+# What the system may refuse for any file, and what the message then asks for.
 REFUSALS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS), "must be a place with room to write")
-REFUSALS |= dict.fromkeys((errno.EACCES, errno.EPERM), "must be open to this user")
+REFUSALS |= dict.fromkeys((errno.EACCES, errno.EPERM), "must be open to you; check its permissions")
 REFUSALS[errno.ENAMETOOLONG] = "must be a shorter path"
 
 app = App(
     name="indra",
-    help="IndraQuantum phase 2: prepare, capture, train, test.",
+    help="IndraQuantum phase 2: train a small language model by semantic distillation.",
     version=__version__,
     help_format="plaintext",
     suppress_keyboard_interrupt=False,  # run_guarded says it
@@ -72,7 +72,7 @@ def launch(
     Parameters
     ----------
     options:
-        A YAML file of the command's options, with _ for - in their names; what the command line states goes before it.
+        A YAML file with options of the command; write _ for - in their names. The command line overrides the file.
     """
     if tokens[:1] != ("train",):
         require_one_process()
@@ -81,18 +81,18 @@ def launch(
 
 
 def options_of(path: Path) -> Callable[[App, tuple[str, ...], ArgumentCollection], None]:
-    """What gives cyclopts the options that the command line leaves out.
+    """Return what gives cyclopts the options of the YAML file at `path` that the command line leaves out.
 
     Raises:
-        UserError: it can't be read, or is no mapping.
+        UserError: the file can't be read, or is not a mapping.
     """
     content = read_yaml("--options", path, "options of the command, such as `epochs: 3`")
     for name in content:
         if not isinstance(name, str):
-            raise UserError("--options", f"{path}: {name}", "must be an option's name; put it in quotes")
+            raise UserError("--options", f"{path}: {name}", "must be the name of an option; put it in quotes")
 
     def fill(command: App, names: tuple[str, ...], arguments: ArgumentCollection) -> None:
-        # As values of the command's own key: a flat mapping loses options that are called like a command.
+        # Below the command's own name: in a flat mapping, options with the name of a command would get lost.
         values = reduce(lambda inner, name: {name: inner}, reversed(names), content)
         Dict(values, source=str(path))(command, names, arguments)
 
@@ -101,7 +101,7 @@ def options_of(path: Path) -> Callable[[App, tuple[str, ...], ArgumentCollection
 
 @app.command
 def demo(*, settings: Annotated[DemoSettings, OPTIONS] = DemoSettings()) -> None:
-    """Run everything on Python's own manual: corpus, tokenizer, teacher, signals, student, answers."""
+    """Run the whole pipeline offline on Python's own manual: corpus, tokenizer, teacher, signals, student, answers."""
     from indraquantum.demo import run_demo
 
     run_demo(settings)
@@ -109,27 +109,27 @@ def demo(*, settings: Annotated[DemoSettings, OPTIONS] = DemoSettings()) -> None
 
 @app.command
 def prepare(*, settings: Annotated[PrepareSettings, OPTIONS] = PrepareSettings()) -> None:
-    """Turn WikiText and Alpaca into training rows: the pickle and the packed dataset beside it."""
+    """Turn WikiText, Alpaca and your own text into training rows: a pickle, and a packed dataset beside it."""
     from indraquantum.data.prepare import prepare as run
     from indraquantum.monitor.summaries import prepare_summary
 
     print(prepare_summary(run(settings)))
 
 
-data = App(name="data", help="Look at a prepared dataset: info, verify, show.", help_format="plaintext")
+data = App(name="data", help="Inspect a prepared dataset.", help_format="plaintext")
 app.command(data)
 
 
 @data.command
 def info(path: Path = Path("data/mixed_train"), /, *, tokenizer: str | None = None) -> None:
-    """Print what a dataset holds.
+    """Print what a dataset holds: its sources, splits, rows and tokens.
 
     Parameters
     ----------
     path:
         The prepared folder, or a pickle.
     tokenizer:
-        The tokenizer of a pickle (folder, file or hub id); a packed folder carries its own.
+        The tokenizer of a pickle: a folder, a file or a hub id. A packed folder has its own.
     """
     from indraquantum.data.inspect import describe
 
@@ -138,7 +138,7 @@ def info(path: Path = Path("data/mixed_train"), /, *, tokenizer: str | None = No
 
 @data.command
 def verify(path: Path = Path("data/mixed_train"), /) -> None:
-    """Check every hash of a prepared folder, and that its arrays fit together; or the checksum of a pickle.
+    """Check that a dataset is undamaged: every hash of a prepared folder, or the checksum of a pickle.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def verify(path: Path = Path("data/mixed_train"), /) -> None:
 def show(
     path: Path = Path("data/mixed_train"), /, *, settings: Annotated[ShowSettings, OPTIONS] = ShowSettings()
 ) -> None:
-    """Print rows as text, with the boundaries of documents and pieces visible.
+    """Print rows as text, and show where documents begin and end.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ def show(
 
 @app.command
 def capture(*, settings: Annotated[CaptureSettings, OPTIONS] = CaptureSettings()) -> None:
-    """Ask the teacher once about every position and store its signals."""
+    """Ask the teacher about every position of a dataset once, and store its signals."""
     from indraquantum.monitor.summaries import capture_summary
     from indraquantum.teacher.capture import capture as run
 
@@ -188,7 +188,7 @@ def teacher(*, settings: Annotated[TeacherSettings, OPTIONS] = TeacherSettings()
 
 @app.command
 def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings()) -> None:
-    """Train IndraQuantumPhase2 by semantic distillation: v4, the unified run."""
+    """Train IndraQuantumPhase2 by semantic distillation."""
     from indraquantum.training.interrupts import Interrupts
 
     if settings.dry_run:
@@ -205,7 +205,7 @@ def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings()) -> N
 
 @app.command(name="lr-test")
 def lr_test(*, settings: Annotated[LrTestSettings, OPTIONS] = LrTestSettings()) -> None:
-    """Find a learning rate: let it rise over real steps of a run that is thrown away, and draw the loss."""
+    """Find a learning rate: train with a rising rate, plot the loss, and throw the run away."""
     from indraquantum.training.lr_range import lr_range_test
 
     lr_range_test(settings)
@@ -213,12 +213,12 @@ def lr_test(*, settings: Annotated[LrTestSettings, OPTIONS] = LrTestSettings()) 
 
 @app.command
 def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = TestSettings()) -> None:
-    """Write text with a trained checkpoint.
+    """Write text with a trained model.
 
     Parameters
     ----------
     checkpoint:
-        A checkpoint_v4_epoch_N.pt that training wrote.
+        A checkpoint that training wrote, such as checkpoint_v4_epoch_3.pt.
     """
     from indraquantum.inference.write import write_text
 
@@ -227,7 +227,7 @@ def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = Te
 
 @app.command(name="eval")
 def evaluate(checkpoint: Path, /, *, settings: Annotated[EvalSettings, OPTIONS] = EvalSettings()) -> None:
-    """Measure a checkpoint on held-out text: loss, calibration, and what its state knows of the teacher's.
+    """Measure a model on held-out text: loss, calibration, and how its state agrees with the teacher.
 
     Parameters
     ----------
@@ -241,14 +241,14 @@ def evaluate(checkpoint: Path, /, *, settings: Annotated[EvalSettings, OPTIONS] 
 
 @app.command
 def export(checkpoint: Path, folder: Path, /) -> None:
-    """Write a checkpoint as a folder that transformers reads, with its tokenizer.
+    """Write a checkpoint as a folder that transformers can load, with its tokenizer.
 
     Parameters
     ----------
     checkpoint:
         A checkpoint that training wrote.
     folder:
-        A new folder.
+        The folder to write. It must be new or empty.
     """
     from indraquantum.inference.export import export_checkpoint
 
@@ -258,12 +258,12 @@ def export(checkpoint: Path, folder: Path, /) -> None:
 
 @app.command
 def ablate(plan: Path, /, *, settings: Annotated[AblateSettings, OPTIONS] = AblateSettings()) -> None:
-    """Compare variants over seeds at equal training tokens: runs what is left of a plan, then writes the report.
+    """Compare variants over several seeds at equal training tokens, and write a report. Finished runs are kept.
 
     Parameters
     ----------
     plan:
-        A YAML file; see configs/ablations and docs/FORMATS.md.
+        The plan, a YAML file. docs/FORMATS.md describes it, and configs/ablations holds examples.
     """
     from indraquantum.training.interrupts import Interrupts
 
@@ -272,12 +272,12 @@ def ablate(plan: Path, /, *, settings: Annotated[AblateSettings, OPTIONS] = Abla
 
         report = run(plan, settings)
     if report is not None:
-        print(f"The report is {report}.")
+        print(f"The report is in {report}.")
 
 
 @app.command
 def bench(*, settings: Annotated[BenchSettings, OPTIONS] = BenchSettings()) -> None:
-    """Measure the objective and the whole training step; run it on an idle machine."""
+    """Measure the speed and memory of the objective and of the whole training step. Run it on an idle machine."""
     import torch
 
     from indraquantum.bench import Shape, figures_json, figures_table, objective_memory, objective_speed
@@ -304,13 +304,13 @@ def bench(*, settings: Annotated[BenchSettings, OPTIONS] = BenchSettings()) -> N
             temporary.write_text(figures_json(figures) + "\n", encoding="utf-8")
 
 
-runs = App(name="runs", help="List the runs below a folder of logs, or compare some.", help_format="plaintext")
+runs = App(name="runs", help="List training runs, or compare some of them.", help_format="plaintext")
 app.command(runs)
 
 
 @runs.default
 def list_(*, settings: Annotated[RunsSettings, OPTIONS] = RunsSettings()) -> None:
-    """List runs: state, steps, last loss, last and best held-out cross-entropy of each source."""
+    """List runs with their state, steps, last loss, and last and best held-out cross-entropy of each source."""
     from indraquantum.monitor.run_table import list_runs
 
     list_runs(settings.logs)
@@ -318,14 +318,14 @@ def list_(*, settings: Annotated[RunsSettings, OPTIONS] = RunsSettings()) -> Non
 
 @runs.command
 def compare(run: str, /, *others: str, settings: Annotated[RunsSettings, OPTIONS] = RunsSettings()) -> None:
-    """Compare runs: where their settings differ, and their held-out figures side by side.
+    """Compare runs: the settings in which they differ, and their held-out figures side by side.
 
     Parameters
     ----------
     run:
-        Name of a run below the logs, or its folder.
+        The name of a run below the logs, or the path of its folder.
     others:
-        The runs to compare it with.
+        More runs to compare it with.
     """
     from indraquantum.monitor.run_table import compare_runs
 
@@ -333,31 +333,30 @@ def compare(run: str, /, *others: str, settings: Annotated[RunsSettings, OPTIONS
 
 
 def require_one_process() -> None:
-    """Only a training run is shared by the processes that torchrun starts; other commands would write over each other.
+    """Refuse several processes of torchrun: only training shares its work among them.
 
     Raises:
-        UserError: there are several.
+        UserError: there is more than one process.
     """
     world = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and world != "1":
-        raise UserError("torchrun", f"{world} processes", "must be 1: only `indra train` runs in several")
+        raise UserError("torchrun", f"{world} processes", "must be 1: only `indra train` runs in several processes")
 
 
 def one_line(error: CycloptsError) -> str:
-    """What is wrong with the command line, in one line: the option, the value, what is allowed."""
+    """Say what is wrong with the command line in one line: the option, the value, what is allowed."""
     cause = error.__cause__
     while cause is not None and not isinstance(cause, ValidationError):
         cause = cause.__cause__
     if isinstance(cause, ValidationError):
-        first = cause.errors()[0]
-        option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        allowed = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
-        return f"{option}: got {first['input']!s}; {allowed}"
+        first = first_problem(cause)
+        option = "--" + "-".join(map(str, first.place)).replace("_", "-")
+        return f"{option}: got {first.value!s}; {first.allowed}"
     return " ".join(str(error).split())
 
 
 def run_guarded(action: Callable[[], object]) -> int:
-    """Run `action` and return the exit status; errors that a user can mend become one line on stderr."""
+    """Run `action` and return the exit status; an error in the input becomes one line on stderr."""
     try:
         action()
     except CycloptsError as error:
@@ -381,8 +380,8 @@ def run_guarded(action: Callable[[], object]) -> int:
 
 
 def leave(number: int, _: FrameType | None) -> None:
-    """End by an exception when a signal asks for it, so that temporary files go."""
-    if number == signal.SIGHUP:  # a closed terminal sends it more than once: nothing may cut the cleaning up
+    """End by an exception when a signal asks for it, so that temporary files are removed."""
+    if number == signal.SIGHUP:  # a closed terminal sends it more than once; no other may interrupt the clean-up
         signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 

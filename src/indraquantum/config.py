@@ -1,13 +1,13 @@
-"""Every option of every command, once: the field's docstring is the `--help` text, its bounds are the check.
+"""All options of all commands. The docstring under a field is its `--help` text, and its bounds are the check.
 
-Settings are frozen and strict: an unknown name or a value out of range is refused with the field, the value and what
-is allowed. This module imports nothing heavy, so that `indra --help` is quick.
+Settings are frozen and strict: an unknown name, or a value out of range, is refused with the field, the value and what
+is allowed. This module imports nothing heavy, so that `indra --help` starts quickly.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -20,112 +20,137 @@ ALPACA = (
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, no unknown names, the docstring under a field is its help text."""
+    """The base of all settings: frozen, no unknown names, and a field's docstring is its help text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Put each help text on one line: where it breaks is for the terminal to say."""
+        for field in cls.model_fields.values():
+            if field.description:
+                field.description = " ".join(field.description.split())
 
 
 class DeviceSettings(Settings):
     """Where a command computes."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto takes CUDA, then MPS, then the CPU."""
+    """Where to compute. auto takes CUDA if there is one, else MPS, else the CPU."""
     threads: int = Field(default=0, ge=0, le=1024)
-    """CPU threads; 0 leaves the choice to torch. The same number gives the same bits."""
+    """CPU threads to use; 0 lets torch choose. The same number of threads gives the same results to the last bit."""
 
 
 class PrepareSettings(Settings):
-    """Text to training rows."""
+    """Turns text into training rows."""
 
     wikitext: str = WIKITEXT
-    """WikiText: a text file or table as for --text, or a dataset's id on the hub, maybe id@revision."""
+    """The WikiText source: a text file or table as for --text, or a dataset id of the Hugging Face hub, with or without
+    @revision."""
     alpaca: str = ALPACA
-    """Stanford Alpaca: a file as for --instructions, or a URL, maybe with #sha256=HEX to pin its content."""
+    """The Stanford Alpaca source: a file as for --instructions, or a URL. Add #sha256=HEX to a URL to pin its
+    content."""
     tokenizer: str = TINYLLAMA
-    """Tokenizer: a folder with tokenizer.json or tokenizer.model, such a file, or a hub id, maybe id@revision."""
+    """The tokenizer: a folder with tokenizer.json or tokenizer.model, one of these files, or a hub id, with or without
+    @revision."""
     document_start: Literal["auto", "bos", "eos", "none"] = "auto"
-    """What documents begin with: BOS, EOS, or nothing; auto does as the tokenizer's own models expect."""
+    """What each document begins with: the BOS token, the EOS token, or nothing. auto does what the tokenizer's own
+    models expect; choose another value to match a model that was trained differently."""
     wikitext_samples: int = Field(default=22_000, ge=0)
-    """WikiText paragraphs to draw; fewer than asked for takes all."""
+    """How many WikiText paragraphs to draw. If there are fewer, all are taken, and a note says so."""
     alpaca_samples: int = Field(default=52_000, ge=0)
-    """Alpaca samples to draw; fewer than asked for takes all."""
+    """How many Alpaca samples to draw. If there are fewer, all are taken, and a note says so."""
     wikitext_weight: float | None = Field(default=None, gt=0, le=1000)
-    """Draw this many times what WikiText holds in place of wikitext-samples: 0.5 half of it, 2 each one twice."""
+    """Draw this multiple of WikiText's size instead of --wikitext-samples: 0.5 takes half of the samples, 2 takes each
+    one twice."""
     alpaca_weight: float | None = Field(default=None, gt=0, le=1000)
-    """The same for Alpaca, in place of alpaca-samples."""
+    """Draw this multiple of Alpaca's size instead of --alpaca-samples: 0.5 takes half of the samples, 2 takes each one
+    twice."""
     text: tuple[str, ...] | None = None
-    """Another text source: PATH, PATH=SAMPLES or PATH=WEIGHTx; may be repeated. docs/FORMATS.md says what it may be."""
+    """One more source of text: PATH, PATH=SAMPLES or PATH=WEIGHTx. Repeat the option for several sources.
+    docs/FORMATS.md lists the kinds of files."""
     instructions: tuple[str, ...] | None = None
-    """Another source of instructions: PATH, PATH=SAMPLES or PATH=WEIGHTx; may be repeated. See docs/FORMATS.md."""
+    """One more source of instructions: PATH, PATH=SAMPLES or PATH=WEIGHTx. Repeat the option for several sources.
+    docs/FORMATS.md lists the kinds of files."""
     conversations: Literal["refuse", "single"] = "refuse"
-    """Instructions that are lists of messages: refuse them, or read those of a single turn and leave out the others."""
+    """What to do with instructions that are lists of messages: refuse the source, or use the conversations of a single
+    turn and leave out the others."""
     empty_noinput: bool = False
-    """Take an input that says there is none, such as <noinput> or Noinput, as empty."""
+    """Treat an input that says there is none, such as <noinput> or Noinput, as empty."""
     documents: Literal["auto", "paragraphs", "articles", "records"] = "auto"
-    """A document of a text: a paragraph, an article, or a record; auto goes by the kind of file (docs/FORMATS.md)."""
+    """What counts as one document of a text: a paragraph, an article, or a record. auto decides by the kind of file, as
+    docs/FORMATS.md describes."""
     separator: str = Field(default="auto", min_length=1)
-    """The line between two documents of a text, or blank-line; auto finds markers such as <|endoftext|>, or none."""
+    """The line that stands between two documents of a text, or blank-line for an empty one. auto finds markers such as
+    <|endoftext|>; none uses no separator."""
     detokenize: bool = False
-    """Undo WikiText's own tokenisation: ` @-@ `, spaces before punctuation, `= Title =`."""
+    """Undo WikiText's own tokenisation: ` @-@ `, spaces before punctuation, and `= Title =`. Use it if the model should
+    write ordinary text."""
     duplicates: Literal["keep", "count", "exact", "near"] = "keep"
-    """Copies of earlier samples: keep them, count near ones too, remove exact ones, or remove near ones as well."""
+    """What to do with copies of earlier samples. keep keeps them, count also counts near copies, exact removes exact
+    copies, and near removes near copies too. count and near compare all text and take longer."""
     skip_bad: bool = False
-    """Leave out records that are wrong, with a count and a list in skipped.jsonl, in place of refusing the source."""
+    """Skip records that are wrong instead of refusing the source. Their number is printed, and skipped.jsonl lists
+    them."""
     max_length: int = Field(default=128, ge=8, le=32_768)
-    """Tokens in a row."""
+    """Tokens in a row. Longer rows let the model read further back and take more memory to train."""
     output: Path = Path("data/mixed_train.pkl")
-    """The pickle to write; the packed dataset stands beside it, named without .pkl."""
+    """The pickle to write. The packed dataset goes into a folder beside it that has the same name without .pkl."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides which samples are drawn and their order."""
+    """Decides which samples are drawn and in which order."""
 
 
 class ShowSettings(Settings):
-    """Which rows of a prepared dataset to look at."""
+    """Which rows of a prepared dataset to print."""
 
     tokenizer: str | None = None
-    """The tokenizer of a pickle (folder, file or hub id); a packed folder carries its own."""
+    """The tokenizer of a pickle: a folder, a file or a hub id. A packed folder has its own."""
     split: Literal["train", "validation", "test"] = "train"
-    """Which part of the dataset."""
+    """The split to print rows from."""
     first: int = Field(default=0, ge=0)
-    """Number of the first row to show, from 0."""
+    """Number of the first row to print, counted from 0."""
     rows: int = Field(default=3, ge=1)
-    """How many rows."""
+    """How many rows to print."""
 
 
 class CaptureSettings(DeviceSettings):
-    """Asks the teacher once and stores its signals."""
+    """Asks the teacher once about every position and stores its signals."""
 
     data: Path = Path("data/mixed_train")
     """The prepared dataset: the packed folder, or a pickle."""
     teacher: str = TINYLLAMA
-    """Teacher with the dataset's tokenizer: folder or hub id (id@revision) of a causal LM, or a server's URL."""
+    """The teacher: a folder or hub id (with or without @revision) of a causal language model, or the URL of a server.
+    It must have the dataset's tokenizer."""
     served_model: str | None = None
-    """The model to ask a server for; by default the first that it lists."""
+    """The name of the model on the server. By default it is the first one that the server lists."""
     concurrency: int = Field(default=8, ge=1, le=1024)
-    """Requests to a server at the same time."""
+    """How many requests are sent to a server at the same time."""
     requests_per_second: float = Field(default=0.0, ge=0, le=100_000)
-    """Most requests to a server in a second; 0 sets no limit."""
+    """The most requests sent to a server in a second; 0 sets no limit."""
     output: Path = Path("data/teacher_signals")
-    """Folder for the signals; a capture that was stopped goes on there."""
+    """The folder for the signals. If it holds part of the same capture, the command resumes it."""
     kind: Literal["sampled", "topk", "full"] = "sampled"
-    """What to keep: sampled, random draws, which are unbiased; topk, the likeliest tokens, which tell only the sum of
-    the others; or full, every token, which is large."""
+    """What to store for each position. sampled stores tokens drawn at random, which are unbiased and small. topk stores
+    only the likeliest tokens. full stores every token, which takes much space."""
     draws: int = Field(default=50, ge=1, le=65_535)
-    """Tokens drawn from the teacher at each position."""
+    """Tokens drawn at each position, for the kind sampled. More draws give less noise and larger files."""
     top_k: int = Field(default=50, ge=1, le=65_535)
-    """Likeliest tokens kept at each position, for the kind topk."""
+    """How many of the likeliest tokens are stored at each position, for the kind topk."""
     temperature: float = Field(default=1.0, ge=0.01, le=100)
-    """Temperature of the teacher's distribution when drawing."""
+    """Temperature of the teacher's distribution. Training uses the same one in its distillation term."""
     batch_tokens: int | Literal["auto"] = "auto"
-    """Tokens in one forward pass of the teacher, at least one row; auto takes what fits the free memory and helps."""
+    """Tokens in one forward pass of the teacher. It takes whole rows, and at least one. auto takes as many as fit into
+    memory and make it faster."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the teacher computes in; auto takes bfloat16 on CUDA (float16 on old cards) and float32 elsewhere."""
+    """The number format in which the teacher computes. auto takes bfloat16 on CUDA (float16 on old cards) and float32
+    elsewhere."""
     workers: int = Field(default=1, ge=1, le=1024)
-    """Processes that ask the teacher, each with its own copy; the shards are the same for the same --threads."""
+    """Processes that ask the teacher, each with a copy of it. The signals are the same for any number of workers as
+    long as --threads is the same."""
     engine: Literal["local", "ray"] = "local"
-    """Where the workers run: on this machine, or on Ray's (pip install 'indraquantum[ray]')."""
+    """Where the workers run: on this machine (local), or on a Ray cluster (pip install 'indraquantum[ray]')."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides the draws."""
+    """Decides which tokens are drawn."""
 
     @field_validator("batch_tokens", mode="before")
     @classmethod
@@ -136,292 +161,309 @@ class CaptureSettings(DeviceSettings):
 
 
 class ModelSettings(Settings):
-    """The shape of IndraQuantumPhase2 and which variant of it is built."""
+    """The shape of IndraQuantumPhase2, and which variant of it is built."""
 
     d_model: int = Field(default=128, ge=2, le=65_536)
-    """Complex width d; the transformer is 2d wide."""
+    """Complex width d of the embeddings. The transformer is twice as wide."""
     layers: int = Field(default=4, ge=1, le=1024)
-    """Transformer layers."""
+    """Number of transformer layers."""
     heads: int = Field(default=4, ge=1, le=1024)
-    """Attention heads; must divide the transformer's width into even parts."""
+    """Attention heads of each layer. Their number must divide the transformer's width, and the width of each head must
+    be even."""
     mlp_width: int = Field(default=688, ge=1)
-    """Inner width of each layer's gated MLP."""
+    """Inner width of the gated MLP in each layer."""
     projector: Literal["quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none"] = "quantum"
-    """How token embeddings become states; all but quantum are controls."""
+    """How token embeddings become quantum states. All kinds except quantum are controls for comparison."""
     head: Literal["interference", "born"] = "interference"
-    """How a state becomes logits; born, Born's rule, is slow and for study only."""
+    """How a state becomes logits. born uses Born's rule; it is slow and only for study."""
     readout: Literal["reference", "mean"] = "reference"
-    """How magnitude and phase are read: against learned reference states, or the prototype's mean."""
+    """How magnitude and phase are read from a state: against learned reference states, or as a mean over all
+    dimensions."""
     magnitude: Literal["softplus", "exp", "linear"] = "linear"
-    """What makes a magnitude of its linear map; a linear one may be negative, which turns the phase by pi."""
+    """How the projector makes a magnitude from its linear map. linear allows negative values, which turn the phase by
+    pi."""
     phase_spread: float = Field(default=0.02, ge=0, le=100)
-    """Standard deviation of the phases at the start, in radians."""
+    """Standard deviation of the initial phases, in radians."""
     table_std: float | None = Field(default=None, gt=0, le=100)
-    """Standard deviation of the embedding table at the start; by default 1, or 0.5 for projectors linear and none."""
+    """Standard deviation of the initial embedding table. By default it is 1, or 0.5 for the projectors linear and
+    none."""
     residual: bool = False
     """Add the embedding to the real part of its state."""
     ends: Literal["shared", "separate"] = "separate"
-    """One projector for inputs and head, or one for each, over the same table; --projector none has none."""
+    """Whether the inputs and the output head share one projector or have one each. Both work on the same table.
+    --projector none has no projector."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout of the attention weights while training."""
+    """Dropout of the attention weights during training."""
 
 
 class OptimizerSettings(Settings):
-    """How any model here is optimised."""
+    """How a model is optimised."""
 
     batch_tokens: int = Field(default=4096, ge=1)
-    """Token positions in one optimiser step; at least one row is taken."""
+    """Token positions in one optimiser step. It takes whole rows, and at least one."""
     micro_batch_tokens: int = Field(default=8192, ge=1)
-    """Token positions in one forward pass, at least one row; a larger step adds up gradients, the same but rounded."""
+    """Token positions in one forward pass, in whole rows. Lower it if memory runs out: a larger step then adds up the
+    gradients of several passes, which changes the result only by rounding."""
     learning_rate: float = Field(default=2e-3, gt=0, le=10)
-    """Peak learning rate."""
+    """The peak learning rate. `indra lr-test` finds one for your data."""
     table_rate: float = Field(default=50.0, gt=0, le=1000)
-    """The embedding table's learning rate, as a multiple of the rest's."""
+    """The embedding table's learning rate, as a multiple of --learning-rate."""
     muon_rate: float = Field(default=2.0, gt=0, le=1000)
-    """Muon's learning rate as a multiple of the rest's; its updates are scaled to be as large as AdamW's."""
+    """Muon's learning rate, as a multiple of --learning-rate. Muon's updates are scaled to the size of AdamW's."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Part of the run, or of a strategy's stage, over which the learning rate rises from 0."""
+    """Fraction of the run, or of a strategy's stage, over which the learning rate rises from 0."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """What follows: a cosine down to the end, wsd (stable, then a straight decay), or the peak as it is."""
+    """How the learning rate continues after the warm-up. With cosine it falls until the end. With wsd it is stable and
+    then falls in a straight line. With constant it stays at the peak, and the run can be extended at any time."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
-    """Last part of the run, or of a stage, over which wsd decays."""
+    """Fraction of the run, or of a stage, over which wsd decays at the end."""
     final_rate: float = Field(default=0.1, ge=0, le=1)
-    """Where cosine and wsd end, as a part of the peak."""
+    """The learning rate at the end of cosine and wsd, as a fraction of the peak."""
     weight_decay: float = Field(default=0.3, ge=0, le=10)
-    """Decoupled weight decay of the matrices but the table; biases and norms have none."""
+    """Decoupled weight decay of all matrices except the embedding table. Biases and norms have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this global norm."""
+    """Gradients whose global norm is larger are scaled down to this norm."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides the initial weights and the order of the rows."""
 
 
 class TrainerSettings(Settings):
-    """What a run does beside its plain steps."""
+    """Further choices of a training run."""
 
     optimizer: Literal["adamw", "muon"] = "muon"
-    """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest."""
+    """muon uses Muon for the matrices of the layers and AdamW for all else; adamw uses AdamW for everything."""
     projector_rate: float = Field(default=0.4, gt=0, le=1000)
-    """The projector's learning rate, as a multiple of the rest's, where it has weights to learn."""
+    """The projector's learning rate, as a multiple of --learning-rate."""
     table_weight_decay: float = Field(default=0.0, ge=0, le=10)
     """Decoupled weight decay of the embedding table."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Format of the layers' products, weights and objective stay float32; auto takes 16 bits on CUDA alone."""
+    """Number format of the matrix products in the layers. Weights and objective stay float32. auto uses 16 bits on CUDA
+    and float32 elsewhere."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input and compute the rest again in the backward pass: less memory, a third more work."""
+    """Keep only the input of each layer and compute the rest again in the backward pass. It saves memory and costs a
+    third more work."""
     compile: bool = False
-    """Compile the layers with torch.compile, where a compiler works."""
+    """Compile the layers with torch.compile. It needs a C++ compiler, or Triton on a GPU."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
-    """Decay of a moving average of the weights, which is then what is evaluated, say 0.999; 0 keeps none."""
+    """Decay of a moving average of the weights, such as 0.999, which is then evaluated and used. 0 keeps no average."""
     keep_best: bool = False
-    """Keep the checkpoint with the best held-out cross-entropy too, as checkpoint_v4_best.pt."""
+    """Also keep the checkpoint with the lowest held-out cross-entropy, as checkpoint_v4_best.pt."""
     patience: int = Field(default=0, ge=0)
-    """Stop after so many evaluations in a row without a better held-out cross-entropy; 0 never does."""
+    """Stop early after this many evaluations in a row without a lower held-out cross-entropy; 0 never stops early."""
 
 
 class RunSettings(Settings):
     """How a training run is logged, evaluated, saved and resumed."""
 
     logs: Path = Path("logs")
-    """Folder for the logs. Metrics go to <logs>/<name of output>/metrics.jsonl."""
+    """The folder of the logs. The metrics of a run go to <logs>/<name of its output>/metrics.jsonl."""
     log_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
-    """Log metrics to this tracker as well as to metrics.jsonl. Needs its package:
-    pip install 'indraquantum[tensorboard]'."""
+    """A tracker that gets the metrics besides metrics.jsonl. Each needs an extra package, such as pip install
+    'indraquantum[tensorboard]'."""
     evaluate_every: int = Field(default=200, ge=1)
     """Optimiser steps between two evaluations on held-out text."""
     save_every: int = Field(default=200, ge=1)
     """Optimiser steps between two step checkpoints (checkpoint_v4_step_S.pt). A crash loses at most this many steps."""
     keep_last: int = Field(default=2, ge=1)
-    """Step checkpoints to keep. Older ones are removed."""
+    """How many step checkpoints are kept. Older ones are removed."""
     on_collapse: Literal["warn", "stop", "ignore"] = "warn"
-    """When predictions, phases, magnitudes or a loss term collapse: warn, or stop with exit status 3. ignore does not
-    check for collapse."""
+    """What to do if predictions, phases, magnitudes or a term of the objective collapse: warn, or stop with exit status
+    3. ignore does not check."""
     resume: str = "auto"
-    """auto resumes from the newest valid checkpoint of the run; never fails if there is one; or give the path of a
-    checkpoint."""
+    """auto resumes from the newest valid checkpoint in the output folder, or starts a new run if there is none. never
+    fails if there is one. The path of a checkpoint resumes from it."""
 
 
 class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettings, DeviceSettings):
-    """One run of semantic distillation, by default the unified one (v4).
+    """One run of semantic distillation, by default with the unified strategy v4.
 
-    Options that are given replace the strategy's values; those in which its stages differ or clash with it are refused.
+    An option that you give replaces the strategy's value. It is refused if the strategy's stages differ in it.
     """
 
     strategy: str = "v4-unified"
-    """What learns when: v4-unified, stage1, stage2-v2-aggressive, stage2-v3-gentle, or a YAML (docs/FORMATS.md)."""
+    """The training strategy: v4-unified, stage1, stage2-v2-aggressive, stage2-v3-gentle, or your own YAML file as
+    docs/FORMATS.md describes."""
     start_from: Path | None = None
-    """A checkpoint whose weights to start from; a stage2 strategy then leaves its stage 1 out."""
+    """A checkpoint whose weights the run starts from. A stage2 strategy then skips its first stage."""
     data: Path = Path("data/mixed_train")
     """The prepared dataset: the packed folder, or a pickle."""
     tokenizer: str | None = None
-    """The tokenizer of a pickle (folder, file or hub id); a packed folder carries its own."""
+    """The tokenizer of a pickle: a folder, a file or a hub id. A packed folder has its own."""
     signals: Path | None = None
-    """The teacher's signals; by default the folder teacher_signals beside the data."""
+    """The folder of the teacher's signals. By default it is teacher_signals beside the data."""
     teacher: str = TINYLLAMA
-    """Teacher to capture from where there are no signals yet: folder or hub id."""
+    """The teacher to capture signals from if there are none yet: a folder or a hub id."""
     no_teacher: bool = False
-    """Train on cross-entropy alone."""
+    """Train on cross-entropy alone, without a teacher."""
     output: Path = Path("checkpoints/phase2_v4_unified")
-    """Folder for the checkpoints. Each epoch leaves its own, checkpoint_v4_epoch_N.pt. The same command resumes from
-    the newest one."""
+    """The folder for the checkpoints. Each epoch has its own, checkpoint_v4_epoch_N.pt. The same command again resumes
+    from the newest one."""
     epochs: int = Field(default=3, ge=1, le=100_000)
-    """Passes over the training rows; more extend a run whose rate is constant, or wsd that has not begun to decay."""
+    """Passes over the training rows. You can extend a finished run with more epochs if its schedule is constant, or wsd
+    that has not begun to decay."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after this many optimiser steps; the schedules then end there. More extend a run as more epochs do."""
+    """Stop after this many optimiser steps; the schedules then end there. Raise it later to extend the run, under the
+    same conditions as with --epochs."""
     kd_weight_start: float = Field(default=0.01, ge=0, le=100)
-    """Weight of the distillation term at the start of the run, where the strategy is v4-unified or this is given."""
+    """Weight of the distillation term at the start of the run. The default is for the strategy v4-unified; the other
+    strategies have their own."""
     kd_weight_end: float = Field(default=0.05, ge=0, le=100)
-    """Weight of the distillation term at its end; linear in between."""
+    """Weight of the distillation term at the end of the run. It changes linearly in between."""
     phase_weight: float = Field(default=0.1, ge=0, le=100)
-    """Weight of the phase term (teacher's entropy)."""
+    """Weight of the phase term, which ties the state's phase to the teacher's entropy."""
     magnitude_weight: float = Field(default=0.1, ge=0, le=100)
-    """Weight of the magnitude term (teacher's confidence)."""
+    """Weight of the magnitude term, which ties the state's magnitude to the teacher's confidence."""
     tail: Literal["auto", "bucket", "uniform", "none"] = "auto"
-    """The probability that top-k signals don't store: bucket compares it as one lump, uniform spreads it over the other
-    tokens, none ignores it. auto takes bucket for top-k signals; a run that is resumed keeps what it began with."""
+    """What the objective does with the probability that top-k signals do not store: bucket treats all other tokens as
+    one outcome, uniform spreads it over them, none ignores it. auto means bucket. A resumed run keeps its value."""
     dry_run: bool = False
-    """Print shapes, parameters, memory, FLOPs and the time to finish, from real steps that are thrown away."""
+    """Print shapes, parameters, memory, FLOPs and the time to finish, measured on real steps that are thrown away."""
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
-    """What each process of a torchrun holds: the whole model (ddp, which auto takes), or a shard of it (fsdp2)."""
+    """What each process of torchrun holds: the whole model (ddp, which auto means), or a shard of it (fsdp2, for a
+    model that does not fit one device)."""
 
 
 class LrTestSettings(TrainSettings):
-    """The run to test learning rates for, with the options of train."""
+    """A run whose learning rates are tested. It takes the options of train."""
 
     steps: int = Field(default=100, ge=10, le=100_000)
-    """Optimiser steps at most; the test ends where the loss has clearly risen."""
+    """The most optimiser steps to take. The test ends early once the loss has clearly risen."""
     lowest_rate: float = Field(default=1e-5, gt=0, le=10)
     """Learning rate of the first step."""
     highest_rate: float = Field(default=1.0, gt=0, le=100)
-    """Learning rate of the last step; in between it rises by equal ratios."""
+    """Learning rate of the last step. From step to step the rate rises by the same ratio."""
     picture: Path = Path("lr_test.png")
-    """Where to draw the loss over the rate: .png, .pdf or .svg."""
+    """The file for the plot of the loss over the learning rate: .png, .pdf or .svg."""
 
 
 class TeacherSettings(OptimizerSettings, RunSettings, DeviceSettings):
     """Trains a small Llama teacher from scratch on a prepared dataset. The same command resumes after a stop."""
 
     learning_rate: float = Field(default=3e-3, gt=0, le=10)
-    """Peak learning rate."""
+    """The peak learning rate, which is reached after the warm-up."""
     table_rate: float = Field(default=10.0, gt=0, le=1000)
-    """The embedding table's learning rate, as a multiple of the rest's."""
+    """The embedding table's learning rate, as a multiple of --learning-rate."""
     data: Path = Path("data/mixed_train")
     """The packed dataset to train on."""
     output: Path = Path("checkpoints/teacher")
-    """Folder for the teacher, in Hugging Face's format. The run's checkpoints go to <output>_run beside it."""
+    """The folder for the teacher, in Hugging Face's format. The checkpoints of the run go to <output>_run beside it."""
     width: int = Field(default=256, ge=2)
-    """Width of the Llama."""
+    """Width of the Llama's embeddings and layers."""
     layers: int = Field(default=6, ge=1)
-    """Transformer layers."""
+    """Number of transformer layers."""
     heads: int = Field(default=4, ge=1)
-    """Attention heads; must divide the width into even parts."""
+    """Attention heads of each layer. Their number must divide the width, and the width of each head must be even."""
     steps: int = Field(default=1000, ge=1)
-    """Optimiser steps."""
+    """Number of optimiser steps."""
 
 
 class WeightsSettings(Settings):
-    """Which of a checkpoint's weights to use."""
+    """Which weights of a checkpoint to use."""
 
     weights: Literal["auto", "ema", "last"] = "auto"
-    """The moving average of the weights, or the last ones; auto takes the average where the checkpoint has one."""
+    """Use the moving average of the weights (ema) or the last weights. auto uses the average if the checkpoint has
+    one."""
 
 
 class TestSettings(WeightsSettings, DeviceSettings):
-    """Writes text with a trained checkpoint."""
+    """Writes text with a trained model."""
 
     __test__ = False  # not a test class, whatever pytest thinks of the name
 
     prompt: str | None = None
-    """Text to continue."""
+    """The text to continue."""
     instruction: str | None = None
-    """An instruction to answer, put into the Alpaca prompt."""
+    """An instruction to answer. It is put into the Alpaca prompt that the model was trained on."""
     input: str | None = None
-    """The instruction's input."""
+    """The input that belongs to the instruction."""
     max_new_tokens: int = Field(default=64, ge=1, le=100_000)
-    """Tokens to write at most."""
+    """The most tokens to write."""
     temperature: float = Field(default=0.8, ge=0, le=100)
-    """Sampling temperature; 0 always takes the likeliest token."""
+    """Sampling temperature. Lower values give likelier text; 0 always takes the likeliest token."""
     top_p: float = Field(default=0.95, gt=0, le=1)
-    """Keep the likeliest tokens up to this probability mass."""
+    """Sample only from the likeliest tokens whose probabilities sum to this value; 1 keeps all."""
     top_k: int = Field(default=50, ge=0)
-    """Keep this many of the likeliest tokens; 0 keeps all."""
+    """Sample only from this many of the likeliest tokens; 0 keeps all."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides what is sampled."""
+    """Decides which tokens are sampled. Equal seeds give equal text."""
     show_state: bool = False
-    """Print each token's confidence and uncertainty, read from the model's own state where a teacher aligned it."""
+    """Print the confidence and uncertainty of each token, read from the model's state. They are meaningful only if
+    training aligned the state with a teacher."""
 
 
 class EvalSettings(WeightsSettings, DeviceSettings):
-    """One checkpoint's figures on held-out text."""
+    """Measures a model on held-out text."""
 
     data: Path = Path("data/mixed_train")
     """The prepared dataset whose held-out documents are predicted."""
     split: Literal["validation", "test"] = "validation"
-    """Which held-out documents. Keep test for a last report and choose nothing by it. Each reading of it is recorded
-    beside the data."""
+    """The held-out documents to predict. Keep test for a last report, and choose nothing by it: each reading of it is
+    recorded in a file beside the data."""
     text: str | None = None
-    """A text to predict instead: a file or folder as for `indra prepare --text`, with documents as there."""
+    """Predict this text instead of a dataset: a file or folder as for `indra prepare --text`."""
     row_length: int = Field(default=128, ge=8, le=32_768)
-    """Tokens in a row of it; the model sees no further back. By default as `indra prepare` lays training text."""
+    """Tokens in a row of --text; the model reads no further back. The default is that of `indra prepare`."""
     signals: Path | None = None
-    """Teacher signals of the dataset, to correlate the model's readouts with; by default those beside it, if any."""
+    """The teacher's signals, to compare the model's magnitude and phase with. By default those beside the dataset are
+    used if there are any."""
     json_file: Path | None = None
-    """Write the figures here too."""
+    """Also write the figures to this JSON file."""
 
 
 class AblateSettings(DeviceSettings):
-    """Variants and seeds at equal training tokens, and one report of them all."""
+    """Compares variants over several seeds at equal training tokens, and writes one report."""
 
     data: Path | None = None
-    """The prepared dataset, in place of the plan's."""
+    """The prepared dataset, instead of the plan's."""
     signals: Path | None = None
-    """The teacher's signals, in place of the plan's."""
+    """The teacher's signals, instead of the plan's."""
     output: Path | None = None
-    """Folder for a JSON of each run and the report; by default results/<name of the plan>."""
+    """The folder for the report and for a JSON file of each run. By default it is results/<name of the plan>."""
     work: Path | None = None
-    """Folder for checkpoints and logs of runs under way; by default runs/ablate/<name of the plan>."""
+    """The folder for checkpoints and logs of unfinished runs. By default it is runs/ablate/<name of the plan>."""
     jobs: int = Field(default=1, ge=1, le=1024)
-    """Runs at the same time, each in a process of its own."""
+    """How many runs are trained at the same time, each in its own process."""
     threads: int = Field(default=1, ge=1, le=1024)
-    """CPU threads of each run. The same number gives the same bits."""
+    """CPU threads of each run. The same number of threads gives the same results to the last bit."""
     only: tuple[str, ...] | None = None
-    """A variant to run, and no other; may be repeated."""
+    """Run this variant and no other. Repeat the option for several variants."""
     keep_checkpoints: bool = False
-    """Leave the last checkpoint of each run in the work folder."""
+    """Keep the last checkpoint of each run in the work folder."""
     dry_run: bool = False
-    """Print variants, parameters, steps and tokens, and run nothing."""
+    """Print variants, parameters, steps and tokens, and train nothing."""
     final: bool = False
-    """When all runs are done, measure each on the dataset's test split too, once, for a last report. It needs their
-    checkpoints, and keeps those of the runs that are still to be done."""
+    """Once all runs are done, also measure each of them on the dataset's test split, for a last report. This happens
+    only once. It needs the checkpoints of all runs, so they are kept."""
     report_only: bool = False
-    """Make the report anew from the JSONs that are there, and run nothing."""
+    """Write the report again from the JSON files in the output folder, and train nothing."""
 
 
 class RunsSettings(Settings):
     """Where the runs are."""
 
     logs: Path = Path("logs")
-    """The folder of the logs; every folder below it that holds a metrics.jsonl is a run."""
+    """The folder of the logs. Every folder below it with a metrics.jsonl is a run."""
 
 
 class BenchSettings(Settings):
-    """Speed and memory beside the machine's own limits."""
+    """Measures speed and memory beside the machine's own limits."""
 
     threads: int = Field(default=2, ge=1, le=1024)
-    """CPU threads."""
+    """CPU threads to use. Take as many as your training runs use."""
     repeats: int = Field(default=7, ge=1, le=1000)
-    """Measured rounds; the medians are printed."""
+    """How many rounds are measured. The medians are printed."""
     quick: bool = False
-    """Toy sizes, to see that it runs."""
+    """Use toy sizes, only to see that it works."""
     json_file: Path | None = None
-    """Write the figures here too."""
+    """Also write the figures to this JSON file."""
 
 
 class DemoSettings(DeviceSettings):
-    """The whole pipeline on Python's own manual, offline."""
+    """Runs the whole pipeline offline on Python's own manual."""
 
     output: Path = Path("demo")
-    """Folder for everything the demo writes."""
+    """The folder for everything that the demo writes."""
     tiny: bool = False
-    """The same path at toy size, in seconds."""
+    """Run the same steps at toy size, in seconds. The text will be poor."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides everything that is random."""

@@ -1,10 +1,10 @@
 """The demo: the whole pipeline on Python's own manual, offline, from a corpus to answers.
 
     indra demo            minutes on 2 cores
-    indra demo --tiny     the same path in seconds, for tests
+    indra demo --tiny     the same steps in seconds, for tests
 
-Every Python carries its manual as prose and thousands of docstrings, which make question/answer pairs: the two kinds of
-text that the real run mixes. A tokenizer and a small Llama teacher are trained on them on the spot.
+Every Python comes with its manual as prose, and with thousands of docstrings, which give question/answer pairs. These
+are the two kinds of text that the full run mixes. The demo trains a tokenizer and a small Llama teacher on them.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Size:
-    """How large each part of the demo is."""
+    """The size of each part of the demo."""
 
-    documents: int | None  # paragraphs and answers to keep, each; None keeps all
+    documents: int | None  # number of paragraphs, and of answers, to keep; None keeps all
     vocabulary: int
     teacher: dict  # fields of TeacherSettings
     student: dict  # fields of TrainSettings
@@ -73,7 +73,7 @@ TINY = Size(
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Held-out cross-entropies of the demo, nats per token over all sources, and what was written."""
+    """The demo's held-out cross-entropies, in nats per token over all sources, and its files and answers."""
 
     unigram: float
     before: float
@@ -84,10 +84,10 @@ class DemoReport:
 
 
 def run_demo(settings: DemoSettings) -> DemoReport:
-    """Run every stage below `settings.output` and print what came out.
+    """Run every stage in `settings.output` and print the results.
 
     Raises:
-        UserError: the folder can't be written, or this Python carries no manual.
+        UserError: the folder can't be written, or this Python has no manual.
     """
     started = time.perf_counter()
     console = Console()
@@ -129,14 +129,14 @@ def run_demo(settings: DemoSettings) -> DemoReport:
         )
     )
 
-    console.rule("4/6  capture: the teacher's signals, asked once")
+    console.rule("4/6  capture: the teacher's signals")
     signals = folder / "data" / "teacher_signals"
     captured = capture(
         CaptureSettings(data=data, teacher=str(folder / "teacher"), output=signals, seed=settings.seed, **compute)
     )
     print(capture_summary(captured))
 
-    console.rule("5/6  train IndraQuantumPhase2: v4, unified semantic distillation")
+    console.rule("5/6  train: IndraQuantumPhase2, by unified semantic distillation (v4)")
     student = train(
         TrainSettings(
             data=data,
@@ -182,8 +182,10 @@ def run_demo(settings: DemoSettings) -> DemoReport:
 
 
 def print_summary(console: Console, report: DemoReport, seconds: float) -> None:
-    """The closing table: figures, files, and the next command to try."""
-    figures = Table("model", "held-out cross-entropy", "perplexity", title="nats per token, text that no model saw")
+    """Print the figures, the files, and the next command to try."""
+    figures = Table(
+        "model", "held-out cross-entropy", "perplexity", title="nats per token, on text that no model was trained on"
+    )
     for name, value in (
         ("unigram of the training tokens", report.unigram),
         ("IndraQuantumPhase2 before training", report.before),
@@ -195,6 +197,6 @@ def print_summary(console: Console, report: DemoReport, seconds: float) -> None:
     console.print("Written:")
     for name, path in report.files.items():
         console.print(f"  {name:21} {path}", soft_wrap=True, highlight=False)
-    console.print(f"Done in {seconds:.0f} s. Next, ask the model something yourself:\n")
+    console.print(f"Done in {seconds:.0f} s. Now ask the model a question:\n")
     command = f'indra test {report.files["checkpoint"]} --instruction "What does str.split do?" --show-state'
     console.print("  .venv/bin/" + command, style="bold", soft_wrap=True, highlight=False)

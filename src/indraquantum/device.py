@@ -9,20 +9,20 @@ from indraquantum.errors import UserError
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """float64, or float32 on MPS, which has no wider format."""
+    """Return float64, or float32 on MPS, which has no wider format."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def best_16_bits() -> torch.dtype:
-    """The 16-bit format of the CUDA device: bfloat16 where the card itself has it, for an emulated one is slow."""
+    """Return the 16-bit format of the CUDA device: bfloat16 if the card has it; emulated bfloat16 would be slow."""
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def choose_device(settings: DeviceSettings) -> torch.device:
-    """The device that `settings` ask for, after setting torch's threads.
+    """Set torch's threads and return the device that `settings` ask for.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the machine does not have this device.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -1,4 +1,8 @@
-"""Writing so that nothing is ever half-written: a temporary name beside the target, fsync, then a rename."""
+"""Reads and writes files safely: atomic writing, checksums, locks, and errors that name the file.
+
+Nothing is ever half-written: a file gets a temporary name beside its target, is fsynced, and is then renamed. No
+maintained library does this for folders too. filelock provides the lock of a folder.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +22,23 @@ from typing import Any
 
 from indraquantum.errors import UserError
 
-_UMASK = os.umask(0)  # the only way to ask for it
+_UMASK = os.umask(0)  # the only way to read it
 os.umask(_UMASK)
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of the file's bytes."""
+    """Return the hex SHA-256 of the file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def combined_sha256(digests: Iterable[str]) -> str:
-    """One hex SHA-256 that stands for several, in their order."""
+    """Return one hex SHA-256 for several of them, in their order."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def fsync_folder(path: Path) -> None:
-    """Make a rename inside `path` survive a crash of the machine."""
+    """Make sure that a rename inside `path` survives a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -58,18 +62,25 @@ def make_folder(field: str, path: Path) -> Path:
 
 
 def check_new_file(field: str, path: Path) -> None:
-    """Check before long work that its result can be written at `path`; makes the folder.
+    """Check before long work that its result can be written to `path`, and create the folder.
 
     Raises:
-        UserError: it is a folder, or stands where none can be written; `field` is the option to name.
+        UserError: it is a folder, or can't be written there; `field` is the option to name.
     """
     if path.is_dir():
         raise UserError(field, path, "must be a file, not a folder")
     make_folder(field, path.parent)
 
 
+def unreadable(field: str, path: Path, error: OSError | UnicodeDecodeError) -> UserError:
+    """Return the error for a file at `path` that can't be read, or is not UTF-8."""
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(field, path, f"must be UTF-8 text (byte {error.start} is not)")
+    return UserError(field, path, f"must be a file that can be read ({error.strerror})")
+
+
 def not_written(field: str, path: Path, size: int, error: OSError, then: str = "") -> UserError:
-    """What to say where `size` bytes could not be written to `path`; `then` ends the message."""
+    """Return the error for `size` bytes that could not be written to `path`; `then` ends the message."""
     there = next(parent for parent in path.absolute().parents if parent.exists())  # its own folder may be gone
     room = f"({size:,} bytes needed, {shutil.disk_usage(there).free:,} free)"
     return UserError(field, path, f"could not be written: {error.strerror} {room}{then}")
@@ -77,7 +88,7 @@ def not_written(field: str, path: Path, size: int, error: OSError, then: str = "
 
 @contextlib.contextmanager
 def folder_lock(field: str, folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; the system drops the lock when a process ends, however it ends.
+    """Hold `folder` for this process alone. The system drops the lock when the process ends, however it ends.
 
     Raises:
         UserError: another process holds it.
@@ -88,7 +99,7 @@ def folder_lock(field: str, folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(field, folder, "is in use by another run; wait for it, or give another folder") from None
+        raise UserError(field, folder, "is in use by another run; wait until it ends, or give another folder") from None
     try:
         with _shown_as_held(folder / HELD):
             yield
@@ -96,13 +107,13 @@ def folder_lock(field: str, folder: Path) -> Iterator[None]:
         lock.release()
 
 
-HELD = ".running"  # beside .lock: a look at this one never stands in the way of a process that wants that one
-LOOK_SECONDS = 5  # a look takes microseconds; one that was stopped in the middle must not keep a run from starting
+HELD = ".running"  # beside .lock; `is_locked` tests this file, so it never blocks a process that wants .lock
+LOOK_SECONDS = 5  # a test takes microseconds; one that was paused in the middle must not keep a run from starting
 
 
 @contextlib.contextmanager
 def _shown_as_held(path: Path) -> Iterator[None]:
-    """Hold the file at `path`, for `is_locked` to see. Only the holder of the folder comes here."""
+    """Hold the file at `path`, which `is_locked` tests. Only the holder of the folder does this."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         until = time.monotonic() + LOOK_SECONDS
@@ -115,19 +126,46 @@ def _shown_as_held(path: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds `folder_lock` on `folder`. The look takes no lock that a run needs to start."""
+    """Return whether a process holds `folder_lock` on `folder`. The test takes no lock that a run needs to start."""
     try:
         descriptor = os.open(folder / HELD, os.O_RDONLY)
     except OSError:
         return False
     try:
-        return not _flock(descriptor, fcntl.LOCK_SH)  # shared: looks don't see each other
+        return not _flock(descriptor, fcntl.LOCK_SH)  # shared, so that tests don't see each other
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def try_lock(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Lock `folder` itself, without a file in it; yield whether that succeeded.
+
+    Unlike `folder_lock`, it leaves nothing in a folder of yours, and a lock that another process holds is no error. On
+    a file system without locks it never succeeds.
+
+    Args:
+        folder: what to lock.
+        wait: wait until no other process holds the lock.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(descriptor)
 
 
 def _flock(descriptor: int, kind: int) -> bool:
-    """Take a lock if nobody is in the way; where the file system has no locks, nobody ever is."""
+    """Take a lock if nobody holds it; return whether it is free. On a file system without locks it always is."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -138,24 +176,26 @@ def _flock(descriptor: int, kind: int) -> bool:
 
 
 def cache_folder() -> Path:
-    """Folder of what can be made or downloaded again: $INDRAQUANTUM_CACHE, or ~/.cache/indraquantum.
+    """Return the folder for what can be made or downloaded again: $INDRAQUANTUM_CACHE, or ~/.cache/indraquantum.
 
     Raises:
-        UserError: the variable is not set, and this user has no home folder.
+        UserError: the variable is not set, and there is no home folder.
     """
     if chosen := os.environ.get("INDRAQUANTUM_CACHE"):
         return Path(chosen)
     try:
         return Path.home() / ".cache" / "indraquantum"
     except RuntimeError:  # as in a container whose user has no entry in /etc/passwd
-        raise UserError("INDRAQUANTUM_CACHE", "nothing", "must name a folder: this user has no home folder") from None
+        raise UserError(
+            "INDRAQUANTUM_CACHE", "nothing", "must name a folder, because there is no home folder"
+        ) from None
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
+    """Yield a temporary path beside `path`. On success it is fsynced and renamed to `path`; on failure it is removed.
 
-    A symbolic link is followed, and stays.
+    If `path` is a symbolic link, its target is replaced.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -172,9 +212,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes `path`'s place as a whole, on failure it goes.
+    """Yield a temporary folder beside `path`. On success it replaces `path` as a whole; on failure it is removed.
 
-    A symbolic link is followed, and stays.
+    If `path` is a symbolic link, its target is replaced.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -193,25 +233,30 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     finally:
-        if replaced.exists() and not path.exists():  # stopped between the two
+        if replaced.exists() and not path.exists():  # interrupted between the two renames
             os.replace(replaced, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _readable(path: Path) -> None:
-    """Let others read what a library wrote for its owner alone, as far as the umask lets them."""
+    """Let others read a file that a library wrote for its owner alone, as far as the umask allows."""
     path.chmod(path.stat().st_mode | 0o666 & ~_UMASK)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def without_nan(value: Any) -> Any:
-    """NaN and infinity, which JSON has not, as None, however deep in dicts, lists and tuples."""
+    """Replace NaN and infinity, which JSON does not have, by None, also inside dicts, lists and tuples."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -223,23 +268,23 @@ SEAL = "manifest_sha256"
 
 
 def write_manifest_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` as `write_json` does, with the SHA-256 of the rest as its last entry."""
+    """Write `value` as `write_json` does, with its own SHA-256 as the last entry."""
     write_json(path, {**value, SEAL: _seal(value)})
 
 
 def check_manifest_json(field: str, path: Path) -> None:
-    """Check every byte of a manifest against the SHA-256 that it carries.
+    """Check every byte of a manifest against the SHA-256 in it.
 
     Raises:
-        UserError: a byte has changed, or it carries none; `field` is the option to name.
+        UserError: a byte has changed, or there is no SHA-256; `field` is the option to name.
     """
     value = read_json(field, path)
     if not isinstance(value, dict) or SEAL not in value:
-        raise UserError(field, path, f"is damaged, or of an earlier program: it has no {SEAL}; make it again")
+        raise UserError(field, path, f"has no {SEAL}: it is damaged, or an earlier version wrote it; make it again")
     value = {name: entry for name, entry in value.items() if name != SEAL}
     expected = json.dumps({**value, SEAL: _seal(value)}, indent=2, ensure_ascii=False) + "\n"
     if path.read_bytes() != expected.encode(errors="backslashreplace"):
-        raise UserError(field, path, f"is damaged: its {SEAL} is not that of its content")
+        raise UserError(field, path, f"is damaged: its {SEAL} does not match its content")
 
 
 def _seal(value: dict[str, Any]) -> str:
@@ -247,7 +292,7 @@ def _seal(value: dict[str, Any]) -> str:
 
 
 def read_json(field: str, path: Path, at_most: int | None = None) -> Any:
-    """Parse the JSON file at `path`, of `at_most` so many bytes.
+    """Parse the JSON file at `path`, which may have at most `at_most` bytes.
 
     Raises:
         UserError: the file is missing, too large, not UTF-8 or not JSON; `field` is the option to name.
@@ -256,29 +301,27 @@ def read_json(field: str, path: Path, at_most: int | None = None) -> Any:
         if at_most is not None and path.stat().st_size > at_most:
             raise UserError(field, path, f"must be at most {at_most:,} bytes, not {path.stat().st_size:,}")
         return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(field, path, f"must be UTF-8 text (byte {error.start} is not)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(field, path, error) from None
     except json.JSONDecodeError as error:
         raise UserError(field, path, f"must be JSON ({error.msg} at line {error.lineno})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
         raise UserError(field, path, f"must be JSON that can be read ({' '.join(str(error).split())[:80]})") from None
 
 
-SUMS_NAME = "SHA256SUMS"  # in the format of sha256sum: `sha256sum -c SHA256SUMS` checks a folder without us
+SUMS_NAME = "SHA256SUMS"  # in the format of sha256sum: `sha256sum -c SHA256SUMS` checks a folder without this program
 _SUM = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
 
 
 def write_sums(folder: Path) -> None:
-    """Write `folder`/SHA256SUMS over all files of the folder."""
+    """Write `folder`/SHA256SUMS for all files of the folder."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS_NAME)
     lines = [f"{sha256_of(folder / name)}  {name}\n" for name in names]
     (folder / SUMS_NAME).write_text("".join(lines), encoding="utf-8")
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """What `folder`/SHA256SUMS says of the folder's files, by name; empty where there is none."""
+    """Return the checksums in `folder`/SHA256SUMS by file name; empty if there is no such file."""
     try:
         text = (folder / SUMS_NAME).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -288,7 +331,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def damaged_file(folder: Path, names: Iterable[str]) -> str | None:
-    """The first of the files `names` of `folder` that is not what SHA256SUMS says; None where it says nothing else."""
+    """Return the first of the files `names` in `folder` that does not match SHA256SUMS; None if all match."""
     sums = read_sums(folder)
     wrong = (name for name in names if name in sums and sha256_of(folder / name) != sums[name])
     return next(wrong, None)

@@ -1,4 +1,4 @@
-"""What training and evaluation need of a model: states against a table. Student and teacher both give it.
+"""What training and evaluation need from a model. Student and teacher both provide it.
 
 Legend: B rows, T positions, N positions of interest, D real width, V vocabulary.
 """
@@ -15,28 +15,31 @@ from indraquantum.data.split import Batch
 
 
 class Learner(Protocol):
-    """What can be trained here: hidden states against a table. IndraQuantumPhase2 is one, the Llama teacher another."""
+    """A model that can be trained here: its logits are products of hidden states and a table.
+
+    IndraQuantumPhase2 is one, and the Llama teacher is another.
+    """
 
     bias_V: Tensor | None
     scale: Tensor | None
 
     def lift_table(self) -> Tensor:
-        """The output table (V, D)."""
+        """Return the output table (V, D)."""
 
     def hidden_states(
         self, input_ids_BT: Tensor, position_ids_BT: Tensor, segment_ids_BT: Tensor, table_VD: Tensor
     ) -> Tensor:
-        """States (B, T, D) before the output table."""
+        """Return the states (B, T, D) before the output table."""
 
     def logits(self, states: Tensor, table_VD: Tensor) -> Tensor:
-        """Logits (..., V) of `states` (..., D) against the output table."""
+        """Return the logits (..., V) of `states` (..., D) against the output table."""
 
     def amplitude(self, states_ND: Tensor) -> Tensor | None:
-        """Complex readouts (N,), or None where there are none."""
+        """Return the complex readouts (N,), or None if the model has none."""
 
 
 def to_tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The parts of a batch that a model needs, as int64 tensors (B, T) on `device`."""
+    """Return the parts of a batch that a model needs, as int64 tensors (B, T) on `device`."""
     names = {"input_ids": "input_ids_BT", "positions": "position_ids_BT", "segments": "segment_ids_BT"}
     return {names[name]: torch.from_numpy(getattr(batch, name)).to(device) for name in names}
 

@@ -1,8 +1,8 @@
 """The unified objective of semantic distillation: `CE + w_kd * KD + w_phase * L_phase + w_mag * L_mag`.
 
-Cross-entropy and distillation come from the fused linear objective, which never builds the logits; the two
-alignment terms tie the student's own quantum state to the teacher: its phase to how uncertain the teacher is,
-its magnitude to how confident.
+Cross-entropy and distillation come from the fused linear objective, which never builds the logits. The two alignment
+terms tie the student's quantum state to the teacher: its phase to how uncertain the teacher is, and its magnitude to
+how confident it is.
 
 Legend: N rows (token positions), R those with a label and signals, D real width, V vocabulary, K kept teacher
 tokens of a row.
@@ -23,13 +23,13 @@ _PHASE_EPSILON = 1e-6  # keeps the direction's gradient finite where the amplitu
 
 
 class TeacherSignals(NamedTuple):
-    """What the teacher said at each row; a row whose ids are all -1 has no signals."""
+    """The teacher's signals at each row. A row whose ids are all -1 has no signals."""
 
     ids_NK: Tensor  # integer; -1 is padding, duplicates add up
     probs_NK: Tensor  # counts / draws, or probabilities; a row sums to at most 1
     entropy_N: Tensor | None = None  # nats, exact, at temperature 1
     confidence_N: Tensor | None = None  # max p, exact, at temperature 1
-    # nats, at the distillation temperature; where absent, kd_estimate takes entropy_N, exact only at 1
+    # nats, at the distillation temperature; without it, kd_estimate uses entropy_N, which is exact only at 1
     temperature_entropy_N: Tensor | None = None
 
     def to(self, device: torch.device) -> TeacherSignals:
@@ -38,7 +38,7 @@ class TeacherSignals(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """The objective and its parts: sums over rows by the token count, unweighted; None where absent."""
+    """The objective and its parts: sums over rows divided by the token count, unweighted; None if absent."""
 
     total: Tensor  # differentiable; all others are detached
     ce: Tensor  # nats
@@ -46,7 +46,6 @@ class LossTerms(NamedTuple):
     kd_estimate: Tensor | None  # tau^2 * (sum -q ln p - H): unbiased for the true divergence, may dip below 0
     phase: Tensor | None  # 1 - cos of the angle to the target, in [0, 2]
     magnitude: Tensor | None  # squared error of |c|
-    z: Tensor | None = None  # squared log-sum-exp; None unless z_loss is positive
 
 
 class SemanticDistillationLoss:
@@ -63,8 +62,6 @@ class SemanticDistillationLoss:
         temperature: float = 1.0,
         *,
         tail: Tail = "bucket",
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
         head: Head = "interference",
         implementation: Implementation = "auto",
     ) -> None:
@@ -75,22 +72,19 @@ class SemanticDistillationLoss:
             phase_weight: weight of the phase term.
             magnitude_weight: weight of the magnitude term.
             temperature: tau of the distillation term, which is multiplied by tau^2.
-            tail: what becomes of probability that the signals don't hold, as those of the likeliest tokens don't:
-                `bucket` compares it as one lump with all the student gives to the other tokens, `uniform` spreads it
-                evenly over them, `none` leaves it out, which draws the student to giving them nothing. Signals
-                whose rows sum to 1 have none, and are served as fast with any.
-            label_smoothing: as in F.cross_entropy.
-            z_loss: weight of the mean squared log-sum-exp.
-            head: what makes logits of states and table: interference, which is fused, or born, which is dense.
-            implementation: "auto", or the kernel to force.
+            tail: how to treat the probability that the signals do not hold, as with the likeliest tokens only.
+                `bucket` compares it as one lump with all that the student gives to the other tokens. `uniform` spreads
+                it evenly over them. `none` leaves it out, which pulls the student towards giving them nothing. Signals
+                whose rows sum to 1 have no tail, and all three are equally fast for them.
+            head: how logits are made from states and table: interference, which is fused, or born, which is dense.
+            implementation: "auto" picks the kernel by the device. Give "reference" to compare a result with the plain
+                formulas, which build the whole N x V logits.
         """
         self.kd_weight = kd_weight
         self.phase_weight = phase_weight
         self.magnitude_weight = magnitude_weight
         self.temperature = temperature
         self.tail: Tail = tail
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
         self.head: Head = head
         self.implementation: Implementation = implementation
         self._options()
@@ -106,15 +100,15 @@ class SemanticDistillationLoss:
         amplitude_N: Tensor | None = None,
         token_count: float | None = None,
     ) -> LossTerms:
-        """Compute all terms whose inputs are given; one of weight 0 is reported but not in the total.
+        """Compute all terms whose inputs are given. A term of weight 0 is reported, but not in the total.
 
         Args:
             states_ND: the head's input.
             table_VD: the lifted vocabulary; logits are `scale * states @ table.T + bias`, or by Born's rule.
-            labels_N: the next token, -100 where a row counts in no term.
+            labels_N: the next token, or -100 for a row that counts in no term.
             bias_V: added to the logits.
             scale: multiplies the inner products.
-            signals: the teacher's; a row without any id counts in cross-entropy only.
+            signals: the teacher's signals; a row without any id counts in cross-entropy only.
             amplitude_N: complex readout c: |c| is the magnitude, its angle the phase.
             token_count: labelled tokens of the whole optimiser step, which divides every term, so that
                 accumulated and distributed steps add up; by default the labelled rows of this call.
@@ -136,11 +130,11 @@ class SemanticDistillationLoss:
             signal_probs_NK=None if signals is None else signals.probs_NK,
             implementation=self.implementation,
         )  # fmt: skip
-        terms = LossTerms(objective.total, objective.ce, objective.kd, None, None, None, objective.z)
+        terms = LossTerms(objective.total, objective.ce, objective.kd, None, None, None)
         if signals is None:
             return terms
         _check_alignment(signals, amplitude_N, labels_N)
-        # Only these rows are looked at, so that what stands in the others, NaN too, has no effect at all.
+        # Only these rows are read, so that values in the others, even NaN, have no effect.
         rows_R = ((labels_N != IGNORE_INDEX) & (signals.ids_NK >= 0).any(dim=1)).nonzero().squeeze(1)
         terms = terms._replace(kd_estimate=self._kd_estimate(objective, signals, rows_R, token_count))
         if amplitude_N is None:
@@ -157,16 +151,13 @@ class SemanticDistillationLoss:
         return terms._replace(total=total)
 
     def _options(self) -> ObjectiveOptions:
-        """The kernel's options; raises where an attribute is out of range."""
+        """Return the kernel's options; raise if an attribute is out of range."""
         require(self.phase_weight >= 0, "phase_weight", self.phase_weight, "0 or more")
         require(self.magnitude_weight >= 0, "magnitude_weight", self.magnitude_weight, "0 or more")
-        return ObjectiveOptions(
-            kd_weight=self.kd_weight, temperature=self.temperature, tail=self.tail,
-            label_smoothing=self.label_smoothing, z_loss=self.z_loss, head=self.head,
-        )  # fmt: skip
+        return ObjectiveOptions(kd_weight=self.kd_weight, temperature=self.temperature, tail=self.tail, head=self.head)
 
     def _require_inputs(self, signals: TeacherSignals | None, amplitude_N: Tensor | None) -> None:
-        """Refuse a positive weight whose inputs are absent: a dead term must not go unseen."""
+        """Refuse a positive weight whose inputs are absent, so that no term is dead without notice."""
         entropy_N = None if signals is None else signals.entropy_N
         confidence_N = None if signals is None else signals.confidence_N
         for name, weight, needed in (
@@ -181,7 +172,7 @@ class SemanticDistillationLoss:
     def _kd_estimate(
         self, objective: ObjectiveResult, signals: TeacherSignals, rows_R: Tensor, token_count: float
     ) -> Tensor | None:
-        """`kd` with the teacher's exact entropy in place of the signals' own."""
+        """Return `kd` with the teacher's exact entropy instead of the signals' own."""
         entropy_N = signals.entropy_N
         if self.temperature != 1 and signals.temperature_entropy_N is not None:
             entropy_N = signals.temperature_entropy_N
@@ -192,7 +183,7 @@ class SemanticDistillationLoss:
 
 
 def phase_loss(amplitude_R: Tensor, entropy_R: Tensor, vocabulary_size: int) -> Tensor:
-    """Circular distance of the angle to `pi * H / ln V`: 0 for a sure teacher, pi for a blank one.
+    """Circular distance of the angle to `pi * H / ln V`, which is 0 for a certain teacher and pi for a uniform one.
 
     Args:
         amplitude_R: complex readout c of the rows that count.

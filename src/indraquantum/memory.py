@@ -1,4 +1,7 @@
-"""Main memory that this process holds, where the system says so: Linux with /proc, and macOS for the peak."""
+"""The main memory of this process, on Linux with /proc, and its peak also on macOS.
+
+psutil gives no peak that can be restarted, so these few lines read /proc themselves.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,23 @@ PROC = Path("/proc/self")
 
 
 def held_bytes() -> int | None:
-    """Bytes that this process holds now; None where the system does not say."""
+    """Return the bytes that this process holds now; None if the system does not tell."""
     return _status("VmRSS")
 
 
 def peak_bytes() -> int | None:
-    """The most bytes that this process has held, since `restart_peak` where that worked; None where nothing says."""
+    """Return the most bytes that this process has held, since `restart_peak` if that worked; None if unknown."""
     peak = _status("VmHWM")
     if peak is None and sys.platform == "darwin":
         import resource
 
-        # In bytes, unlike Linux's, which may also be the peak of the process that started this one.
+        # In bytes. On Linux it is in KiB, and may be the peak of the process that started this one.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak
 
 
 def restart_peak() -> bool:
-    """Let the peak begin again at what is held now; whether the system can."""
+    """Restart the peak at what is held now; return whether the system can do it."""
     try:
         (PROC / "clear_refs").write_text("5")  # see proc(5)
     except OSError:
@@ -34,7 +37,7 @@ def restart_peak() -> bool:
 
 
 def _status(field: str) -> int | None:
-    """A field of this process's status, in bytes; None where there is no such field or no such file."""
+    """Return a field of this process's status in bytes; None if there is no such field or file."""
     try:
         lines = (PROC / "status").read_text().splitlines()
     except OSError:

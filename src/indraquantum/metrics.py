@@ -1,9 +1,9 @@
-"""The metrics of a run: one JSON object a line, append-only, the one contract between training and every reader.
+"""The metrics of a run: an append-only file with a JSON object on each line, which all readers share.
 
-Every line has the same keys (FIELDS), and its checksum; a figure that does not exist at that step is null. The notebook
-and the plots read these files and nothing else; `indra runs` also reads the settings in `run.json` beside them.
+Every line has the same keys (FIELDS) and a checksum. A figure that does not exist at a step is null. The notebook and
+the plots read only these files; `indra runs` also reads the settings in `run.json` beside them.
 
-A file may have millions of lines. They are read one by one: what needs few of them checks all and parses those few.
+A file may have millions of lines. They are read one by one: all are checked, and only those that are needed are parsed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, not_written, read_json
 from indraquantum.trackers import NullTracker
 
-RECORD_NAME = "run.json"  # beside the metrics: what the run is
+RECORD_NAME = "run.json"  # beside the metrics, with the run's settings
 RECORD_KINDS = {"settings": dict, "total_steps": int | None, "finished": bool}
 RECORD_BYTES = 1 << 20  # none is ever as large
 FIELDS = {
@@ -44,7 +44,7 @@ FIELDS = {
     "phase_mean": "mean readout phase over the batch, radians in (-pi/2, 3pi/2]",
     "phase_std": "its standard deviation",
     "learning_rate": "learning rate of the backbone at this step",
-    "grad_norm": "global norm of the gradients before clipping; null where float16 left the update out",
+    "grad_norm": "global norm of the gradients before clipping; null where float16 skipped the update",
     "tokens_per_second": "real tokens per second of this step",
     "held_out": "cross-entropy per source on held-out text, nats per token, or null",
     "context_divergence": "mean KL of the predictions from their own mean, nats; 0 where they ignore the context",
@@ -56,12 +56,12 @@ FIELDS = {
 
 
 class MetricsLog:
-    """Appends lines to a metrics file; a resumed run keeps the lines up to its step and drops the rest.
+    """Appends lines to a metrics file. A resumed run keeps the lines up to its step and drops the rest.
 
     Args:
         path: the file.
         resumed_step: the last step whose line is kept; None begins a new file.
-        tracker: gets every line too.
+        tracker: a tracker that gets every line too.
     """
 
     def __init__(self, path: Path, resumed_step: int | None = None, tracker: NullTracker | None = None) -> None:
@@ -77,10 +77,10 @@ class MetricsLog:
             raise self._not_written(size, error) from None
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Append one line with all of FIELDS, in one write so that a reader never sees half of it as a whole.
+        """Append one line with all of FIELDS, in one write, so that no reader takes half a line for a whole one.
 
         Raises:
-            KeyError: a name that FIELDS lacks.
+            KeyError: a name is not in FIELDS.
             UserError: the line can't be written; the lines before it are unharmed.
         """
         unknown = metrics.keys() - FIELDS.keys()
@@ -92,7 +92,7 @@ class MetricsLog:
             written = self._file.write(line)
         except OSError as error:
             raise self._not_written(len(line), error) from None
-        if written != len(line):  # the disk is full: what a later start would take for a torn line goes
+        if written != len(line):  # the disk is full: remove the incomplete line
             self._file.truncate(end)
             raise self._not_written(len(line), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         self._tracker.log(metrics)
@@ -101,14 +101,14 @@ class MetricsLog:
         return not_written("--logs", self.path, size, error)
 
     def is_there(self) -> bool:
-        """Whether the lines go to the file at `path`: a file that was removed takes what is written without a word."""
+        """Return whether `path` is still the file that is written. Writing to a removed file gives no error."""
         try:
             return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
         except OSError:
             return False
 
     def put_back(self) -> Path:
-        """Write all lines to `path` again after it was removed; where another file stands there, beside it.
+        """Write all lines to `path` again after it was removed, or beside it if another file is there now.
 
         Raises:
             UserError: they can't be written.
@@ -125,7 +125,7 @@ class MetricsLog:
         return path
 
     def sync(self) -> None:
-        """Put everything on disk."""
+        """Write everything to the disk."""
         self._tracker.flush()
         try:
             os.fsync(self._file.fileno())
@@ -133,7 +133,7 @@ class MetricsLog:
             raise self._not_written(0, error) from None
 
     def close(self) -> None:
-        """Put everything on disk and close the file."""
+        """Write everything to the disk and close the file."""
         try:
             self.sync()
         finally:
@@ -142,7 +142,7 @@ class MetricsLog:
 
 
 class NoLog:
-    """The log of a process that writes none."""
+    """The log of a process that does not write metrics."""
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Nothing."""
@@ -156,7 +156,7 @@ class NoLog:
 
 CHECKSUM = b', "crc": "%08x"}\n'  # ends a line: CRC-32 of the bytes before it
 _CHECKSUM_BYTES = len(CHECKSUM % 0)
-_LONGEST = 1 << 20  # bytes of a line that can be one of ours
+_LONGEST = 1 << 20  # the most bytes that a line can have
 _FIGURES = b"0123456789.+-e"
 
 
@@ -178,19 +178,19 @@ def _null(name: str) -> bytes:
 
 
 class Line(NamedTuple):
-    """A whole line of a metrics file."""
+    """A complete line of a metrics file."""
 
     path: Path
     number: int  # from 1
     content: bytes  # with its line break
 
     def lacks(self, name: str) -> bool:
-        """Whether the line says that it has no figure called `name`; False does not mean that it has one."""
+        """Return whether the line has null for `name`. False does not mean that it has a figure."""
         return _null(name) in self.content
 
     @property
     def step(self) -> int:
-        """Optimiser steps done, without a look at the rest."""
+        """Optimiser steps done, read without parsing the rest."""
         digits = self.content[9 : self.content.find(b",", 9)]
         if self.content.startswith(b'{"step": ') and digits.isdigit() and len(digits) < 19:
             return int(digits)
@@ -199,10 +199,10 @@ class Line(NamedTuple):
         return step
 
     def parse(self) -> dict[str, Any]:
-        """The metrics, without the checksum.
+        """Return the metrics without the checksum.
 
         Raises:
-            UserError: they are no JSON object, or have a key that no metric has.
+            UserError: the line is not a JSON object, or has an unknown key.
         """
         text = self.content[:-_CHECKSUM_BYTES] + b"}" if _fits(self.content) else self.content
         try:
@@ -210,21 +210,21 @@ class Line(NamedTuple):
         except (ValueError, RecursionError):
             raise self.damaged("is no JSON") from None
         if not isinstance(metrics, dict):
-            raise self.damaged("is no JSON object")
+            raise self.damaged("is not a JSON object")
         if unknown := metrics.keys() - FIELDS.keys():
-            raise self.damaged(f"has a key that no metric has, {ascii(min(unknown))[:40]}")
+            raise self.damaged(f"has an unknown key, {ascii(min(unknown))[:40]}")
         return metrics
 
     def damaged(self, how: str) -> UserError:
-        """The error that says so."""
+        """Return the error that says so."""
         return UserError("--logs", self.path, f"is damaged: its line {self.number} {how}; remove that line")
 
 
 def checked_lines(path: Path) -> Iterator[Line]:
-    """The whole lines of a metrics file; a last line that is still being written is left out, no file is no lines.
+    """Yield the complete lines of a metrics file, without a last line that is still being written.
 
-    A line is checked against its checksum. One of an earlier program, which has none, is parsed, unless it has the
-    shape of a line that was: then only its digits can differ.
+    There are none if the file does not exist. A line is checked against its checksum. A line of an earlier version has
+    no checksum and is parsed, unless it has the shape of a parsed line, from which only digits can differ.
 
     Raises:
         UserError: a line is damaged.
@@ -241,14 +241,14 @@ def checked_lines(path: Path) -> Iterator[Line]:
             elif content.endswith(b"\n"):
                 _check_unsigned(line, shapes)
             elif len(content) < _LONGEST:
-                return  # it is still being written, or was when the process was killed
+                return  # it is incomplete: still being written, or cut off when the process was killed
             else:
-                raise line.damaged("is longer than any of a run")
+                raise line.damaged("is longer than any line of a run")
             yield line
 
 
 def _check_unsigned(line: Line, shapes: set[bytes]) -> None:
-    """A line without a checksum is of an earlier program, or damaged. `shapes` grows."""
+    """Check a line without a checksum, which is of an earlier version or damaged; `shapes` collects known shapes."""
     shape = line.content.translate(None, _FIGURES)
     if shape not in shapes:
         line.parse()
@@ -257,12 +257,12 @@ def _check_unsigned(line: Line, shapes: set[bytes]) -> None:
 
 
 def _fits(content: bytes) -> bool:
-    """Whether a line ends with its checksum."""
+    """Return whether a line ends with its checksum."""
     return content.endswith(CHECKSUM % zlib.crc32(content[:-_CHECKSUM_BYTES]))
 
 
 def _up_to(path: Path, step: int) -> Iterator[Line]:
-    """The lines up to that of `step`. Whatever is behind it may be damaged: not all of it was put on disk."""
+    """Yield the lines up to that of `step`. Later lines may be damaged, because they were not all on the disk."""
     for line in checked_lines(path) if step >= 0 else ():
         if line.step > step:
             return
@@ -272,17 +272,17 @@ def _up_to(path: Path, step: int) -> Iterator[Line]:
 
 
 def metrics_up_to(path: Path, step: int | None) -> Iterator[dict[str, Any]]:
-    """The metrics of the lines up to that of `step`, one by one; none where that is None."""
+    """Yield the metrics of the lines up to that of `step`; none if `step` is None."""
     return (line.parse() for line in _up_to(path, -1 if step is None else step))
 
 
 def read_metrics(path: Path, at_most: int | None = None) -> list[dict[str, Any]]:
-    """The metrics of a file's whole lines, see `checked_lines`.
+    """Return the metrics of a file's complete lines; see `checked_lines`.
 
     Args:
         path: the file.
-        at_most: of a longer file take about so many lines, evenly spread, beside those with held-out figures and the
-            last one. For pictures, which have no room for more.
+        at_most: take only about this many lines of a longer file, evenly spaced, besides those with held-out figures
+            and the last one. This is for plots, which have no room for more.
 
     Raises:
         UserError: a line is damaged.
@@ -306,7 +306,7 @@ def _spread(lines: Iterator[Line], at_most: int) -> list[Line]:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What `run.json` in `folder` says of the run there; None where there is none.
+    """Return the content of `run.json` in `folder`; None if there is no such file.
 
     Raises:
         UserError: it is damaged.
@@ -316,7 +316,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     record = read_json("--logs", path, at_most=RECORD_BYTES)
     if not isinstance(record, dict):
-        raise UserError("--logs", path, "must be the record of a run, a JSON object")
+        raise UserError("--logs", path, "must be the record of a run, which is a JSON object")
     record = {"settings": None, "total_steps": None, "finished": False, **record}
     for name, kind in RECORD_KINDS.items():
         if not isinstance(record[name], kind) or (name == "total_steps" and isinstance(record[name], bool)):

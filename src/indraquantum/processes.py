@@ -1,10 +1,10 @@
-"""One process among those of a run: its share of the work, and what all of them agree on.
+"""One process of a run with several: its share of the work, and what all processes agree on.
 
     torchrun --nproc-per-node 2 -m indraquantum train
 
-What is exchanged here is small (counts, sums, errors, signals of the system) and goes over gloo, also where the
-gradients go over NCCL; those are carried by DDP or FSDP2 (training/parallel.py). As large as a gradient are only what
-`whole` gathers and `from_process` sends on.
+The messages here are small (counts, sums, errors, signals of the system) and go over gloo. Gradients go through DDP or
+FSDP2 (training/parallel.py), over NCCL on GPUs. Only what `whole` gathers and `from_process` sends is as large as a
+gradient.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from torch import Tensor
 from indraquantum.errors import TrainingStopped, UserError
 
 T = TypeVar("T")
-# The first process may prepare or capture for hours while the others wait; torchrun sees to it that none waits for one
-# that has died.
+# The first process may prepare or capture for hours while the others wait. torchrun makes sure that none waits for a
+# process that has ended.
 PATIENCE = datetime.timedelta(days=30)
-# What one process meets and all of them raise. SystemExit: a signal that asks to leave.
+# Errors of one process that all of them raise. SystemExit comes from a signal that asks to end.
 SHARED_ERRORS = (UserError, TrainingStopped, SystemExit)
 
 
 class Processes:
-    """One process of `world`, numbered `rank`; by default it is alone."""
+    """One process of `world`, with the number `rank`; by default it is the only one."""
 
     def __init__(self, rank: int = 0, world: int = 1, group: Any = None) -> None:
         self.rank, self.world = rank, world
         self._group = group
-        self.agreed = False  # whether the error that is on its way is every process's
+        self.agreed = False  # whether all processes have the error that is being raised
 
     @property
     def alone(self) -> bool:
@@ -49,11 +49,11 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: np.ndarray) -> np.ndarray:
-        """The part of `items` that is its own: all parts in the order of ranks are `items`; some may be empty."""
+        """Return this process's part of `items`. All parts in the order of ranks are `items`; some may be empty."""
         return np.array_split(items, self.world)[self.rank]
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over all processes, in float64."""
+        """Return each value summed over all processes, in float64."""
         if self.alone:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -61,7 +61,7 @@ class Processes:
         return total.tolist()
 
     def largest(self, value: int) -> int:
-        """The largest value of all processes."""
+        """Return the largest value of all processes."""
         if self.alone:
             return value
         largest = torch.tensor(value)
@@ -69,14 +69,14 @@ class Processes:
         return int(largest)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank."""
+        """Return the values of all processes, by rank."""
         values = [value] * self.world
         if not self.alone:
             torch.distributed.all_gather_object(values, value, group=self._group)
         return values
 
     def first(self, action: Callable[[], T]) -> T:
-        """Run `action` in the first process while the others wait; all get its value, or raise its error."""
+        """Run `action` in the first process while the others wait. All return its value, or raise its error."""
         if self.alone:
             return action()
         outcome: list[Any] = [None, None]
@@ -85,7 +85,7 @@ class Processes:
                 outcome[0] = action()
             except SHARED_ERRORS as error:
                 outcome[1] = error
-        # A process that the same signal has ended already is not told.
+        # A process that the same signal has already ended gets no message.
         with contextlib.suppress(*([RuntimeError] if isinstance(outcome[1], SystemExit) else [])):
             torch.distributed.broadcast_object_list(outcome, src=0, group=self._group)
         self._raise(outcome[1])
@@ -93,9 +93,9 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Inside, an error of one process becomes the error of all, so that none goes on and waits for ever.
+        """Inside, an error of one process becomes the error of all, so that none waits forever for one that failed.
 
-        What is inside must not wait for other processes itself, except where all of them meet the same errors.
+        The code inside must not wait for other processes itself, except where all of them meet the same errors.
         """
         if self.alone:
             yield
@@ -119,9 +119,9 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """Meet the other processes that torchrun has started, if any; inside, only the first one prints.
+    """Join the other processes that torchrun has started, if any. Inside, only the first one prints.
 
-    An error that all of them share is reported by the first one alone; the others leave with its exit status.
+    An error that all of them share is reported by the first one alone. The others end with its exit status.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
@@ -129,7 +129,7 @@ def joined_processes() -> Iterator[Processes]:
         return
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
     if one_machine and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing of it can be reached from outside
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # not reachable from other machines
     store = store_of_this_start() if one_machine else None
     place = {} if store is None else {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **place)
@@ -150,11 +150,11 @@ def joined_processes() -> Iterator[Processes]:
 
 
 def store_of_this_start() -> torch.distributed.Store | None:
-    """Where processes find each other, apart from those of an earlier start; None where torch has it so by itself.
+    """Return a store through which the processes of this start find each other; None if torch's own does that.
 
-    torchrun keeps one store over all its restarts (torch 2.13, `DynamicRendezvousHandler.next_rendezvous`), in which a
-    process that is quicker than its peers finds the addresses of the dead. Its agents count restarts each for
-    itself, so that only on one machine the count is the same for all.
+    torchrun keeps one store over all its restarts (torch 2.13, `DynamicRendezvousHandler.next_rendezvous`). A process
+    that is quicker than its peers would find the addresses of ended processes there. Each of torchrun's agents counts
+    restarts for itself, so only on one machine is the count the same for all.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -164,16 +164,16 @@ def store_of_this_start() -> torch.distributed.Store | None:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """`device`, or where torchrun has started several processes on this machine, the accelerator of this one.
+    """Return `device`, or this process's accelerator if torchrun has started several processes on this machine.
 
     Raises:
-        UserError: there are more processes than accelerators, or the device serves one process only.
+        UserError: there are more processes than accelerators, or the device supports one process only.
     """
     there = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if there == 1 and os.environ.get("WORLD_SIZE", "1") == "1":
         return device
     if device.type == "mps":
-        raise UserError("--device", device, "must be cpu where there is more than one process")
+        raise UserError("--device", device, "must be cpu with more than one process")
     if device.type == "cuda":
         if there > torch.cuda.device_count():
             allowed = f"must be at most {torch.cuda.device_count()}, one process for each GPU; or --device cpu"
@@ -184,21 +184,21 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def from_process(processes: Processes, rank: int, value: Tensor) -> Tensor:
-    """`value` of the process numbered `rank`, which all get by asking for it; written into their own."""
+    """Return `value` of the process with number `rank` in all processes; it is written into their own `value`."""
     if not processes.alone:
-        torch.distributed.broadcast(value, src=rank)  # over the group of the gradients, for it is as large
+        torch.distributed.broadcast(value, src=rank)  # over the group of the gradients, because it is as large
     return value
 
 
 def whole(value: Tensor) -> Tensor:
-    """A sharded tensor gathered from all processes, which must all ask for it; any other as it is."""
+    """Return a sharded tensor gathered from all processes, which must all call this; other tensors are unchanged."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """The part of `value` that this process holds, laid out as `like`; `value` itself where `like` is whole.
+    """Return this process's part of `value`, sharded like `like`; `value` itself if `like` is not sharded.
 
-    No process asks another: each cuts the whole that it has.
+    The processes do not communicate: each takes its part from the whole.
     """
     if not hasattr(like, "full_tensor"):
         return value

@@ -1,9 +1,10 @@
-"""What a long command says while it works: a bar on a terminal, and a line now and then where no bar is seen.
+"""Shows the progress of long commands: a bar in a terminal, and a line from time to time where there is no terminal.
 
     with Progress("capture", total=positions, unit="tokens") as progress:
         progress.update(4096)
 
-A log file, a pipe or `nohup` gets the lines: how far the work is, its figures, how fast it is and the time left.
+A log file, a pipe or `nohup` gets the lines: how far the work is, its figures, its speed and the time left. tqdm draws
+the bar; it has no such lines, so they are written here.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from types import TracebackType
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
-NOBODY_READS = (errno.EPIPE, errno.EIO)  # the pipe's reader, or the terminal, is gone
+NOBODY_READS = (errno.EPIPE, errno.EIO)  # the reader of the pipe, or the terminal, is gone
 
 
 def tell(line: str) -> None:
     """Print `line`, above a bar if there is one.
 
-    Where nobody can read it any more, as after a dropped connection, this counts as a SIGHUP: what comes after it is
-    not printed, and the command leaves as it does for that signal.
+    If nobody can read it any more, as after a lost connection, this counts as a SIGHUP: nothing more is printed, and
+    the command ends as it does for that signal.
     """
     try:
         tqdm.write(line)
@@ -37,7 +38,7 @@ def tell(line: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as far as they matter."""
+    """Return a time in hours, minutes and seconds, as precisely as it matters."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -46,14 +47,14 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """How far a piece of work is.
+    """The progress of a piece of work.
 
     Args:
-        name: of the work.
-        total: units of all of it; None where it is not known.
-        unit: what is counted, in the plural.
+        name: the name of the work.
+        total: the number of units of all of it; None if it is not known.
+        unit: the name of a unit, in the plural.
         done: units that were done before.
-        silent: say nothing, as a process does that is not the first of a run.
+        silent: print nothing, for processes other than the first of a run.
     """
 
     def __init__(self, name: str, total: int | None, unit: str, *, done: int = 0, silent: bool = False) -> None:
@@ -76,7 +77,7 @@ class Progress:
         self._bar.close()
 
     def update(self, count: int = 1, figures: str = "") -> None:
-        """Take in that `count` more units are done; `figures` are what to show beside them."""
+        """Count `count` more units as done; `figures` are shown beside them."""
         self._done += count
         self._bar.update(count)
         if figures:
@@ -87,7 +88,7 @@ class Progress:
             tell(self._line(figures, now - self._began))
 
     def _line(self, figures: str, seconds: float) -> str:
-        here = self._done - self._first  # what was done before says nothing of the speed
+        here = self._done - self._first  # units that were done before don't count for the speed
         whole = "" if self._total is None else f" of {self._total:,}"
         parts = [f"{self._name}: {self._done:,}{whole} {self._unit}"]
         if figures:

@@ -23,9 +23,9 @@ from indraquantum.errors import UserError
 from indraquantum.yaml_settings import checked, read_yaml
 
 SHIPPED = Path(__file__).parent / "strategies"
-# What a stage may set of the optimiser; what it leaves open is the option of the same name.
+# The optimiser's options that a stage may set. If it does not, the option of the same name is used.
 RATES = ("learning_rate", "table_rate", "schedule", "warmup_fraction", "decay_fraction", "final_rate")
-# The options that stand in place of a term's curve.
+# The options that replace a term's curve.
 WEIGHT_OPTIONS = {
     "kd": {"start": "kd_weight_start", "end": "kd_weight_end"},
     "phase": {"value": "phase_weight"},
@@ -37,7 +37,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
 
 
 class Constant(Settings):
-    """A weight that stays; a plain number means the same."""
+    """A weight that never changes; a plain number means the same."""
 
     shape: Literal["constant"] = "constant"
     value: Weight
@@ -56,7 +56,7 @@ class Constant(Settings):
 
 
 class Ramp(Settings):
-    """A weight that goes from `start` at a stage's first step to `end` at its last."""
+    """A weight that changes from `start` at a stage's first step to `end` at its last."""
 
     start: Weight
     end: Weight
@@ -71,7 +71,7 @@ class Ramp(Settings):
 
 
 class Linear(Ramp):
-    """Straight."""
+    """A weight that changes in a straight line."""
 
     shape: Literal["linear"] = "linear"
 
@@ -81,7 +81,7 @@ class Linear(Ramp):
 
 
 class Cosine(Ramp):
-    """Along half a cosine, flat at both ends."""
+    """A weight that changes along half a cosine, which is flat at both ends."""
 
     shape: Literal["cosine"] = "cosine"
 
@@ -91,7 +91,7 @@ class Cosine(Ramp):
 
 
 class Steps(Settings):
-    """A weight that jumps: the first of `values`, and from each progress in `at` on the next."""
+    """A weight that jumps: it starts with the first of `values`, and takes the next one at each of `at_progress`."""
 
     shape: Literal["step"] = "step"
     values: Annotated[tuple[Weight, ...], Field(min_length=2)]
@@ -130,23 +130,23 @@ Curve = Annotated[
 
 
 class Weights(Settings):
-    """Weights of the teacher's terms beside cross-entropy, which always weighs 1."""
+    """Weights of the teacher's terms. The weight of cross-entropy is always 1."""
 
     kd: Curve = Constant(value=0.0)
-    """Distillation."""
+    """Weight of the distillation term."""
     phase: Curve = Constant(value=0.0)
-    """Alignment of the phase with the teacher's entropy."""
+    """Weight of the phase term, which ties the phase to the teacher's entropy."""
     magnitude: Curve = Constant(value=0.0)
-    """Alignment of the magnitude with the teacher's confidence."""
+    """Weight of the magnitude term, which ties the magnitude to the teacher's confidence."""
 
 
 class Stage(Settings):
-    """A part of a run. Its length is a fraction of the run, or epochs and steps of its own, whichever end first."""
+    """A part of a run. Its length is a fraction of the run, or a number of epochs or steps, whichever ends first."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
-    """Names it in the metrics."""
+    """The stage's name in the metrics."""
     fraction: float | None = Field(default=None, gt=0, le=1, strict=True)
-    """Share of the run's steps, which --epochs and --max-steps give."""
+    """The stage's fraction of the run's steps, which --epochs and --max-steps give."""
     epochs: int | None = Field(default=None, ge=1, le=100_000, strict=True)
     """Passes over the stage's rows."""
     steps: int | None = Field(default=None, ge=1, strict=True)
@@ -154,29 +154,29 @@ class Stage(Settings):
     sources: Annotated[Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(_sources)] = (
         "all"
     )
-    """Sources of the dataset to train on."""
+    """The sources of the dataset to train on."""
     data: Path | None = None
-    """Another dataset than --data, with the same tokenizer; relative to the file."""
+    """Another dataset than --data, with the same tokenizer. The path is relative to the file."""
     signals: Path | None = None
-    """The teacher's signals for `data`; by default the folder teacher_signals beside it."""
+    """The teacher's signals for `data`. By default they are in the folder teacher_signals beside it."""
     weights: Weights = Weights()
-    """Loss weights."""
+    """The weights of the loss terms."""
     temperature: float | None = Field(default=None, ge=0.01, le=100, strict=True)
-    """Temperature that the signals must have been captured at; by default whatever they have."""
+    """The temperature at which the signals must have been captured. By default any is accepted."""
     learning_rate: float | None = Field(default=None, gt=0, le=10, strict=True)
-    """Peak learning rate; like the five below by default the option of that name."""
+    """The peak learning rate. By default this and the five below are the options of the same names."""
     table_rate: float | None = Field(default=None, gt=0, le=1000, strict=True)
-    """The embedding table's rate, as a multiple."""
+    """The embedding table's learning rate, as a multiple of learning_rate."""
     schedule: Literal["cosine", "wsd", "constant"] | None = None
-    """Shape of the learning rate over the stage."""
+    """The learning-rate schedule of the stage."""
     warmup_fraction: float | None = Field(default=None, ge=0, lt=1, strict=True)
-    """Part of the stage over which the rate rises from 0."""
+    """Fraction of the stage over which the learning rate rises from 0."""
     decay_fraction: float | None = Field(default=None, gt=0, le=1, strict=True)
-    """Part of the stage over which wsd lets it fall."""
+    """Fraction of the stage over which wsd decays."""
     final_rate: float | None = Field(default=None, ge=0, le=1, strict=True)
-    """Where it ends, as a part of the peak."""
+    """The learning rate at the end, as a fraction of the peak."""
     only_from_scratch: bool = Field(default=False, strict=True)
-    """Leave this stage out of a run that starts from a checkpoint."""
+    """Skip this stage in a run that starts from a checkpoint."""
 
     @property
     def asks_the_teacher(self) -> bool:
@@ -185,14 +185,14 @@ class Stage(Settings):
 
 
 class Strategy(Settings):
-    """What a run does from its first step to its last."""
+    """All stages of a run."""
 
     about: str = ""
-    """A sentence."""
+    """A sentence about the strategy."""
     start_from: Path | None = None
-    """A checkpoint whose weights the run starts from; relative to the file."""
+    """A checkpoint whose weights the run starts from. The path is relative to the file."""
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
-    """One after the other."""
+    """The stages, which are trained one after the other."""
 
     @property
     def asks_the_teacher(self) -> bool:
@@ -201,7 +201,7 @@ class Strategy(Settings):
 
 
 def shipped_names() -> list[str]:
-    """The strategies that come with the package."""
+    """Return the names of the strategies that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
@@ -209,7 +209,7 @@ def load_strategy(name: str) -> Strategy:
     """Read and check a strategy: a shipped one by its name, or a YAML file.
 
     Raises:
-        UserError: naming the field, its value and what is allowed.
+        UserError: the strategy is wrong; the message names the field, its value and what is allowed.
     """
     path = SHIPPED / f"{name}.yaml" if name in shipped_names() else Path(name)
     if not path.is_file():
@@ -230,7 +230,7 @@ def load_strategy(name: str) -> Strategy:
 
 
 def _check(where: str, strategy: Strategy) -> None:
-    """What no single field can tell: names, lengths and curves that contradict each other."""
+    """Check what no single field shows: names, lengths and curves that contradict each other."""
     names = [stage.name for stage in strategy.stages]
     for number, stage in enumerate(strategy.stages):
         place = f"{where}stages.{number}"
@@ -240,16 +240,22 @@ def _check(where: str, strategy: Strategy) -> None:
             raise UserError(f"{place}.fraction", "nothing", "must be given, or epochs, or steps")
         for own in ("epochs", "steps"):
             if getattr(stage, own) is not None and any(other.fraction for other in strategy.stages):
-                raise UserError(f"{place}.{own}", getattr(stage, own), "must be left out where a stage has a fraction")
+                raise UserError(
+                    f"{place}.{own}", getattr(stage, own), "must be left out, because a stage has a fraction"
+                )
         if stage.signals is not None and stage.data is None:
-            raise UserError(f"{place}.signals", stage.signals, "must be left out without data: --signals gives them")
+            raise UserError(
+                f"{place}.signals", stage.signals, "must be left out without data of the stage's own; use --signals"
+            )
         if stage.sources != "all" and len(set(stage.sources)) < len(stage.sources):
             raise UserError(f"{place}.sources", ", ".join(stage.sources), "must all be different")
         for term, curve in _steps_of(stage):
             field = f"{place}.weights.{term}.at_progress"
             if len(curve.at_progress) != len(curve.values) - 1:
                 raise UserError(
-                    field, _list(curve.at_progress), f"must be one less than the {len(curve.values)} values"
+                    field,
+                    _list(curve.at_progress),
+                    f"must have one number fewer than values, which has {len(curve.values)}",
                 )
             if any(second <= first for first, second in pairwise(curve.at_progress)):
                 raise UserError(field, _list(curve.at_progress), "must rise")
@@ -269,10 +275,10 @@ def _list(values: Any) -> str:
 
 
 def resolve(settings: TrainSettings) -> Strategy:
-    """The strategy of `settings` with every value settled: the options that were given stand in place of its own.
+    """Return the strategy of `settings` with all its values. The options that were given replace its own values.
 
     Raises:
-        UserError: the strategy is wrong, or contradicts an option.
+        UserError: the strategy is wrong, or an option contradicts it.
     """
     strategy = load_strategy(settings.strategy)
     if settings.start_from is not None:
@@ -280,7 +286,11 @@ def resolve(settings: TrainSettings) -> Strategy:
     if strategy.start_from is not None:
         left = tuple(stage for stage in strategy.stages if not stage.only_from_scratch)
         if not left:
-            raise UserError("--start-from", strategy.start_from, f"leaves nothing of --strategy {settings.strategy}")
+            raise UserError(
+                "--start-from",
+                strategy.start_from,
+                f"must be left out with --strategy {settings.strategy}, which would have no stage left",
+            )
         strategy = strategy.model_copy(update={"stages": left})
     _check_lengths(settings, strategy)
     stages = _with_rates(settings, strategy.stages)
@@ -291,9 +301,7 @@ def _check_lengths(settings: TrainSettings, strategy: Strategy) -> None:
     if strategy.stages[0].fraction is None:
         for option in ("epochs", "max_steps"):
             if option in settings.model_fields_set and getattr(settings, option) is not None:
-                allowed = (
-                    f"must be left out with --strategy {settings.strategy}, whose stages have lengths of their own"
-                )
+                allowed = f"must be left out with --strategy {settings.strategy}, whose stages set their own lengths"
                 raise UserError(_option(option), getattr(settings, option), allowed)
 
 
@@ -310,10 +318,10 @@ def _with_rates(settings: TrainSettings, stages: tuple[Stage, ...]) -> tuple[Sta
 
 
 def check_decay(rates: Stage | OptimizerSettings, of: str = "") -> None:
-    """Check that wsd has room to decay behind its warm-up; `of` ends the message.
+    """Check that wsd has room to decay after its warm-up; `of` ends the message.
 
     Raises:
-        UserError: the two parts are more than the whole.
+        UserError: the two fractions sum to more than 1.
     """
     if rates.schedule == "wsd" and rates.warmup_fraction + rates.decay_fraction > 1:
         allowed = f"must be at most 1 with the warm-up fraction {rates.warmup_fraction}{of}"
@@ -330,7 +338,7 @@ def _with_weights(settings: TrainSettings, stages: tuple[Stage, ...]) -> tuple[S
             if settings.no_teacher and value:
                 raise UserError(_option(option), value, "must be left out with --no-teacher")
             if part != "value" and not isinstance(curves[0], Constant | Linear):
-                allowed = f"must be left out with --strategy {settings.strategy}, whose curve is no straight line"
+                allowed = f"must be left out with --strategy {settings.strategy}, whose curve is not a straight line"
                 raise UserError(_option(option), value, allowed)
         parts = {part: getattr(settings, option) for part, option in given.items()}
         stages = tuple(_with_curve(stage, term, parts) for stage in stages)
@@ -354,7 +362,7 @@ def _with_curve(stage: Stage, term: str, parts: dict[str, float]) -> Stage:
 def _require_alike(settings: TrainSettings, option: str, values: list[Any]) -> None:
     if any(value != values[0] for value in values):
         allowed = f"must be left out with --strategy {settings.strategy}, whose stages differ in it"
-        raise UserError(_option(option), getattr(settings, option), f"{allowed}: write it into a YAML of your own")
+        raise UserError(_option(option), getattr(settings, option), f"{allowed}; set it in your own YAML file")
 
 
 def _option(name: str) -> str:

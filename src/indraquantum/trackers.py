@@ -1,7 +1,7 @@
-"""Where metrics go beside the JSONL: TensorBoard, trackio or Weights & Biases, by `--log-to`, or nowhere.
+"""Trackers that get the metrics besides the JSONL: TensorBoard, trackio or Weights & Biases, chosen by `--log-to`.
 
-The packages are no dependencies (pip install 'indraquantum[tensorboard]', `[trackio]`, `[wandb]`) and are imported
-when they are asked for.
+The packages are optional (pip install 'indraquantum[tensorboard]', `[trackio]`, `[wandb]`) and are imported only when
+they are used.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ Kind = Literal["none", "tensorboard", "trackio", "wandb"]
 
 
 class NullTracker:
-    """Takes metrics and does nothing."""
+    """A tracker that does nothing."""
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Take the metrics of a step, as the JSONL has them."""
+        """Log the metrics of a step, as they are in the JSONL."""
 
     def flush(self) -> None:
-        """Make safe what was taken; called before each checkpoint."""
+        """Make sure that everything is stored. This is called before each checkpoint."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left and close."""
 
 
 class TensorBoardTracker(NullTracker):
-    """Event files in `folder`; those of a run that was there before are hidden, and of this one what comes again."""
+    """Writes event files into `folder`. Events of an earlier run, and steps that are trained again, are hidden."""
 
     def __init__(self, folder: Path, step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -53,10 +53,10 @@ class TensorBoardTracker(NullTracker):
 
 
 class WandbTracker(NullTracker):
-    """wandb, or trackio, whose calls are the same.
+    """Logs to wandb, or to trackio, whose calls are the same.
 
-    Both keep lines for a while before they are safe, so that a kill loses some, and neither takes a line back that is
-    trained again. So each start of a run is a run of its own there, which begins with a copy of the lines so far.
+    Both buffer lines, so a killed run loses some, and neither can replace a step that is trained again. So each start
+    of a run is a new run there, which begins with a copy of the lines so far.
     """
 
     def __init__(self, package: str, folder: Path, settings: dict[str, Any], history: Iterable[dict[str, Any]]) -> None:
@@ -76,7 +76,7 @@ class WandbTracker(NullTracker):
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The figures of a step by flat names; those that it lacks, and what is no number, are left out."""
+    """Return the figures of a step under flat names, without null and without values that are not numbers."""
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, dict):
@@ -87,10 +87,10 @@ def numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def require_tracker(kind: Kind) -> None:
-    """Import the package of `kind`, so that a run without it ends before it begins.
+    """Import the package of `kind`, so that a run ends at once if it is missing.
 
     Raises:
-        UserError: it is missing or can't be imported.
+        UserError: the package is missing or can't be imported.
     """
     if kind != "none":
         with optional_package("--log-to", kind, kind, f"indraquantum[{kind}]"):
@@ -103,14 +103,14 @@ def open_tracker(
     """Start tracking the run that logs to `folder`.
 
     Args:
-        kind: where to.
-        folder: the run's logs; its name is the run's.
-        settings: what decides the run.
+        kind: the tracker.
+        folder: the run's folder of logs, which has the name of the run.
+        settings: the settings of the run.
         step: the last step whose metrics are kept; None for a new run.
-        history: the metrics up to `step`, read where they are needed.
+        history: the metrics up to `step`, which are read only if they are needed.
 
     Raises:
-        UserError: it can't start, or a line of the history is damaged.
+        UserError: the tracker can't start, or a line of the history is damaged.
     """
     try:
         if kind == "tensorboard":
@@ -119,6 +119,6 @@ def open_tracker(
             return WandbTracker(kind, folder, settings, history)
     except UserError:
         raise
-    except Exception as error:  # nobody is logged in, nothing answers: each package has errors of its own
-        raise UserError("--log-to", kind, f"must be a tracker that can start here ({reason(error)}), or none") from None
+    except Exception as error:  # not logged in, or no connection: each package has its own errors
+        raise UserError("--log-to", kind, f"must be none or a tracker that can start here ({reason(error)})") from None
     return NullTracker()

@@ -1,26 +1,27 @@
-"""Settings that are read from YAML files: no key twice, and what is wrong comes out as one line."""
+"""Reads settings from YAML files. A key must not be given twice, and each error is one line."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from indraquantum.errors import UserError
+from indraquantum.files import unreadable
 
 Checked = TypeVar("Checked")
 MERGE = "tag:yaml.org,2002:merge"  # `<<: *anchor`
-# Characters of a file. Anchors that hold aliases of others double with each line, and what reads the content, or prints
-# it in an error, meets each alias as a copy: so each counts as one.
+# Characters of a file. Anchors that hold aliases of others can double its content with each line. Whoever reads or
+# prints the content meets each alias as a copy, so each one counts as a copy.
 MOST_CHARACTERS = 1 << 18
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which the plain loader silently takes the last."""
+    """A loader that refuses a key given twice; PyYAML's own silently takes the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
@@ -39,7 +40,7 @@ def read_yaml(field: str, path: Path, holds: str) -> dict[str, Any]:
         holds: what the mapping must hold, for the message.
 
     Raises:
-        UserError: it can't be read, is too large, is not YAML, or is no mapping.
+        UserError: the file can't be read, is too large, is not YAML, or is not a mapping.
     """
     try:
         if path.stat().st_size > 4 * MOST_CHARACTERS:  # in UTF-8
@@ -47,11 +48,13 @@ def read_yaml(field: str, path: Path, holds: str) -> dict[str, Any]:
         loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         if _characters(node, {}) > MOST_CHARACTERS:
-            allowed = f"must be at most {MOST_CHARACTERS:,} characters long, each alias counted as a copy of its anchor"
+            allowed = (
+                f"must be at most {MOST_CHARACTERS:,} characters long, where each alias counts as a copy of its anchor"
+            )
             raise UserError(field, path, allowed)
         content = None if node is None else loader.construct_document(node)
     except OSError as error:
-        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
+        raise unreadable(field, path, error) from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # no UTF-8, no such date, too many digits or brackets
         raise UserError(field, path, f"must be YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
@@ -60,10 +63,10 @@ def read_yaml(field: str, path: Path, holds: str) -> dict[str, Any]:
 
 
 def _characters(node: yaml.Node | None, known: dict[int, int]) -> int:
-    """Characters of `node` and of what it holds, one for the node itself; `known` holds those of counted nodes.
+    """Count the characters of `node` and its content, plus one for the node; `known` has those counted before.
 
     Raises:
-        yaml.YAMLError: a node holds itself.
+        yaml.YAMLError: a node contains itself.
     """
     if node is None or isinstance(node, yaml.ScalarNode):
         return 1 + len(node.value if node else "")
@@ -72,20 +75,33 @@ def _characters(node: yaml.Node | None, known: dict[int, int]) -> int:
         parts = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
         known[id(node)] = 1 + sum(_characters(part, known) for part in parts)
     elif known[id(node)] == 0:
-        raise yaml.YAMLError("an anchor holds itself")
+        raise yaml.YAMLError("an anchor contains itself")
     return known[id(node)]
 
 
+class Problem(NamedTuple):
+    """The first value that pydantic refused."""
+
+    place: tuple[int | str, ...]  # the names that lead to the field
+    value: Any
+    allowed: str
+
+
+def first_problem(error: ValidationError) -> Problem:
+    """Return the first problem of a ValidationError, in this program's words."""
+    first = error.errors(include_url=False)[0]
+    allowed = first["msg"].replace("Input should", "must").removeprefix("Value error, ")
+    return Problem(first["loc"], first["input"], allowed)
+
+
 def checked(make: Callable[[], Checked], where: str) -> Checked:
-    """What `make` makes of settings; the first value that pydantic refuses becomes one line.
+    """Return what `make` returns. If pydantic refuses a value, the first one becomes one line.
 
     Raises:
-        UserError: naming the field below `where`, its value and what is allowed.
+        UserError: a value is refused; the message names the field below `where`, the value and what is allowed.
     """
     try:
         return make()
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        allowed = first["msg"].replace("Input should", "must").removeprefix("Value error, ")
-        raise UserError(f"{where}{field}", first["input"], allowed) from None
+        first = first_problem(error)
+        raise UserError(f"{where}{'.'.join(map(str, first.place))}", first.value, first.allowed) from None

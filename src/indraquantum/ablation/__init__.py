@@ -1,1 +1,1 @@
-"""Variants against each other at equal training tokens: plan, runs, choice of settings, report."""
+"""Compares variants at equal training tokens: the plan, the runs, the search for settings, and the report."""

@@ -1,4 +1,4 @@
-"""The command `indra ablate`: variants x seeds at equal training tokens, resumable, one report out."""
+"""The command `indra ablate`: trains variants x seeds at equal training tokens and writes one report. It can resume."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from indraquantum.config import AblateSettings
 from indraquantum.errors import UserError
 from indraquantum.evaluation.test_split import require_test_split
 from indraquantum.files import folder_lock, make_folder
+from indraquantum.tables import text_table
 
 
 def ablate(path: Path, settings: AblateSettings) -> Path | None:
-    """Do what is left of the plan at `path` and write the report.
+    """Train the unfinished runs of the plan at `path` and write the report.
 
     Returns:
-        The report; None after a dry run.
+        The path of the report; None after a dry run.
 
     Raises:
-        UserError: a plan, data or signals that don't fit, results of another plan, or runs that could not be done;
-            those that could have their JSONs and stand in the report.
-        Interrupted: by a signal; the same command goes on.
+        UserError: the plan, data or signals don't fit, the results are of another plan, or some runs failed. The
+            finished runs have their JSON files and are in the report.
+        Interrupted: a signal came; the same command resumes.
     """
     plan = load_plan(path)
     plan = plan.model_copy(update={"data": settings.data or plan.data, "signals": settings.signals or plan.signals})
@@ -49,7 +50,7 @@ def ablate(path: Path, settings: AblateSettings) -> Path | None:
         print(overview(bench, variants))
         return None
     make_folder("--output", results)
-    read_results(plan, results, bench.shared)  # what other variants have there, before hours are spent beside it
+    read_results(plan, results, bench.shared)  # check the results that are there before hours of training
     with folder_lock("--work", make_folder("--work", work)):
         without = _run(bench, [task for variant in variants for task in trial_tasks(bench, variant)])
         tasks = []
@@ -60,9 +61,11 @@ def ablate(path: Path, settings: AblateSettings) -> Path | None:
                 without.append(str(error))
                 continue
             tasks += [bench.run(variant, seed, chosen) for seed in plan.seeds]
-        # Seed by seed, so that a stopped ablation has whole pairs.
+        # Seed by seed, so that a stopped ablation has complete pairs.
         without += _run(bench, sorted(tasks, key=lambda task: plan.seeds.index(task.settings.seed)))
-        missing = without and UserError("ablate", path, f"{len(without)} runs have no result; the first: {without[0]}")
+        missing = without and UserError(
+            "ablate", path, f"{len(without)} runs have no result; the first of them: {without[0]}"
+        )
         if settings.final and not missing:
             measure_finally(bench, tasks, command)
     try:
@@ -79,12 +82,12 @@ def _check_together(settings: AblateSettings) -> None:
     alone = {"--report-only": settings.report_only, "--final": settings.final}
     others = {"--dry-run": settings.dry_run, "--only": settings.only, "--final": settings.final}
     for option, why in (
-        ("--report-only", "which runs nothing and reports on all"),
-        ("--final", "which is about all runs of the plan, once they are done"),
+        ("--report-only", "which trains nothing and reports on all runs"),
+        ("--final", "which measures all runs of the plan once they are done"),
     ):
         for other, given in others.items():
             if alone[option] and given and other != option:
-                raise UserError(other, "given", f"must not stand beside {option}, {why}")
+                raise UserError(other, "given", f"must not be given together with {option}, {why}")
 
 
 def _variants(plan: Plan, only: tuple[str, ...] | None) -> list[str]:
@@ -95,11 +98,11 @@ def _variants(plan: Plan, only: tuple[str, ...] | None) -> list[str]:
 
 
 def _run(bench: Bench, tasks: list[Task]) -> list[str]:
-    """Do those of `tasks` that have no JSON yet; a line for each that has none afterwards."""
+    """Train those of `tasks` that have no JSON file yet; return a line for each that has none afterwards."""
     records = [task.record() for task in tasks]
     left = [task for task, record in zip(tasks, records, strict=True) if record is None]
     if len(left) < len(tasks):
-        print(f"{len(tasks) - len(left)} of {len(tasks)} runs are done already.")
+        print(f"{len(tasks) - len(left)} of {len(tasks)} runs are already done.")
     for task, record in zip(tasks, records, strict=True):
         if record is not None and not record.get("checkpoint_kept"):
             drop_checkpoints(task)  # of a process that was killed just before
@@ -107,25 +110,23 @@ def _run(bench: Bench, tasks: list[Task]) -> list[str]:
 
 
 def overview(bench: Bench, variants: list[str]) -> str:
-    """What would be run: a line for each variant with its size, steps and tokens."""
+    """Return what would be trained: a line for each variant with its size, steps and tokens."""
     plan = bench.plan
     first = sizes_of(bench.run(next(iter(plan.variants)), plan.seeds[0], {}).settings, bench.dataset)
-    lines = [
-        f"{'variant':<20}{'parameters':>12}{'of first':>10}{'in table':>10}{'MFLOP/token':>13}{'steps':>8}"
-        f"{'tokens':>14}{'trials':>8}{'runs':>6}"
-    ]
+    rows = []
     for variant in variants:
         sizes = sizes_of(bench.run(variant, plan.seeds[0], {}).settings, bench.dataset)
-        lines.append(
-            f"{variant:<20}{sizes.parameters:>12,}{sizes.parameters / first.parameters:>10.3f}"
-            f"{sizes.table_parameters / sizes.parameters:>10.1%}{sizes.flops_per_token / 1e6:>13.3f}{sizes.steps:>8,}"
-            f"{sizes.tokens:>14,}{len(plan.grid_of(variant)):>8}{len(plan.seeds):>6}"
-        )
-    return "\n".join(lines)
+        rows.append([
+            variant, f"{sizes.parameters:,}", f"{sizes.parameters / first.parameters:.3f}",
+            f"{sizes.table_parameters / sizes.parameters:.1%}", f"{sizes.flops_per_token / 1e6:.3f}",
+            f"{sizes.steps:,}", f"{sizes.tokens:,}", str(len(plan.grid_of(variant))), str(len(plan.seeds)),
+        ])  # fmt: skip
+    header = ["variant", "parameters", "of first", "in table", "MFLOP/token", "steps", "tokens", "trials", "runs"]
+    return text_table(header, rows)
 
 
 def command_line(path: Path, settings: AblateSettings) -> str:
-    """The command as it could be typed."""
+    """Return the command as it could be typed."""
     words = ["indra", "ablate", str(path)]
     for name in sorted(settings.model_fields_set):
         value, option = getattr(settings, name), "--" + name.replace("_", "-")

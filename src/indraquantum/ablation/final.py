@@ -1,7 +1,7 @@
-"""The final figures of a plan: every finished run on the test split, read once, when nothing is left to be chosen.
+"""The final figures of a plan: every finished run is measured on the test split, once, after all choices are made.
 
-`final.json` beside the runs' JSONs holds them. It is written once: the same command again reads the report from it, not
-the test split.
+They are in `final.json` beside the runs' JSON files. It is written only once: the same command again takes the figures
+from there and does not read the test split.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from indraquantum.ablation.results import Record, read_record
+from indraquantum.ablation.results import Result, read_result
 from indraquantum.ablation.tasks import Bench, Task
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
@@ -29,11 +29,11 @@ NAME = "final.json"
 
 
 def measure_finally(bench: Bench, tasks: list[Task], command: str) -> None:
-    """Measure the finished runs of `tasks`, which is all of a plan, on the test split, unless that was done before.
+    """Measure the finished runs of `tasks`, which are all of a plan, on the test split, unless it was done before.
 
     Raises:
-        UserError: the data have no test split, a run is missing or its checkpoint is gone, or the reading can't be
-            recorded; nothing is read then.
+        UserError: the data have no test split, a run or its checkpoint is missing, or the reading can't be recorded.
+            The test split is not read then.
     """
     path = bench.results / NAME
     if path.exists():
@@ -64,25 +64,27 @@ def measure_finally(bench: Bench, tasks: list[Task], command: str) -> None:
 def _finished(task: Task) -> bool:
     record = task.record()
     if record is None:
-        raise UserError("--final", task.name, "must be done first: this run has no JSON")
+        raise UserError("--final", task.name, "must be trained first: this run has no JSON file")
     return record["status"] == "finished"
 
 
 def _checkpoint(bench: Bench, task: Task) -> Path:
-    """The last checkpoint of a finished run."""
+    """Return the path of a finished run's last checkpoint."""
     plan = plan_run(task.settings, bench.dataset)
     path = checkpoint_path(task.settings.output, plan.epoch_of(plan.total_steps))
     if not path.exists():
-        allowed = "must still have its checkpoint; give another --output and --work to run the plan anew with --final"
+        allowed = (
+            "must still have its checkpoint; to train the plan again with --final, give another --output and --work"
+        )
         raise UserError("--final", task.name, allowed)
     return path
 
 
-def read_final(folder: Path) -> Record | None:
-    """The final figures of the runs in `folder`, or None where there are none.
+def read_final(folder: Path) -> Result | None:
+    """Return the final figures of the runs in `folder`, or None if there are none.
 
     Raises:
-        UserError: the file is damaged, no such one, or of other runs than those that are there.
+        UserError: the file is damaged, has another format, or belongs to other runs.
     """
     path = folder / NAME
     if not path.exists():
@@ -93,6 +95,8 @@ def read_final(folder: Path) -> Record | None:
         raise UserError("results", path, f"must hold the final figures of a plan (format {FORMAT})")
     for name, run in found["runs"].items():
         result = folder / f"{name}.json"
-        if read_record(result) is None or sha256_of(result) != run["result_sha256"]:
-            raise UserError("results", path, f"is of another run than {result.name}: remove it")
+        if read_result(result) is None or sha256_of(result) != run["result_sha256"]:
+            raise UserError(
+                "results", path, f"holds the figures of another run than the one in {result.name}; remove {NAME}"
+            )
     return found

@@ -1,4 +1,4 @@
-"""One run from its first step to its JSON, in a process of its own; a run that was stopped goes on where it was."""
+"""One run of an ablation, from its first step to its JSON file, in its own process. A stopped run is resumed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from indraquantum.ablation.results import Record, write_record
+from indraquantum.ablation.results import Result, write_result
 from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Task
 from indraquantum.config import TrainSettings
@@ -29,29 +29,29 @@ from indraquantum.training.loop import train
 
 FIGURES = ("held_out", *CollapseFigures._fields, "collapse")
 CURVE = ("step", "tokens", "stage", *FIGURES)  # kept of the metrics
-CURVE_POINTS = 60  # about as many looks for collapse are kept
+CURVE_POINTS = 60  # about this many collapse figures are kept
 
 
 def run_task(task: Task) -> None:
-    """Train, measure, write the JSON, and drop the checkpoints.
+    """Train a run, measure it, write its JSON file, and remove its checkpoints.
 
     Raises:
-        UserError: settings, data or signals that don't fit, or a disk that is full; nothing is written.
-        Interrupted: by a signal; the same task again goes on.
+        UserError: settings, data or signals don't fit, or the disk is full; nothing is written.
+        Interrupted: a signal came; the same task resumes.
     """
     settings, started = task.settings, time.monotonic()
     metrics_path = settings.logs / settings.output.name / "metrics.jsonl"
     steps_before = max((line.step for line in checked_lines(metrics_path)), default=0)
     dataset = open_dataset("--data", settings.data)
-    record: Record = {**task.planned, **task.origin, "seed": settings.seed, **asdict(sizes_of(settings, dataset))}
+    record: Result = {**task.planned, **task.origin, "seed": settings.seed, **asdict(sizes_of(settings, dataset))}
     record["checkpoint_kept"] = task.keep_checkpoint
     try:
         report = train(settings)
     except TrainingStopped as stopped:
         record |= {"status": "failed", "line": str(stopped), "curve": curve(metrics_path)}
-        write_record(task.result, record)
+        write_result(task.result, record)
     else:
-        peak = peak_bytes() if report.steps > steps_before else None  # else another process did the work
+        peak = peak_bytes() if report.steps > steps_before else None  # else an earlier process did the work
         timing = {
             "tokens_per_second": tokens_per_second(metrics_path),
             "peak_memory_bytes": peak,
@@ -63,12 +63,12 @@ def run_task(task: Task) -> None:
             "tokens": read_metrics(metrics_path, at_most=1)[-1]["tokens"],
         }  # in place of those planned
         record |= {"status": "finished", **done, **figures, "curve": curve(metrics_path), "timing": timing}
-        write_record(task.result, record)
+        write_result(task.result, record)
     drop_checkpoints(task)
 
 
 def measure(checkpoint: Path, settings: TrainSettings, half: Half, signals_path: Path | None) -> dict[str, Any]:
-    """The figures of a checkpoint on one half of the held-out documents, as plain values."""
+    """Return the figures of a checkpoint on one half of the held-out documents, as plain values."""
     device = choose_device(settings)
     dataset = open_dataset("--data", settings.data)
     documents_U = documents_of_half(dataset, half)
@@ -92,7 +92,7 @@ def measure(checkpoint: Path, settings: TrainSettings, half: Half, signals_path:
 
 
 def curve(metrics_path: Path) -> list[dict[str, Any]]:
-    """Of the metrics what the report draws: every held-out figure, and the looks for collapse, in a long run some."""
+    """Return the metrics that the report plots: all held-out figures, and collapse figures, thinned in a long run."""
     found = (line.parse() for line in checked_lines(metrics_path) if not all(map(line.lacks, FIGURES)))
     lines = [{name: line[name] for name in CURVE} for line in found]
     every = -(-len(lines) // CURVE_POINTS)
@@ -100,12 +100,12 @@ def curve(metrics_path: Path) -> list[dict[str, Any]]:
 
 
 def tokens_per_second(metrics_path: Path) -> float | None:
-    """The median over the steps, evaluations and checkpoints left out."""
+    """Return the median over the steps, without the time of evaluations and checkpoints."""
     rates = [line.parse()["tokens_per_second"] for line in checked_lines(metrics_path)]
     return statistics.median([rate for rate in rates if rate is not None] or [float("nan")])
 
 
 def drop_checkpoints(task: Task) -> None:
-    """Remove the work folder of a run that has its JSON; its metrics and log stay."""
+    """Remove the checkpoints of a finished run. Its metrics and log stay."""
     if not task.keep_checkpoint:
         shutil.rmtree(task.settings.output, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""The plan of an ablation, a YAML file: what is compared, with what in common, over which seeds.
+"""The plan of an ablation, a YAML file: the variants, the options they share, and the seeds.
 
-An example is configs/ablations/replica.yaml; paths are relative to the plan.
+An example is configs/ablations/replica.yaml. Paths are relative to the plan.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from indraquantum.strategy import shipped_names
 from indraquantum.training.run import FREE_SETTINGS
 from indraquantum.yaml_settings import checked, read_yaml
 
-# What a plan may set of a run: all that decides it but its seed and data, and what counts as a failure. Not patience:
-# it would stop by the held-out text that the table comes from.
+# The options that a plan may set: all that decide a run, except its seed and data, and what counts as a failure. It
+# may not set patience, which would stop a run by the held-out text that the table comes from.
 ALLOWED = (set(TrainSettings.model_fields) - FREE_SETTINGS - {"seed", "patience"}) | {"on_collapse"}
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=60)]
 Overrides = dict[str, bool | int | float | str | None]
@@ -25,37 +25,37 @@ Grid = Annotated[tuple[Overrides, ...], Field(max_length=6)]
 
 
 class Search(Settings):
-    """A small search before the runs: the best setting of each variant on the choice half is the one it runs with."""
+    """A small search before the runs. Each variant is trained with the setting that is best on the choice half."""
 
     grid: Grid = ()
-    """Settings to try for every variant, each a set of overrides."""
+    """The settings to try for every variant; each is a set of options."""
     variants: dict[Name, Grid] = {}
-    """Another grid for some variants; an empty one searches nothing there."""
+    """Other grids for some variants. An empty grid searches nothing."""
     fraction: float = Field(default=1 / 3, gt=0, le=1)
-    """Part of a run's steps that each trial takes."""
+    """The fraction of a run's steps that each trial takes."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the trials."""
 
 
 class Plan(Settings):
-    """What is compared."""
+    """What an ablation compares."""
 
     name: Name
-    """Names the folders of results and work."""
+    """The name of the plan, which is also that of its folders."""
     about: str = ""
-    """A sentence for the head of the report."""
+    """A sentence for the top of the report."""
     data: Path
     """The prepared dataset, relative to the plan."""
     signals: Path | None = None
-    """The teacher's signals, relative to the plan: for training, and to correlate every variant's readouts with."""
+    """The teacher's signals, relative to the plan. They are used for training, and compared with the readouts."""
     base: Overrides = {}
     """Options of `indra train` that all variants share."""
     variants: Annotated[dict[Name, Overrides], Field(min_length=1)]
-    """Options of each variant, over those of the base; `signals` too. Its paths are relative to the plan."""
+    """Options of each variant, which replace those of the base; `signals` too. Paths are relative to the plan."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)] = (0,)
-    """A run for each variant and seed."""
+    """The seeds. Each variant is trained once with each seed."""
     pairs: tuple[tuple[str, str], ...] = ()
-    """Variants whose difference at equal seeds decides: the first minus the second."""
+    """Pairs of variants whose difference at equal seeds is reported: the first minus the second."""
     equal_parameters: tuple[tuple[str, ...], ...] = ()
     """Groups of variants whose numbers of parameters must agree within 1 %."""
     search: Search | None = None
@@ -69,7 +69,7 @@ class Plan(Settings):
         return seeds
 
     def grid_of(self, variant: str) -> tuple[Overrides, ...]:
-        """The settings to try for `variant`; none without a search."""
+        """Return the settings to try for `variant`; none without a search."""
         return () if self.search is None else self.search.variants.get(variant, self.search.grid)
 
 
@@ -77,7 +77,7 @@ def load_plan(path: Path) -> Plan:
     """Read and check a plan.
 
     Raises:
-        UserError: naming the field, its value and what is allowed.
+        UserError: the plan is wrong; the message names the field, its value and what is allowed.
     """
     content = read_yaml("CONFIG", path, "name, data and variants")
     plan = checked(lambda: Plan.model_validate(content), f"{path}: ")
@@ -94,7 +94,7 @@ def load_plan(path: Path) -> Plan:
 
 
 def resolved(plan: Plan, variant: str, chosen: Overrides, **common: Any) -> TrainSettings:
-    """The training settings of a run: base, variant and chosen setting, one over the other, and what all runs share.
+    """Return the training settings of a run: the common ones, replaced by base, variant and chosen setting in turn.
 
     Raises:
         UserError: a value is out of range.
@@ -104,7 +104,7 @@ def resolved(plan: Plan, variant: str, chosen: Overrides, **common: Any) -> Trai
 
 
 def _beside(folder: Path, overrides: Overrides) -> Overrides:
-    """`overrides` with their paths, which are relative to the plan, from here."""
+    """Return `overrides` with paths that are relative to the current folder instead of the plan."""
     paths = {name: overrides.get(name) for name in ("signals", "strategy", "start_from")}
     stated = {name: str(path) for name, path in paths.items() if path is not None and path not in shipped_names()}
     return overrides | {name: str(folder / path) for name, path in stated.items()}
@@ -121,7 +121,7 @@ def _check_names(path: Path, plan: Plan) -> None:
 
 
 def _check_overrides(path: Path, plan: Plan) -> None:
-    """Only settings that decide a run, each in range; and what a variant states is not searched for."""
+    """Check that all options may be set and are in range, and that no search changes what a variant sets."""
     for place, overrides in {"base": plan.base, **{f"variants.{n}": o for n, o in plan.variants.items()}}.items():
         _check_fields(f"{path}: {place}", overrides, ALLOWED | {"signals"})
     for variant, stated in plan.variants.items():
@@ -130,7 +130,11 @@ def _check_overrides(path: Path, plan: Plan) -> None:
             _check_fields(f"{path}: search.grid", trial, ALLOWED)
             resolved(plan, variant, trial, data=plan.data)
             if both := sorted(trial.keys() & stated.keys()):
-                raise UserError(f"{path}: search.grid.{both[0]}", trial[both[0]], f"is stated by variants.{variant}")
+                raise UserError(
+                    f"{path}: search.grid.{both[0]}",
+                    trial[both[0]],
+                    f"must be left out, because variants.{variant} sets it",
+                )
 
 
 def _check_fields(where: str, overrides: Overrides, allowed: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""The report's pictures, each a function from the runs' JSONs to a matplotlib figure; a colour is a variant."""
+"""The plots of the report, drawn from the runs' JSON files. Each variant has a colour."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from indraquantum.ablation.intervals import interval
-from indraquantum.ablation.results import Record
+from indraquantum.ablation.results import Result
 from indraquantum.evaluation.collapse import CollapseFigures
 from indraquantum.files import atomic_file
+from indraquantum.monitor.plots import finish_axes
 
-Runs = dict[str, dict[int, Record]]  # finished runs by variant and seed
+Runs = dict[str, dict[int, Result]]  # finished runs by variant and seed
 
 
 class _Drawn(NamedTuple):
-    record: Record
-    style: dict[str, Any]  # colour of the variant; the label at its first seed only, so that the legend has it once
+    record: Result
+    style: dict[str, Any]  # the variant's colour, and its label at the first seed only, so that the legend has it once
 
 
 def _each(runs: Runs) -> Iterator[_Drawn]:
@@ -30,14 +30,14 @@ def _each(runs: Runs) -> Iterator[_Drawn]:
 
 
 def draw_learning_curves(figure: Figure, runs: Runs) -> None:
-    """Held-out cross-entropy of each source over the tokens seen, a line for each seed; not of untrained models."""
+    """Held-out cross-entropy of each source over the tokens seen, with a line for each seed."""
     sources = dict.fromkeys(source for record, _ in _each(runs) for source in record["curve"][-1]["held_out"])
     for axes, source in zip(figure.subplots(1, len(sources), squeeze=False).flat, sources, strict=True):
         for record, style in _each(runs):
             lines = [line for line in record["curve"] if line["held_out"] and line["tokens"]]
             points = [(line["tokens"], line["held_out"][source]) for line in lines]
             axes.plot(*zip(*points, strict=True), linewidth=1, **style)
-        _finish(axes, f"Held-out documents, {source}", "tokens seen", "cross-entropy, nats per token")
+        finish_axes(axes, f"Held-out documents, {source}", "cross-entropy, nats per token", "tokens seen")
 
 
 def draw_size_and_loss(figure: Figure, runs: Runs) -> None:
@@ -49,20 +49,20 @@ def draw_size_and_loss(figure: Figure, runs: Runs) -> None:
         axes.errorbar(size, loss.mean, yerr=loss.half_width or 0, fmt="o", color=f"C{number % 10}", label=variant)
     sizes = [record["parameters"] for by_seed in runs.values() for record in by_seed.values()]
     axes.set_xlim(0.9 * min(sizes), 1.1 * max(sizes))  # equal sizes look equal
-    _finish(axes, "Parameters against loss, table half", "parameters", "cross-entropy, nats per token")
+    finish_axes(axes, "Parameters against loss, table half", "cross-entropy, nats per token", "parameters")
 
 
 def draw_calibration(figure: Figure, runs: Runs) -> None:
-    """Accuracy over confidence, a line for each seed; the dotted line is honest."""
+    """Accuracy over confidence, with a line for each seed. The dotted line is perfect calibration."""
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], ":", color="grey")
     for record, style in _each(runs):
         axes.plot(record["calibration"]["x"], record["calibration"]["y"], marker=".", linewidth=1, **style)
-    _finish(axes, "Calibration, table half", "confidence (max p)", "accuracy")
+    finish_axes(axes, "Calibration, table half", "accuracy", "confidence (max p)")
 
 
 def draw_readouts(figure: Figure, runs: Runs) -> None:
-    """The readouts over the teacher's figures; the dotted lines are the targets of the alignment terms."""
+    """The readouts over the teacher's figures. The dotted lines are the targets of the alignment terms."""
     magnitude, phase = figure.subplots(1, 2)
     known = {variant: {s: r for s, r in by_seed.items() if r["readouts"]} for variant, by_seed in runs.items()}
     for record, style in _each(known):
@@ -71,8 +71,8 @@ def draw_readouts(figure: Figure, runs: Runs) -> None:
     top = math.log(next(_each(known)).record["vocabulary_size"])
     phase.plot([0, top], [0, math.pi], ":", color="grey")
     magnitude.plot([0, 1], [0, 1], ":", color="grey")
-    _finish(magnitude, "Readout magnitude, table half", "teacher's confidence", "mean |c|")
-    _finish(phase, "Readout phase, table half", "teacher's entropy, nats", "mean phase, radians")
+    finish_axes(magnitude, "Readout magnitude, table half", "mean |c|", "teacher's confidence")
+    finish_axes(phase, "Readout phase, table half", "mean phase, radians", "teacher's entropy, nats")
 
 
 def draw_collapse(figure: Figure, runs: Runs) -> None:
@@ -82,7 +82,7 @@ def draw_collapse(figure: Figure, runs: Runs) -> None:
             points = [(line["tokens"], line[name]) for line in record["curve"] if line[name] is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), linewidth=1, **style)
-        _finish(axes, name.replace("_", " "), "tokens seen", "directions" if name == "effective_rank" else "nats")
+        finish_axes(axes, name.replace("_", " "), "directions" if name == "effective_rank" else "nats", "tokens seen")
 
 
 PICTURES: dict[str, Callable[[Figure, Runs], None]] = {
@@ -102,10 +102,3 @@ def save_picture(folder: Path, name: str, runs: Runs) -> Path:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
     return path
-
-
-def _finish(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")

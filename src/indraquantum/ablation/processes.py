@@ -1,6 +1,7 @@
-"""Several runs at once, each in a process of its own that leaves with a checkpoint when its parent does.
+"""Trains several runs at once, each in its own process, which saves a checkpoint and ends when its parent ends.
 
-The processes are forked from one that has loaded everything and computed nothing.
+The processes are forked from one that has loaded everything and computed nothing. multiprocessing's own pools can do
+neither: they lose a job whose process is killed, and they don't wait for checkpoints.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from indraquantum.ablation.tasks import Task
 from indraquantum.errors import UserError
 from indraquantum.training.interrupts import Interrupts
 
-PATIENCE = 120  # seconds for a process whose parent was killed to take its checkpoint and leave
+PATIENCE = 120  # seconds that a process has to save a checkpoint and end after its parent was killed
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], object]) -> list[str]:
-    """Do `tasks`, `jobs` of them at a time; one that fails does not keep the others from going on.
+    """Do `tasks`, `jobs` of them at a time. If one fails, the others continue.
 
     Args:
-        tasks: runs without a JSON.
+        tasks: runs without a JSON file.
         jobs: processes at a time.
-        say: told in a line of each run that ends.
+        say: called with a line about each run that ends.
 
     Returns:
-        A line for each run that has no JSON now, with its reason.
+        A line with the reason for each run that has no JSON file afterwards.
 
     Raises:
-        Interrupted: a signal came; the runs under way have left with a checkpoint.
+        Interrupted: a signal came; the unfinished runs have saved a checkpoint.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["indraquantum.ablation.one_run"])
@@ -69,9 +70,9 @@ def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], object]) ->
 
 
 def _start_server() -> None:
-    """Start the process that forks the runs, deaf to a terminal that closes.
+    """Start the process that forks the runs, and let it ignore a terminal that closes.
 
-    It would die of the SIGHUP and leave the runs behind; they have a session of their own, and their parent ends them.
+    The SIGHUP would end it and leave the runs behind. They have a session of their own, and their parent ends them.
     """
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
         return
@@ -100,16 +101,16 @@ def _outcome(task: Task, exit_status: int | None, left: int) -> _Outcome:
     if record is None:
         killed = f"killed by signal {-exit_status}" if exit_status and exit_status < 0 else ""  # by lack of memory, say
         said = killed or _last_line(log_path(task)) or f"exit status {exit_status}"
-        return _Outcome(f"{task.name}: not done ({said}); see {log_path(task)}", recorded=False)
+        return _Outcome(f"{task.name}: not finished ({said}); see {log_path(task)}", recorded=False)
     if record["status"] == "failed":
         return _Outcome(f"{task.name}: failed: {record['line']}", recorded=True)
     loss = record["sources"]["all"]["cross_entropy"]
     half = record["half"]
-    return _Outcome(f"{task.name}: {loss:.4f} nats/token on the {half} half; {left} runs left", recorded=True)
+    return _Outcome(f"{task.name}: {loss:.4f} nats/token on the {half} half; {left} runs to go", recorded=True)
 
 
 def log_path(task: Task) -> Path:
-    """Where the output of a run's process goes."""
+    """Return the file for the output of a run's process."""
     return task.settings.logs / task.settings.output.name / "output.txt"
 
 
@@ -119,8 +120,8 @@ def _last_line(path: Path) -> str:
 
 
 def _run_here(task: Task) -> None:
-    """The life of a run's process."""
-    os.setsid()  # a Ctrl-C at the terminal is for the parent, which passes it on
+    """Do one run; this is what its process executes."""
+    os.setsid()  # a Ctrl-C in the terminal goes to the parent, which passes it on
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     log = log_path(task)
     log.parent.mkdir(parents=True, exist_ok=True)

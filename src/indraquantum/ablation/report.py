@@ -1,4 +1,4 @@
-"""The report of an ablation: report.md, and report.html that holds its own pictures, from the runs' JSONs alone."""
+"""The report of an ablation, report.md and report.html, made from the runs' JSON files alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from indraquantum.ablation.final import read_final
 from indraquantum.ablation.intervals import Interval, interval, paired
 from indraquantum.ablation.plan import Plan
 from indraquantum.ablation.plots import PICTURES, Runs, save_picture
-from indraquantum.ablation.results import Record, read_results
+from indraquantum.ablation.results import Result, read_results
 from indraquantum.ablation.sizes import FLOPS_FORMULA
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file
+from indraquantum.files import write_text
 from indraquantum.inference.samples import PROMPTS
 
 FIGURES = {  # of a source: title, digits
@@ -25,8 +25,8 @@ FIGURES = {  # of a source: title, digits
     "calibration_error": ("ECE", 4),
     "accuracy": ("accuracy", 4),
 }
-Trials = dict[str, list[Record | None]]  # by variant, in the order of its grid; None: still to be done
-EQUAL = 0.001  # tokens of variants whose rows are padded a little differently
+Trials = dict[str, list[Result | None]]  # by variant, in the order of its grid; None if not done yet
+EQUAL = 0.001  # relative difference in tokens that counts as equal: rows are padded a little differently
 SAMPLES = {
     "words": ("words", 1),
     "distinct_1": ("distinct-1", 3),
@@ -42,10 +42,10 @@ ALIGNMENT = {
 
 
 def write_report(plan: Plan, folder: Path) -> Path:
-    """Write report.md and report.html of the JSONs in `folder`; the path of the latter.
+    """Write report.md and report.html from the JSON files in `folder`; return the path of the latter.
 
     Raises:
-        UserError: no run is finished, or one is not of this plan.
+        UserError: no run is finished, or one does not belong to this plan.
     """
     records, trials = read_results(plan, folder)
     finished = {v: {s: r for s, r in by_seed.items() if r["status"] == "finished"} for v, by_seed in records.items()}
@@ -54,39 +54,50 @@ def write_report(plan: Plan, folder: Path) -> Path:
         raise UserError("results", folder, "holds no finished run of this plan")
     blocks = report_blocks(plan, folder, records, runs, trials)
     for name, text in (("report.md", markdown(blocks)), ("report.html", html_page(blocks))):
-        with atomic_file(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return folder / "report.html"
 
 
 def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs, trials: Trials) -> list[Block]:
-    """Everything that the report says."""
-    blocks: list[Block] = [Heading(f"Ablation {plan.name}", 1), Paragraph(plan.about or "Variants at equal tokens.")]
+    """Return the whole report."""
+    blocks: list[Block] = [
+        Heading(f"Ablation {plan.name}", 1),
+        Paragraph(plan.about or "Variants compared at equal training tokens."),
+    ]
     blocks += [Heading("Held-out figures"), Paragraph(_about_figures(runs)), figures_table(runs)]
     if plan.pairs:
-        said = "First minus second at equal seeds, nats per token: below 0 the first is better. * clear of 0."
+        said = (
+            "First minus second at equal seeds, in nats per token. Below 0 the first is better. A * "
+            "marks an interval without 0."
+        )
         blocks += [Heading("Pairs"), Paragraph(said), pairs_table(plan, runs)]
     if (final := read_final(folder)) is not None:
         blocks += [Heading("Final figures"), Paragraph(_about_final(final)), *final_tables(plan, final)]
     stages = stages_table(runs)
     if stages.rows:
-        said = "Cross-entropy of all held-out documents where each stage ends, nats per token: a rise is forgetting."
+        said = (
+            "Cross-entropy of all held-out documents at the end of each stage, in nats per token. A rise "
+            "means forgetting."
+        )
         blocks += [Heading("After each stage"), Paragraph(said), stages]
     blocks += [Heading("Size and speed"), Paragraph(_about_sizes(runs)), sizes_table(runs)]
     if any(record["alignment"] for record in _all(runs)):
-        said = "Pearson correlation on the table half; the controls are the student's own softmax."
+        said = "Pearson correlation on the table half. The controls are read from the student's own softmax."
         blocks += [Heading("What the state knows of the teacher"), Paragraph(said), alignment_table(runs)]
     blocks += [Heading("Pictures")]
     for name, draw in PICTURES.items():
         if name != "readouts" or any(record["readouts"] for record in _all(runs)):
             blocks.append(Picture(save_picture(folder, name, runs), draw.__doc__.split("\n")[0]))
-    said = "At fixed prompts and a fixed seed; below the table what the first seed of each variant writes."
+    said = "Written at fixed prompts with a fixed seed. Below the table is the text of each variant's first seed."
     blocks += [Heading("Samples"), Paragraph(said), samples_table(runs), *sample_texts(runs)]
     if plan.search is not None:
-        said = "Each setting's cross-entropy on the choice half, nats per token; the best is what the variant ran with."
+        said = (
+            "Cross-entropy of each setting on the choice half, in nats per token. The variant was "
+            "trained with the best one."
+        )
         blocks += [Heading("Search"), Paragraph(said), search_table(plan, trials)]
     blocks += [Heading("Runs"), Paragraph(_about_runs(plan, records)), runs_table(records)]
-    return [*blocks, Heading("Where this comes from"), Code(_origin(records))]
+    return [*blocks, Heading("Provenance"), Code(_origin(records))]
 
 
 def figures_table(runs: Runs) -> Table:
@@ -119,14 +130,14 @@ def pairs_table(plan: Plan, runs: Runs) -> Table:
     return Table(["pair", "figure", "seeds", "difference", "each seed"], rows)
 
 
-def _differences(runs: Runs) -> Iterable[tuple[str, Callable[[Record], float]]]:
+def _differences(runs: Runs) -> Iterable[tuple[str, Callable[[Result], float]]]:
     for source in _first(runs)["sources"]:
         yield source, lambda record, source=source: record["sources"][source]["cross_entropy"]
     yield "ECE, all", lambda record: record["sources"]["all"]["calibration_error"]
 
 
 def stages_table(runs: Runs) -> Table:
-    """Of variants with more than one stage, each source where a stage ends, and how far it has come since the last."""
+    """Cross-entropy of each source at the end of each stage, and its change, for variants with several stages."""
     rows = []
     for variant, by_seed in runs.items():
         ends = [_stage_ends(record) for record in by_seed.values()]
@@ -140,8 +151,8 @@ def stages_table(runs: Runs) -> Table:
     return Table(["variant", "stage", "source", "nats/token", "since the stage before"], rows)
 
 
-def _stage_ends(record: Record) -> dict[str, dict[str, float]]:
-    """The last held-out figures of each stage, in order; older runs tell no stages."""
+def _stage_ends(record: Result) -> dict[str, dict[str, float]]:
+    """Return the last held-out figures of each stage, in order; older runs do not name their stages."""
     return {line["stage"]: line["held_out"] for line in record["curve"] if line.get("stage") and line["held_out"]}
 
 
@@ -181,14 +192,14 @@ def samples_table(runs: Runs) -> Table:
 
 
 def sample_texts(runs: Runs) -> Iterable[Block]:
-    """Each prompt with what each variant makes of it."""
+    """Each prompt with the text of each variant."""
     for number, prompt in enumerate(PROMPTS):
         texts = [f"[{v}] {next(iter(by_seed.values()))['samples']['texts'][number]}" for v, by_seed in runs.items()]
         yield Code("\n\n".join([prompt, *texts]))
 
 
 def search_table(plan: Plan, trials: Trials) -> Table:
-    """What was tried for each variant, and what its runs took."""
+    """The settings that were tried for each variant, and the chosen one."""
     rows = []
     for variant, tried in trials.items():
         losses = [r["sources"]["all"]["cross_entropy"] if r and r["status"] == "finished" else None for r in tried]
@@ -201,7 +212,7 @@ def search_table(plan: Plan, trials: Trials) -> Table:
 
 
 def runs_table(records: Runs) -> Table:
-    """How each run ended, with what was chosen for it and whether a collapse was seen."""
+    """How each run ended, its chosen setting, and whether a collapse was suspected."""
     rows = []
     for variant, by_seed in records.items():
         for seed, record in by_seed.items():
@@ -216,12 +227,12 @@ def _about_figures(runs: Runs) -> str:
     tokens = ", ".join(f"{name} {figures['tokens']:,}" for name, figures in record["sources"].items())
     return (
         f"On the table half of the held-out documents ({record['documents']} documents; predicted tokens: {tokens}), "
-        "which no choice of this plan has looked at; other plans on the same data are measured on the same half. "
-        "Mean ± half of the 95 % t-interval over seeds."
+        "which no choice of this plan has looked at. Other plans on the same data are measured on the same half. "
+        "The figures are the mean ± half of the 95 % t-interval over seeds."
     )
 
 
-def final_tables(plan: Plan, final: Record) -> list[Block]:
+def final_tables(plan: Plan, final: Result) -> list[Block]:
     """The figures on the test split, and the plan's pairs there."""
     runs: Runs = {}
     for run in final["runs"].values():
@@ -229,7 +240,7 @@ def final_tables(plan: Plan, final: Record) -> list[Block]:
     return [figures_table(runs), *([pairs_table(plan, runs)] if plan.pairs else [])]
 
 
-def _about_final(final: Record) -> str:
+def _about_final(final: Result) -> str:
     earlier = final["earlier_readings"]
     said = "for the first time" if not earlier else f"after {len(earlier)} earlier readings, by {'; '.join(earlier)}"
     return f"On the test split ({final['documents']} documents), read for this on {final['date']}, {said}."
@@ -243,17 +254,20 @@ def _about_sizes(runs: Runs) -> str:
     if not apart:
         return said
     unequal = ", ".join(str(seed) for seed, part in apart.items() if part > EQUAL)
-    told = f"NOT AT EQUAL TOKENS: seeds {unequal}" if unequal else "Equal rows, not quite as full"
+    told = f"NOT AT EQUAL TOKENS: seeds {unequal}" if unequal else "The rows are equally many, but not equally full"
     return f"{said} {told}: tokens differ by up to {max(apart.values()):.3%}."
 
 
 def _about_runs(plan: Plan, records: Runs) -> str:
     done, planned = sum(map(len, records.values())), len(plan.variants) * len(plan.seeds)
-    return f"{done} of {planned} runs are done. Suspected kinds of collapse are single looks, not confirmed ones."
+    return (
+        f"{done} of {planned} runs are done. A kind of collapse is listed if it was suspected at any "
+        "evaluation, confirmed or not."
+    )
 
 
 def _origin(records: Runs) -> str:
-    """Commits, commands, versions and hashes, each once."""
+    """Return commits, commands, versions and hashes, each once."""
     every = list(_all(records))
     facts = {
         "commit": [record["commit"] for record in every],
@@ -266,7 +280,7 @@ def _origin(records: Runs) -> str:
 
 
 def _mean(values: Iterable[float | None], digits: int) -> str:
-    """Mean and interval of those values that there are; a diverged run has some that no float holds."""
+    """Return the mean and interval of the values that exist; a diverged run lacks some."""
     known = [value for value in values if value is not None]
     return _shown(interval(known), digits) if known else "none"
 
@@ -280,9 +294,9 @@ def _setting(overrides: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in overrides.items()) or "as planned"
 
 
-def _all(runs: Runs) -> Iterable[Record]:
+def _all(runs: Runs) -> Iterable[Result]:
     return (record for by_seed in runs.values() for record in by_seed.values())
 
 
-def _first(runs: Runs) -> Record:
+def _first(runs: Runs) -> Result:
     return next(iter(_all(runs)))

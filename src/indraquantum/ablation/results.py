@@ -1,4 +1,4 @@
-"""The JSON of a run: written once, when the run is done, and never again; one of other settings is refused."""
+"""The JSON file of a run. It is written once, when the run is done, and refused if the settings have changed."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from indraquantum.training.run import FREE_SETTINGS
 
 FORMAT = "indraquantum-ablation-run"
 FORMAT_VERSION = 1
-Record = dict[str, Any]
+Result = dict[str, Any]
 _NEEDED = {"variant", "half", "chosen", "settings", "status"}
 
 
-def write_record(path: Path, record: Record) -> None:
-    """Write the JSON of a run, as a whole or not at all."""
+def write_result(path: Path, record: Result) -> None:
+    """Write the JSON file of a run, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, without_nan({"format": FORMAT, "format_version": FORMAT_VERSION, **record}))
 
 
-def read_record(path: Path) -> Record | None:
-    """The JSON of a run, or None where the run is still to be done.
+def read_result(path: Path) -> Result | None:
+    """Return the content of a run's JSON file, or None if the run is not done.
 
     Raises:
-        UserError: the file is none that `write_record` wrote.
+        UserError: `write_result` did not write this file.
     """
     if not path.exists():
         return None
     record = read_json("results", path)
     if not isinstance(record, dict) or record.get("format") != FORMAT or not record.keys() >= _NEEDED:
-        raise UserError("results", path, "must be the JSON of a run; remove it, or give another --output")
+        raise UserError("results", path, "must be the JSON file of a run; remove it, or give another --output")
     if record.get("format_version") != FORMAT_VERSION:
         found = record.get("format_version")
-        raise UserError("results", path, f"is of format version {found}; this program reads {FORMAT_VERSION}")
+        raise UserError("results", path, f"has format version {found}; this program reads {FORMAT_VERSION}")
     for name in ("settings", "chosen"):
         if not isinstance(record[name], dict):
             raise UserError("results", path, f"is damaged: its {name} must be a mapping")
@@ -46,42 +46,43 @@ def read_record(path: Path) -> Record | None:
     return record
 
 
-def check_record(path: Path, record: Record, planned: Record) -> None:
-    """Check that the run at `path` is the planned one: `planned` holds what decides it, its settings among it.
+def check_result(path: Path, record: Result, planned: Result) -> None:
+    """Check that the run at `path` is the planned one. `planned` holds all that decides it, including its settings.
 
-    An option that the program did not have when the run was made counts as what the program did then.
+    An option that did not exist when the run was trained counts as what the program did then.
 
     Raises:
-        UserError: naming the first difference.
+        UserError: the run is another one; the message names the first difference.
     """
     _compare(path, record, planned, record["settings"].keys() | planned["settings"].keys())
 
 
 class Results(NamedTuple):
-    """What a folder holds of a plan, by variant: runs by seed, and trials in the order of the grid."""
+    """The results of a plan in a folder, by variant: runs by seed, and trials in the order of the grid."""
 
-    runs: dict[str, dict[int, Record]]
-    trials: dict[str, list[Record | None]]  # None: still to be done
+    runs: dict[str, dict[int, Result]]
+    trials: dict[str, list[Result | None]]  # None: still to be done
 
 
-def read_results(plan: Plan, folder: Path, shared: Record | None = None) -> Results:
-    """Read the JSONs of the plan's runs and trials, checked as far as the plan tells, and against each other.
+def read_results(plan: Plan, folder: Path, shared: Result | None = None) -> Results:
+    """Read the JSON files of the plan's runs and trials, and check them against the plan and against each other.
 
     Args:
-        plan: the paths of its data and signals don't matter.
-        folder: of the JSONs.
-        shared: what all of them must have: `data`, content SHA-256, and `readouts_measured_with`; without it, what the
-            first one has.
+        plan: the plan; the paths of its data and signals don't matter.
+        folder: the folder of the JSON files.
+        shared: what all of them must have: `data`, a content SHA-256, and `readouts_measured_with`. Without it, all
+            must have what the first one has.
 
     Raises:
-        UserError: naming one that is of other settings, data or signals.
+        UserError: a file belongs to other settings, data or signals; the message names it.
     """
+    _require_readable(plan, folder)
     shared, runs, trials = dict(shared or {}), {}, {}
     for variant in plan.variants:
         grid = plan.grid_of(variant)
         paths = {seed: folder / f"{variant}-seed{seed}.json" for seed in plan.seeds}
-        runs[variant] = {seed: record for seed, path in paths.items() if (record := read_record(path))}
-        trials[variant] = [read_record(folder / "search" / f"{variant}-try{i}.json") for i in range(len(grid))]
+        runs[variant] = {seed: record for seed, path in paths.items() if (record := read_result(path))}
+        trials[variant] = [read_result(folder / "search" / f"{variant}-try{i}.json") for i in range(len(grid))]
         for seed, record in runs[variant].items():
             if record["chosen"] not in (grid or ({},)):
                 raise _of_another(paths[seed], "a setting of the plan's search", record["chosen"])
@@ -95,17 +96,37 @@ def read_results(plan: Plan, folder: Path, shared: Record | None = None) -> Resu
     return Results(runs, trials)
 
 
-def _check_stated(path: Path, record: Record, plan: Plan, variant: str) -> None:
+def _require_readable(plan: Plan, folder: Path) -> None:
+    """Refuse files that can't be read, all of them at once.
+
+    Raises:
+        UserError: one or more of the plan's files are damaged; the message names each of them.
+    """
+    errors = []
+    for variant in plan.variants:
+        names = [f"{variant}-seed{seed}" for seed in plan.seeds]
+        names += [f"search/{variant}-try{number}" for number in range(len(plan.grid_of(variant)))]
+        for name in names:
+            try:
+                read_result(folder / f"{name}.json")
+            except UserError as error:
+                errors.append(error)
+    if errors:
+        first, *others = errors
+        raise UserError(first.field, first.value, ". ".join([first.allowed, *map(str, others)]))
+
+
+def _check_stated(path: Path, record: Result, plan: Plan, variant: str) -> None:
     settings = resolved(plan, variant, record["chosen"], data=plan.data)
     stated = settings.model_dump(mode="json", exclude=FREE_SETTINGS | {"start_from", "seed"})
-    stated["strategy"] = Path(settings.strategy).name  # a plan may lie in another folder
+    stated["strategy"] = Path(settings.strategy).name  # the plan may have been in another folder
     if settings.tail == "auto":  # the run's signals decided
         del stated["tail"]
     _compare(path, record, {"variant": variant, "half": "table", "settings": stated}, stated)
 
 
-def _check_shared(path: Path, record: Record, variant: str, shared: Record) -> None:
-    """Check that the run at `path` has the data of the others, and the signals and tail of its variant's others."""
+def _check_shared(path: Path, record: Result, variant: str, shared: Result) -> None:
+    """Check that the run at `path` has the same data as all others, and the signals and tail of its variant."""
     has = {
         "data": record["settings"]["data"],
         "readouts_measured_with": record["readouts_measured_with"],
@@ -117,7 +138,7 @@ def _check_shared(path: Path, record: Record, variant: str, shared: Record) -> N
             raise _of_another(path, f"{name} {shared[name]}, as the others", value)
 
 
-def _compare(path: Path, record: Record, planned: Record, options: Iterable[str]) -> None:
+def _compare(path: Path, record: Result, planned: Result, options: Iterable[str]) -> None:
     names = (planned.keys() | set(options)) - {"settings"}
     then, now = (with_defaults({**part, **part["settings"]}, names) for part in (record, planned))
     for name in sorted(names):
@@ -127,5 +148,5 @@ def _compare(path: Path, record: Record, planned: Record, options: Iterable[str]
 
 
 def _of_another(path: Path, wanted: str, found: Any) -> UserError:
-    allowed = f"must be of a run with {wanted}, not {found}; remove it, or give another --output"
+    allowed = f"must belong to a run with {wanted}, not {found}; remove it, or give another --output"
     return UserError("results", path, allowed)

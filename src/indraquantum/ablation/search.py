@@ -1,4 +1,4 @@
-"""Which of a variant's settings is best on the choice half; nothing here looks at the table half."""
+"""Finds the best setting of a variant on the choice half. Nothing here reads the table half."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class Trial(NamedTuple):
     """One setting that was tried for a variant."""
 
     setting: Overrides
-    cross_entropy: float | None  # on the choice half, nats per token; None where it failed or is still to be done
+    cross_entropy: float | None  # on the choice half, nats per token; None if it failed or is not done
     line: str | None  # why it failed
-    done: bool  # has its JSON, whichever way it ended
+    done: bool  # has its JSON file, finished or failed
 
 
 def trial_tasks(bench: Bench, variant: str) -> list[Task]:
-    """The trials of `variant`, in the order of its grid."""
+    """Return the trials of `variant`, in the order of its grid."""
     return [bench.trial(variant, number) for number in range(len(bench.plan.grid_of(variant)))]
 
 
 def trials_of(bench: Bench, variant: str) -> list[Trial]:
-    """What is known of each trial of `variant`."""
+    """Return the result of each trial of `variant`."""
     trials = []
     for task in trial_tasks(bench, variant):
         record = task.record()
@@ -35,16 +35,16 @@ def trials_of(bench: Bench, variant: str) -> list[Trial]:
 
 
 def best_setting(variant: str, trials: list[Trial]) -> Overrides:
-    """The setting with the lowest cross-entropy, the first of equals; nothing to change where nothing was searched.
+    """Return the setting with the lowest cross-entropy, or no options if nothing was searched.
 
     Raises:
-        UserError: a trial is still to be done, or none came to its end.
+        UserError: a trial is not done, or none finished.
     """
     if not trials:
         return {}
     if not all(trial.done for trial in trials):
-        raise UserError("search", variant, "has trials that are still to be done")
+        raise UserError("search", variant, "has trials that are not finished")
     finished = [trial for trial in trials if trial.cross_entropy is not None]
     if not finished:
-        raise UserError("search", variant, "has no setting whose trial came to its end")
+        raise UserError("search", variant, "has no setting whose trial finished")
     return min(finished, key=lambda trial: trial.cross_entropy).setting

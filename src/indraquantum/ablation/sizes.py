@@ -1,4 +1,4 @@
-"""How large a variant is and how much it sees, known before anything is run.
+"""The size of a variant and the tokens that it sees, computed before training.
 
 Legend: T positions of a row, d `d_model`, D width of the transformer, m width of the MLP, L layers, V vocabulary.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from indraquantum.config import TrainSettings
-from indraquantum.data.dataset import PreparedDataset
+from indraquantum.data.prepared import PreparedDataset
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.training.costs import products_of_the_head
@@ -25,17 +25,17 @@ FLOPS_FORMULA = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run."""
+    """The sizes of a run."""
 
     parameters: int  # all, frozen ones too
-    table_parameters: int  # of them, the embedding table's
+    table_parameters: int  # those of the embedding table
     flops_per_token: float  # forward and backward, FLOPS_FORMULA
     steps: int  # of the optimiser
     tokens: int  # real ones that the run sees
 
 
 def sizes_of(settings: TrainSettings, dataset: PreparedDataset) -> Sizes:
-    """The sizes of a run by `settings`, without allocating its model.
+    """Return the sizes of a run with `settings`, without allocating its model.
 
     Raises:
         UserError: the model's settings contradict each other.
@@ -56,7 +56,7 @@ def sizes_of(settings: TrainSettings, dataset: PreparedDataset) -> Sizes:
 
 
 def flops_per_token(model: IndraQuantumPhase2, row_length: int, batch_tokens: int) -> float:
-    """Floating-point operations of forward and backward for each trained token, by FLOPS_FORMULA."""
+    """Return the floating-point operations of forward and backward for each trained token, by FLOPS_FORMULA."""
     config = model.config
     layers = sum(p.numel() for p in model.backbone.parameters() if p.ndim == 2)
     attention = config.num_hidden_layers * row_length * config.hidden_size
@@ -67,12 +67,12 @@ def flops_per_token(model: IndraQuantumPhase2, row_length: int, batch_tokens: in
 
 
 def planned_steps(settings: TrainSettings, dataset: PreparedDataset) -> int:
-    """Optimiser steps of a run."""
+    """Return the optimiser steps of a run."""
     return plan_run(settings, dataset).total_steps
 
 
 def planned_tokens(settings: TrainSettings, dataset: PreparedDataset) -> int:
-    """Real tokens that a run sees, row by row as it draws them."""
+    """Return the real tokens that a run sees, row by row as it draws them."""
     return sum(_tokens_seen(stage) for stage in plan_run(settings, dataset).stages)
 
 

@@ -1,4 +1,4 @@
-"""The runs of a plan, each with everything that decides it, so that any process can do it."""
+"""The runs of a plan. Each task holds everything that decides its run, so that any process can do it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 from indraquantum import __version__
 from indraquantum.ablation.plan import Overrides, Plan, resolved
-from indraquantum.ablation.results import Record, check_record, read_record
+from indraquantum.ablation.results import Result, check_result, read_result
 from indraquantum.ablation.sizes import planned_steps, sizes_of
 from indraquantum.config import AblateSettings, TrainSettings
-from indraquantum.data.dataset import PreparedDataset, open_dataset
+from indraquantum.data.dataset import open_dataset
+from indraquantum.data.prepared import PreparedDataset
 from indraquantum.errors import UserError
 from indraquantum.evaluation.halves import Half, documents_of_half
 from indraquantum.files import combined_sha256
@@ -29,47 +30,47 @@ class Task:
     """One run."""
 
     name: str  # of its JSON and its work folder
-    planned: Record  # what decides the run, as plain values: see results.check_record
+    planned: Result  # all that decides the run, as plain values: see results.check_result
     settings: TrainSettings
     result: Path  # the JSON to write
     measured_with: Path | None  # signals to correlate the readouts with
-    origin: Record  # commit, command, versions
+    origin: Result  # commit, command, versions
     keep_checkpoint: bool
 
-    def record(self) -> Record | None:
-        """The run's JSON, or None where it is still to be done.
+    def record(self) -> Result | None:
+        """Return the content of the run's JSON file, or None if the run is not done.
 
         Raises:
-            UserError: there is one of another run.
+            UserError: the file belongs to another run.
         """
-        record = read_record(self.result)
+        record = read_result(self.result)
         if record is not None:
-            check_record(self.result, record, self.planned)
+            check_result(self.result, record, self.planned)
         return record
 
 
 class Bench:
-    """A plan with its data open: makes the tasks, and checks that they are fair.
+    """A plan with open data. It makes the tasks, and checks that their comparison is fair.
 
     Args:
-        plan: with `data` and `signals` to be opened.
-        settings: the command's.
-        results: folder for the JSONs.
-        work: folder for what runs need while they are under way.
-        command: the line that was typed, for the record.
+        plan: the plan, with its `data` and `signals`.
+        settings: the settings of the command.
+        results: the folder for the JSON files.
+        work: the folder for checkpoints and logs of unfinished runs.
+        command: the command line, for the record.
     """
 
     def __init__(self, plan: Plan, settings: AblateSettings, results: Path, work: Path, command: str) -> None:
         self.plan, self.settings, self.results, self.work = plan, settings, results, work
         if plan.data.is_file():
-            raise UserError("--data", plan.data, "must be the packed folder, which carries its tokenizer")
+            raise UserError("--data", plan.data, "must be the packed folder, which has a tokenizer")
         self.dataset: PreparedDataset = open_dataset("--data", plan.data)
         self._stores: dict[Path, SignalStore] = {}
         self.measured_with = self._covering_held_out(plan.signals)
         self._origin = {"commit": commit(), "command": command, "versions": versions()}
 
     @property
-    def shared(self) -> Record:
+    def shared(self) -> Result:
         """What all runs must have in common, for `read_results`."""
         yardstick = self.measured_with and self._store(self.measured_with)
         return {
@@ -89,11 +90,11 @@ class Bench:
         return self._stores[path]
 
     def run(self, variant: str, seed: int, chosen: Overrides) -> Task:
-        """The run of `variant` over `seed`, measured on the table half."""
+        """Return the run of `variant` with `seed`, measured on the table half."""
         return self._task(f"{variant}-seed{seed}", variant, seed, chosen, "table")
 
     def trial(self, variant: str, number: int) -> Task:
-        """The trial of the search's setting `number` for `variant`, measured on the choice half."""
+        """Return the trial of the search's setting `number` for `variant`, measured on the choice half."""
         search, chosen = self.plan.search, self.plan.grid_of(variant)[number]
         whole = planned_steps(self._train_settings("", variant, search.seed, chosen), self.dataset)
         steps = max(1, round(whole * search.fraction))
@@ -110,7 +111,7 @@ class Bench:
         settings = self._train_settings(name, variant, seed, chosen).model_copy(update=changes)
         taught = resolve(settings).asks_the_teacher
         if settings.signals is None and taught:
-            allowed = "must be given, or no_teacher: true"
+            allowed = "must be given, or set no_teacher: true"
             raise UserError(f"variants.{variant}.signals", "none", allowed)
         store = self._store(settings.signals) if taught else None
         planned = {
@@ -125,20 +126,20 @@ class Bench:
             self.settings.keep_checkpoints,
         )  # fmt: skip
 
-    def _identity(self, settings: TrainSettings, store: SignalStore | None) -> Record:
-        """What decides a run; its stages where they are not those of the default strategy, as in older JSONs."""
+    def _identity(self, settings: TrainSettings, store: SignalStore | None) -> Result:
+        """Return what decides a run; its stages only if they differ from the default's, as in older JSON files."""
         identity = run_identity(settings, find_signals(plan_run(settings, self.dataset), opened=store))
         if settings.strategy == TrainSettings.model_fields["strategy"].default:
             del identity["stages"]
         return identity | {"strategy": Path(settings.strategy).name}
 
     def check(self) -> None:
-        """Check that every variant can be built, sees the same rows, and that groups agree in size within 1 %.
+        """Check that every variant can be built and sees the same rows, and that groups agree in size within 1 %.
 
-        A variant that searches is looked at in each setting that it may choose.
+        A variant with a search is checked in each setting that it may choose.
 
         Raises:
-            UserError: naming the variant; or there is nothing held out to search by.
+            UserError: a variant does not fit, or no documents are held out for the search.
         """
         counts: dict[str, list[int]] = {}
         first, expected = next(iter(self.plan.variants)), None
@@ -151,7 +152,7 @@ class Bench:
                 except UserError as error:
                     raise UserError(f"variants.{variant}: {error.field}", error.value, error.allowed) from None
                 if grid and resolve(settings).stages[0].fraction is None:
-                    allowed = "must have stages that are fractions of the run, where there is a search of shorter runs"
+                    allowed = "must have stages given as fractions of the run, because the search trains shorter runs"
                     raise UserError(f"variants.{variant}.strategy", settings.strategy, allowed)
                 rows = self._rows_seen(settings)
                 expected = rows if expected is None else expected
@@ -164,10 +165,14 @@ class Bench:
                 said = ", ".join(f"{v} {' or '.join(f'{n:,}' for n in dict.fromkeys(counts[v]))}" for v in group)
                 raise UserError("equal_parameters", " ".join(group), f"must agree within 1 %: {said}")
         if self.plan.search is not None and not documents_of_half(self.dataset, "choice").any():
-            raise UserError("--data", self.plan.data, "must hold out two different documents of a source, for a search")
+            raise UserError(
+                "--data",
+                self.plan.data,
+                "must hold out at least two different documents of a source, because the plan has a search",
+            )
 
     def _rows_seen(self, settings: TrainSettings) -> int:
-        """Rows that a run visits, each as often as it does, as if the last step of each epoch were a full one."""
+        """Return how many rows a run reads, repeats included, as if the last step of each epoch were a full one."""
         plan = plan_run(settings, self.dataset)
         rows = sum(stage.steps * stage.rows_per_step for stage in plan.stages)
         fractions = plan.strategy.stages[0].fraction is not None
@@ -175,12 +180,12 @@ class Bench:
 
 
 def _held_out_sha256(store: SignalStore) -> str:
-    """Stands for the signals of the held-out rows, whatever is still captured of the others."""
+    """Return a hash of the signals of the held-out rows, which does not change while other rows are captured."""
     return combined_sha256(entry.sha256 for entry in store.manifest.shards if entry.split == "validation")
 
 
 def commit() -> str | None:
-    """The commit that the program runs from, with `+changes` where files differ from it; None outside a repository."""
+    """Return the commit of the program, with `+changes` if files differ from it; None outside a repository."""
     here = Path(__file__).parents[1]  # the whole package
     try:
         commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--", "."])
@@ -194,5 +199,5 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this program and of what computes."""
+    """Return the versions of this program and of the libraries that compute."""
     return {"indraquantum": __version__} | {name: version(name) for name in ("torch", "transformers", "numpy")}

@@ -1,8 +1,8 @@
-"""Which tokens begin and end a document, read from what stands beside a tokenizer.json.
+"""Which tokens begin and end a document, as the files beside a tokenizer.json say.
 
-Models expect different beginnings. Llama's documents begin with BOS. Qwen's begin with their text: it names no BOS.
-GPT-2 separates documents by one token, `<|endoftext|>`, so that this token stands before a document and after it. A
-tokenizer tells in several places which kind it is; `--document-start` chooses another beginning.
+Models expect different beginnings. Llama's documents begin with BOS. Qwen has no BOS, so its documents begin with their
+text. GPT-2 separates documents by one token, `<|endoftext|>`, which stands both before and after a document. Several
+files can say which kind a tokenizer is; `--document-start` overrides them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ USUAL_EOS = ("</s>", "<|endoftext|>")
 
 
 class ControlTokens(NamedTuple):
-    """The tokens that are set around a document."""
+    """The tokens around a document."""
 
-    bos_id: int | None  # begins every document; None where they begin with their text
+    bos_id: int | None  # begins every document; None if documents begin with their text
     eos_id: int  # ends every document
 
 
 class Stated(NamedTuple):
-    """What the files say of BOS and EOS."""
+    """What the files say about BOS and EOS."""
 
     bos: str | None
     eos: str | None
@@ -40,15 +40,15 @@ class Stated(NamedTuple):
 
 
 def read_stated(field: str, folder: Path, otherwise: Mapping[str, str | None]) -> Stated:
-    """Read tokenizer_config.json and, for what that leaves open, special_tokens_map.json.
+    """Read tokenizer_config.json, and special_tokens_map.json for what that one leaves open.
 
     Args:
         field: The option to name in an error.
         folder: Where the files are; either may be missing.
-        otherwise: `bos_token` and `eos_token` where neither file says anything of them.
+        otherwise: `bos_token` and `eos_token` to use if neither file mentions them.
 
     Raises:
-        UserError: a file is no JSON object, or an entry is of another type than transformers writes.
+        UserError: a file is not a JSON object, or an entry has another type than transformers writes.
     """
     files = [folder / name for name in (CONFIG, MAP)]
     pages = [(file, _page(field, file)) for file in files if file.is_file()]
@@ -61,7 +61,7 @@ def read_stated(field: str, folder: Path, otherwise: Mapping[str, str | None]) -
             found[key] = otherwise[key]
     adds = [page["add_bos_token"] for _, page in pages if page.get("add_bos_token") is not None]
     if adds and not isinstance(adds[0], bool):
-        raise UserError(field, folder / CONFIG, f"must have true or false as add_bos_token, not {adds[0]!r}")
+        raise UserError(field, folder / CONFIG, f"must have true or false as its add_bos_token, not {adds[0]!r}")
     none_named = "bos_token" in found and found["bos_token"] is None
     return Stated(found.get("bos_token"), found.get("eos_token"), none_named or adds[:1] == [False])
 
@@ -76,7 +76,7 @@ def _page(field: str, file: Path) -> dict[str, Any]:
 def _token(field: str, file: Path, key: str, value: Any) -> str | None:
     token = value.get("content") if isinstance(value, dict) else value
     if value is not None and not isinstance(token, str):
-        raise UserError(field, file, f"must have a token's text or null as {key}, not {str(value)[:60]}")
+        raise UserError(field, file, f"must have the text of a token, or null, as its {key}, not {str(value)[:60]}")
     return token
 
 
@@ -89,12 +89,13 @@ def choose_control_tokens(
         field: The option to name in an error.
         file: The tokenizer, for the error.
         stated: What the files beside it say.
-        backend: The tokenizer; its post-processor shows what its models' texts begin and end with.
-        start: `auto` begins documents as the tokenizer's own models expect: with the BOS that it names, with nothing
-            where it says that there is none, and with EOS where it says nothing. The others are for all tokenizers.
+        backend: The tokenizer. Its post-processor shows what its models' texts begin and end with.
+        start: `auto` begins documents as the tokenizer's own models expect: with the BOS token that the files name,
+            with nothing if they say that there is none, and with EOS if they say nothing. The other values overrule
+            the files.
 
     Raises:
-        UserError: no EOS, a token that is not in the vocabulary, or no BOS where one is asked for.
+        UserError: there is no EOS, a token is not in the vocabulary, or `start` asks for a BOS and there is none.
     """
     ids = backend.get_vocab(with_added_tokens=True)
     around = _set_around_text(backend)
@@ -103,7 +104,11 @@ def choose_control_tokens(
         usual = [ids[token] for token in USUAL_EOS if token in ids]
         eos = next((token for token in (around.last, *usual) if token is not None), None)
     if eos is None:
-        raise UserError(field, file, f"needs an eos_token in {CONFIG}: it names none, and has none of the usual ones")
+        raise UserError(
+            field,
+            file,
+            f"needs an eos_token in {CONFIG}: none is named there, and the vocabulary has none of the usual ones",
+        )
     if start in ("eos", "none"):
         return ControlTokens(eos if start == "eos" else None, eos)
     bos = _id_of(field, file, "bos_token", stated.bos, ids)
@@ -111,7 +116,7 @@ def choose_control_tokens(
     if start == "bos":
         named = ids.get(USUAL_BOS) if named is None else named
         if named is None:
-            raise UserError("--document-start", start, f"must be auto, eos or none: {file} names no BOS")
+            raise UserError("--document-start", start, f"must be auto, eos or none: {file} names no BOS token")
         return ControlTokens(named, eos)
     if stated.no_bos and around.first is None and named != eos:
         return ControlTokens(None, eos)
@@ -122,13 +127,13 @@ def choose_control_tokens(
 
 def _id_of(field: str, file: Path, key: str, token: str | None, ids: Mapping[str, int]) -> int | None:
     if token is not None and token not in ids:
-        allowed = f"needs a {key} in {CONFIG} that is in the vocabulary ({token!r} is not)"
+        allowed = f"needs a {key} in {CONFIG} that is in the vocabulary; {token!r} is not"
         raise UserError(field, file, allowed)
     return None if token is None else ids[token]
 
 
 class _Around(NamedTuple):
-    """The ids that a post-processor sets before and behind a text; None where it is not exactly one."""
+    """The id that a post-processor puts before a text and the one behind it; None if it is not exactly one."""
 
     first: int | None
     last: int | None
@@ -139,6 +144,6 @@ def _set_around_text(backend: Tokenizer) -> _Around:
     marks = encoding.special_tokens_mask
     before = sum(1 for _ in itertools.takewhile(bool, marks))
     behind = sum(1 for _ in itertools.takewhile(bool, reversed(marks)))
-    if before == len(marks):  # the tokenizer knows no "a", so what stands behind it can't be told apart
+    if before == len(marks):  # "a" is not in the vocabulary, so nobody can tell what follows it
         behind = 0
     return _Around(encoding.ids[0] if before == 1 else None, encoding.ids[-1] if behind == 1 else None)

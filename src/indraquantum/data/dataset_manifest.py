@@ -1,4 +1,4 @@
-"""The page that describes a prepared dataset, manifest.json: every field with its type and range."""
+"""The manifest.json of a prepared dataset: every field with its type and range."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from indraquantum.errors import UserError
 from indraquantum.files import read_json
+from indraquantum.yaml_settings import first_problem
 
 FORMAT = "indraquantum-dataset"
 FORMAT_VERSION = 3
@@ -20,7 +21,7 @@ MOST_TOKENS = 1 << 32  # ids are uint32 at most
 def _plain_name(name: str) -> str:
     """Check that a name stays inside the folder."""
     if "\\" in name or not all(name.split("/")) or {".", ".."} & set(name.split("/")):
-        raise ValueError("must be the plain name of a file inside the folder")
+        raise ValueError("must be the name of a file inside the folder")
     return name
 
 
@@ -34,14 +35,14 @@ class _Page(BaseModel):
 
 
 class FileFacts(_Page):
-    """What the manifest says of a file."""
+    """What the manifest says about a file."""
 
     sha256: _Sha256
     bytes: _Count
 
 
 class SourceFacts(_Page):
-    """What the manifest says of a source; all but its name are for the reader."""
+    """What the manifest says about a source. Only its name is used; the rest informs the reader."""
 
     name: str = Field(min_length=1)
     available: _Count | None = None
@@ -61,11 +62,11 @@ class LargestIds(_Page):
 
     train: _Count
     validation: _Count
-    test: _Count = 0  # may be absent, where there is no such split, but not null
+    test: _Count = 0  # may be missing if there is no such split, but not null
 
 
 class DatasetManifest(_Page):
-    """What a prepared dataset is."""
+    """The whole manifest."""
 
     format: Literal["indraquantum-dataset"]
     format_version: Literal[2, 3]
@@ -73,7 +74,7 @@ class DatasetManifest(_Page):
     versions: dict[str, str]
     vocabulary_size: int = Field(ge=1, le=MOST_TOKENS)
     bos_id: _Count | None
-    """The token that begins each document; None where they begin with their text."""
+    """The token that begins each document; None if documents begin with their text."""
     eos_id: _Count
     tokenizer_sha256: _Sha256
     content_sha256: _Sha256
@@ -94,24 +95,25 @@ class DatasetManifest(_Page):
 
 
 def read_dataset_manifest(field: str, folder: Path) -> dict[str, Any]:
-    """Read and check the manifest of the dataset in `folder`; returns it as it stands there.
+    """Read and check the manifest of the dataset in `folder`; return it unchanged.
 
     Raises:
-        UserError: missing, of another format or version, or a field that is missing or can't be right; it is named.
+        UserError: it is missing, has another format or version, or has a field that is missing or wrong.
     """
     path = folder / "manifest.json"
     manifest = read_json(field, path) if path.is_file() else None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(field, folder, f"must be a folder with a manifest.json of format {FORMAT!r}")
+        raise UserError(
+            field, folder, f"must be a prepared dataset: a folder with a manifest.json of format {FORMAT!r}"
+        )
     if (found := manifest.get("format_version")) not in READABLE:
         allowed = " and ".join(map(str, READABLE))
-        raise UserError(field, folder, f"is of format version {found}; this program reads {allowed}")
+        raise UserError(field, folder, f"has format version {found}; this program reads {allowed}")
     try:
         DatasetManifest.model_validate(manifest)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        value = "" if isinstance(first["input"], dict) else f" {str(first['input'])[:60]!r}"
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(field, path, f"is damaged: {where}{value}{': ' if where else ''}{reason}") from None
+        first = first_problem(error)
+        where = ".".join(map(str, first.place))
+        value = "" if isinstance(first.value, dict) else f" {str(first.value)[:60]!r}"
+        raise UserError(field, path, f"is damaged: {where}{value}{': ' if where else ''}{first.allowed}") from None
     return manifest

@@ -1,6 +1,7 @@
-"""WikiText's own tokenisation undone: ` @-@ ` joined, no space before punctuation, headings without their signs.
+"""Undoes WikiText's own tokenisation: ` @-@ `, spaces before punctuation, and the signs around headings.
 
-It is not always certain where a space was (an apostrophe may open or close), so what is doubtful stays as it is.
+It is not always certain where a space was; an apostrophe, for example, may open or close. Doubtful places stay as they
+are. The rules are for WikiText alone: a general detokenizer, such as sacremoses, knows neither ` @-@ ` nor headings.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ RULES = tuple(
 
 
 def detokenize(line: str) -> str:
-    """Return a line of WikiText as it was written before the dataset's makers took it apart.
+    """Return a line of WikiText as ordinary text.
 
     Args:
-        line: One paragraph or heading; `<unk>` stays, because nobody knows what stood there.
+        line: One paragraph or heading. `<unk>` stays, because nobody knows which word it replaced.
     """
     for pattern, replacement in RULES:
         line = pattern.sub(replacement, line)

@@ -1,7 +1,8 @@
-"""What is fetched from the network, at pinned revisions, and what to say where there is none.
+"""Downloads at pinned revisions, with a clear message where there is no network.
 
-Files of the Hugging Face hub come through huggingface_hub (cache, resume, progress); a plain URL comes through urllib.
-Being offline must show within seconds, so one quick request decides before the libraries begin their retries.
+huggingface_hub downloads files of the Hugging Face hub. It does not serve other URLs, so those are downloaded here, by
+urllib: with resume after a broken connection, and with a check of the pinned content. Being offline must show within
+seconds, so one quick request comes before the library and its retries.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from indraquantum.config import ALPACA, TINYLLAMA, WIKITEXT
 from indraquantum.errors import Unreachable, UserError
 from indraquantum.files import cache_folder, folder_lock, sha256_of
 
-# Pinned so that the same command gets the same bytes next year; other ids are taken at their newest state.
+# Pinned so that the same command gets the same bytes next year. Other ids are downloaded at their newest revision.
 REVISIONS = {
     TINYLLAMA: "fe8a4ea1ffedaf415f4da2f062534de366a451e6",
     WIKITEXT: "b08601e04326c79dfdd32d625aee71d232d685c3",
@@ -51,14 +52,14 @@ def hub_files(field: str, repository: str, patterns: list[str], repo_type: str, 
         repository: The repository's id, `owner/name`, or `owner/name@revision` for one of its states.
         patterns: Shell patterns of the files wanted.
         repo_type: "model" or "dataset".
-        remedy: What the user can do without the hub.
+        remedy: What to do without the hub, for the error.
 
     Returns:
-        The folder that holds the files; it may lack those that the repository does not have.
+        The folder that holds the files. Files that the repository does not have are missing from it.
 
     Raises:
-        Unreachable: no network and nothing in the cache.
-        UserError: the hub does not know the repository.
+        Unreachable: there is no network, and the cache does not hold the files.
+        UserError: the hub does not have the repository, or refuses it.
     """
     import huggingface_hub
 
@@ -68,17 +69,17 @@ def hub_files(field: str, repository: str, patterns: list[str], repo_type: str, 
         return Path(huggingface_hub.snapshot_download(name, local_files_only=not _hub_answers(), **options))
     except huggingface_hub.errors.LocalEntryNotFoundError:
         raise Unreachable(
-            field, repository, f"is no local file, and the Hugging Face hub can't be reached; {remedy}"
+            field, repository, f"is not a local file, and the Hugging Face hub can't be reached; {remedy}"
         ) from None
     except huggingface_hub.errors.HfHubHTTPError as error:
-        reason = f"is no local file, and the Hugging Face hub refuses it ({type(error).__name__})"
+        reason = f"is not a local file, and the Hugging Face hub refuses to send it ({type(error).__name__})"
     except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
-        reason = f"is no local file, and could not be downloaded ({type(error).__name__})"
+        reason = f"is not a local file, and could not be downloaded ({type(error).__name__})"
     raise UserError(field, repository, f"{reason}; {remedy}")
 
 
 def _hub_answers() -> bool:
-    """Whether the hub answers at all, by one quick request through the library's own client and its proxies."""
+    """Return whether the hub answers one quick request, sent through the library's own client and its proxies."""
     import huggingface_hub
 
     try:
@@ -89,35 +90,35 @@ def _hub_answers() -> bool:
 
 
 class _Ended(OSError):
-    """An answer that is shorter than the server said, or that goes on elsewhere than asked."""
+    """The answer is shorter than the server said, or holds another part of the file than the one asked for."""
 
 
 def download_url(field: str, url: str, remedy: str) -> Path:
-    """Download `url` into the cache with a progress bar; a pinned file that is there is taken as it is.
+    """Download `url` into the cache, with a progress bar. A pinned file that is already there is not downloaded again.
 
-    A connection that breaks is taken up again where it was, a few times at once and then by the next call, provided
-    that the server names the file's state (ETag or Last-Modified); the file gets its name only when it is whole.
+    A broken download is resumed, a few times by this call and after that by the next one, if the server names the
+    file's state (ETag or Last-Modified). The file gets its name only when it is complete.
 
     Args:
         field: The option to name in an error.
-        url: http, https or file address; `#sha256=HEX` behind it pins the content.
-        remedy: What the user can do without the network.
+        url: An http, https or file URL. `#sha256=HEX` at its end pins the content.
+        remedy: What to do without the network, for the error.
 
     Returns:
         The file in the cache.
 
     Raises:
-        UserError: the address can't be read, the answer ends early, or its content is not the pinned one.
+        UserError: the URL can't be read, the answer ends early, or the content is not the pinned one.
     """
     url, _, fragment = url.partition("#")
     kind, _, pinned = fragment.partition("=") if fragment else ("git blob", "", GIT_BLOBS.get(url, ""))
     if fragment and (kind != "sha256" or not re.fullmatch("[0-9a-f]{64}", pinned)):
-        raise UserError(field, f"{url}#{fragment}", "must end in nothing or in #sha256= and 64 digits from 0 to f")
+        raise UserError(field, f"{url}#{fragment}", "must end in #sha256= and 64 digits from 0 to f, or have no #")
     identify = sha256_of if fragment else git_blob_id
     try:
         name = Path(urllib.parse.urlsplit(url).path).name or "download"
     except ValueError as error:
-        raise UserError(field, url, f"must be an address ({error})") from None
+        raise UserError(field, url, f"must be a URL ({error})") from None
     folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16]
     path = folder / name
     if pinned and path.is_file() and identify(path) == pinned:
@@ -129,9 +130,9 @@ def download_url(field: str, url: str, remedy: str) -> Path:
             _fetch_all(url, part, path.name)
             if pinned and identify(part) != pinned:
                 part.unlink()
-                raise UserError(field, url, f"its content is not the pinned one ({kind} {pinned}); {remedy}")
+                raise UserError(field, url, f"is not the pinned content ({kind} {pinned}); {remedy}")
             os.replace(part, path)
-    except (OSError, ValueError, http.client.HTTPException) as error:  # a malformed address is a ValueError
+    except (OSError, ValueError, http.client.HTTPException) as error:  # a malformed URL is a ValueError
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
@@ -141,7 +142,7 @@ def download_url(field: str, url: str, remedy: str) -> Path:
 
 
 def _fetch_all(url: str, part: Path, name: str) -> None:
-    """Fetch until the file is whole; an attempt that brought nothing new counts against ATTEMPTS."""
+    """Download until the file is complete, or ATTEMPTS attempts in a row have brought nothing new."""
     failed = 0
     while True:
         size = part.stat().st_size if part.exists() else 0
@@ -151,7 +152,7 @@ def _fetch_all(url: str, part: Path, name: str) -> None:
             if error.code != RANGE_REFUSED or not size:
                 raise
             error.close()
-            part.unlink()  # the server has no such place: begin again
+            part.unlink()  # the server does not have this range: begin again
         except (OSError, http.client.HTTPException) as error:
             grown = part.exists() and part.stat().st_size > size
             failed = 1 if grown else failed + 1
@@ -161,7 +162,7 @@ def _fetch_all(url: str, part: Path, name: str) -> None:
 
 
 def _fetch(url: str, part: Path, name: str) -> None:
-    """Add to `part` what is missing of it, and check that it is as long as the server said."""
+    """Append the missing bytes to `part`, and check that it is as long as the server said."""
     from indraquantum.progress import Progress
 
     state = part.with_suffix(".state")
@@ -173,7 +174,7 @@ def _fetch(url: str, part: Path, name: str) -> None:
             start = 0  # the whole file, perhaps because it has changed
         elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
             part.unlink()
-            raise _Ended("the server went on elsewhere than it was asked to")
+            raise _Ended("the server sent another part of the file than the one asked for")
         etag = answer.headers.get("ETag") or ""
         # A weak ETag (W/) does not promise the same bytes.
         state.write_text(etag if etag.startswith('"') else answer.headers.get("Last-Modified") or "")
@@ -189,5 +190,5 @@ def _fetch(url: str, part: Path, name: str) -> None:
                 progress.update(len(chunk))
             size = file.tell()
     if total is not None and size != total:
-        raise _Ended(f"it ended after {size} of {total} bytes; the same command goes on from there")
+        raise _Ended(f"the connection ended after {size} of {total} bytes; the same command resumes the download")
     state.unlink()

@@ -1,7 +1,8 @@
-"""Copies among documents: exact ones by hash, near ones by MinHash and then by their true overlap.
+"""Finds copies among documents: exact copies by hash, near copies by MinHash and then by their true overlap.
 
-Near means that of all runs of 5 words that either document has, at least 80 % are in both (Jaccard). MinHash (Broder
-1997) with bands finds the pairs worth comparing; each pair is then compared exactly, so that no estimate decides.
+Two documents are near copies if at least 80 % of all runs of 5 words that either of them has are in both (Jaccard).
+MinHash (Broder 1997) with bands finds the pairs worth comparing. Each pair is then compared exactly, so that no
+estimate decides. The code is our own, because the removed samples must not change with the version of a library.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from indraquantum.data.large import first_places
+from indraquantum.data.large_arrays import first_places
 
 SHINGLE_WORDS = 5
 NEAR = 0.8
@@ -24,14 +25,14 @@ WORD = re.compile(r"\w+")
 
 
 def exact_duplicates(keys: np.ndarray) -> np.ndarray:
-    """Which keys of texts, (documents,) uint64, equal an earlier one, (documents,) bool."""
+    """Return which keys of texts, (documents,) uint64, equal an earlier one: (documents,) bool."""
     return first_places(keys) != np.arange(len(keys))
 
 
 def near_duplicates(texts: Sequence[str]) -> np.ndarray:
-    """Which texts nearly equal an earlier one that is not itself such a copy, (documents,) bool.
+    """Return which texts nearly equal an earlier one that is not a near copy itself: (documents,) bool.
 
-    Case, punctuation and spacing don't count; an exact copy is a near one as well.
+    Case, punctuation and spacing are ignored. An exact copy counts as a near copy too.
     """
     found = np.zeros(len(texts), dtype=bool)
     kept: list[dict[bytes, list[int]]] = [{} for _ in range(BANDS)]  # of each band: the texts that are no copies

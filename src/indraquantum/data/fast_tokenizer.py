@@ -1,7 +1,7 @@
-"""The dataset's tokenizer as transformers has it: the ids of `encode_prompt`, and a folder that AutoTokenizer reads.
+"""The dataset's tokenizer for transformers: it gives the ids of `encode_prompt`, and AutoTokenizer can load its folder.
 
-It begins a text as in training, with BOS if there is one, and takes `</s>` within it for text. It has no padding token,
-like Llama's, and pads on the left, so that a batch of prompts can be continued.
+It begins a text as in training, with BOS if there is one, and treats `</s>` within a text as text. Like Llama's
+tokenizer it has no padding token. It pads on the left, so that a batch of prompts can be continued.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
-    """Write the tokenizer into `folder`, for transformers and for `load_tokenizer`."""
+    """Write the tokenizer into `folder`, so that transformers and `load_tokenizer` can load it."""
     fast = transformers_tokenizer(tokenizer)
     fast.save_pretrained(folder)
-    # transformers has put its own flags and tokens into it; without them it has the same hash as the dataset's.
+    # transformers adds flags and tokens of its own. Without them the file has the same hash as the dataset's.
     (folder / "tokenizer.json").write_text(_with_beginning(tokenizer).to_str(), encoding="utf-8")
 
 
 def transformers_tokenizer(tokenizer: TextTokenizer) -> PreTrainedTokenizerFast:
-    """The tokenizer for transformers, which gives the ids of `encode_prompt`."""
+    """Return a tokenizer for transformers that gives the ids of `encode_prompt`."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -38,7 +38,7 @@ def transformers_tokenizer(tokenizer: TextTokenizer) -> PreTrainedTokenizerFast:
 
 
 def _with_beginning(tokenizer: TextTokenizer) -> Tokenizer:
-    """The library's tokenizer with a post-processor that begins a text as `encode_prompt` does."""
+    """Return the library's tokenizer with a post-processor that begins a text as `encode_prompt` does."""
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
 

@@ -1,7 +1,7 @@
-"""Which documents are held out: by a hash of the document, so that neither order nor position decides.
+"""Decides by a hash of each document which ones are held out, so that their order has no influence.
 
-Two parts are held out. Validation is what choices look at while a model is made; test is for a final report alone.
-Documents that share a paragraph go to one part together, so that nothing held out has been trained on.
+Two parts are held out: validation, for choices during training, and test, for a final report alone. Documents that
+share a paragraph go to the same part, so that the model is never trained on held-out text.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from typing import NamedTuple
 
 import numpy as np
 
-from indraquantum.data.large import first_places, key_parts
+from indraquantum.data.large_arrays import first_places, key_parts
 
-SPLITS = ("train", "validation", "test")  # a document's part is its number here
+SPLITS = ("train", "validation", "test")  # the number of a part is its place here
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 FRACTION_PERCENT = 1  # of each held-out part
 AT_LEAST = 4
 
 
 class Keys(NamedTuple):
-    """What decides for the documents of one source: 8 bytes of each hash, so that millions take little memory."""
+    """The hashes of the documents of one source, cut to 8 bytes, so that millions take little memory."""
 
     documents: np.ndarray  # (documents,) uint64
-    paragraphs: np.ndarray  # (paragraphs,) uint64: what a document must not share with the other side
+    paragraphs: np.ndarray  # (paragraphs,) uint64: what documents of different parts must not share
     owners: np.ndarray  # (paragraphs,) int64: the document of each, by its place
 
 
 def text_key(text: bytes) -> int:
-    """The key of a document or a paragraph; a document of one paragraph has the paragraph's."""
+    """Return the key of a document or a paragraph. A document of one paragraph has the paragraph's key."""
     return int.from_bytes(hashlib.sha256(b"held out\0" + text).digest()[:8], "big")
 
 
 def choose_held_out(
     sources: Iterable[Iterable[bytes]], paragraphs: Sequence[Sequence[Sequence[str]]] | None = None
 ) -> list[np.ndarray]:
-    """Choose the part of each document of each source, given as bytes, maybe with their paragraphs; see `hold_out`."""
+    """Choose the part of each document, given as bytes, with or without their paragraphs; see `hold_out`."""
     keys = [np.fromiter(map(text_key, source), dtype=np.uint64) for source in sources]
     all_keys = []
     for place, documents in enumerate(keys):
@@ -49,12 +49,13 @@ def choose_held_out(
 
 
 def hold_out(sources: Sequence[Keys]) -> list[np.ndarray]:
-    """Choose which documents of each source are held out, for validation and for the test.
+    """Choose which documents of each source are held out for validation and for the test.
 
-    Validation takes 1 % of each source's different documents, those with the smallest hashes: at least 4, but never
-    more than half of them, so that a source of 1 document has none. The test takes as many of the next smallest, while
-    at least half of the documents are left to train on. Equal documents, and those that share a paragraph, go the same
-    way, whatever their source; a family of such documents that is too large for a part is passed over.
+    Validation takes 1 % of the different documents of each source, those with the smallest hashes: at least 4, but
+    never more than half of them. A source of 1 document has no validation. The test takes as many of the next smallest
+    hashes, as long as at least half of the documents are left for training. Equal documents, and documents that share a
+    paragraph, go to the same part, whatever their source. A family of such documents that is too large for a part is
+    skipped.
 
     Returns:
         For each source the part of each document, (documents,) uint8: TRAIN, VALIDATION or TEST.

@@ -1,4 +1,4 @@
-"""`indra data info|verify|show`: what a prepared dataset holds, whether it is whole, and what its rows say."""
+"""`indra data info|verify|show`: prints what a prepared dataset holds, checks it, and prints its rows as text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from indraquantum.config import ShowSettings
-from indraquantum.data.dataset import PreparedDataset, open_dataset
+from indraquantum.data.dataset import open_dataset
 from indraquantum.data.padded import checksum_path, verify_checksum
+from indraquantum.data.prepared import PreparedDataset
 from indraquantum.data.split import Split
 from indraquantum.errors import UserError
 
@@ -17,7 +18,7 @@ FIELD = "PATH"
 
 
 def describe(path: Path, tokenizer: str | None = None) -> str:
-    """Return a dataset's statistics, a few lines.
+    """Return a dataset's statistics as a few lines.
 
     Args:
         path: The prepared folder, or a pickle.
@@ -53,7 +54,7 @@ def describe(path: Path, tokenizer: str | None = None) -> str:
 
 
 def _told(source: dict[str, Any]) -> list[str]:
-    """What a manifest tells of how a source was read and what of it is not used."""
+    """Return what a manifest says about how a source was read and which fields are not used."""
     counts = {kind: source.get(kind) or {} for kind in ("unused_fields", "left_out")}
     named = (
         f"{kind.replace('_', ' ')}: {', '.join(f'{name} {count:,}' for name, count in found.items())}"
@@ -67,11 +68,11 @@ def verify(path: Path) -> str:
     """Read every byte of a prepared folder, or of a pickle with a checksum, and return what was checked.
 
     Raises:
-        UserError: naming the first file that is not what was written, or a pickle without its checksum.
+        UserError: a file is damaged, or a pickle has no checksum; the message names the first one.
     """
     if path.is_file():
         if not verify_checksum(FIELD, path):
-            raise UserError(FIELD, path, f"must have its checksum beside it, {checksum_path(path).name}")
+            raise UserError(FIELD, path, f"must have its checksum in {checksum_path(path).name} beside it")
         return f"{path}: {path.stat().st_size:,} bytes, all as they were written"
     manifest = open_dataset(FIELD, path, verify=True).manifest
     size = sum(facts["bytes"] for facts in manifest["files"].values())
@@ -79,9 +80,10 @@ def verify(path: Path) -> str:
 
 
 def show_rows(path: Path, settings: ShowSettings) -> str:
-    """Return rows as text: a line for the row, then a line and the text of each piece.
+    """Return rows as text: a line for the row, then a line and the text for each piece.
 
-    `<s>` and `</s>` stand where the tokens themselves do; `...` where a document began before, or goes on after.
+    `<s>` and `</s>` show the control tokens. `...` shows that a document began in an earlier piece, or continues in a
+    later one.
 
     Raises:
         UserError: the dataset can't be opened, or has no such row.

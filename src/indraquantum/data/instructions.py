@@ -1,6 +1,6 @@
-"""Reading instructions: Stanford Alpaca's objects, and what other public files call the same three texts.
+"""Reads instructions: Stanford Alpaca's objects, and public files that name the same three texts differently.
 
-No field is dropped in silence: what a sample has beside its three texts is counted, for the summary and the manifest.
+No field is dropped silently. Further fields of a sample are counted, and the summary and the manifest list them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
 REMEDY = "give a .json, .jsonl, .parquet or .arrow file, or a folder of them"
-# What public files call a sample's three texts; the first name that is there counts.
+# The names of a sample's three texts in public files. The first one that a sample has is used.
 NAMES = {
     "instruction": ("instruction", "prompt", "question", "query"),
     "input": ("input", "context"),
@@ -40,7 +40,7 @@ NAMES = {
 }
 CONVERSATIONS = ("messages", "conversations", "conversation")
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-# Fields about a sample; others are part of it.
+# Fields that describe a sample and are no part of it.
 ABOUT = frozenset(
     [
         "id",
@@ -77,7 +77,7 @@ def read_alpaca(field: str, name: str, **options: Any) -> list[AlpacaSample]:
 
 
 def local_instructions(field: str, name: str) -> str:
-    """Return the file of an address, downloaded; a file stays what it is."""
+    """Return a local file: a URL is downloaded, a path is returned unchanged."""
     remote = name.startswith(("http://", "https://"))
     return str(download_url(field, name, f"{REMEDY} with {field} PATH")) if remote else name
 
@@ -85,20 +85,20 @@ def local_instructions(field: str, name: str) -> str:
 def alpaca_samples(
     field: str, name: str, *, reading: Reading | None = None, conversations: str = "refuse", empty_noinput: bool = False
 ) -> Iterator[AlpacaSample]:
-    """Yield instructions: objects with texts `instruction`, `output` and, maybe, `input`, or other NAMES of them.
+    """Yield instructions: objects with the texts `instruction`, `output` and optionally `input`, or other NAMES.
 
     Args:
         field: The option to name in an error.
-        name: A .json list, a .jsonl with one object a line, a table (.parquet, .arrow) with those columns; a folder or
-            glob of such; a folder of datasets' `save_to_disk`; or a URL of a file.
-        reading: What to do with items that are wrong; by default they are refused. Where they are skipped, so are
-            items with an empty output, which are kept otherwise: the published file has some. It learns of what is
-            not used.
-        conversations: refuse lists of messages, or read those of a single turn.
-        empty_noinput: Take an input that says that there is none (`<noinput>`) as empty.
+        name: A .json list, a .jsonl file with one object a line, or a table (.parquet, .arrow) with those columns; a
+            folder or a glob of them; a folder that datasets' `save_to_disk` wrote; or the URL of a file.
+        reading: What to do with wrong items, which are refused by default. If they are skipped, so are items with an
+            empty output; otherwise those are kept, because the published file has some. It collects what is not used.
+        conversations: Refuse lists of messages, or use those of a single turn.
+        empty_noinput: Treat an input that says that there is none (`<noinput>`) as empty.
 
     Raises:
-        UserError: missing, empty, not UTF-8, of another shape (the first wrong item is named), or no network.
+        UserError: the source is missing, empty, not UTF-8 or of another form (the message names the first wrong item),
+            or there is no network.
     """
     reading = reading or Reading(field)
     files = source_files(field, local_instructions(field, name), SUFFIXES, f"{REMEDY} with {field} PATH", reading)
@@ -123,7 +123,7 @@ def alpaca_samples(
     for (role, found), count in renamed.items():
         reading.note(f"{samples_have(count)} their {role} in {found!r}")
     if inputs_none:
-        done = "emptied" if empty_noinput else "kept as it is; --empty-noinput empties it"
+        done = "it was emptied" if empty_noinput else "it was kept; --empty-noinput empties it"
         reading.note(f"{samples_have(inputs_none)} an input that says there is none, such as <noinput>: {done}")
     if not samples:
         raise reading.nothing(name, "instruction")
@@ -149,7 +149,7 @@ def _items(field: str, path: Path, reading: Reading) -> Iterator[Any]:
 
 
 def _instances(item: Any) -> list[Any]:
-    """The samples of an item: one, or those of self-instruct's `instances`, which share an instruction."""
+    """Return the samples of an item: one, or several in self-instruct's `instances`, which share an instruction."""
     if not isinstance(item, dict) or not isinstance(item.get("instances"), list) or "output" in item:
         return [item]
     shared = {key: value for key, value in item.items() if key != "instances"}
@@ -157,18 +157,18 @@ def _instances(item: Any) -> list[Any]:
 
 
 def _sample(number: int, item: Any, reading: Reading, conversations: str) -> AlpacaSample | str | None:
-    """Read an item: a sample, what is wrong with it, or None where it is left out; count what is not used."""
+    """Return an item's sample, what is wrong with it, or None if it is left out; count what is not used."""
     if not isinstance(item, dict):
         return f"item {number} must be an object with instruction and output; {kind_of(item)}"
     if talk := _conversation(item):
         if conversations == "refuse":
-            return f"item {number} is a conversation ({talk!r}); --conversations single reads those of a single turn"
+            return f"item {number} is a conversation ({talk!r}); --conversations single uses those of a single turn"
         turns = _turns(item[talk])
         if isinstance(turns, str):
             return f"item {number}: {turns}"
         used, texts = {talk}, _single_turn(turns)
         if texts is None:
-            reading.left_out["conversations that are not one question and its answer"] += 1
+            reading.left_out["conversations of more or less than one question and one answer"] += 1
             return None
         if any(role == "system" and text.strip() for role, text in turns):
             reading.unused_fields["system message"] += 1
@@ -177,9 +177,9 @@ def _sample(number: int, item: Any, reading: Reading, conversations: str) -> Alp
         for role, name in named.items():
             if name is None and role != "input":
                 told = f"it has {', '.join(map(repr, list(item)[:8]))}" if item else "it is empty"
-                return f"item {number} must have a text {_or_other_names(role)}; it is missing ({told})"
+                return f"item {number} must have a text field {_or_other_names(role)}; it is missing ({told})"
             if name is not None and (reason := wrong_text(item[name])):
-                return f"item {number} must have a text {name!r}; {reason}"
+                return f"item {number} must have a text field {name!r}; {reason}"
         used = {name for name in named.values() if name}
         texts = AlpacaSample(*(item[name] if name else "" for name in named.values()))
     if reading.skip and not texts.output.strip():
@@ -192,14 +192,14 @@ def _sample(number: int, item: Any, reading: Reading, conversations: str) -> Alp
 
 
 def _conversation(item: dict[str, Any]) -> str | None:
-    """The name of an item's list of messages; None where it has instruction and output themselves."""
+    """Return the name of an item's list of messages; None if it has instruction and output of its own."""
     if None not in (_found(item, "instruction"), _found(item, "output")):
         return None
     return next((name for name in CONVERSATIONS if isinstance(item.get(name), list)), None)
 
 
 def _found(item: dict[str, Any], role: str) -> str | None:
-    """The name under which an item has the text of a role; the first that is not empty, for the input."""
+    """Return the name under which an item has the text of a role; for the input the first that is not empty."""
     there = [name for name in NAMES[role] if item.get(name) is not None or (name == role and name in item)]
     if role == "input":
         there = [name for name in there if item[name] not in (None, "")]
@@ -216,7 +216,7 @@ def _or_other_names(role: str) -> str:
 
 
 def _turns(messages: list[Any]) -> list[tuple[str, str]] | str:
-    """A conversation as (role, text), in OpenAI's form or ShareGPT's; or what is wrong with it."""
+    """Return a conversation in OpenAI's or ShareGPT's form as (role, text), or what is wrong with it."""
     turns = []
     for place, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
@@ -226,14 +226,30 @@ def _turns(messages: list[Any]) -> list[tuple[str, str]] | str:
             next((message[name] for name in names if message.get(name) is not None), None)
             for names in (("role", "from"), ("content", "value"))
         )
-        if reason := wrong_text(text):
-            return f"message {place} must have a text 'content' or 'value'; {reason}"
+        text, reason = _joined_parts(text) if isinstance(text, list) and text else (text, wrong_text(text))
+        if reason:
+            return f"message {place} must have a text field 'content' or 'value'; {reason}"
         turns.append((ROLES.get(str(role).lower(), str(role)), text))
     return turns
 
 
+def _joined_parts(parts: list[Any]) -> tuple[str, str | None]:
+    """Return the text of a message in parts, as OpenAI writes them, and what is wrong with it, or None."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            named = f"of the type {kind!r}" if kind is not None else "without a type"
+            return "", f"it has a part {named}, and only parts of the type 'text' can be read"
+        if reason := wrong_text(part.get("text")):
+            return "", f"a part of the type 'text' must have a text field 'text'; {reason}"
+        texts.append(part["text"])
+    joined = "".join(texts)
+    return joined, wrong_text(joined)
+
+
 def _single_turn(turns: list[tuple[str, str]]) -> AlpacaSample | None:
-    """The one question with its answer, or None where there are more of them, or other roles."""
+    """Return the one question with its answer; None if there are more of them, or other roles."""
     spoken = [(role, text) for role, text in turns if role != "system"]
     if [role for role, _ in spoken] != ["user", "assistant"]:
         return None

@@ -1,4 +1,4 @@
-"""From the settings to the documents that are used: sources read, copies found, samples drawn, some held out."""
+"""Decides which documents are used: reads the sources, finds copies, draws samples, and holds some of them out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from indraquantum.data.detokenize import detokenize
 from indraquantum.data.duplicates import exact_duplicates, near_duplicates
 from indraquantum.data.held_out import TRAIN, VALIDATION, Keys, hold_out, text_key
 from indraquantum.data.instructions import AlpacaSample, alpaca_samples, local_instructions
-from indraquantum.data.large import chunks
+from indraquantum.data.large_arrays import chunks
 from indraquantum.data.prompt import format_alpaca
 from indraquantum.data.records import Reading, counted, is_text
 from indraquantum.data.sources import TextSource, is_heading, open_text, text_documents
@@ -25,7 +25,7 @@ from indraquantum.errors import UserError, all_or_missing
 
 SAMPLING = 0  # number of the random stream that draws samples
 MAX_SOURCES = 255  # a source's number is one byte
-# A line counts as a paragraph from this length on: "Yes." is shared without giving anything away.
+# Shorter lines do not count as paragraphs: many documents share a line such as "Yes.".
 PARAGRAPH_CHARACTERS = 40
 AMOUNT = re.compile(r"\d{1,12}|\d+(\.\d+)?x")
 
@@ -38,21 +38,21 @@ class DrawnSource:
     available: int  # samples it holds
     duplicates: int  # of these, exact copies of earlier samples of any source
     near_duplicates: int | None  # near copies, the exact ones among them; None where they were not counted
-    usable: int  # samples left to draw from; a weight above 1 draws them again
+    usable: int  # samples left to draw from; a weight above 1 draws them several times
     wanted: int  # samples asked for, at most `usable` for a weight
-    numbers: np.ndarray  # (documents,) int64: place of each in the source, ascending; a weight may repeat them
+    numbers: np.ndarray  # (documents,) int64: place of each in the source, ascending; a weight above 1 repeats them
     read: Callable[[], Iterator[_Document]]  # reads the source from its beginning
-    keys: np.ndarray  # (available,) uint64: of all its documents, as they were when it was read first
+    keys: np.ndarray  # (available,) uint64: of all its documents at the first reading
     field: str  # the option that names it, for errors
-    reading: Reading  # what came up when it was read first
+    reading: Reading  # what the first reading found
     parts: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))  # (documents,): as `hold_out` has
 
     @property
     def shortfall(self) -> str | None:
-        """A sentence where the source has fewer samples than asked for."""
+        """A sentence if the source has fewer samples than asked for, else None."""
         if self.usable >= self.wanted:
             return None
-        return f"{self.name} holds {self.usable:,} samples, fewer than the {self.wanted:,} asked for: all are taken"
+        return f"{self.name} has only {self.usable:,} of the {self.wanted:,} samples asked for; all of them are used"
 
     @property
     def texts(self) -> list[str]:
@@ -72,38 +72,38 @@ class DrawnSource:
                 while place < number:
                     place, document = next(documents, (number, None))
                     if document is None or (place == number and text_key(document.text.encode()) != self.keys[place]):
-                        allowed = "must stay as it is while it is read; it has changed: prepare again"
+                        allowed = "changed while it was read; run `indra prepare` again"
                         raise UserError(self.field, self.name, allowed)
                 yield document.text
 
 
 class Mixture(NamedTuple):
-    """All sources, drawn, and the records that were left out as wrong."""
+    """All sources with their drawn samples, and the wrong records that were skipped."""
 
     sources: list[DrawnSource]
     skipped: list[dict[str, str]]  # source, file and reason of each
 
 
 class SourceOption(NamedTuple):
-    """A source as the options name it."""
+    """A source as the options give it."""
 
     name: str
     field: str
     path: str
     instructions: bool  # instructions, not text
     samples: int
-    weight: float | None  # where given, this many times what the source holds, in place of samples
+    weight: float | None  # if given, draw this multiple of the source's size instead of `samples`
     stream: int  # number of its random stream
     text: TextSource | None = None  # its files, once they are found
 
 
 class _Document(NamedTuple):
     text: str
-    paragraphs: list[str]  # what it must not share with the other side
+    paragraphs: list[str]  # what documents of different parts must not share
 
 
 def random_order(count: int, seed: int, *stream: int) -> np.ndarray:
-    """A random order of range(count), (count,) int64, that stays the same over NumPy's versions.
+    """Return a random order of range(count), (count,) int64, that is the same in all versions of NumPy.
 
     NumPy promises the raw output of its bit generators for good, but not what `Generator` makes of it (NEP 19).
     """
@@ -111,10 +111,10 @@ def random_order(count: int, seed: int, *stream: int) -> np.ndarray:
 
 
 def source_options(settings: PrepareSettings) -> list[SourceOption]:
-    """The sources that are asked for: the two that have options of their own, then --text, then --instructions.
+    """Return the sources: the two with options of their own, then those of --text, then those of --instructions.
 
     Raises:
-        UserError: a weight or count that is none, or too many sources.
+        UserError: a weight or count can't be read, or there are too many sources.
     """
     options = [
         SourceOption("wikitext", "--wikitext", settings.wikitext, False, settings.wikitext_samples,
@@ -154,7 +154,7 @@ def _stem(path: str) -> str:
 
 def _check_name(field: str, value: str) -> None:
     if not is_text(value):
-        raise UserError(field, ascii(value), "must be a name in UTF-8; a manifest can't hold another")
+        raise UserError(field, ascii(value), "must be a name in UTF-8, because the manifest holds it")
 
 
 def _is_amount_of_address(path: str, amount: str) -> bool:
@@ -167,7 +167,9 @@ def _amount(field: str, value: str, amount: str) -> tuple[int, float | None]:
     """Read the amount behind `=`: a count, or a weight that ends in x."""
     if AMOUNT.fullmatch(amount) and 0 < float(amount.rstrip("x")) <= (1000 if amount[-1] == "x" else 10**12):
         return (0, float(amount[:-1])) if amount[-1] == "x" else (int(amount), None)
-    raise UserError(field, value, "must be PATH, PATH=SAMPLES such as notes.txt=5000, or PATH=WEIGHTx such as =0.5x")
+    raise UserError(
+        field, value, "must be PATH, PATH=SAMPLES such as notes.txt=5000, or PATH=WEIGHTx such as notes.txt=0.5x"
+    )
 
 
 def find_sources(settings: PrepareSettings, readings: list[Reading]) -> Iterator[Callable[[], SourceOption]]:
@@ -181,7 +183,7 @@ def draw_sources(settings: PrepareSettings) -> Mixture:
     """Read every source, count or remove copies, draw the samples and decide which of them are held out.
 
     Raises:
-        UserError: a source that is wrong, or none that has two documents that may be parted.
+        UserError: a source is wrong, or no source has two documents that may go to different parts.
     """
     keys, readings, skipped = [], [], []
     options = all_or_missing(find_sources(settings, readings))
@@ -190,7 +192,7 @@ def draw_sources(settings: PrepareSettings) -> Mixture:
         skipped += [{"source": option.name} | entry for entry in reading.skipped]
     exact = exact_duplicates(np.concatenate([source.documents for source in keys]))
     near = None
-    if settings.duplicates in ("count", "near"):  # compares the texts themselves, which takes memory for all of them
+    if settings.duplicates in ("count", "near"):  # compares all texts, which must fit into memory
         near = near_duplicates([document.text for option in options for document in _documents(option, settings)])
     removed = {"exact": exact, "near": near}.get(settings.duplicates)
     drawn, start = [], 0
@@ -208,7 +210,7 @@ def draw_sources(settings: PrepareSettings) -> Mixture:
 
 
 def _found(option: SourceOption, settings: PrepareSettings, reading: Reading) -> SourceOption:
-    """The source with its files found; an address is downloaded."""
+    """Return the source with its files. A URL is downloaded."""
     if option.instructions:
         return option._replace(path=local_instructions(option.field, option.path))
     ways = {"documents": settings.documents, "separator": settings.separator}
@@ -226,7 +228,7 @@ def _documents(option: SourceOption, settings: PrepareSettings, reading: Reading
     for text in text_documents(option.text, reading):
         lines = text.split("\n")
         shown = [detokenize(line) for line in lines] if settings.detokenize else lines
-        # A heading is told by the line as it stood there: without its signs it looks like a paragraph.
+        # Headings are recognised before their signs are removed; afterwards they look like paragraphs.
         paragraphs = (new.strip() for old, new in zip(lines, shown, strict=True) if not is_heading(old.strip()))
         yield _Document("\n".join(shown), _long_ones(paragraphs) if len(lines) > 1 else [])  # one line is its own key
 
@@ -236,7 +238,7 @@ def _long_ones(lines: Iterable[str]) -> list[str]:
 
 
 def _keys(documents: Iterator[_Document]) -> Keys:
-    """The keys of all documents and their paragraphs; nothing else of them stays in memory."""
+    """Return the keys of all documents and their paragraphs. The texts do not stay in memory."""
     keys, paragraphs, owners = array("Q"), array("Q"), array("q")
     for place, document in enumerate(documents):
         keys.append(text_key(document.text.encode()))
@@ -287,7 +289,7 @@ def _hold_out(first: SourceOption, drawn: list[DrawnSource], keys: list[Keys]) -
         )  # fmt: skip
     parts = hold_out(used)
     if not any((of_source == VALIDATION).any() for of_source in parts):
-        allowed = "must give 2 different documents that share no paragraph, 1 of them to be held out"
+        allowed = "must give at least 2 different documents that share no paragraph, because 1 is held out"
         found = counted(sum(len(of_source.documents) for of_source in keys), "document")
         raise UserError(first.field, first.path, "; ".join([allowed, f"it gives {found}", *drawn[0].reading.notes]))
     for source, once in zip(drawn, parts, strict=True):

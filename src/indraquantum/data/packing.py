@@ -1,8 +1,9 @@
-"""Packing documents into rows of one length, so that every token is used once and hardly a position is padding.
+"""Packs documents into rows of one length, so that every token is used once and hardly any position is padding.
 
-Best-fit decreasing: each document goes where it leaves the least room. A document that fits a row is never split;
-longer ones can't stay whole, and are what fills the gaps up. Rows are found by their free room, which is at most the
-row's length, so the work grows with the number of documents only.
+The method is best-fit decreasing: each document goes where it leaves the least room. A document that fits into a row is
+never split. Longer documents must be split, and their pieces fill the gaps. Rows are found by their free room, which is
+at most the row's length, so the work grows only with the number of documents. The code is our own, because every token
+must be used exactly once, and the same documents must always give the same rows.
 
 Letters: P pieces, R rows.
 """
@@ -17,8 +18,8 @@ import numpy as np
 
 from indraquantum.data.split import Split
 
-# Tokens at the start of a piece see little of their document, so a long one is not cut into crumbs to save padding:
-# pieces cut to fill a room are at least this long (shorter for rows below 128).
+# The first tokens of a piece see little of their document, so a long document is not cut into tiny pieces to save
+# padding: pieces that fill a gap have at least this many tokens (fewer for rows below 128).
 SHORTEST_CUT = 8
 
 
@@ -37,7 +38,9 @@ class _Rows:
         self.row_length = row_length
         self.contents: list[list[int]] = []  # pieces of each row
         self._by_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows with that much room
-        self._rooms = 0  # bit n is set where some row has room n: the next larger room is one integer operation away
+        self._rooms = (
+            0  # bit n is set if some row has room n, so the next larger room is found by one integer operation
+        )
 
     def place(self, piece: int, length: int) -> None:
         """Put a piece where it leaves the least room, in a new row if it must."""
@@ -50,7 +53,7 @@ class _Rows:
             self._add(len(self.contents) - 1, self.row_length - length)
 
     def largest_room(self, limit: int) -> int:
-        """The largest room that is at most `limit`; 0 where there is none."""
+        """Return the largest room that is at most `limit`; 0 if there is none."""
         # Bit 0 is never set, so no room at all gives bit_length 0.
         return max((self._rooms & ((2 << limit) - 1)).bit_length() - 1, 0)
 
@@ -89,7 +92,7 @@ def pack(lengths: np.ndarray, row_length: int) -> Packing:
     for document in whole[np.argsort(-lengths[whole], kind="stable")].tolist():
         place(document, 0, int(lengths[document]))
 
-    # A longer document gives its beginning to rows of its own; its rest is cut where that fills a row's room exactly.
+    # The beginning of a longer document takes whole rows. Its rest is cut where that fills the room of a row exactly.
     longer = np.flatnonzero(lengths > row_length)
     rests = lengths[longer] % row_length
     shortest = max(1, min(SHORTEST_CUT, row_length // 16))
@@ -112,7 +115,7 @@ def pack(lengths: np.ndarray, row_length: int) -> Packing:
 
 
 def packed_split(tokens: np.ndarray, document_offsets: np.ndarray, row_length: int, padding_id: int) -> Split:
-    """Pack documents of one source, the longest first.
+    """Pack documents of one source into a split.
 
     Args:
         tokens: (S,) their ids end to end.
@@ -134,12 +137,12 @@ def packed_split(tokens: np.ndarray, document_offsets: np.ndarray, row_length: i
 
 
 def part_of_sources(split: Split, sources: Sequence[int]) -> Split:
-    """The pieces of some sources, with the places that they have in `split`.
+    """Return the pieces of some sources, with the places that they have in `split`.
 
-    Rows that hold nothing else stay as they are and come first; what lies in rows with others is packed anew.
+    Rows that hold only these sources stay as they are and come first. Pieces from other rows are packed again.
 
     Args:
-        split: all of them.
+        split: the split that holds them.
         sources: numbers of the sources.
     """
     wanted = np.isin(split.document_sources, sources)[split.piece_documents]  # (P,) bool

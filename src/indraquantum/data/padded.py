@@ -1,6 +1,6 @@
-"""The padded layout, the user's own format: a pickle of `{"input_ids", "attention_mask"}`, one sample a row.
+"""The padded layout: a pickle with a list of `{"input_ids", "attention_mask"}`, one sample a row.
 
-Each row is cut at the row's length, or padded with EOS's id and mask 0. The mask, not the id, says what is real.
+Each sample is cut at the row's length, or padded with EOS's id and mask 0. The mask, not the id, marks real tokens.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from indraquantum.data.dataset import PreparedDataset, check_split, content_hash
 from indraquantum.data.held_out import VALIDATION, choose_held_out
+from indraquantum.data.prepared import PreparedDataset, check_split, content_hash
 from indraquantum.data.safe_pickle import load_plain_pickle
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
-from indraquantum.files import check_manifest_json, read_json, sha256_of, write_manifest_json
+from indraquantum.files import check_manifest_json, read_json, sha256_of, unreadable, write_manifest_json
 
 PROTOCOL = 4  # read by every Python since 3.4; a fixed number keeps the bytes the same
 KEYS = (b"input_ids", b"attention_mask")
@@ -30,20 +30,20 @@ SOURCE = "pickle"  # the format has no room for sources
 
 
 def write_padded(path: Path, documents: Iterable[np.ndarray], row_length: int, padding_id: int) -> None:
-    """Write documents as padded rows, a chunk at a time; the same documents give the same bytes.
+    """Write documents as padded rows, a chunk at a time. The same documents give the same bytes.
 
-    Every row takes equally many bytes, so that NumPy can write the pickle's opcodes by the thousand.
+    Every row has the same number of bytes, so NumPy can write the pickle's opcodes for thousands of rows at once.
 
     Args:
         path: The pickle.
         documents: Token ids of each document, in the order of the rows.
         row_length: Length of every row.
-        padding_id: What fills a row up, at mask 0.
+        padding_id: The id that fills a row, at mask 0.
     """
     remaining = iter(documents)
     with open(path, "wb") as file:
         file.write(pickle.PROTO + bytes([PROTOCOL]))
-        for key in KEYS:  # into the memo, from where every row takes them
+        for key in KEYS:  # into the pickle's memo, which every row refers to
             file.write(pickle.SHORT_BINUNICODE + bytes([len(key)]) + key + pickle.MEMOIZE + pickle.POP)
         file.write(pickle.EMPTY_LIST)
         while chunk := list(itertools.islice(remaining, CHUNK_ROWS)):
@@ -52,7 +52,7 @@ def write_padded(path: Path, documents: Iterable[np.ndarray], row_length: int, p
 
 
 def checksum_path(path: Path) -> Path:
-    """The small JSON beside a pickle that says what its bytes must be."""
+    """Return the path of the small JSON file beside a pickle that holds its size and checksum."""
     return path.with_name(f"{path.name}.json")
 
 
@@ -63,10 +63,10 @@ def write_checksum(path: Path, digest: str) -> None:
 
 
 def verify_checksum(field: str, path: Path) -> bool:
-    """Check a pickle's every byte against the checksum beside it; whether there is one.
+    """Check every byte of a pickle against the checksum beside it; return whether there is a checksum.
 
     Raises:
-        UserError: the pickle, or the checksum's own file, is not what was written.
+        UserError: the pickle or the file with its checksum is damaged.
     """
     there = checksum_path(path)
     if not there.exists():
@@ -77,7 +77,8 @@ def verify_checksum(field: str, path: Path) -> bool:
         path.name, path.stat().st_size, sha256_of(path),
     ):  # fmt: skip
         allowed = (
-            f"is damaged: it is not the file that {there.name} tells of; if it was changed on purpose, remove that"
+            f"is damaged: its size or SHA-256 is not the one in {there.name}; if you changed it on "
+            f"purpose, remove {there.name}"
         )
         raise UserError(field, path, allowed)
     return True
@@ -114,43 +115,46 @@ def _records(documents: Sequence[np.ndarray], row_length: int, padding_id: int) 
 def open_pickle(field: str, path: Path, tokenizer: str | TextTokenizer | None) -> PreparedDataset:
     """Open a pickle of padded rows as a dataset: one document a row.
 
-    1 % of the rows, chosen by their hash, are its validation split; it has no test split.
+    1 % of the rows, chosen by their hash, become the validation split. There is no test split.
 
     Args:
         field: The option to name in an error.
-        path: The pickle. Where its checksum stands beside it, every byte is checked first. What a row has under more
-            keys than the two is not used; the manifest's `unused_fields` count it, and a line on stderr says so.
-        tokenizer: Folder, file or hub id, or the tokenizer itself; a pickle carries none.
+        path: The pickle. If there is a checksum beside it, every byte is checked first. Further keys of a row are not
+            used; the manifest's `unused_fields` counts them, and a line on stderr says so.
+        tokenizer: A folder, a file, a hub id, or the tokenizer itself.
 
     Raises:
-        UserError: no tokenizer given, not a plain pickle, a row of another shape, ids beyond the vocabulary.
+        UserError: there is no tokenizer, the file is not a plain pickle, a row has another form, or an id is outside
+            the vocabulary.
     """
     if tokenizer is None:
-        raise UserError("--tokenizer", None, f"must be given, because the pickle {path} carries no tokenizer")
+        raise UserError("--tokenizer", None, f"must be given, because the pickle {path} has no tokenizer of its own")
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer("--tokenizer", tokenizer)
     try:
         verify_checksum(field, path)
     except OSError as error:
-        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
+        raise unreadable(field, path, error) from None
     content = load_plain_pickle(field, path)
     rows = _check_rows(field, path, content, tokenizer.vocabulary_size)
     tokenizer = _beginning_as(rows.documents, tokenizer)
     row_length = rows.row_length
     unused = Counter(str(key) for row in content for key in row if key not in ("input_ids", "attention_mask"))
     for key, count in unused.items():
-        instead = ": every real token is learned" if key == "labels" else ""
+        instead = "; every real token is a label" if key == "labels" else ""
         print(f"note: {path}: {count:,} rows have {key!r}, which is not used{instead}", file=sys.stderr)
     held = choose_held_out([[document.tobytes() for document in rows.documents]])[0] == VALIDATION
     if not held.any():
-        raise UserError(field, path, "must hold at least 2 different rows, one of them to be held out")
+        raise UserError(field, path, "must hold at least 2 different rows, because 1 is held out")
     splits = {}
     for name, keep in (("train", ~held), ("validation", held)):
         documents = [document for document, kept in zip(rows.documents, keep, strict=True) if kept]
         if max(map(len, documents)) < 2:
             where = "that are held out" if name == "validation" else "to train on"
             raise UserError(
-                field, path, f"must have a row of at least 2 tokens among those {where}: nothing follows one"
+                field,
+                path,
+                f"must have a row of at least 2 tokens among those {where}: a single token has nothing to predict",
             )
         splits[name] = _one_document_a_row(documents, row_length, tokenizer)
         check_split(field, path, splits[name], tokenizer.vocabulary_size, 1)
@@ -176,7 +180,7 @@ def open_pickle(field: str, path: Path, tokenizer: str | TextTokenizer | None) -
 
 
 def _beginning_as(documents: list[np.ndarray], tokenizer: TextTokenizer) -> TextTokenizer:
-    """The tokenizer with what the rows begin with: the control token that all of them begin with, or none."""
+    """Return the tokenizer with the control token that all rows begin with as its BOS, or without one."""
     firsts = {int(document[0]) for document in documents}
     bos_id = firsts.pop() if len(firsts) == 1 and firsts <= set(tokenizer.control_ids) else None
     return tokenizer if bos_id == tokenizer.bos_id else TextTokenizer(tokenizer.backend, bos_id, tokenizer.eos_id)
@@ -217,7 +221,7 @@ def _check_rows(field: str, path: Path, rows: Any, vocabulary_size: int) -> _Row
             raise UserError(field, path, f"row {number} has {found}; all rows must be {row_length} long")
         real = int((mask == 1).sum())
         if real == 0 or not ((mask[:real] == 1).all() and (mask[real:] == 0).all()):
-            raise UserError(field, path, f"row {number}: attention_mask must be ones (at least one), then zeros")
+            raise UserError(field, path, f"row {number}: attention_mask must be one or more ones, followed by zeros")
         if ids.min() < 0 or ids.max() >= vocabulary_size:
             wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
             allowed = f"row {number} holds token id {wrong}; ids must be from 0 to {vocabulary_size - 1}"
@@ -234,4 +238,4 @@ def _integers(field: str, path: Path, number: int, row: Any, key: str) -> np.nda
     try:
         return np.array(values, dtype=np.int64)
     except OverflowError:
-        raise UserError(field, path, f"row {number}: {key} holds a number beyond 64 bits") from None
+        raise UserError(field, path, f"row {number}: {key} holds a number of more than 64 bits") from None

@@ -1,10 +1,11 @@
-"""`indra prepare`: sources to documents to tokens to rows, in both layouts.
+"""`indra prepare`: turns sources into documents, tokens and rows, and writes both layouts.
 
 Run it: `python scripts/prepare_mixed_data.py`.
 
-Everything is checked before anything is written, and what is written appears as a whole. Sources are read twice,
-once to decide and once to encode, so that memory holds some numbers of each document and not the text (a .json file is
-parsed as a whole; near duplicates need all text). The same settings and the same inputs give the same bytes.
+Everything is checked before anything is written, and the output appears as a whole. Sources are read twice, once to
+choose documents and once to encode them, so that memory holds a few numbers for each document and not its text. (A
+.json file is parsed as a whole, and finding near duplicates needs all text.) Equal settings and inputs give equal
+bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from indraquantum.config import PrepareSettings
 from indraquantum.data.dataset import is_dataset, write_dataset
 from indraquantum.data.held_out import SPLITS, TEST, VALIDATION
-from indraquantum.data.large import Spool, chunks, release
+from indraquantum.data.large_arrays import Spool, chunks, release
 from indraquantum.data.mixture import (
     DrawnSource,
     Mixture,
@@ -34,15 +35,17 @@ from indraquantum.data.mixture import (
 from indraquantum.data.packing import pack
 from indraquantum.data.padded import checksum_path, write_checksum, write_padded
 from indraquantum.data.records import readable
-from indraquantum.data.scratch import scratch_folder
 from indraquantum.data.split import Split
+from indraquantum.data.temporary import temporary_folder
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import Unreachable, UserError, all_or_missing
 from indraquantum.files import atomic_file, make_folder, sha256_of
 from indraquantum.progress import Progress
 
 WINDOW_DOCUMENTS = 1 << 17  # packed together
-CHUNK_ROWS = 1 << 10  # moved at once; each may touch 64 kB of a mapped file, which stay in memory until released
+CHUNK_ROWS = (
+    1 << 10
+)  # moved at once; each row may read 64 kB of a mapped file, which stay in memory until they are released
 CHUNK_DOCUMENTS = 1024  # texts handed to the tokenizer at once: enough for all cores, little memory
 # Numbers of the independent random streams that a seed gives.
 ROW_ORDER, PICKLE_ORDER = 1, 2  # stream 0 draws the samples
@@ -53,17 +56,17 @@ class SourceReport:
     """What became of one source."""
 
     name: str
-    available: int  # samples that the source holds
+    available: int  # samples in the source
     duplicates: int  # of these, exact copies of earlier samples of any source
     near_duplicates: int | None  # near copies, the exact ones among them; None where they were not counted
-    documents: int  # samples drawn, the held-out ones among them
+    documents: int  # samples drawn, including the held-out ones
     validation_documents: int  # of these, held out for validation
     test_documents: int  # and held out for the test
-    tokens: int  # of all documents, control tokens among them
+    tokens: int  # of all documents, including control tokens
     padding_share: float  # padded layout: positions that are padding, over this source's documents
     cut_share: float  # padded layout: tokens that are cut off
-    unused_fields: dict[str, int]  # records that have something in a field that is not used
-    left_out: dict[str, int]  # what was read and is no document, by its kind
+    unused_fields: dict[str, int]  # records with a value in a field that is not used
+    left_out: dict[str, int]  # parts of the source that are not documents, by kind
     notes: tuple[str, ...]  # sentences on how it was read
 
 
@@ -76,7 +79,7 @@ class PrepareReport:
     row_length: int
     rows: int  # packed training rows
     validation_rows: int
-    test_rows: int  # 0 where the sources are too small for a test split
+    test_rows: int  # 0 if the sources are too small for a test split
     tokens: int  # of the training rows
     validation_tokens: int
     test_tokens: int
@@ -85,8 +88,8 @@ class PrepareReport:
     padding_share: float  # padded layout: positions that are padding
     cut_share: float  # padded layout: tokens that are cut off
     sources: tuple[SourceReport, ...]
-    notes: tuple[str, ...]  # a sentence for each source that held fewer samples than asked for
-    skipped: int  # records left out as wrong, listed in the folder's skipped.jsonl
+    notes: tuple[str, ...]  # a sentence for each source with fewer samples than asked for
+    skipped: int  # wrong records that were skipped, listed in skipped.jsonl
 
 
 def prepare(settings: PrepareSettings) -> PrepareReport:
@@ -96,10 +99,10 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
         settings: What to read, how much of it, and where to write.
 
     Returns:
-        Where everything is, and the figures to print.
+        What was written where, and the figures to print.
 
     Raises:
-        UserError: any input that is wrong; then nothing was written.
+        UserError: an input is wrong; nothing was written then.
     """
     folder = _check_output(settings.output)
     source_options(settings)
@@ -108,7 +111,8 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
     options = settings.model_dump(mode="json", exclude={"output"})
     make_folder("--output", settings.output.parent)
     try:
-        with scratch_folder(settings.output.parent, [settings.output, folder, checksum_path(settings.output)]) as spool:
+        outputs = [settings.output, folder, checksum_path(settings.output)]
+        with temporary_folder(settings.output.parent, outputs) as spool:
             used = [part for part in range(len(SPLITS)) if any((s.parts == part).any() for s in mixture.sources)]
             sides = {SPLITS[part]: _Side(spool, part, tokenizer.dtype) for part in used}
             reports = tuple(
@@ -122,7 +126,7 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
                 write_padded(temporary, rows, settings.max_length, tokenizer.eos_id)
                 write_dataset(folder, splits, facts, tokenizer, options, mixture.skipped)
                 digest = sha256_of(temporary)
-                # A kill from here on leaves a pickle without its checksum, never one beside another's.
+                # If the process is killed from here on, the pickle has no checksum, but never a wrong one.
                 checksum_path(settings.output).unlink(missing_ok=True)
             write_checksum(settings.output, digest)
             return _report(settings, folder, splits, reports, mixture)
@@ -131,7 +135,7 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
 
 
 def _tokenizer(settings: PrepareSettings) -> TextTokenizer:
-    """The tokenizer; where it can't be reached, the error says too which sources can't be."""
+    """Return the tokenizer. If it can't be downloaded, the error also names the sources that can't be."""
     load = partial(load_tokenizer, "--tokenizer", settings.tokenizer, settings.document_start)
     try:
         return load()
@@ -173,12 +177,16 @@ def _report(
 def _check_output(output: Path) -> Path:
     """Check, without writing anything, that the pickle and the folder beside it can be made; return the folder."""
     if output.suffix != ".pkl":
-        raise UserError("--output", output, "must end in .pkl; the packed dataset stands beside it without that ending")
+        raise UserError(
+            "--output", output, "must end in .pkl; the packed dataset is written beside it, without that ending"
+        )
     folder = output.with_suffix("")
     if output.is_dir():
-        raise UserError("--output", output, "must be a file; it is a folder")
+        raise UserError("--output", output, "must be a file, not a folder")
     if folder.exists() and not is_dataset(folder) and (folder.is_file() or any(folder.iterdir())):
-        raise UserError("--output", output, f"would replace {folder}, which is no prepared dataset")
+        raise UserError(
+            "--output", output, f"would overwrite {folder}, which is not a prepared dataset; give another path"
+        )
     there = next(parent for parent in output.absolute().parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError("--output", output, f"must be in a folder that can be written ({there} is not)")
@@ -186,7 +194,7 @@ def _check_output(output: Path) -> Path:
 
 
 class _Side:
-    """One part of the dataset while it is written: everything that grows with the text lies in files."""
+    """One part of the dataset while it is written. Everything that grows with the text is in files."""
 
     def __init__(self, folder: Path, part: int, dtype: np.dtype) -> None:
         self.folder, self.part = folder / SPLITS[part], part
@@ -203,11 +211,11 @@ class _Side:
         self.numbers.add(numbers)
 
     def pack(self, settings: PrepareSettings, padding_id: int) -> Split:
-        """Pack the documents; rows come in random order, so that no part of them is of one kind."""
+        """Pack the documents, and put the rows in random order, so that sources are mixed everywhere."""
         lengths = self.lengths.array()
         offsets = _offsets(lengths)
         packed, sizes = Spool(self.folder / "packed", np.int64, 2), []
-        # By the window, because packing holds every piece as Python's own objects.
+        # In windows, because packing keeps Python objects for every piece.
         for start in range(0, len(lengths), WINDOW_DOCUMENTS):
             packing = pack(lengths[start : start + WINDOW_DOCUMENTS], settings.max_length)
             places = offsets[start + packing.documents] + packing.pieces[:, 0]
@@ -297,5 +305,5 @@ class _PaddedShares(NamedTuple):
 
 
 def _padded_shares(positions: int, tokens: int, kept: int) -> _PaddedShares:
-    """What the padded layout wastes where it keeps `kept` of these tokens; nothing where there are none."""
+    """Return what the padded layout wastes if it keeps `kept` of these tokens."""
     return _PaddedShares(1 - kept / positions, 1 - kept / tokens) if kept else _PaddedShares(0.0, 0.0)

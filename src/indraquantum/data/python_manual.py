@@ -1,8 +1,8 @@
-"""The embedded default corpus: Python's own manual, which every Python carries.
+"""The corpus of the demo: Python's own manual, which comes with every Python.
 
-`pydoc_data.topics` gives paragraphs of English prose, the standard library's docstrings give questions with answers.
-The sources are read with `ast`, never imported. Nothing of it is redistributed: it is made anew on each machine, from
-that machine's Python (licence of the text: PSF).
+`pydoc_data.topics` gives paragraphs of English prose, and the docstrings of the standard library give questions with
+answers. The sources are read with `ast` and never imported. Nothing of them is redistributed: each machine makes the
+corpus from its own Python. The licence of the text is the PSF's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from indraquantum.data.instructions import AlpacaSample
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, make_folder
 
-# Tests and demonstrations hold no documentation; ntpath says what posixpath says.
+# Tests and demonstrations have no documentation, and ntpath repeats posixpath.
 SKIPPED = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip", "turtledemo"}
 )
@@ -68,17 +68,17 @@ def write_manual_corpus(folder: Path, limit: int | None = None) -> ManualCorpus:
     """Write the corpus into `folder`; the same Python gives the same bytes.
 
     Args:
-        folder: Where manual.txt and questions.json go; it is made where it is missing.
+        folder: The folder for manual.txt and questions.json; it is created if it is missing.
         limit: Keep only the first paragraphs and questions, this many of each.
 
     Raises:
-        UserError: the folder can't be written, or this Python was installed without its manual or its sources.
+        UserError: the folder can't be written, or this Python was installed without its manual or source files.
     """
     paragraphs = list(itertools.islice(manual_paragraphs(), limit))
     questions = list(itertools.islice(docstring_questions(Path(sysconfig.get_path("stdlib"))), limit))
     if not questions:
         where = sysconfig.get_path("stdlib")
-        raise UserError("standard library", where, "must hold Python's sources; install Python with them")
+        raise UserError("standard library", where, "must hold Python's source files; install Python with them")
     make_folder("--output", folder)
     corpus = ManualCorpus(folder / "manual.txt", folder / "questions.json", len(paragraphs), len(questions))
     content = json.dumps([question._asdict() for question in questions], ensure_ascii=False, indent=1)
@@ -97,15 +97,15 @@ def manual_paragraphs() -> list[str]:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        allowed = "is missing from this Python; install its standard library in full, or give texts of your own"
+        allowed = "is missing from this Python; install the complete standard library, or give your own texts"
         raise UserError("pydoc_data", "no module", allowed) from None
     blocks = (block for name in sorted(topics) for block in re.split(r"\n\s*\n", topics[name]))
-    # Topics overlap (the page on compound statements holds that on `if`); a dict keeps the first of each, in order.
+    # Topics overlap: the page on compound statements contains that on `if`. A dict keeps the first of each, in order.
     return list(dict.fromkeys(text for block in blocks if (text := _prose(block))))
 
 
 def _prose(block: str) -> str | None:
-    """Return a block of lines as one line, or None where it is no prose: headings, code, grammar, tables."""
+    """Return a block of lines as one line; None if it is not prose but a heading, code, grammar or a table."""
     lines = block.strip("\n").split("\n")
     # `**` below a heading, `+--` and `|` in tables, `::=` in grammars, `>>>` in examples.
     if any(re.fullmatch(r"\s*([^\w\s])\1{2,}\s*|\s*[+|].*|.*::=.*|\s*>>>.*", line) for line in lines):
@@ -125,7 +125,7 @@ def docstring_questions(library: Path) -> Iterator[AlpacaSample]:
         library: Folder of Python sources, such as the standard library's.
 
     Yields:
-        Samples in the order of the modules' names and, within a module, of the qualified names; each answer once.
+        Samples in the order of the modules' names and, within a module, of the qualified names. No answer comes twice.
     """
     seen: set[str] = set()
     for name, path in sorted(_modules(library)):
@@ -137,7 +137,7 @@ def docstring_questions(library: Path) -> Iterator[AlpacaSample]:
 
 
 def _modules(library: Path) -> Iterator[_Module]:
-    """Yield the public modules below a folder, without looking into what is skipped (site-packages may be vast)."""
+    """Yield the public modules below a folder. Folders that are skipped, such as site-packages, are not searched."""
     for folder, folders, files in os.walk(library):
         folders[:] = [name for name in folders if _is_public(name)]
         parts = Path(folder).relative_to(library).parts
@@ -154,10 +154,10 @@ def _is_public(name: str) -> bool:
 
 
 def _entries(module: str, path: Path) -> list[_Entry]:
-    """The documented public names of one module, sorted; none where it can't be parsed."""
+    """Return the documented public names of one module, sorted; none if it can't be parsed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in somebody else's strings are not ours to report
+            warnings.simplefilter("ignore")  # warnings about old escapes in these files are not for our readers
             tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return []
@@ -184,7 +184,7 @@ def _members(name: str, body: Iterable[ast.stmt]) -> Iterator[_Entry]:
 
 
 def _answer(docstring: str) -> str:
-    """The docstring's prose: whole paragraphs up to its first example or LONGEST_ANSWER."""
+    """Return the docstring's prose: whole paragraphs up to its first example or LONGEST_ANSWER."""
     kept: list[str] = []
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring).strip()):
         if ">>>" in paragraph or (kept and sum(map(len, kept)) + len(paragraph) > LONGEST_ANSWER):
@@ -194,7 +194,7 @@ def _answer(docstring: str) -> str:
 
 
 def _question(entry: _Entry, answer: str) -> AlpacaSample:
-    """Ask about a name in one of several ways, which one by a hash of the name."""
+    """Ask about a name in one of several ways, chosen by a hash of the name."""
     ways = QUESTIONS[entry.kind]
     way = int.from_bytes(hashlib.sha256(entry.name.encode()).digest()[8:16])
     if entry.kind == "function" and way % (len(ways) + 1) == len(ways):

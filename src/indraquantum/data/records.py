@@ -1,4 +1,8 @@
-"""Records of any file that text and instructions come in: lines, JSON, parquet and Arrow, one file or many shards."""
+"""Reads records from files of text and instructions: lines, JSON, parquet and Arrow, in one file or many shards.
+
+These readers are our own, because they must name each wrong record with its file and line, use little memory and write
+no cache. pyarrow reads the tables.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from indraquantum.errors import UserError
-from indraquantum.files import read_json
+from indraquantum.files import read_json, unreadable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -19,36 +23,36 @@ if TYPE_CHECKING:
 TEXT_SUFFIXES = (".tokens", ".raw", ".txt")
 JSON_SUFFIXES = (".json", ".jsonl")
 TABLE_SUFFIXES = (".parquet", ".arrow")
-NOTHING: tuple[Any, ...] = (None, "", [], {})  # what a field may hold that says nothing
+NOTHING: tuple[Any, ...] = (None, "", [], {})  # values of a field that mean it is empty
 TABLE_ROWS = 1024  # read at once
-MAX_LINE_BYTES = 16 << 20  # a longer line is no paragraph; reading stops there, so that memory stays small
+MAX_LINE_BYTES = 16 << 20  # a longer line is not a paragraph; it is not read, so that memory stays small
 SPLIT_WORD = re.compile(r"(?<![a-z])(train(?:ing)?|valid(?:ation)?|dev|test|eval)(?![a-z])")
 
 
 class Reading:
-    """What comes up while a source is read: records that are wrong, and what is there but not used."""
+    """What is found while a source is read: wrong records, and parts that are not used."""
 
     def __init__(self, field: str, skip: bool = False) -> None:
         """Begin with nothing.
 
         Args:
             field: The option to name in an error.
-            skip: Leave wrong records out instead of refusing the source.
+            skip: Skip wrong records instead of refusing the source.
         """
         self.field, self.skip = field, skip
-        self.skipped: list[dict[str, str]] = []  # file and reason of each wrong record that was left out
-        self.left_out: Counter[str] = Counter()  # what is no document, by its kind
+        self.skipped: list[dict[str, str]] = []  # file and reason of each wrong record that was skipped
+        self.left_out: Counter[str] = Counter()  # parts that are not documents, by kind
         self.unused_fields: Counter[str] = Counter()  # records that have something in a field that is not used
-        self.notes: dict[str, None] = {}  # sentences that say how the source was read, in order
+        self.notes: dict[str, None] = {}  # sentences on how the source was read, in order
 
     def add(self, path: Path, reason: str) -> None:
-        """Raise UserError for a wrong record of the file `path`, or note it where such records are skipped."""
+        """Raise UserError for a wrong record of the file `path`, or note it if wrong records are skipped."""
         if not self.skip:
             raise UserError(self.field, path, reason)
         self.skipped.append({"file": readable(str(path)), "reason": readable(reason)})
 
     def nothing(self, name: str, wanted: str) -> UserError:
-        """The error for a source without one `wanted`; it says what was wrong with the first record, if any was."""
+        """Return the error for a source without a single `wanted`; it says what was wrong with the first record."""
         told = ""
         if self.left_out:
             told = f"; left out {listed(self.left_out)}"
@@ -57,27 +61,27 @@ class Reading:
         return UserError(self.field, name, f"must hold at least one {wanted}{told}")
 
     def note(self, sentence: str) -> None:
-        """Say something about how the source is read, once."""
+        """Keep a sentence on how the source was read; each sentence is kept once."""
         self.notes[readable(sentence)] = None
 
 
 def counted(number: int, what: str) -> str:
-    """A number and what it counts, in the singular where it is one."""
+    """Return a number and what it counts, in the singular or the plural."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def samples_have(number: int) -> str:
-    """The beginning of a sentence on so many samples."""
+    """Return the beginning of a sentence about this many samples."""
     return f"{counted(number, 'sample')} {'has' if number == 1 else 'have'}"
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """Counts of several kinds, in words."""
+    """Return counts of several kinds in words."""
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
 
 
 def readable(text: str) -> str:
-    """`text` on one line, and with escapes for what can't be shown or stored, such as a name that is no UTF-8."""
+    """Return `text` on one line, with escapes for characters that can't be printed or stored."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -116,14 +120,17 @@ def _folder_files(field: str, folder: Path, suffixes: tuple[str, ...], remedy: s
         try:
             return _saved_dataset(field, folder, reading)
         except (KeyError, TypeError, AttributeError) as error:
-            allowed = f"is not a complete folder of datasets' save_to_disk ({type(error).__name__}: {error}); {remedy}"
+            allowed = (
+                f"is not a complete folder as datasets' save_to_disk writes it ({type(error).__name__}: "
+                f"{error}); {remedy}"
+            )
             raise UserError(field, folder, allowed) from None
     visible = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     found = [file for file in visible if file.suffix in suffixes]
     if not found:
         inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())[:5])
-        more = f" but with folders ({inside})" if inside else ""
-        raise UserError(field, folder, f"is a folder without a file that can be read{more}; {remedy}")
+        more = f", only folders ({inside})" if inside else ""
+        raise UserError(field, folder, f"holds no file that can be read{more}; {remedy}")
     if len(kinds := sorted({file.suffix for file in found})) > 1:
         raise UserError(
             field, folder, f"is a folder of {' and '.join(kinds)} files; give a glob such as {folder}/*{kinds[-1]}"
@@ -151,7 +158,11 @@ def _saved_dataset(field: str, folder: Path, reading: Reading) -> list[Path]:
         folder /= "train"
     state = read_json(field, folder / "state.json")
     if state.get("_indices_files") or state.get("_indices_data_files"):
-        raise UserError(field, folder, "has rows selected but not written; save it again with datasets' save_to_disk")
+        raise UserError(
+            field,
+            folder,
+            "holds a selection of rows that is not written out; save it again with datasets' save_to_disk",
+        )
     return [folder / entry["filename"] for entry in state["_data_files"]]
 
 
@@ -177,7 +188,7 @@ def text_lines(field: str, path: Path, reading: Reading) -> Iterator[tuple[int, 
                 else:
                     yield number, text
     except OSError as error:
-        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
+        raise unreadable(field, path, error) from None
     if blank and not reading.skipped:
         raise UserError(field, path, "must not be empty")
 
@@ -214,7 +225,7 @@ def _first_lines(field: str, path: Path) -> list[bytes]:
                 if line := line.removeprefix(b"\xef\xbb\xbf").strip():
                     found.append(line)
     except OSError as error:
-        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
+        raise unreadable(field, path, error) from None
     return [*found, b"", b""][:2]
 
 
@@ -254,17 +265,15 @@ def _json_reason(error: Exception, line: int | None = None) -> str:
         return f"must be JSON; {error.msg.removesuffix(' at')} (line {line or error.lineno})"
     where = f" (line {line})" if line else ""
     reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
-    return f"must be JSON of records; {reason}{where}"
+    return f"must be JSON that can be read; {reason}{where}"
 
 
 def read_text(field: str, path: Path) -> str:
     """Read a UTF-8 file, with or without a byte order mark, that is not empty."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(field, path, f"must be a file that can be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(field, path, f"must be UTF-8 text (byte {error.start} is not)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(field, path, error) from None
     if not text.strip():
         raise UserError(field, path, "must not be empty")
     return text
@@ -285,7 +294,7 @@ def table_rows(field: str, path: Path, choose: Callable[[pyarrow.Schema], list[s
         kind = "a parquet" if path.suffix == ".parquet" else "an Arrow"
         raise UserError(field, path, f"must be {kind} file that can be read ({reason})") from None
     except UnicodeDecodeError:
-        raise UserError(field, path, "must hold UTF-8 text; a column's bytes are not") from None
+        raise UserError(field, path, "must hold UTF-8 text; the bytes of a column are not UTF-8") from None
 
 
 def _parquet_rows(field: str, path: Path, choose: Callable[[pyarrow.Schema], list[str]]) -> Iterator[dict[str, Any]]:
@@ -345,7 +354,7 @@ def wrong_text(text: object) -> str | None:
     if not isinstance(text, str):
         return kind_of(text)
     if not text.isascii() and not is_text(text):
-        return "it holds half a surrogate pair, which is no text"
+        return "it holds half of a surrogate pair, which is not valid text"
     if len(text) > MAX_LINE_BYTES:
         return f"it must be at most {MAX_LINE_BYTES} characters long, and has {len(text)}"
     return None

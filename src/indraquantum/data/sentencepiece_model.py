@@ -1,35 +1,35 @@
-"""A SentencePiece file (tokenizer.model) as a tokenizer.json that gives the same ids.
+"""Converts a SentencePiece file (tokenizer.model) to a tokenizer.json that gives the same ids.
 
-Two things decide whether a conversion is right, and transformers 5.23 misses both: merges go by the pieces' scores, the
-longer left part first where scores are equal (that is how SentencePiece comes to merge runs of spaces), and the space
-before the first word is put before texts that begin with a space too. Control tokens are left out of the merges, and
-unigram scores put them out of reach, because SentencePiece never finds them in text.
+The conversion is our own, because that of transformers 5.23 gets two things wrong. First, merges must be ordered by the
+pieces' scores and, where scores are equal, by the longer left part; this is how SentencePiece merges runs of spaces.
+Second, the space before the first word also goes before texts that begin with a space. Control tokens are left out of
+the merges, and unigram scores keep them from being used, because SentencePiece never finds them in text.
 
-The file is a protobuf message of three parts. They are read here, because the protobuf library that sentencepiece's own
-reader needs is not among sentencepiece's dependencies.
+The file is a protobuf message of three parts. They are read here, because sentencepiece's own reader needs the protobuf
+library, which is not among sentencepiece's dependencies.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from indraquantum.errors import UserError
+from indraquantum.files import unreadable
 
 # Numbers of the fields and values in sentencepiece_model.proto.
 PIECES, TRAINER, NORMALIZER = 1, 2, 3
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # SentencePiece's own sign for a space
-UNKNOWN_PENALTY = 10.0  # an unknown character's score is this much below the lowest of all
+UNKNOWN_PENALTY = 10.0  # the score of an unknown character is this much below the lowest score
 
 
 class Converted(NamedTuple):
-    """A SentencePiece model in Hugging Face's terms."""
+    """A SentencePiece model in Hugging Face's format."""
 
     description: dict[str, Any]  # the content of a tokenizer.json
     control_tokens: dict[str, str | None]  # bos_token and eos_token, as in tokenizer_config.json
@@ -47,7 +47,7 @@ def convert(field: str, file: Path) -> Converted:
     """Convert the SentencePiece model in `file`, of the kinds bpe and unigram.
 
     Raises:
-        UserError: it can't be read, is no such model, or has a feature that has no counterpart in a tokenizer.json.
+        UserError: the file can't be read, is not such a model, or has a feature that a tokenizer.json can't have.
     """
     try:
         parts = _parts(file.read_bytes())
@@ -60,12 +60,12 @@ def convert(field: str, file: Path) -> Converted:
         if not isinstance(charsmap, bytes):
             raise TypeError("a number in place of bytes")
     except OSError as error:
-        raise UserError(field, file, f"must be a file that can be read ({error.strerror})") from None
+        raise unreadable(field, file, error) from None
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error):
         raise UserError(field, file, "must be a SentencePiece model; it can't be read as one") from None
     for unfit, what in (
-        (kind not in (UNIGRAM, BPE), "is neither of the kind bpe nor unigram"),
-        (all(piece.kind != UNKNOWN for piece in pieces), "has no piece for what is unknown"),
+        (kind not in (UNIGRAM, BPE), "is not of the kind bpe or unigram"),
+        (all(piece.kind != UNKNOWN for piece in pieces), "has no piece for unknown characters"),
         (any(piece.kind == UNUSED for piece in pieces), "has pieces that are marked as unused"),
         (bool(trainer.get(24)), "puts spaces at the end of words"),
         (not normalizer.get(5, 1), "does not mark spaces"),
@@ -133,14 +133,14 @@ def _unigram(pieces: list[Piece], byte_fallback: bool) -> dict[str, Any]:
 def put_out_of_reach(vocabulary: list[list[Any]], numbers: set[int]) -> None:
     """Give some pieces of a unigram vocabulary, in place, scores so low that no text is cut into them.
 
-    That holds where the vocabulary has their letters too, as those of SentencePiece do that have seen them.
+    This works if the vocabulary has their single characters as well, or an unknown piece for those it lacks.
 
     Args:
         vocabulary: Pairs of piece and score; the place is the id.
         numbers: Ids of the pieces.
     """
     lowest = min((score for number, (_, score) in enumerate(vocabulary) if number not in numbers), default=0.0)
-    for number in numbers:  # lower than one unknown character after the other
+    for number in numbers:  # lower than a row of unknown characters
         vocabulary[number][1] = (lowest - UNKNOWN_PENALTY) * (len(vocabulary[number][0]) + 1)
 
 
@@ -168,18 +168,13 @@ def _decoder(prefixed: bool) -> dict[str, Any]:
     return {"type": "Sequence", "decoders": steps}
 
 
-def as_json(converted: Converted) -> str:
-    """The text of its tokenizer.json."""
-    return json.dumps(converted.description, ensure_ascii=False)
-
-
 def _signed(number: int) -> int:
-    """A protobuf int32, whose negative numbers are written as 64 bits."""
+    """Decode a protobuf int32, whose negative numbers are written as 64 bits."""
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
 def _parts(message: bytes) -> dict[int, list[Any]]:
-    """All values of each field of a protobuf message."""
+    """Return all values of each field of a protobuf message."""
     found: dict[int, list[Any]] = {}
     for number, value in _fields(message):
         found.setdefault(number, []).append(value)
@@ -187,15 +182,15 @@ def _parts(message: bytes) -> dict[int, list[Any]]:
 
 
 def _last(message: bytes) -> dict[int, Any]:
-    """The last value of each field, which is the one that counts."""
+    """Return the last value of each field, which is the valid one."""
     return dict(_fields(message))
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field: integers, or the bytes of anything else.
+    """Yield the number and value of each field: an integer, or the bytes of anything else.
 
     Raises:
-        ValueError: it is no protobuf message, or is cut off.
+        ValueError: the message is not protobuf, or is cut off.
     """
     view, place = memoryview(message), 0
     while place < len(view):
@@ -217,7 +212,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(view: memoryview, place: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, the lowest first, and the place behind it."""
+    """Return a number that is stored as 7 bits a byte, the lowest first, and the place behind it."""
     number = shift = 0
     while True:
         if place >= len(view) or shift > 63:

@@ -1,8 +1,7 @@
-"""Reading text: WikiText's lines, or files, shards and tables of any other text, and what a document of each is.
+"""Reads text: WikiText's lines, or files, shards and tables of other text, and divides it into documents.
 
-Text is kept as it is unless told otherwise, WikiText's own tokenisation (` @-@ `) and its `<unk>` among it: `<unk>` is
-five characters of text here, never the tokenizer's unknown token, because a model that can write it is honest about
-what it was shown.
+Text is not changed unless you ask for it. That includes WikiText's own tokenisation (` @-@ `) and its `<unk>`: here
+`<unk>` is five characters of text and never the tokenizer's unknown token, so that a model learns what it was shown.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ if TYPE_CHECKING:
 WIKITEXT_CONFIGURATION = "wikitext-103-v1"
 SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
 REMEDY = "give a .txt, .tokens, .raw, .jsonl, .json, .parquet or .arrow file, or a folder of them"
-# What public files put between two documents. Found alone on a line, it separates them; no document is the marker.
+# The markers that public files put between two documents. A marker alone on a line separates documents.
 MARKERS = ("<|endoftext|>", "<|end_of_text|>", "<|endofdoc|>", "<|eos|>", "<eos>", "</s>", "[EOS]")
 _SPECIAL = "|".join(re.escape(marker) for marker in MARKERS if marker.startswith("<|"))
-# Where a marker joins two texts it touches both. In a text about markers, spaces or quotes stand beside it.
+# A marker that joins two texts touches both of them. In a text about markers there are spaces or quotes beside it.
 JOINS = re.compile(rf"""[^\s"'`(\[{{<]({_SPECIAL})\w""")
 BLANK_LINE = "blank-line"
 BLOCK_BYTES = 1 << 16  # searched at once
@@ -49,7 +48,7 @@ END = None  # in a stream of lines: a document ends here
 
 
 class TextSource(NamedTuple):
-    """A text source whose files are found, and how they fall into documents."""
+    """A text source with its files, and how they are divided into documents."""
 
     field: str  # the option to name in an error
     name: str
@@ -71,15 +70,15 @@ def open_text(
 
     Args:
         field: The option to name in an error.
-        name: A .tokens, .raw or .txt file, a .json or .jsonl one or a table (.parquet, .arrow) with `text`; a folder
-            or glob of such; a folder of datasets' `save_to_disk`; or a hub id with the files of configuration
-            wikitext-103-v1: `owner/name`, `owner/name/CONFIGURATION`, either with `@REVISION`.
-        reading: Learns how the source is read.
-        documents: As the option of that name says.
-        separator: auto finds a marker such as <|endoftext|>; none has no separator; blank-line; or the text itself.
+        name: A .tokens, .raw or .txt file; a .json or .jsonl file or a table (.parquet, .arrow) with `text`; a folder
+            or a glob of them; a folder that datasets' `save_to_disk` wrote; or the hub id of a dataset with the
+            configuration wikitext-103-v1, as `owner/name` or `owner/name/CONFIGURATION`, with or without `@REVISION`.
+        reading: Collects notes on how the source is read.
+        documents: auto, paragraphs, articles or records.
+        separator: auto finds a marker such as <|endoftext|>; none has no separator; blank-line; or the separator.
 
     Raises:
-        UserError: missing, of an unknown kind, or the hub can't be reached.
+        UserError: the source is missing or of an unknown kind, or the hub can't be reached.
     """
     remedy = f"{REMEDY} with {field} PATH"
     hub = (
@@ -95,7 +94,7 @@ def open_text(
     if separator == "auto" and not hub:
         for path in files:
             source.separators[path] = _marker(source, path)
-        what = "is no document" if documents in ("paragraphs", "articles") else "separates documents"
+        what = "is not taken as a document" if documents in ("paragraphs", "articles") else "separates documents"
         for found in filter(None, source.separators.values()):
             reading.note(f"{found} {what}")
     return source
@@ -132,7 +131,7 @@ def _marker_of_lines(lines: bytes) -> str | None:
 
 
 def _marker_in(text: str) -> str | None:
-    """The marker that a text is; or which begins, ends or joins it, if it is one that no text has by chance."""
+    """Return the marker that a text is, or that begins, ends or joins it and can't be in a text by chance."""
     text = text.strip()
     for marker in MARKERS:
         if text == marker or (_is_special(marker) and (text.startswith(marker) or text.endswith(marker))):
@@ -142,24 +141,24 @@ def _marker_in(text: str) -> str | None:
 
 
 def _is_special(separator: str) -> bool:
-    """Whether a separator is of the kind that separates wherever it stands, because no text has it by chance."""
+    """Return whether a separator separates anywhere in a line, because no text contains it by chance."""
     return separator.startswith("<|") and separator.endswith("|>")
 
 
 def text_documents(source: TextSource, reading: Reading) -> Iterator[str]:
     """Yield the documents of a text source, stripped of surrounding space.
 
-    A paragraph is a line that is neither blank nor a heading. An article is what goes from one `= Title =` to the next,
-    headings among it; a text without titles or separators is one article. A record is a row, a JSON object, what stands
-    between two separators, or else a whole file. By default (auto) a document is a record of JSON, of tables and of
-    a text with separators, and a paragraph of any other text; a row of a single line is taken as a line of a text.
+    A paragraph is a line that is neither blank nor a heading. An article reaches from one `= Title =` to the next, with
+    its headings; a text without titles or separators is one article. A record is a row, a JSON object, the text between
+    two separators, or else a whole file. With auto, a document is a record for JSON, tables and text with separators,
+    and a paragraph for any other text. A row of a single line is treated as a line of a text.
 
     Args:
         source: From `open_text`.
-        reading: What to do with records that are wrong (by default they are refused), and learns what is left out.
+        reading: What to do with wrong records, which are refused by default. It collects what is left out.
 
     Raises:
-        UserError: empty, not UTF-8, or no table.
+        UserError: the source is empty, not UTF-8, or a table that can't be read.
     """
     if source.documents == "articles":
         documents = _articles(itertools.chain.from_iterable(_with_ends(source, p, reading) for p in source.files))
@@ -170,12 +169,12 @@ def text_documents(source: TextSource, reading: Reading) -> Iterator[str]:
         documents = itertools.chain.from_iterable(_records_of_file(source, path, reading) for path in source.files)
     first = next(documents, None)
     if first is None:
-        raise reading.nothing(source.name, "paragraph that is no heading")
+        raise reading.nothing(source.name, "paragraph that is not a heading")
     yield first
     yield from documents
     separators = set(source.separators.values()) - {None, BLANK_LINE}
     if separators and not reading.left_out["separators"]:
-        reading.note(f"{separators.pop()!r} separates nothing: it is nowhere in it")
+        reading.note(f"the separator {separators.pop()!r} does not occur in it")
 
 
 def _lines(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
@@ -211,7 +210,7 @@ def _records_of_file(source: TextSource, path: Path, reading: Reading) -> Iterat
 
 
 def _with_ends(source: TextSource, path: Path, reading: Reading) -> Iterator[str | None]:
-    """The lines of a file, with END where a document ends: at a separator, and around a record of several lines."""
+    """Yield the lines of a file, with END where a document ends: at a separator, and around records of many lines."""
     if path.suffix in TEXT_SUFFIXES:
         records: Iterable[list[str]] = ([line] for line in _lines(source, path, reading))
     else:
@@ -242,7 +241,7 @@ def _parted(line: str, separator: str | None) -> list[str]:
 
 
 def _joined(path: Path, lines: Iterable[str | None], reading: Reading) -> Iterator[str]:
-    """Join lines to documents, up to each END; one that is blank is none, one that is too long is wrong."""
+    """Join the lines up to each END to a document. Blank documents are dropped, and too long ones are wrong."""
     document: list[str] = []
     size = 0
     for line in itertools.chain(lines, [END]):
@@ -260,7 +259,7 @@ def _joined(path: Path, lines: Iterable[str | None], reading: Reading) -> Iterat
 
 
 def _articles(lines: Iterable[str | None]) -> Iterator[str]:
-    """Join lines to articles, which end at END too; one without a paragraph is none."""
+    """Join lines to articles, which also end at END. Articles without a paragraph are dropped."""
     article: list[str] = []
     paragraphs = 0
     for line in itertools.chain(lines, [END]):
@@ -276,7 +275,7 @@ def _articles(lines: Iterable[str | None]) -> Iterator[str]:
 
 
 def is_heading(line: str) -> bool:
-    """Whether a stripped line is one of WikiText's headings: `= Title =`, `= = Section = =`."""
+    """Return whether a stripped line is one of WikiText's headings: `= Title =`, `= = Section = =`."""
     return line.startswith("= ") and line.endswith(" =") and len(line) > 3
 
 
@@ -293,13 +292,13 @@ def _records(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
             continue
         elif "text" not in item:
             names = ", ".join(map(repr, list(item)[:8]))
-            reading.add(path, f"record {number} must have a text 'text'; it has {names or 'nothing'}")
+            reading.add(path, f"record {number} must have a text field 'text'; it has {names or 'nothing'}")
             continue
         else:
             text = "" if item["text"] is None else item["text"]
             reading.unused_fields.update(name for name in item if name != "text" and item[name] not in NOTHING)
         if reason := wrong_text(text):
-            reading.add(path, f"record {number} must have a text 'text'; {reason}")
+            reading.add(path, f"record {number} must have a text field 'text'; {reason}")
         else:
             yield text
 

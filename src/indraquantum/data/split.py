@@ -1,4 +1,4 @@
-"""One part of a dataset: a stream of documents, cut into pieces that lie in rows, and rows gathered as batches."""
+"""One split of a dataset: a stream of documents, cut into pieces that form rows. Rows are gathered as batches."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ IGNORED = -100  # PyTorch's ignore_index: a position without a label
 class Batch(NamedTuple):
     """Rows ready for a model: int64 arrays of shape (B, T)."""
 
-    input_ids: np.ndarray  # padding holds EOS's id; segments, not the id, say what is real
+    input_ids: np.ndarray  # padding has EOS's id; `segments`, not the id, marks real tokens
     labels: np.ndarray  # next token of the same document; -100 at a document's end and on padding
     positions: np.ndarray  # place within the piece, from 0; 0 on padding
     segments: np.ndarray  # number of the piece within its row; -1 on padding
     sources: np.ndarray  # number of the document's source; -1 on padding
-    index: np.ndarray  # place among the split's real tokens in row order, where signals are kept; -1 on padding
+    index: np.ndarray  # place among the split's real tokens in row order, as signals are stored; -1 on padding
 
     @property
     def labelled(self) -> np.ndarray:
@@ -38,41 +38,41 @@ class Split:
     row_pieces: np.ndarray  # (R + 1,) int64: row r is pieces[row_pieces[r]:row_pieces[r + 1]]
     row_length: int  # T
     padding_id: int  # EOS's id
-    # (documents,) int64: place of the document in its source, from 0; empty where nothing is known
+    # (documents,) int64: place of the document in its source, from 0; empty if it is not known
     document_numbers: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    # (P,) int64 where this is a part of another split: the place of each piece there, as in Batch.index
+    # (P,) int64 for a part of another split: the place of each piece there, as in Batch.index
     places_elsewhere: np.ndarray | None = None
 
     @property
     def num_rows(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.row_pieces) - 1
 
     @property
     def num_documents(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return len(self.document_offsets) - 1
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, control tokens among them."""
+        """Number of real tokens, including control tokens."""
         return int(self.row_token_offsets[-1])
 
     @cached_property
     def piece_places(self) -> np.ndarray:
-        """Place of each piece's first token among the real tokens in row order, where signals are kept, (P,) int64."""
+        """Place of each piece's first token among the real tokens in row order, as signals are stored, (P,) int64."""
         lengths = self.pieces[:, 1]
         return np.cumsum(lengths) - lengths if self.places_elsewhere is None else self.places_elsewhere
 
     @cached_property
     def row_token_offsets(self) -> np.ndarray:
-        """Real tokens before each row, (R + 1,) int64."""
+        """Number of real tokens before each row, (R + 1,) int64."""
         lengths = np.concatenate([[0], np.cumsum(self.pieces[:, 1])])
         return lengths[self.row_pieces]
 
     @cached_property
     def piece_documents(self) -> np.ndarray:
-        """Document of each piece, (P,) int64."""
+        """Number of the document of each piece, (P,) int64."""
         return self._documents_at(self.pieces[:, 0])
 
     def _documents_at(self, places: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""The tokenizer as this project uses it: EOS ends a document, BOS begins it if the tokenizer has one, text stays text.
+"""The tokenizer of this project: EOS ends a document, and BOS begins it if the tokenizer has one.
 
 No text becomes a control token, whatever it spells.
 
-It wraps a `tokenizers.Tokenizer`, because that is what both training (`tokenizer.json` in every prepared folder) and
-speed (`encode_batch`, all cores) want; transformers' classes add nothing that is used here.
+The class wraps a `tokenizers.Tokenizer`: every prepared folder has one as its tokenizer.json, and it encodes batches on
+all cores. The classes of transformers would add nothing that is used here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -27,7 +28,7 @@ from indraquantum.data.control_tokens import (
     choose_control_tokens,
     read_stated,
 )
-from indraquantum.data.same_tokenizer import say_difference
+from indraquantum.data.sentencepiece_check import warn_of_difference
 from indraquantum.errors import UserError
 from indraquantum.files import NOT_ITS_SUM, damaged_file, read_json, sha256_of
 
@@ -37,27 +38,27 @@ if TYPE_CHECKING:
 JSON_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 FILES = [JSON_FILE, CONFIG, MAP, SENTENCEPIECE_FILE]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-UNSEEN = "a \u0378"  # a code point that stands for no character: vocabularies lack it
+UNSEEN = "a \u0378"  # holds a code point without a character, which no vocabulary has
 REMEDY = "put tokenizer.json and tokenizer_config.json into a folder and give it with --tokenizer FOLDER"
 
 
 class TextTokenizer:
-    """A tokenizer with its control tokens; `require_same_tokenizer` tells whether two of them are the same."""
+    """A tokenizer with its control tokens. `require_same_tokenizer` compares two of them."""
 
     def __init__(self, backend: Tokenizer | Callable[[], Tokenizer], bos_id: int | None, eos_id: int) -> None:
         """Wrap a tokenizer.
 
         Args:
-            backend: The library's tokenizer, or what loads it at its first use: parsing takes a tenth of a second.
-            bos_id: Begins every document; None where documents begin with their text.
-            eos_id: Ends every document.
+            backend: The library's tokenizer, or a function that loads it at its first use; that takes 0.1 s.
+            bos_id: The id that begins every document; None if documents begin with their text.
+            eos_id: The id that ends every document.
         """
         self._given = backend
         self.bos_id, self.eos_id = bos_id, eos_id
 
     @cached_property
     def backend(self) -> Tokenizer:
-        """The library's tokenizer, set up: no truncation, no padding, control tokens in text stay text."""
+        """The library's tokenizer, without truncation and padding. Control tokens in a text stay text."""
         backend = self._given() if callable(self._given) else self._given
         backend.no_truncation()
         backend.no_padding()
@@ -66,9 +67,9 @@ class TextTokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex SHA-256 over vocabulary, merges and added tokens, which stands in manifests and names a tokenizer there.
+        """Hex SHA-256 over vocabulary, merges and added tokens; manifests identify a tokenizer by it.
 
-        What transformers rewrites on saving (post-processor, flags of added tokens, formatting) stays outside.
+        Parts that transformers rewrites on saving (post-processor, flags of added tokens, formatting) are left out.
         Tokenizers with different hashes can still be the same: `require_same_tokenizer` compares them.
         """
         parts = json.loads(self.backend.to_str())
@@ -83,7 +84,7 @@ class TextTokenizer:
 
     @cached_property
     def vocabulary_size(self) -> int:
-        """One more than the largest id, added tokens included."""
+        """The largest id plus one, including added tokens."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
@@ -95,7 +96,7 @@ class TextTokenizer:
         """Encode whole documents, on all cores.
 
         Args:
-            texts: One text a document; `</s>` or `<unk>` inside is text like any other.
+            texts: The text of each document. `</s>` or `<unk>` inside it is text like any other.
 
         Returns:
             One array of ids a document: BOS if there is one, the text, EOS.
@@ -105,7 +106,7 @@ class TextTokenizer:
         return [np.array([*self._beginning, *encoding.ids, self.eos_id], dtype=dtype) for encoding in encodings]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return BOS, if there is one, and the ids of `text`, open for a model to go on."""
+        """Return the ids of a prompt that a model continues: BOS, if there is one, and the ids of `text`."""
         return [*self._beginning, *self.encode_text(text)]
 
     def encode_text(self, text: str) -> list[int]:
@@ -119,7 +120,7 @@ class TextTokenizer:
 
     @property
     def control_ids(self) -> tuple[int, ...]:
-        """The ids of BOS and EOS, as far as there are any."""
+        """The ids of BOS, if there is one, and EOS."""
         return (*self._beginning, self.eos_id)
 
     @property
@@ -139,7 +140,7 @@ class TextTokenizer:
         return self.backend.decode(kept, skip_special_tokens=True)
 
     def unpredicted_bytes(self, document: Sequence[int]) -> int:
-        """UTF-8 bytes of a document that nothing predicts: without BOS those of its first token, with BOS none.
+        """Return the UTF-8 bytes of a document that are never predicted: those of its first token if there is no BOS.
 
         A first token that is a part of a character counts as one byte.
         """
@@ -160,23 +161,23 @@ class TextTokenizer:
 
     @classmethod
     def from_manifest(cls, field: str, file: Path, manifest: dict[str, Any]) -> TextTokenizer:
-        """Stand for the tokenizer.json of a prepared folder, which is read and checked at its first use.
+        """Return the tokenizer of a prepared folder, whose tokenizer.json is read and checked at its first use.
 
         Args:
             field: The option to name in an error.
             file: The tokenizer.json.
-            manifest: What the folder's manifest says of it.
+            manifest: The folder's manifest.
         """
 
         def load() -> Tokenizer:
             from tokenizers import Tokenizer
 
             if sha256_of(file) != manifest["files"][file.name]["sha256"]:
-                raise UserError(field, file, "is damaged: its SHA-256 is not the manifest's")
+                raise UserError(field, file, "is damaged: its SHA-256 is not the one in the manifest")
             return Tokenizer.from_file(str(file))
 
         tokenizer = cls(load, manifest["bos_id"], manifest["eos_id"])
-        # These two would parse the file; the manifest knows them, and `indra data verify` checks that it is right.
+        # Computing these two would parse the file. The manifest has them, and `indra data verify` checks them.
         tokenizer.sha256, tokenizer.vocabulary_size = manifest["tokenizer_sha256"], manifest["vocabulary_size"]
         return tokenizer
 
@@ -184,8 +185,8 @@ class TextTokenizer:
 def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenizer:
     """Load a tokenizer from a folder, a file, or the Hugging Face hub.
 
-    A folder without tokenizer.json may hold a SentencePiece model, tokenizer.model, which is converted. Where both are
-    there, tokenizer.json is used, and a line on stderr says where the two give different ids.
+    A folder without tokenizer.json may hold a SentencePiece model, tokenizer.model, which is converted. If both are
+    there, tokenizer.json is used, and a line on stderr warns if the two give different ids.
 
     Args:
         field: The option to name in an error.
@@ -193,8 +194,8 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
         start: What documents begin with; see `choose_control_tokens`.
 
     Raises:
-        UserError: nothing there, not a tokenizer, no EOS, no BOS where one is asked for, or text could become one of
-            them.
+        UserError: there is no tokenizer, it has no EOS, or no BOS although `start` asks for one, or text could become
+            one of them.
     """
     file = _tokenizer_file(field, name)
     if damaged_file(file.parent, [file.name]) is not None:
@@ -210,24 +211,28 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
     if (spelled := _spelled_control_token(tokenizer)) is not None:
         tokenizer = TextTokenizer(_backend(field, file, _out_of_reach(description, set(control) - {None})), *control)
         if _spelled_control_token(tokenizer) is not None:
-            raise UserError(field, name, f"turns the text {spelled!r} into a control token; use another tokenizer")
+            raise UserError(
+                field,
+                name,
+                f"turns the text {spelled!r} into a control token, so text could end a document; use another tokenizer",
+            )
     model = file if converted else file.with_name(SENTENCEPIECE_FILE)
     if model.is_file():
-        say_difference(field, file, model, tokenizer)
+        warn_of_difference(field, file, model, tokenizer.backend)
     return tokenizer
 
 
 def _backend(field: str, file: Path, description: Any) -> Tokenizer:
-    """The library's tokenizer, without the truncation and padding that a file may ask for."""
+    """Return the library's tokenizer, without the truncation and padding that a file may ask for."""
     from tokenizers import Tokenizer
 
     if not isinstance(description, dict) or "model" not in description:
-        raise UserError(field, file, "must be a tokenizer.json (a JSON object with a model)")
-    with _refusing(field, file, "must be a tokenizer.json that tokenizers can read"):
+        raise UserError(field, file, "must be a tokenizer.json, which is a JSON object with a model")
+    with _refusing(field, file, "must be a tokenizer.json that the tokenizers library can read"):
         backend = Tokenizer.from_str(json.dumps(description))
     backend.no_truncation()
     backend.no_padding()
-    with _refusing(field, file, "must have a token for what its vocabulary lacks"):
+    with _refusing(field, file, "must have a token for unknown characters"):
         backend.encode(UNSEEN, add_special_tokens=False)
     return backend
 
@@ -236,16 +241,34 @@ def _backend(field: str, file: Path, description: Any) -> Tokenizer:
 def _refusing(field: str, file: Path, must: str) -> Iterator[None]:
     """Turn the library's errors into a UserError."""
     try:
-        yield
+        with _without_stderr():
+            yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # it raises Exception itself, or a Rust panic, which is no Exception
+    except BaseException as error:  # the library raises Exception itself, or a Rust panic, which is not an Exception
         reason = (str(error).splitlines() or [""])[0][:120]
         raise UserError(field, file, f"{must} ({reason})") from None
 
 
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drop what is written to the process's stderr: a Rust panic prints its message there before it is raised."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 def _tokenizer_file(field: str, name: str) -> Path:
-    """Find the tokenizer.json or tokenizer.model that `name` means, downloading it where it is a hub id."""
+    """Find the tokenizer.json or tokenizer.model that `name` means; a hub id is downloaded."""
     path = Path(name)
     if not path.is_dir():
         if path.exists():
@@ -262,7 +285,7 @@ def _tokenizer_file(field: str, name: str) -> Path:
 
 
 def _spelled_control_token(tokenizer: TextTokenizer) -> str | None:
-    """The spelling of a control token that becomes this token where it stands in a text; None where none does."""
+    """Return the spelling of a control token that becomes this token inside a text; None if none does."""
     for control in tokenizer.control_ids:
         spelled = tokenizer.backend.id_to_token(control)
         if control in tokenizer.encode_text(f"{spelled} a {spelled}"):
@@ -271,7 +294,7 @@ def _spelled_control_token(tokenizer: TextTokenizer) -> str | None:
 
 
 def _out_of_reach(description: dict[str, Any], control: set[int]) -> dict[str, Any]:
-    """The tokenizer.json with control tokens that no text becomes: marked as special, and with the lowest scores."""
+    """Return the tokenizer.json with control tokens that no text becomes: special, and with the lowest scores."""
     added = [
         token | {"special": token.get("special") or token["id"] in control}
         for token in description.get("added_tokens") or []

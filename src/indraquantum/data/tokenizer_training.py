@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer on a prose file and an instruction file, for worlds that have none of their own."""
+"""Trains a byte-level BPE tokenizer on a prose file and an instruction file, for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def train_tokenizer(prose: Path, instructions: Path, vocabulary: int, folder: Pa
     """Train a tokenizer and save it in Hugging Face's format.
 
     Args:
-        prose: text, one paragraph a line.
-        instructions: JSON list of Alpaca samples.
-        vocabulary: tokens at most, `<s>` 0 and `</s>` 1 among them.
-        folder: where tokenizer.json and tokenizer_config.json go.
+        prose: the text file, one paragraph a line.
+        instructions: the JSON file with a list of Alpaca samples.
+        vocabulary: the most tokens, including `<s>` with id 0 and `</s>` with id 1.
+        folder: the folder for tokenizer.json and tokenizer_config.json.
     """
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast

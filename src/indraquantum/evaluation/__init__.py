@@ -1,1 +1,1 @@
-"""What is measured on held-out text. Training looks at it; it knows nothing of training."""
+"""Measures models on held-out text. Training uses it; it does not depend on training."""

@@ -1,4 +1,4 @@
-"""Figures in bins, small enough to keep for every run and enough to draw calibration and readouts from.
+"""Figures in bins: small enough to keep for every run, and enough to plot calibration and readouts.
 
 Legend: N positions.
 """
@@ -17,7 +17,7 @@ Bins = dict[str, list[float]]  # count, x (mean), y (mean), y_std: an entry for 
 
 
 def binned(bin_N: np.ndarray, x_N: np.ndarray, y_N: np.ndarray) -> Bins:
-    """Mean of `x_N`, mean and standard deviation of `y_N` over the positions of each bin that has any."""
+    """Return the mean of `x_N`, and the mean and standard deviation of `y_N`, for each bin that has positions."""
     _, bin_N, count = np.unique(bin_N, return_inverse=True, return_counts=True)
     x, y = np.bincount(bin_N, x_N) / count, np.bincount(bin_N, y_N) / count
     std = np.sqrt(np.bincount(bin_N, (y_N - y[bin_N]) ** 2) / count)
@@ -25,12 +25,12 @@ def binned(bin_N: np.ndarray, x_N: np.ndarray, y_N: np.ndarray) -> Bins:
 
 
 def calibration_bins(found: Predictions) -> Bins:
-    """Accuracy (y) over the confidence (x) of the likeliest token, in the bins of the calibration error."""
+    """Return accuracy (y) over the confidence (x) of the likeliest token, in the bins of the calibration error."""
     return binned(bins_of(found.confidence_N, CALIBRATION_BINS), found.confidence_N, found.correct_N.astype(float))
 
 
 def readout_bins(found: Predictions, signals: SignalStore, vocabulary_size: int) -> dict[str, Bins]:
-    """The readouts (y) over the teacher's figures (x): magnitude over confidence, phase over entropy in nats."""
+    """Return the readouts (y) over the teacher's figures (x): magnitude over confidence, phase over entropy in nats."""
     teacher = signals.batch("validation", found.index_N)
     known_N = (teacher.ids_NK >= 0).any(dim=1).numpy()
     confidence_N, entropy_N = (part.double().numpy()[known_N] for part in (teacher.confidence_N, teacher.entropy_N))

@@ -1,11 +1,11 @@
-"""Is the model collapsing? Figures that fall to 0 when it does, on a few rows, cheap enough for a run.
+"""Shows whether a model is collapsing: figures that fall to 0 when it does, from a few rows, cheap enough for each run.
 
-- context divergence: how far predictions depend on what was read; 0 where the same tokens are predicted everywhere
-- phase rise, magnitude rise: what cross-entropy loses when all phases are 0, or all magnitudes a token's mean;
-  0 where that part of the state is not used
-- effective rank of the states Z of the tokens that were read, about their mean: a direction that all tokens share, as
-  they come to do where most are rare, changes no prediction
-- dead terms: parts of the objective whose value or gradient is exactly 0
+- context divergence: how much predictions depend on the context; 0 if the same tokens are predicted everywhere
+- phase rise, magnitude rise: how much cross-entropy rises if all phases are set to 0, or all magnitudes to their mean;
+  0 if that part of the state is not used
+- effective rank of the states Z of the tokens that were read, about their mean; a direction that all tokens share does
+  not count, because it changes no prediction
+- dead terms: terms of the objective whose value or gradient is exactly 0
 
 Legend: N positions, d complex width, D = 2d real width, V vocabulary.
 """
@@ -35,7 +35,7 @@ WEIGHTS = {"kd": "kd_weight", "phase": "phase_weight", "magnitude": "magnitude_w
 
 
 class CollapseFigures(NamedTuple):
-    """Each falls to 0 (the rank to 1) in its kind of collapse; None where the model has no such part."""
+    """Each figure falls to 0 (the rank to 1) in its kind of collapse; None if the model has no such part."""
 
     context_divergence: float  # mean KL of the predictions from their own mean, nats
     phase_rise: float | None  # nats per token
@@ -43,12 +43,12 @@ class CollapseFigures(NamedTuple):
     effective_rank: float  # exp of the entropy of the normalised squared singular values
 
 
-@torch.no_grad()  # not inference_mode, which FSDP2 does not bear
+@torch.no_grad()  # not inference_mode, which FSDP2 does not support
 def collapse_figures(model: Learner, batch: Batch) -> CollapseFigures:
     """Measure `model` on the rows of `batch`.
 
     Raises:
-        TrainingStopped: its predictions, or a figure, are not finite.
+        TrainingStopped: its predictions, or one of the figures, are not finite.
     """
     table_VD = model.lift_table()
     logits_NV = _logits(model, batch, table_VD)
@@ -71,13 +71,13 @@ def collapse_figures(model: Learner, batch: Batch) -> CollapseFigures:
     rank = effective_rank(read_ND - read_ND.mean(dim=0))
     found = CollapseFigures(context_divergence(logits_NV), phase_rise, magnitude_rise, rank)
     if not all(figure is None or math.isfinite(figure) for figure in found):
-        raise TrainingStopped(f"figures of the look for collapse are not finite: {found._asdict()}")
+        raise TrainingStopped(f"the figures that show a collapse are not finite: {found._asdict()}")
     return found
 
 
 @contextlib.contextmanager
 def _without(part: Literal["phases", "magnitudes"], model: IndraQuantumPhase2) -> Iterator[None]:
-    """Inside, each projector of `model` gives phases of 0, or the magnitudes that the table has on the average."""
+    """Inside, each projector of `model` gives phases of 0, or the mean magnitudes of the table."""
 
     def changed(projector: QuantumProjector, embeddings: tuple[Tensor], _: Tensor) -> Tensor:
         magnitude, phase = projector.polar(embeddings[0])
@@ -97,14 +97,14 @@ def _without(part: Literal["phases", "magnitudes"], model: IndraQuantumPhase2) -
 
 
 def context_divergence(logits_NV: Tensor) -> float:
-    """Mean KL of the N predictions from their own mean, nats: 0 where they don't depend on the position."""
+    """Return the mean KL of the N predictions from their own mean, in nats: 0 if they don't depend on the position."""
     log_p_NV = logits_NV.log_softmax(dim=-1)
     mean_V = log_p_NV.exp().mean(dim=0)
     return (log_p_NV.exp() * (log_p_NV - mean_V.log().clamp_min(-1e30))).sum(dim=-1).mean().item()
 
 
 def effective_rank(states_ND: Tensor) -> float:
-    """Exp of the entropy of the squared singular values' shares: 0 for none, 1 for one direction, D for all alike."""
+    """Return exp of the entropy of the squared singular values' shares: 1 for one direction, D for D equal ones."""
     states_ND = states_ND.cpu().double()  # MPS has no float64
     squared_D = torch.linalg.eigvalsh(states_ND.T @ states_ND).clamp_min(0)
     if squared_D.sum() == 0:
@@ -117,8 +117,8 @@ def dead_terms(model: Learner, objective: SemanticDistillationLoss, batch: Batch
     """The terms of positive weight whose value, or whose part of the gradient to the states, is exactly 0.
 
     Args:
-        model: as it is trained.
-        objective: with the weights of the step.
+        model: the model in training.
+        objective: the objective with the weights of the step.
         batch: rows with signals.
         teacher: the signals at the labelled positions of `batch`, on any device.
     """
@@ -147,7 +147,7 @@ def dead_terms(model: Learner, objective: SemanticDistillationLoss, batch: Batch
 
 
 def _thinned(values: Tensor) -> Tensor:
-    """At most POSITIONS of the entries, evenly spaced."""
+    """Return at most POSITIONS of the entries, evenly spaced."""
     return values[:: max(1, -(-len(values) // POSITIONS))]
 
 

@@ -1,4 +1,6 @@
-"""One model's figures on held-out text: how well it predicts, how honest its probabilities are, what its state knows.
+"""A model's figures on held-out text: prediction, calibration, and how its state agrees with the teacher.
+
+Calibration error and correlation are a few lines each, so no library of metrics is needed for them.
 
 Legend: N labelled positions, D real width, V vocabulary.
 """
@@ -26,27 +28,27 @@ CALIBRATION_BINS = 15
 
 
 class Predictions(NamedTuple):
-    """What a model said at every labelled position of a split, in row order."""
+    """A model's predictions at every labelled position of a split, in row order."""
 
     loss_N: np.ndarray  # float64, nats: -ln p(next token)
     confidence_N: np.ndarray  # max p
     entropy_N: np.ndarray  # nats
-    correct_N: np.ndarray  # bool: the likeliest token came
-    magnitude_N: np.ndarray  # |c|; NaN where the model has no readout
-    phase_N: np.ndarray  # arg c, radians in (-pi/2, 3pi/2]; NaN likewise
+    correct_N: np.ndarray  # bool: the likeliest token was right
+    magnitude_N: np.ndarray  # |c|; NaN if the model has no readout
+    phase_N: np.ndarray  # arg c, radians in (-pi/2, 3pi/2]; NaN if the model has no readout
     sources_N: np.ndarray  # number of the position's source
-    index_N: np.ndarray  # its place where signals are kept
+    index_N: np.ndarray  # its place as signals are stored
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of one source, or of all."""
+    """Figures of one source, or of all sources."""
 
     tokens: int  # predicted
     cross_entropy: float  # nats per token
     perplexity: float
-    bits_per_byte: float  # of the bytes that are predicted, NaN if none is; EOS is predicted too, and counted
-    accuracy: float  # share of positions where the likeliest token came
+    bits_per_byte: float  # of the predicted bytes, including EOS; NaN if no byte is predicted
+    accuracy: float  # share of positions where the likeliest token was right
     calibration_error: float  # ECE of the likeliest token, 15 bins of equal width (arXiv 1706.04599)
 
 
@@ -54,7 +56,7 @@ class Figures:
 class Alignment:
     """Pearson correlations with the teacher's signals over the positions that have them; NaN without a readout.
 
-    The student's own softmax is the control: a readout that knows no more than it has learned nothing new.
+    The student's own softmax is the control: a useful readout agrees with the teacher better than the softmax does.
     """
 
     positions: int
@@ -76,7 +78,7 @@ class Evaluation:
 
 @onednn_products()
 def predict(learner: Learner, split: Split, device: torch.device) -> Predictions:
-    """Run `learner`, in evaluation mode, over all rows of `split`."""
+    """Return the predictions of `learner`, in evaluation mode, on all rows of `split`."""
     with torch.inference_mode():
         table_VD = learner.lift_table()
         parts = []
@@ -100,11 +102,11 @@ def evaluate(
     """Measure `learner` on `split`.
 
     Args:
-        learner: in evaluation mode.
-        split: what to predict; with signals, a dataset's validation split.
+        learner: the model, in evaluation mode.
+        split: the split to predict; with signals, a dataset's validation split.
         source_bytes: UTF-8 bytes of the documents of each source, in the order of the sources' numbers.
-        device: where the learner is.
-        signals: the teacher's, to compare the readouts with.
+        device: the device of the model.
+        signals: the teacher's signals, to compare the readouts with.
     """
     start = time.perf_counter()
     found = predict(learner, split, device)
@@ -115,7 +117,7 @@ def evaluate(
 
 
 def figures_by_source(found: Predictions, source_bytes: dict[str, int]) -> dict[str, Figures]:
-    """The figures of each source that has any positions, and of `all`; `source_bytes` as for `evaluate`."""
+    """Return the figures of each source that has positions, and of `all`; `source_bytes` as for `evaluate`."""
     sources = {}
     for number, (name, size) in enumerate(source_bytes.items()):
         if (here_N := found.sources_N == number).any():
@@ -124,24 +126,24 @@ def figures_by_source(found: Predictions, source_bytes: dict[str, int]) -> dict[
 
 
 def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
-    """Mean distance of confidence and accuracy over bins of equal width, weighted by their positions.
+    """Return the mean distance of confidence and accuracy over bins of equal width, weighted by their positions.
 
     Args:
         confidence_N: probability of the likeliest token, in [0, 1].
-        correct_N: whether it came.
-        bins: how many.
+        correct_N: whether it was right.
+        bins: number of bins.
     """
     gaps = np.bincount(bins_of(confidence_N, bins), confidence_N - correct_N, bins)
     return float(np.abs(gaps).sum() / len(confidence_N))
 
 
 def bins_of(share_N: np.ndarray, bins: int = CALIBRATION_BINS) -> np.ndarray:
-    """The bin of each share in [0, 1]: (0, 1/bins] is bin 0, (1/bins, 2/bins] bin 1, and so on."""
+    """Return the bin of each share in [0, 1]: (0, 1/bins] is bin 0, (1/bins, 2/bins] bin 1, and so on."""
     return np.clip(np.ceil(share_N * bins).astype(int) - 1, 0, bins - 1)
 
 
 def pearson(left_N: np.ndarray, right_N: np.ndarray) -> float:
-    """Pearson correlation; NaN where one side is constant or unknown."""
+    """Return the Pearson correlation; NaN if one side is constant or unknown."""
     left_N, right_N = left_N - left_N.mean(), right_N - right_N.mean()
     norm = math.sqrt(float(left_N @ left_N) * float(right_N @ right_N))
     return float(left_N @ right_N) / norm if norm > 0 else math.nan
@@ -180,7 +182,7 @@ def _figures(found: Predictions, here_N: np.ndarray, size: int) -> Figures:
 
 
 def alignment_with(found: Predictions, signals: SignalStore) -> Alignment:
-    """How `found`, of a dataset's held-out positions, goes with the teacher's exact figures there."""
+    """Return how predictions at a dataset's held-out positions correlate with the teacher's exact figures there."""
     teacher = signals.batch("validation", found.index_N)
     known_N = (teacher.ids_NK >= 0).any(dim=1).numpy()
     entropy_N, confidence_N = (part.double().numpy()[known_N] for part in (teacher.entropy_N, teacher.confidence_N))

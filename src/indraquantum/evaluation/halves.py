@@ -1,10 +1,11 @@
-"""Two halves of the validation documents: choices look at one, tables are made on the other.
+"""Divides the validation documents into two halves: one for choices, the other for the tables of the report.
 
-This holds within one ablation: every plan on the same data has the same halves, so that what one plan's table taught is
-no news to the next plan's. For a figure that nothing has looked at there is the test split (test_split.py).
+This separates choice and table within one ablation. Every plan on the same data has the same halves, so a plan that was
+made after reading another plan's table is no longer independent of it. The test split (test_split.py) is for a figure
+that no choice has looked at.
 
-A document's half is decided by a hash of its text, so that neither order nor seed nor packing decides. A row may hold
-documents of both halves: positions are told apart by their document.
+A hash of its text decides a document's half, so that order, seed and packing have no influence. A row may hold
+documents of both halves; each position belongs to the half of its document.
 
 Legend: U documents, N labelled positions, S real tokens in row order.
 """
@@ -18,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from indraquantum.data.dataset import PreparedDataset
+from indraquantum.data.prepared import PreparedDataset
 from indraquantum.data.split import Split
 from indraquantum.evaluation.figures import Predictions
 
@@ -26,7 +27,7 @@ Half = Literal["choice", "table"]
 
 
 def document_texts(dataset: PreparedDataset, split: Split) -> list[bytes]:
-    """The documents of `split`, one of the dataset's, as UTF-8, as their tokens spell them."""
+    """Return the documents of `split`, which is one of the dataset's, as UTF-8, as their tokens spell them."""
     return [dataset.tokenizer.decode(ids).encode() for ids in _documents(split)]
 
 
@@ -37,10 +38,10 @@ def _documents(split: Split) -> Iterator[list[int]]:
 
 
 def documents_of_half(dataset: PreparedDataset, half: Half) -> np.ndarray:
-    """Which held-out documents belong to `half`, (U,) bool.
+    """Return which held-out documents belong to `half`, (U,) bool.
 
-    The different documents of each source, in the order of their hashes, go to the table and to the choice in turn;
-    equal documents go the same way, as those of the first source that has them.
+    The different documents of each source, in the order of their hashes, go to the table and to the choice half in
+    turn. Equal documents go to the same half, as documents of the first source that has them.
     """
     hashes = (hashlib.sha256(b"half\0" + text).digest()[:8] for text in document_texts(dataset, dataset.validation))
     keys_U = np.fromiter((int.from_bytes(key, "big") for key in hashes), dtype=np.uint64)
@@ -53,18 +54,18 @@ def documents_of_half(dataset: PreparedDataset, half: Half) -> np.ndarray:
 
 
 def positions_of_documents(split: Split, documents_U: np.ndarray) -> np.ndarray:
-    """Which real tokens of `split`, in row order, belong to the chosen documents: (S,) bool, indexed as signals are."""
+    """Return which real tokens of `split`, in row order, belong to the chosen documents: (S,) bool, as signals are."""
     return np.repeat(documents_U[split.piece_documents], split.pieces[:, 1])
 
 
 def of_documents(found: Predictions, split: Split, documents_U: np.ndarray) -> Predictions:
-    """Those of the predictions about `split` that belong to the chosen documents."""
+    """Return the predictions about `split` that belong to the chosen documents."""
     here_N = positions_of_documents(split, documents_U)[found.index_N]
     return Predictions(*(column[here_N] for column in found))
 
 
 def bytes_by_source(dataset: PreparedDataset, split: Split, documents_U: np.ndarray | None = None) -> dict[str, int]:
-    """UTF-8 bytes that are predicted in the documents of `split`, or in the chosen ones, for each source."""
+    """Return for each source the UTF-8 bytes that are predicted in the documents of `split`, or in the chosen ones."""
     sizes_U = np.array([len(text) for text in document_texts(dataset, split)], dtype=np.int64)
     sizes_U -= np.array([dataset.tokenizer.unpredicted_bytes(ids) for ids in _documents(split)], dtype=np.int64)
     if documents_U is not None:

@@ -1,4 +1,4 @@
-"""Held-out cross-entropy per source: of a model, of the training unigram, and of the teacher where it is known.
+"""Held-out cross-entropy per source: of a model, and of the token frequencies of the training rows.
 
 Legend: N labelled positions, D real width, V vocabulary.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from indraquantum.data.dataset import PreparedDataset
+from indraquantum.data.prepared import PreparedDataset
 from indraquantum.data.split import Batch, Split
 from indraquantum.kernels.onednn import onednn_products
 from indraquantum.learner import Learner, labelled_positions, to_tensors
@@ -30,17 +30,17 @@ def held_out_cross_entropy(
     processes: Processes = ALONE,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Mean cross-entropy of `learner` on the validation split, nats per token, for each source and for `all`.
+    """Return the mean cross-entropy of `learner` on the validation split, nats per token, per source and for `all`.
 
-    Each of `processes` takes some batches, the losses are put together in their order: the same as of one process.
-    `between` is called before each batch, equally often in all of them.
+    Each of `processes` takes some batches. The losses are put together in order, so the result is that of one process.
+    `between` is called before each batch, equally often in all processes.
     """
     training = getattr(learner, "training", False)
     learner.eval()
     split, losses_N, sources_N = dataset.validation, [], []
     starts = np.arange(0, split.num_rows, ROWS_PER_BATCH)
     own = processes.share(starts)
-    with torch.no_grad():  # not inference_mode: FSDP2 would keep its tensors, of which autograd can't make use
+    with torch.no_grad():  # not inference_mode: FSDP2 would keep its tensors, which autograd can't use
         table_VD = learner.lift_table()
         for place in range(math.ceil(len(starts) / processes.world)):
             between()
@@ -52,14 +52,15 @@ def held_out_cross_entropy(
     learner.train(training)
     parts = [part for parts in processes.gather(list(zip(losses_N, sources_N, strict=True))) for part in parts]
     losses, sources = map(np.concatenate, zip(*parts, strict=True))
-    losses[np.isnan(losses)] = np.inf  # what is no number predicts nothing; `per_source` would leave it out
+    losses[np.isnan(losses)] = np.inf  # a loss that is not a number counts as infinite; `per_source` would leave it out
     return per_source(losses, sources, dataset.source_names)
 
 
 def unigram_cross_entropy(dataset: PreparedDataset) -> dict[str, float]:
-    """Cross-entropy of the training labels' frequencies (one added to each) on the validation split, nats per token.
+    """Return the cross-entropy of the training labels' frequencies (plus one each) on the validation split.
 
-    A document's first token is never predicted, so that it does not count: BOS would take probability from the others.
+    It is in nats per token. A document's first token is never predicted and does not count, because BOS would take
+    probability from the others.
     """
     train, size = dataset.train, dataset.tokenizer.vocabulary_size
     firsts = train.tokens[train.document_offsets[:-1]]
@@ -72,7 +73,7 @@ def unigram_cross_entropy(dataset: PreparedDataset) -> dict[str, float]:
 
 
 def per_source(losses_N: np.ndarray, sources_N: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
-    """Means of `losses_N` over each source that has any, and over `all`; NaN losses (no figure) are left out."""
+    """Return the means of `losses_N` over each source that has any, and over `all`; NaN losses are left out."""
     known = ~np.isnan(losses_N)
     parts = {name: losses_N[known & (sources_N == number)] for number, name in enumerate(names)}
     parts["all"] = losses_N[known]
@@ -80,23 +81,23 @@ def per_source(losses_N: np.ndarray, sources_N: np.ndarray, names: tuple[str, ..
 
 
 def perplexity(cross_entropy: float) -> float:
-    """Perplexity of a cross-entropy in nats per token; infinity where no float holds it."""
+    """Return the perplexity of a cross-entropy in nats per token; infinity if a float can't hold it."""
     return math.exp(cross_entropy) if cross_entropy < 709 else math.inf
 
 
 def batches(split: Split) -> Iterator[Batch]:
-    """All rows of `split`, a few at a time."""
+    """Yield all rows of `split`, a few at a time."""
     for start in range(0, split.num_rows, ROWS_PER_BATCH):
         yield batch_at(split, start)
 
 
 def batch_at(split: Split, start: int) -> Batch:
-    """The rows of `split` from `start`, ROWS_PER_BATCH at most."""
+    """Return the rows of `split` from `start` on, at most ROWS_PER_BATCH."""
     return split.batch(np.arange(start, min(start + ROWS_PER_BATCH, split.num_rows)))
 
 
 def _losses(learner: Learner, table_VD: torch.Tensor, batch: Batch, device: torch.device) -> np.ndarray:
-    """Cross-entropy of each labelled position of `batch`, (N,)."""
+    """Return the cross-entropy of each labelled position of `batch`, (N,)."""
     states_BTD = learner.hidden_states(**to_tensors(batch, device), table_VD=table_VD)
     states_ND, labels_N = labelled_positions(states_BTD, batch)
     losses = []

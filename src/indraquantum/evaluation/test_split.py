@@ -1,8 +1,8 @@
-"""The test split: for a last report alone, and every reading of it is recorded.
+"""The test split: it is for a last report alone, and every reading of it is recorded.
 
-Training, searches, ablations' tables and captures never touch it. A figure on it means what it says only while nothing
-was chosen by it, so that each command that reads it leaves a line in a file beside the dataset, and says how many
-there were before.
+Training, searches, the tables of ablations and captures never read it. A figure on the test split is only valid while
+nothing was chosen by it. So each command that reads it adds a line to a file beside the dataset, and prints how many
+readings there were before.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from indraquantum.data.dataset import PreparedDataset
+from indraquantum.data.prepared import PreparedDataset
 from indraquantum.data.split import Split
 from indraquantum.errors import UserError
 
 
 class TestReading(NamedTuple):
-    """The test split, in the hands of one that may read it, and what was read before."""
+    """The test split, and its earlier readings."""
 
     __test__ = False  # not a test class, whatever pytest thinks of the name
 
@@ -26,37 +26,37 @@ class TestReading(NamedTuple):
     earlier: tuple[str, ...]  # date and command of each earlier reading
 
     def __str__(self) -> str:
-        """One line for a reader."""
+        """One line about the earlier readings."""
         if not self.earlier:
             return "The test split is read for the first time."
-        return f"The test split was read {len(self.earlier)} times before, last by: {self.earlier[-1]}."
+        return f"The test split was read {len(self.earlier)} times before, the last time by: {self.earlier[-1]}."
 
 
 def readings_path(data: Path) -> Path:
-    """The record of the readings of the dataset at `data`: a file beside it."""
+    """Return the path of the file beside the dataset at `data` that records the readings."""
     data = data.resolve()
     return data.parent / f"{data.name}.test_readings.jsonl"
 
 
 def require_test_split(field: str, dataset: PreparedDataset) -> None:
-    """Check that `dataset` has a test split; nothing of it is read.
+    """Check that `dataset` has a test split, without reading it.
 
     Raises:
-        UserError: it has none.
+        UserError: it has no test split.
     """
     if dataset.test is None:
-        allowed = "needs a dataset with a test split; `indra prepare` holds one out of large enough sources"
+        allowed = "needs a dataset with a test split, which `indra prepare` makes if the sources are large enough"
         raise UserError(field, "test", allowed)
 
 
 def read_test_split(field: str, data: Path, dataset: PreparedDataset, command: str) -> TestReading:
-    """The test split of `dataset`, after its reading was recorded.
+    """Record a reading of the test split of `dataset`, and return the split.
 
     Args:
         field: the option to name in an error.
         data: the dataset's folder.
-        dataset: opened from there.
-        command: what reads it, for the record.
+        dataset: the dataset that was opened from there.
+        command: the command that reads it, for the record.
 
     Raises:
         UserError: there is no test split, or the reading can't be recorded.
@@ -65,7 +65,8 @@ def read_test_split(field: str, data: Path, dataset: PreparedDataset, command: s
     path, own = readings_path(data), dataset.content_sha256
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        found = [line for line in map(json.loads, lines) if line["data"] == own]  # others: of a dataset that was here
+        # Lines of other datasets are of those that were in this place before.
+        found = [line for line in map(json.loads, lines) if line["data"] == own]
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"date": now, "command": command, "data": own}) + "\n")

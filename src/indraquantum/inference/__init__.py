@@ -1,1 +1,1 @@
-"""What is done with a trained model: text, figures, folders for transformers. See README.md."""
+"""Uses of a trained model: writing text, measuring it, and exporting it for transformers."""

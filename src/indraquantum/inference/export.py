@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that transformers reads: the command `indra export`.
+"""Writes a checkpoint as a folder that transformers can load: the command `indra export`.
 
 import indraquantum    # tells the Auto classes what the folder holds
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,15 +20,15 @@ from indraquantum.inference.write import load_model
 
 
 def export_checkpoint(path: Path, folder: Path) -> None:
-    """Write model and tokenizer of the checkpoint at `path` into `folder`, as a whole or not at all.
+    """Write model and tokenizer of the checkpoint at `path` into `folder`, completely or not at all.
 
     Raises:
-        UserError: `path` is no whole checkpoint, or `folder` holds anything already.
+        UserError: `path` is not a valid checkpoint, or `folder` is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("FOLDER", folder, "must be new or empty")
-    if folder.resolve() == Path.cwd():  # the whole folder is put in place of the old one
-        raise UserError("FOLDER", folder, "must not be the working folder")
+    if folder.resolve() == Path.cwd():  # the old folder is replaced as a whole
+        raise UserError("FOLDER", folder, "must not be the current folder, which is replaced as a whole")
     model, tokenizer = load_model(path, torch.device("cpu"))
     make_folder("FOLDER", folder.parent)
     with atomic_folder(folder) as temporary:

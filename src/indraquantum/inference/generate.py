@@ -1,7 +1,7 @@
-"""Writes text with a model, and reads from the model's own state how sure it was of each token.
+"""Writes text with a model, and reads from the model's state how sure it was of each token.
 
-Tokens are drawn as transformers' generate draws them, to the same bits. The loop is written out here because importing
-transformers takes longer than a short text. What this project adds is the reading: confidence |c| and uncertainty
+Tokens are drawn as transformers' generate draws them, to the same bits. The loop is our own, because importing
+transformers takes longer than writing a short text. The module also reads the confidence |c| and the uncertainty
 phase/pi * ln V of the state that each token was drawn from.
 
 Legend: T positions of prompt and written text, W written tokens, D real width, V vocabulary.
@@ -25,44 +25,44 @@ from indraquantum.errors import UserError
 from indraquantum.model.readout import wrapped_phase
 from indraquantum.model.shape import ModelShape
 
-GREEDY_BELOW = 1e-6  # a temperature at which the likeliest token is certain, and logits / temperature may overflow
-UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are not yet a whole character
+GREEDY_BELOW = 1e-6  # at lower temperatures the likeliest token is certain, and logits / temperature may overflow
+UNFINISHED = "\ufffd"  # what a decoder shows for the bytes of an incomplete character
 
 
 class Writer(Protocol):
-    """What can write text here: an InferenceModel or an IndraQuantumPhase2."""
+    """A model that can write text: an InferenceModel or an IndraQuantumPhase2."""
 
     config: ModelShape
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
 
     def lifted(self) -> AbstractContextManager[None]:
         """Inside, the table is lifted once."""
 
     def lift_table(self) -> Tensor:
-        """The lifted table (V, D)."""
+        """Return the lifted table (V, D)."""
 
     def hidden_states(self, input_ids_BT: Tensor) -> Tensor:
-        """States (B, T, D)."""
+        """Return the states (B, T, D)."""
 
     def logits(self, states: Tensor, table_VD: Tensor) -> Tensor:
-        """Logits (..., V) of `states` (..., D) against the table."""
+        """Return the logits (..., V) of `states` (..., D) against the table."""
 
     def amplitude(self, states: Tensor) -> Tensor:
-        """Complex readouts (...) of `states` (..., D)."""
+        """Return the complex readouts (...) of `states` (..., D)."""
 
     def next_logits(self, ids_BT: Tensor, past: Any = None) -> tuple[Tensor, Any]:
-        """Logits (B, V) of the token after a text (B, T) or, with `past`, one more token of it; and the next `past`."""
+        """Return the logits (B, V) of the token after `ids_BT`, and what to pass together with that token."""
 
 
 @dataclass(frozen=True)
 class TokenState:
     """One written token and the state it was drawn from."""
 
-    text: str  # "" for control tokens, and for all but the last token of a character made of several
-    probability: float  # of this token in the model's whole distribution, at temperature 1
+    text: str  # "" for control tokens, and for all but the last token of a character of several tokens
+    probability: float  # of this token in the model's full distribution, at temperature 1
     confidence: float  # |c|, aligned in training to the teacher's largest probability
     uncertainty_nats: float  # phase / pi * ln V, aligned to the teacher's entropy; noise around 0 may be negative
 
@@ -76,7 +76,7 @@ class GeneratedText:
 
 
 def uncertainty_nats(phase: Tensor, vocabulary_size: int) -> Tensor:
-    """Read a phase (...) in radians as an entropy (...) in nats, the inverse of the target pi * H / ln V.
+    """Convert a phase (...) in radians to an entropy (...) in nats, the inverse of the target pi * H / ln V.
 
     The result is in (-0.5, 1.5] * ln V.
     """
@@ -87,24 +87,26 @@ def generate_text(model: Writer, tokenizer: TextTokenizer, settings: TestSetting
     """Continue `prompt`.
 
     Args:
-        model: in evaluation mode, on any device.
-        tokenizer: the one it was trained with.
-        settings: how to choose tokens, how many, the seed, and whether to read the states. Equal seeds give
-            equal text; torch's global random state is left as it was.
+        model: the model, in evaluation mode, on any device.
+        tokenizer: the tokenizer that it was trained with.
+        settings: how to choose tokens, how many, the seed, and whether to read the states. Equal seeds give equal
+            text. torch's global random state does not change.
         prompt: the text to continue.
 
     Raises:
-        UserError: prompt and text together are longer than the model takes, the prompt is no UTF-8, or it is empty and
-            the tokenizer has no BOS to begin with.
+        UserError: prompt and text together are too long for the model, the prompt is not UTF-8, or it is empty and the
+            tokenizer has no BOS token.
     """
     if not is_text(prompt):
         raise UserError("--prompt", ascii(prompt), "must be UTF-8 text")
     prompt_ids = tokenizer.encode_prompt(prompt)
     if not prompt_ids:
-        raise UserError("--prompt", ascii(prompt), "must not be empty: the model's documents begin with no BOS")
+        raise UserError(
+            "--prompt", ascii(prompt), "must not be empty, because the model's documents begin without a BOS token"
+        )
     _check_length(len(prompt_ids), model.config.max_position_embeddings, settings)
     ids_1T = torch.tensor([prompt_ids], device=model.device)
-    # Tokens are drawn from the global generator; inside the fork that is ours alone.
+    # Tokens are drawn from the global generator, which inside the fork is used by nothing else.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         ids_1T = _continued(model, ids_1T, settings, tokenizer.eos_id)
@@ -119,7 +121,7 @@ def _check_length(prompt_tokens: int, limit: int, settings: TestSettings) -> Non
         field = "--prompt" if settings.instruction is None else "--instruction"
         raise UserError(field, f"{prompt_tokens} tokens", f"must be at most {limit - 1} tokens for this model")
     if settings.max_new_tokens > room:
-        allowed = f"must be at most {room}: the prompt has {prompt_tokens} of the {limit} tokens that the model takes"
+        allowed = f"must be at most {room}: the prompt takes {prompt_tokens} of the model's {limit} tokens"
         raise UserError("--max-new-tokens", settings.max_new_tokens, allowed)
 
 
@@ -156,8 +158,8 @@ def _choose(logits_1V: Tensor, settings: TestSettings) -> Tensor:
 def _token_texts(tokenizer: TextTokenizer, prompt_ids: Sequence[int], written_ids: Sequence[int]) -> list[str]:
     """Return each written token's share of the text.
 
-    A token alone does not tell its text: decoders drop a leading space, and a character may take several
-    tokens. So the text so far is decoded at each token, and what is new is its share.
+    A token can't be decoded alone: decoders drop a leading space, and a character may take several tokens. So the text
+    up to each token is decoded, and what is new is the token's share.
     """
     texts, shown = [], tokenizer.decode(prompt_ids)
     for count in range(1, len(written_ids) + 1):

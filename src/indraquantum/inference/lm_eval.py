@@ -1,8 +1,8 @@
-"""EleutherAI's lm-evaluation-harness on a checkpoint, as its model `indraquantum`; pip install 'indraquantum[lm-eval]'.
+"""Runs EleutherAI's lm-evaluation-harness on a checkpoint. It needs pip install 'indraquantum[lm-eval]'.
 
     python -m indraquantum.inference.lm_eval run --model indraquantum --model_args checkpoint=CHECKPOINT --tasks TASK
 
-All options are the harness's own; only this module tells it of the model.
+All options are the harness's own. This module registers the model `indraquantum`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ except UserError as error:
 
 @register_model("indraquantum")
 class IndraQuantumLM(HFLM):
-    """A checkpoint as the harness sees a model; every text begins as in training, with BOS if there is one.
+    """A checkpoint as a model of the harness. Every text begins as in training, with BOS if there is one.
 
     Args:
-        checkpoint: that training wrote.
-        device: where to compute.
-        options: of HFLM, such as batch_size and max_length.
+        checkpoint: the path of a checkpoint that training wrote.
+        device: where to compute; by default on the CPU.
+        options: options of HFLM, such as batch_size and max_length.
     """
 
     def __init__(self, checkpoint: str, device: str | None = None, **options: Any) -> None:
@@ -45,7 +45,7 @@ class IndraQuantumLM(HFLM):
         super().__init__(pretrained=model, tokenizer=transformers_tokenizer(tokenizer), **options)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """As HFLM's, which puts BOS before the first window itself: a second one would be predicted and counted."""
+        """Compute as HFLM does, which adds a BOS itself; a second BOS would be predicted and counted."""
         before, self.add_bos_token = self.add_bos_token, False
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from indraquantum.config import EvalSettings
-from indraquantum.data.dataset import PreparedDataset, open_dataset
+from indraquantum.data.dataset import open_dataset
 from indraquantum.data.packing import packed_split
 from indraquantum.data.padded import open_pickle
+from indraquantum.data.prepared import PreparedDataset
 from indraquantum.data.same_tokenizer import require_same_control_tokens, require_same_tokenizer
 from indraquantum.data.sources import read_wikitext
 from indraquantum.data.split import Split
@@ -26,15 +27,16 @@ from indraquantum.inference.write import load_inference_model
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import put_in_force
 from indraquantum.learner import Learner
+from indraquantum.tables import text_table
 from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest
 from indraquantum.teacher.signals import SignalStore, verify_signals
 
 
 def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
-    """Load the checkpoint at `path`, measure it, print the table and write the JSON file if one is asked for.
+    """Measure the checkpoint at `path`, print the table, and write the JSON file if `settings` name one.
 
     Raises:
-        UserError: no checkpoint, another tokenizer than the dataset's, nothing to predict.
+        UserError: `path` is not a checkpoint, its tokenizer is not the dataset's, or there is nothing to predict.
     """
     device = choose_device(settings)
     put_in_force(way_for(device))
@@ -43,9 +45,9 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
     model, tokenizer = load_inference_model(path, device, settings.weights)
     if settings.text is not None:
         if settings.split != "validation":
-            raise UserError("--split", settings.split, "belongs to --data; a text file is one split")
+            raise UserError("--split", settings.split, "must be left out with --text, which has no splits")
         if settings.signals is not None:
-            raise UserError("--signals", settings.signals, "belongs to --data; a text file has no signals")
+            raise UserError("--signals", settings.signals, "must be left out with --text, which has no signals")
         if settings.row_length > (limit := model.config.max_position_embeddings):
             raise UserError("--row-length", settings.row_length, f"must be at most {limit} for this model")
         split, source_bytes = text_split(settings.text, tokenizer, settings.row_length)
@@ -70,14 +72,14 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
 
 
 def text_split(name: str, tokenizer: TextTokenizer, row_length: int) -> tuple[Split, dict[str, int]]:
-    """The documents of a text file in packed rows, and their bytes.
+    """Return the documents of a text file in packed rows, and their bytes.
 
     Raises:
         UserError: the file can't be read or has no document.
     """
     texts = read_wikitext("--text", name)
     if not texts:
-        raise UserError("--text", name, "must hold at least one line that is not blank and no heading")
+        raise UserError("--text", name, "must hold at least one line that is neither blank nor a heading")
     documents = tokenizer.encode_documents(texts)
     offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents])]).astype(np.int64)
     split = packed_split(np.concatenate(documents), offsets, row_length, tokenizer.eos_id)
@@ -88,7 +90,7 @@ def text_split(name: str, tokenizer: TextTokenizer, row_length: int) -> tuple[Sp
 def _evaluate_on_test(
     model: Learner, path: Path, settings: EvalSettings, dataset: PreparedDataset, device: torch.device
 ) -> Evaluation:
-    """The figures on the test split, whose reading is recorded; no teacher was asked about it."""
+    """Return the figures on the test split and record the reading. There are no signals for this split."""
     if settings.signals is not None:
         raise UserError("--signals", settings.signals, "must be left out with --split test, which has no signals")
     reading = read_test_split("--split", settings.data, dataset, f"indra eval {path}")
@@ -97,13 +99,15 @@ def _evaluate_on_test(
 
 
 def evaluation_table(found: Evaluation) -> str:
-    """The figures as a few plain lines."""
-    lines = [f"{'source':<12}{'tokens':>10}{'nats':>9}{'perplexity':>12}{'bits/byte':>11}{'accuracy':>10}{'ECE':>8}"]
-    for name, figures in found.sources.items():
-        lines.append(
-            f"{name:<12}{figures.tokens:>10,}{figures.cross_entropy:>9.3f}{figures.perplexity:>12.2f}"
-            f"{figures.bits_per_byte:>11.3f}{figures.accuracy:>10.3f}{figures.calibration_error:>8.3f}"
-        )
+    """Return the figures as a few plain lines."""
+    rows = [
+        [
+            name, f"{of.tokens:,}", f"{of.cross_entropy:.3f}", f"{of.perplexity:.2f}", f"{of.bits_per_byte:.3f}",
+            f"{of.accuracy:.3f}", f"{of.calibration_error:.3f}",
+        ]
+        for name, of in found.sources.items()
+    ]  # fmt: skip
+    lines = [text_table(["source", "tokens", "nats/token", "perplexity", "bits/byte", "accuracy", "ECE"], rows)]
     if found.alignment is not None:
         lines.append(_alignment_lines(found.alignment))
     lines.append(f"{found.parameters:,} parameters, {found.tokens_per_second:,.0f} tokens/s")
@@ -111,7 +115,7 @@ def evaluation_table(found: Evaluation) -> str:
 
 
 def _alignment_lines(alignment: Alignment) -> str:
-    """Readouts beside the control, at one glance."""
+    """Return the readouts' correlations beside those of the control."""
     return (
         f"Pearson correlation with the teacher at {alignment.positions:,} positions:\n"
         f"  confidence: magnitude {alignment.magnitude_confidence:.3f}, "
@@ -121,14 +125,16 @@ def _alignment_lines(alignment: Alignment) -> str:
 
 
 def _find_signals(settings: EvalSettings, dataset: PreparedDataset) -> SignalStore | None:
-    """The signals asked for, or those beside the dataset if they are its own and tell of any held-out row.
+    """Return the given signals, or those beside the dataset if they belong to it and cover any held-out row.
 
     Raises:
-        UserError: those asked for are another dataset's, or a served teacher's; or any are damaged.
+        UserError: the given signals belong to another dataset or come from a served teacher, or signals are damaged.
     """
     if settings.signals is not None:
         if read_manifest("--signals", settings.signals).served:
-            raise UserError("--signals", settings.signals, "must not be a served teacher's: its entropy is not exact")
+            raise UserError(
+                "--signals", settings.signals, "must not come from a served teacher, whose entropy is not exact"
+            )
         return verify_signals("--signals", settings.signals, dataset)
     beside = settings.data.parent / "teacher_signals"
     if not (beside / MANIFEST_NAME).is_file():
@@ -136,7 +142,7 @@ def _find_signals(settings: EvalSettings, dataset: PreparedDataset) -> SignalSto
     manifest = read_manifest("--signals", beside)
     if manifest.served or manifest.dataset_sha256 != dataset.content_sha256:
         what = "a served teacher" if manifest.served else "another dataset"
-        print(f"Without teacher signals: those at {beside} are of {what}.")
+        print(f"No teacher signals are used: those in {beside} come from {what}.")
         return None
     store = verify_signals("--signals", beside, dataset)
     return store if store.coverage_by_split["validation"] > 0 else None

@@ -1,4 +1,4 @@
-"""What a model writes at fixed prompts and a fixed seed, and how much it repeats itself, as collapsed models do."""
+"""Writes samples at fixed prompts with a fixed seed, and measures how much they repeat themselves."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SETTINGS = TestSettings(max_new_tokens=64, seed=0)  # temperature 0.8, top-p 0.9
 
 @dataclass(frozen=True)
 class Samples:
-    """Texts and figures over all of them; words are what blanks part."""
+    """Texts, and figures over all of them. Words are separated by blanks."""
 
     texts: tuple[str, ...]  # one for each prompt, without it
     words: float  # of a text, mean
     distinct_1: float  # different words over words (arXiv 1510.03055)
     distinct_2: float  # different pairs of words over pairs
-    repetition_4: float  # share of the runs of four words that stood earlier in the same text
+    repetition_4: float  # share of the runs of four words that occur earlier in the same text
 
 
 def write_samples(model: Writer, tokenizer: TextTokenizer) -> Samples:
@@ -38,7 +38,7 @@ def write_samples(model: Writer, tokenizer: TextTokenizer) -> Samples:
 
 
 def sample_figures(texts: Sequence[str]) -> Samples:
-    """Count words and repetitions in `texts`; a figure without anything to count is NaN."""
+    """Count words and repetitions in `texts`; a figure with nothing to count is NaN."""
     grams = {n: [gram for text in texts for gram in _grams(text, n)] for n in (1, 2)}
     repeated = [
         gram in earlier[:i] for text in texts for earlier in [_grams(text, 4)] for i, gram in enumerate(earlier)

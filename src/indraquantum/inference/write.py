@@ -29,15 +29,15 @@ AnyModel = TypeVar("AnyModel")
 def load_model(
     path: Path, device: torch.device, weights: Literal["auto", "ema", "last"] = "auto"
 ) -> tuple[IndraQuantumPhase2, TextTokenizer]:
-    """The model and the tokenizer of a checkpoint, as transformers' classes take a model.
+    """Load the model and the tokenizer of a checkpoint; the model works with transformers' classes.
 
     Args:
         path: the checkpoint.
         device: where to put the model.
-        weights: the moving average or the last weights; auto takes the average where there is one.
+        weights: the moving average or the last weights; auto takes the average if there is one.
 
     Raises:
-        UserError: `path` is no whole checkpoint, its weights don't fit its own configuration, or it has no average.
+        UserError: `path` is not a valid checkpoint, its weights don't fit its configuration, or it has no average.
     """
     from indraquantum.model.configuration import IndraQuantumConfig
     from indraquantum.model.modeling import IndraQuantumPhase2
@@ -54,17 +54,17 @@ def load_model(
 def load_inference_model(
     path: Path, device: torch.device, weights: Literal["auto", "ema", "last"] = "auto"
 ) -> tuple[InferenceModel, TextTokenizer]:
-    """As `load_model`, but quick to load and only to write and evaluate text with."""
+    """Do what `load_model` does, quicker, with a model that only writes and evaluates text."""
     return inference_model_of(path, load_checkpoint("CHECKPOINT", path), device, weights)
 
 
 def inference_model_of(
     path: Path, checkpoint: Checkpoint, device: torch.device, weights: Literal["auto", "ema", "last"] = "auto"
 ) -> tuple[InferenceModel, TextTokenizer]:
-    """As `load_inference_model`, of a checkpoint that is read already; `path` is for the message.
+    """Do what `load_inference_model` does with a checkpoint that was already read; `path` is for the message.
 
     Raises:
-        UserError: its weights don't fit its own configuration, or it has no average.
+        UserError: its weights don't fit its configuration, or it has no average.
     """
 
     def build(state: dict[str, torch.Tensor]) -> InferenceModel:
@@ -79,22 +79,24 @@ def _built(
     weights: Literal["auto", "ema", "last"],
     build: Callable[[dict[str, torch.Tensor]], AnyModel],
 ) -> tuple[AnyModel, TextTokenizer]:
-    """What `build` makes of the weights, and the tokenizer."""
+    """Return what `build` makes from the weights, and the tokenizer."""
     if weights == "ema" and not checkpoint.average:
-        raise UserError("--weights", weights, "must be last or auto: the checkpoint keeps no average")
+        raise UserError("--weights", weights, "must be last or auto, because the checkpoint has no moving average")
     require_student("CHECKPOINT", path, checkpoint)
     try:
         model = build(checkpoint.model if weights == "last" else checkpoint.model | checkpoint.average)
     except RuntimeError as error:
-        raise UserError("CHECKPOINT", path, f"must hold weights of its own shape ({_mismatch(error)})") from None
+        raise UserError(
+            "CHECKPOINT", path, f"must hold weights that fit its own settings ({_mismatch(error)})"
+        ) from None
     except ValueError as error:
-        raise UserError("CHECKPOINT", path, f"must hold a model's shape ({_in_one_line(error)})") from None
+        raise UserError("CHECKPOINT", path, f"must hold the settings of a model ({_in_one_line(error)})") from None
     tokenizer = checkpoint.tokenizer
     return model, TextTokenizer.from_json(tokenizer["json"], tokenizer["bos_id"], tokenizer["eos_id"])
 
 
 def prompt_text(settings: TestSettings) -> str:
-    """The text to continue: the prompt as it is, or an instruction in the Alpaca prompt.
+    """Return the text to continue: the prompt, or the instruction in the Alpaca prompt.
 
     Raises:
         UserError: neither or both are given.
@@ -102,7 +104,7 @@ def prompt_text(settings: TestSettings) -> str:
     if (settings.prompt is None) == (settings.instruction is None):
         raise UserError("--prompt", settings.prompt, "give either --prompt TEXT or --instruction TEXT")
     if settings.input is not None and settings.instruction is None:
-        raise UserError("--input", settings.input, "belongs to --instruction TEXT")
+        raise UserError("--input", settings.input, "must be given together with --instruction TEXT")
     if settings.prompt is not None:
         return settings.prompt
     return format_alpaca(settings.instruction, settings.input or "")
@@ -148,7 +150,7 @@ def print_states(generated: GeneratedText, aligned: set[str], highest_nats: floa
         columns["confidence |c|"] = lambda token: f"{token.confidence:.3f}"
     if "phase" in aligned:
         columns["uncertainty (nats)"] = lambda token: f"{min(max(0.0, token.uncertainty_nats), highest_nats):.2f}"
-    table = Table("token", *columns, title="state at each written token")
+    table = Table("token", *columns, title="state at each token of the text")
     for token in generated.tokens:
         table.add_row(repr(token.text), *(show(token) for show in columns.values()))
     Console().print(table)
@@ -157,7 +159,7 @@ def print_states(generated: GeneratedText, aligned: set[str], highest_nats: floa
     if missing := [name for name in ("magnitude", "phase") if name not in aligned]:
         meant = " or ".join({"magnitude": "confidence", "phase": "uncertainty"}[name] for name in missing)
         readouts = " or the ".join(missing)
-        print(f"This run never aligned the {readouts} readout with a teacher, so that no {meant} is shown.")
+        print(f"This run never aligned the {readouts} readout with a teacher, so no {meant} is shown.")
 
 
 def _mismatch(error: RuntimeError) -> str:

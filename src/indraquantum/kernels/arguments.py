@@ -14,7 +14,7 @@ from torch import Tensor
 IGNORE_INDEX = -100
 PADDING_ID = -1
 ROW_SUM_TOLERANCE = 1e-4  # room for probabilities that were rounded when they were stored
-MISSING_MASS_FLOOR = 1e-6  # less missing mass than this is float32 rounding of a full row, not a tail
+MISSING_MASS_FLOOR = 1e-6  # less missing mass than this is the float32 rounding of a full row, not a tail
 
 Tail = Literal["none", "bucket", "uniform"]
 TAILS: tuple[Tail, ...] = ("none", "bucket", "uniform")
@@ -24,27 +24,21 @@ HEADS: tuple[Head, ...] = ("interference", "born")
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions:
-    """Which function of the logits is computed; the defaults are plain cross-entropy."""
+    """What is computed from the logits; the defaults give plain cross-entropy."""
 
     kd_weight: float = 0.0
-    """Weight of the distillation term in the total; 0 still reports the term where signals are given."""
+    """Weight of the distillation term in the total. With 0 the term is still reported if signals are given."""
     temperature: float = 1.0
-    """tau: the student's logits are divided by it in the distillation term, which is multiplied by tau^2."""
+    """tau, which divides the student's logits in the distillation term; the term is multiplied by tau^2."""
     tail: Tail = "none"
-    """Mass that a row's ids don't hold: left out, one bucket, or spread evenly over the other tokens."""
-    label_smoothing: float = 0.0
-    """Part of the label's mass that is spread evenly over the vocabulary, as in F.cross_entropy."""
-    z_loss: float = 0.0
-    """Weight of the mean squared log-sum-exp, which keeps logits from drifting."""
+    """How to treat the mass that a row's ids do not hold: leave it out, one bucket, or spread it over other tokens."""
     head: Head = "interference"
-    """What the logits are: scale * states @ table.T + bias, or Born's rule, which is dense (kernels/born.py)."""
+    """How the logits are made: scale * states @ table.T + bias, or Born's rule, which is dense (kernels/born.py)."""
 
     def __post_init__(self) -> None:
         require(self.kd_weight >= 0, "kd_weight", self.kd_weight, "0 or more")
         require(0 < self.temperature < float("inf"), "temperature", self.temperature, "above 0 and finite")
         require(self.tail in TAILS, "tail", self.tail, f"one of {', '.join(TAILS)}")
-        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
-        require(self.z_loss >= 0, "z_loss", self.z_loss, "0 or more")
         require(self.head in HEADS, "head", self.head, f"one of {', '.join(HEADS)}")
 
 
@@ -58,18 +52,16 @@ class LinearInputs(NamedTuple):
     scale: Tensor | None  # 0-d
     signal_ids_NK: Tensor | None  # teacher's tokens, PADDING_ID where unused; duplicates add up
     signal_probs_NK: Tensor | None  # their probabilities
-    row_weights_N: Tensor | None
     token_count: float  # divides every sum
 
 
 class ObjectiveResult(NamedTuple):
     """Each term is a sum over rows divided by the token count."""
 
-    total: Tensor  # ce + kd_weight * kd + z_loss * z; the only one that carries a gradient
+    total: Tensor  # ce + kd_weight * kd; the only one that carries a gradient
     ce: Tensor
     kd: Tensor | None  # tau^2 * sum q (ln q - ln p); None without signals
     kd_cross_entropy: Tensor | None  # tau^2 * sum -q ln p
-    z: Tensor | None  # squared log-sum-exp; None unless z_loss is positive
 
 
 def require(condition: bool, argument: str, value: object, allowed: str) -> None:
@@ -117,10 +109,10 @@ def check_linear(states_ND: Tensor, table_VD: Tensor, labels_N: Tensor) -> None:
 
 
 def check_signals(ids_NK: Tensor, probs_NK: Tensor, num_rows: int, vocabulary_size: int) -> None:
-    """Check ids and probabilities of the teacher's tokens; probabilities at padding ids are not looked at.
+    """Check ids and probabilities of the teacher's tokens. Probabilities at padding ids are ignored.
 
     Raises:
-        ValueError: as in `check_linear`; also where a row's probabilities sum to more than 1.
+        ValueError: as in `check_linear`; also if a row's probabilities sum to more than 1.
     """
     require(ids_NK.ndim == 2, "ids_NK", f"shape {tuple(ids_NK.shape)}", "two-dimensional (N, K)")
     require_shape("ids_NK", ids_NK, (num_rows, ids_NK.shape[1]), "(N, K)")
@@ -150,7 +142,6 @@ def check_inputs(
     scale: Tensor | float | None,
     signal_ids_NK: Tensor | None,
     signal_probs_NK: Tensor | None,
-    row_weights_N: Tensor | None,
     token_count: float | None,
 ) -> LinearInputs:
     """Check everything and fill in defaults; see `fused_linear_objective` for the arguments."""
@@ -167,17 +158,10 @@ def check_inputs(
     require((signal_ids_NK is None) == (signal_probs_NK is None), "ids_NK", "only one", "given with probs_NK")
     if signal_ids_NK is not None and signal_probs_NK is not None:
         check_signals(signal_ids_NK, signal_probs_NK, num_rows, vocabulary_size)
-    if row_weights_N is not None:
-        require_shape("row_weights_N", row_weights_N, (num_rows,), "(N,)")
-        require_floating("row_weights_N", row_weights_N)
-        wrong_N = ~(row_weights_N.isfinite() & (row_weights_N >= 0))
-        if wrong_N.any():
-            require(False, "row_weights_N", row_weights_N[wrong_N][0].item(), "finite and 0 or more")
     if token_count is None:
         token_count = max(1, int((labels_N != IGNORE_INDEX).sum()))
     require(0 < token_count < float("inf"), "token_count", token_count, "above 0 and finite")
     return LinearInputs(
         states_ND, table_VD, labels_N.long(), bias_V, scale,
-        None if signal_ids_NK is None else signal_ids_NK.long(), signal_probs_NK,
-        row_weights_N, float(token_count),
+        None if signal_ids_NK is None else signal_ids_NK.long(), signal_probs_NK, float(token_count),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ties a total to the gradients that were computed along with it: backward only scales them."""
+"""Attaches the gradients that were computed with a total to autograd: backward only scales them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GRADIENTS_OF = ("states_ND", "table_VD", "bias_V", "scale")
 
 
 def differentiable_objective(inputs: LinearInputs, options: ObjectiveOptions, plan: Plan) -> ObjectiveResult:
-    """Run the chunked objective; gradients are computed only where autograd will ask for them."""
+    """Run the chunked objective, and compute only the gradients that autograd will ask for."""
     tensors = [getattr(inputs, name) for name in _GRADIENTS_OF]
     wanted = Wanted(*(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors))
 
@@ -35,10 +35,10 @@ def differentiable_objective(inputs: LinearInputs, options: ObjectiveOptions, pl
 
 
 class _Attached(torch.autograd.Function):
-    """The total as a function of its inputs, with the gradients at hand.
+    """The total as a function of its inputs, whose gradients are already computed.
 
-    The gradients are handed over at the first backward, not kept: at V x D they are too large to hold twice. A second
-    backward through a retained graph computes them again.
+    The first backward hands the gradients over without a copy, because V x D numbers are too many to hold twice. A
+    second backward through a retained graph computes them again.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Born's rule in place of interference: logits_v = ln(|scale * <Z_v, psi>|^2 + 1e-6) + bias_v.
 
-Not linear in psi, so the fused objective can't serve it: the logits are built, a few rows at a time, and built again
-for the gradient. For study: it says what the rule is worth, and takes its time.
+It is not linear in psi, so the fused objective can't compute it. The logits are built for a few rows at a time, and
+again for the gradient. This is slow and only for study.
 
 Legend: N rows (token positions), D real width (first half real parts, second half imaginary parts), V vocabulary.
 """
@@ -17,7 +17,7 @@ from indraquantum.kernels.reference import dense_objective
 
 BORN_EPSILON = 1e-6
 BORN_ROWS = 256  # whose logits exist at a time
-_OF_EACH_ROW = ("states_ND", "labels_N", "signal_ids_NK", "signal_probs_NK", "row_weights_N")
+_OF_EACH_ROW = ("states_ND", "labels_N", "signal_ids_NK", "signal_probs_NK")
 
 
 def conjugate_turn(states: Tensor) -> Tensor:

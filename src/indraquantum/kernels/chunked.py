@@ -2,8 +2,8 @@
 
 A chunk's logits live in one buffer of V x n: first as logits, then as exp(logit), then, corrected at the few tokens
 that a row names, as the gradient. Cross-entropy and distillation at temperature 1 share the softmax:
-`a * CE + b * KD = (a + b) * logsumexp(z) - sum_v w_v z_v + const`. Everything else (temperature, bucket tail,
-z-loss) takes more passes over the buffer. Backward only scales what forward left.
+`a * CE + b * KD = (a + b) * logsumexp(z) - sum_v w_v z_v + const`. Another temperature and the bucket tail
+take more passes over the buffer. Backward only scales what forward left.
 
 Legend: N rows (token positions), n rows of a chunk, D real width, V vocabulary, v tokens of a tile, J = K + 1 tokens
 that a row names (the label, then the teacher's K).
@@ -27,10 +27,10 @@ _VECTOR = 16  # float32 numbers in the widest registers
 
 
 class Products:
-    """Matrix products in the operands' own precision; a device's kernel may bring another kind."""
+    """Matrix products in the operands' own precision. A device's kernel may use another kind."""
 
     def operand(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The table as the products take it; `dtype` is the plan's."""
+        """Return the table in the format of the products; `dtype` is the plan's."""
         return tensor.to(dtype)
 
     def into(self, out: Tensor, left: Tensor, right: Tensor) -> None:
@@ -44,10 +44,10 @@ class Products:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is cut and in which precision it is done."""
+    """How the work is divided, and in which precision it is done."""
 
     rows: int  # n: rows of a chunk; the buffer is V x n
-    tile: int  # v: tokens a step takes, so that what one step writes is still in the cache for the next
+    tile: int  # v: tokens of one step, so few that its output is still in the cache for the next step
     lanes: int  # threads that share the vocabulary
     dtype: torch.dtype  # of the buffer, of every sum and of the collected gradients
     products: Products
@@ -63,7 +63,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the total; None where not wanted."""
+    """Gradients of the total; None if not wanted."""
 
     states_ND: Tensor | None
     table_VD: Tensor | None
@@ -72,14 +72,14 @@ class Gradients(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one pass leaves; nothing in it is attached to a graph."""
+    """The result of one pass; nothing in it is attached to a graph."""
 
     result: ObjectiveResult
     gradients: Gradients
 
 
 class _Step(NamedTuple):
-    """A chunk's values; its logit gradient is what stands in the buffer times the factor."""
+    """A chunk's values. The gradient of its logits is the buffer times the factor."""
 
     terms: softmax.ChunkTerms
     factor_n: Tensor | None  # None means 1
@@ -98,8 +98,8 @@ class ChunkedObjective:
         self.vocabulary_size, width = self.table_VD.shape
         self.lanes = Lanes(self.vocabulary_size, plan.tile, plan.lanes)
         has_signals = inputs.signal_ids_NK is not None
-        self.is_plain = options.z_loss == 0 and not (has_signals and options.temperature != 1)
-        self.is_even = options.label_smoothing > 0 or (has_signals and options.tail == "uniform")
+        self.is_plain = not (has_signals and options.temperature != 1)
+        self.is_even = has_signals and options.tail == "uniform"
         self.table_sum_D = self.table_VD.sum(dim=0, dtype=plan.dtype) if self.is_even else None
         make = self.table_VD.new_zeros
         self.gradients = Gradients(
@@ -118,7 +118,7 @@ class ChunkedObjective:
         is_bounded = self._is_bounded()
         step = self._even_step(num_rows)
         buffer = self.table_VD.new_empty(self.vocabulary_size * min(step, num_rows), dtype=self.plan.dtype)
-        sums = buffer.new_zeros(4)
+        sums = buffer.new_zeros(3)
         with self.lanes:
             for start in range(0, num_rows, step):
                 stop = min(start + step, num_rows)
@@ -132,13 +132,13 @@ class ChunkedObjective:
         return Outcome(self._result(sums), self.gradients)
 
     def _even_step(self, num_rows: int) -> int:
-        """Rows of a chunk, so that the last one is not a small remainder, which products are slow on."""
+        """Return the rows of a chunk, so that the last chunk is not a small remainder, for which products are slow."""
         num_chunks = max(1, -(-num_rows // self.plan.rows))
         step = -(-num_rows // num_chunks)
         return max(1, min(self.plan.rows, -(-step // _VECTOR) * _VECTOR))
 
     def _is_bounded(self) -> bool:
-        """Whether no logit can leave +-_SAFE_LOGIT (Cauchy-Schwarz), so that exp needs no maximum first."""
+        """Return whether all logits are within +-_SAFE_LOGIT (Cauchy-Schwarz), so that exp needs no maximum first."""
         if self.states_ND.numel() == 0:
             return True
         dtype = self.plan.dtype
@@ -151,13 +151,11 @@ class ChunkedObjective:
         return bool(bound <= _SAFE_LOGIT)
 
     def _result(self, sums: Tensor) -> ObjectiveResult:
-        ce, kd, kd_cross_entropy, z = sums.unbind()
-        has_signals, has_z = self.inputs.signal_ids_NK is not None, self.options.z_loss > 0
-        total = ce + self.options.kd_weight * kd + self.options.z_loss * z
-        return ObjectiveResult(
-            total, ce, kd if has_signals else None, kd_cross_entropy if has_signals else None,
-            z if has_z else None,
-        )  # fmt: skip
+        ce, kd, kd_cross_entropy = sums.unbind()
+        total = ce + self.options.kd_weight * kd
+        if self.inputs.signal_ids_NK is None:
+            return ObjectiveResult(total, ce, None, None)
+        return ObjectiveResult(total, ce, kd, kd_cross_entropy)
 
     def _fill(self, buffer_Vn: Tensor, tile: slice, scaled_nD: Tensor) -> Tensor:
         """Write one tile's logits and return its part of the buffer."""
@@ -165,7 +163,7 @@ class ChunkedObjective:
         return buffer_Vn[tile] if self.bias_V is None else buffer_Vn[tile].add_(self.bias_V[tile, None])
 
     def _chunk(self, rows: slice | Tensor, buffer_Vn: Tensor, is_bounded: bool) -> softmax.ChunkTerms:
-        """Values of some rows; their gradients are added to the collected ones."""
+        """Compute the values of some rows, and add their gradients to the collected ones."""
         states_nD = self.states_ND[rows].to(self.plan.dtype)
         scaled_nD = states_nD if self.scale is None else states_nD * self.scale
         targets = row_targets(self.inputs, self.options, rows, self.plan.dtype)
@@ -178,20 +176,20 @@ class ChunkedObjective:
         if any(self.wanted):
             even_n = None
             if self.is_even:
-                even_n = softmax.even_weights(targets, self.options, self.vocabulary_size)
+                even_n = softmax.even_weights(targets.signals, self.options)
             self._collect(rows, states_nD, scaled_nD, buffer_Vn, factor_n, even_n)
         return terms
 
     def _has_bucket(self, targets: RowTargets) -> bool:
-        """Whether the tail needs its own normaliser; signals that sum to 1, as draws do, leave nothing to a bucket."""
+        """Return whether the tail needs its own normaliser. Signals that sum to 1, as draws do, have no tail."""
         return self.options.tail == "bucket" and targets.has_missing_mass
 
     def _plain(
         self, targets: RowTargets, scaled_nD: Tensor, buffer_Vn: Tensor, means_n: Tensor, is_bounded: bool
     ) -> _Step:
-        """One softmax for everything; the buffer becomes the gradient divided by the factor returned with it.
+        """Compute with one softmax for everything. The buffer becomes the gradient divided by the returned factor.
 
-        The factor goes to the n x D side of the gradient's products, which spares a pass over the buffer.
+        The factor is applied on the n x D side of the gradient's products, which saves a pass over the buffer.
         """
         positions_nJ, line = softmax.named_positions(targets), buffer_Vn.view(-1)
         if is_bounded:
@@ -218,19 +216,19 @@ class ChunkedObjective:
         log_total_n = total_n.log()
         terms = softmax.chunk_terms(
             targets, self.options, named_nJ, softmax.Normalisers(log_total_n, log_total_n, None),
-            means_n - shift_n, shift_n, self.vocabulary_size,
+            means_n - shift_n, self.vocabulary_size,
         )  # fmt: skip
         factor_n = softmax.softmax_weights(targets, self.options) / total_n
         if any(self.wanted):
             weights_nJ = softmax.named_weights(targets, self.options) / factor_n[:, None]
-            # not put_: where a label is also a teacher's token, that has no fixed order on accelerators
+            # not put_, which has no fixed order on accelerators if a label is also a teacher's token
             line.index_put_((positions_nJ,), weights_nJ.neg_(), accumulate=True)
         return _Step(terms, factor_n)
 
     def _general(
         self, targets: RowTargets, scaled_nD: Tensor, buffer_Vn: Tensor, means_n: Tensor, _is_bounded: bool
     ) -> _Step:
-        """Any option; the buffer becomes the gradient itself."""
+        """Compute with any options. The buffer becomes the gradient itself."""
         self.lanes.map(lambda tiles: [self._fill(buffer_Vn, tile, scaled_nD) for tile in tiles])
         positions_nJ, temperature = softmax.named_positions(targets), self.options.temperature
         named_nJ = buffer_Vn.view(-1).take(positions_nJ)
@@ -242,7 +240,7 @@ class ChunkedObjective:
             if self._has_bucket(targets):
                 log_tail_n = softmax.log_tail_sum(buffer_Vn, self.lanes, temperature, signals, positions_nJ)
         normalisers = softmax.Normalisers(log_total_n, log_warm_n, log_tail_n)
-        terms = softmax.chunk_terms(targets, self.options, named_nJ, normalisers, means_n, 0.0, self.vocabulary_size)
+        terms = softmax.chunk_terms(targets, self.options, named_nJ, normalisers, means_n, self.vocabulary_size)
         if any(self.wanted):
             softmax.logits_to_gradient(buffer_Vn, self.lanes, targets, self.options, normalisers, positions_nJ)
         return _Step(terms, None)

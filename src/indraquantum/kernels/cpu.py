@@ -1,4 +1,4 @@
-"""The objective on CPUs: chunks whose buffer stays small, tiles that stay in the cache, plain torch."""
+"""The objective on CPUs, in plain torch: chunks with a small buffer, and tiles that stay in the cache."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from indraquantum.kernels.attach import differentiable_objective
 from indraquantum.kernels.chunked import Plan, Products
 from indraquantum.kernels.ways import in_force
 
-_BUFFER_BYTES = 32 * 2**20  # more rows a chunk means fewer passes over the table's gradient, and more memory
-_LEAST_LANE = 256  # a thread's part of the vocabulary, below which starting it costs more than it brings
+_BUFFER_BYTES = 32 * 2**20  # larger chunks mean fewer passes over the table's gradient, and more memory
+_LEAST_LANE = 256  # the smallest part of the vocabulary for which a thread is worth starting
 
 
 def cpu_plan(
@@ -20,7 +20,7 @@ def cpu_plan(
     tile: int | None = None,
     lanes: int | None = None,
 ) -> Plan:
-    """Cut the work as the way in force says, the buffer taking at most 32 MiB; the rest overrides, for tests."""
+    """Divide the work as the way in force says, with a buffer of at most 32 MiB. The other arguments override it."""
     way = in_force()
     if rows is None:
         rows = max(1, min(way.rows, _BUFFER_BYTES // (vocabulary_size * dtype.itemsize)))
@@ -31,7 +31,7 @@ def cpu_plan(
 
 
 def cpu_objective(inputs: LinearInputs, options: ObjectiveOptions) -> ObjectiveResult:
-    """Compute in float64 where an input is float64, else in float32."""
+    """Compute in float64 if an input is float64, else in float32."""
     dtype = torch.promote_types(inputs.states_ND.dtype, inputs.table_VD.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     return differentiable_objective(inputs, options, cpu_plan(inputs.table_VD.shape[0], dtype))

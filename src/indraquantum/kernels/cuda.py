@@ -1,8 +1,8 @@
 """The objective on accelerators: the same chunks, larger, with bfloat16 operands and float32 accumulation.
 
-Bfloat16 states are multiplied as they are; sums, softmax and collected gradients are float32. On a device without
-such products (and in the tests, on CPUs) the rounded operands are multiplied in float32, which is the same
-arithmetic. Float16 is computed in float32: the undivided exponentials would leave its range.
+Bfloat16 states are multiplied as they are. Sums, softmax and collected gradients are float32. On a device without such
+products (and on CPUs, in the tests) the rounded operands are multiplied in float32, which is the same arithmetic.
+Float16 is computed in float32, because the undivided exponentials would exceed its range.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Bfloat16Products(Products):
 
 
 def cuda_plan_rows(vocabulary_size: int) -> int:
-    """Rows of a chunk: as many as the buffer holds in float32."""
+    """Return the rows of a chunk: as many as the buffer holds in float32."""
     return max(1, min(_MAX_ROWS, _BUFFER_BYTES // (4 * vocabulary_size)))
 
 
 def cuda_plan(inputs: LinearInputs, rows: int | None = None) -> Plan:
-    """One tile over the whole vocabulary, and as many rows as the buffer holds; `rows` overrides."""
+    """Plan one tile over the whole vocabulary, and as many rows as the buffer holds; `rows` overrides it."""
     vocabulary_size = inputs.table_VD.shape[0]
     if rows is None:
         rows = cuda_plan_rows(vocabulary_size)
@@ -58,5 +58,5 @@ def cuda_plan(inputs: LinearInputs, rows: int | None = None) -> Plan:
 
 
 def cuda_objective(inputs: LinearInputs, options: ObjectiveOptions) -> ObjectiveResult:
-    """Compute with bfloat16 products where the states are bfloat16, else in float32 or float64."""
+    """Compute with bfloat16 products if the states are bfloat16, else in float32 or float64."""
     return differentiable_objective(inputs, options, cuda_plan(inputs))

@@ -1,4 +1,4 @@
-"""The one door to the fused linear objective: checks the arguments and picks the implementation.
+"""The entry to the fused linear objective: checks the arguments and picks the implementation.
 
 Legend: N rows (token positions), D real width, V vocabulary, K kept teacher tokens of a row.
 """
@@ -28,25 +28,24 @@ def fused_linear_objective(
     scale: Tensor | float | None = None,
     signal_ids_NK: Tensor | None = None,
     signal_probs_NK: Tensor | None = None,
-    row_weights_N: Tensor | None = None,
     token_count: float | None = None,
     options: ObjectiveOptions | None = None,
     implementation: Implementation = "auto",
 ) -> ObjectiveResult:
-    """Cross-entropy, distillation and z-loss of `scale * states @ table.T + bias`, or of Born's rule.
+    """Cross-entropy and distillation of `scale * states @ table.T + bias`, or of Born's rule.
 
     Args:
         states_ND: the head's input, one row a position.
         table_VD: the lifted vocabulary.
-        labels_N: the next token of each row, -100 where the row counts in no term.
+        labels_N: the next token of each row, or -100 for a row that counts in no term.
         bias_V: added to the logits.
         scale: one number that multiplies the inner products.
-        signal_ids_NK: the teacher's tokens, -1 where unused; a row without any counts in cross-entropy only.
+        signal_ids_NK: the teacher's tokens, -1 if unused; a row without any counts in cross-entropy only.
         signal_probs_NK: their probabilities (counts / draws, or top-k); at most 1 a row.
-        row_weights_N: multiplies every term of a row; 1 where None.
-        token_count: divides every sum; the labelled rows of this call where None.
-        options: weights, temperature, tail, label smoothing, z-loss, head.
-        implementation: "auto" picks by device; a name forces that one.
+        token_count: divides every sum; None takes the labelled rows of this call.
+        options: weight, temperature, tail and head.
+        implementation: "auto" picks by device. Give "reference" to compare a result with the plain formulas, which
+            build the whole N x V logits.
 
     Returns:
         The total, differentiable in states, table, bias and scale, and its detached parts.
@@ -58,11 +57,11 @@ def fused_linear_objective(
     require(implementation in known, "implementation", implementation, f"one of {', '.join(known)}")
     inputs = check_inputs(
         states_ND, table_VD, labels_N, bias_V=bias_V, scale=scale, signal_ids_NK=signal_ids_NK,
-        signal_probs_NK=signal_probs_NK, row_weights_N=row_weights_N, token_count=token_count,
+        signal_probs_NK=signal_probs_NK, token_count=token_count,
     )  # fmt: skip
     options = options or ObjectiveOptions()
     if options.head == "born":
-        require(implementation == "auto", "implementation", implementation, "auto where the head is born")
+        require(implementation == "auto", "implementation", implementation, "auto for the head born")
         return born_objective(inputs, options)
     if implementation == "auto":
         implementation = "cpu" if states_ND.device.type == "cpu" else "cuda"

@@ -1,9 +1,8 @@
-"""The quickest way to compute on this machine: measured once, in a quarter of a second, and kept.
+"""Finds the quickest way to compute on this machine: it is measured once, in a quarter of a second, and kept.
 
-One thread is measured, by its CPU time, which other programs on the machine change little; on a busy machine it waits
-longer for that quarter. The choice stands in
-`ways.json` in the folder of this program's cache, for each processor and version of torch, so that each start takes
-the same. Remove the file to measure again.
+One thread is measured by its CPU time, which other programs change little. `ways.json` in this program's cache folder
+keeps the choice for each processor and version of torch, so that each start uses the same one. Remove the file to
+measure again.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ from pathlib import Path
 import torch
 
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, cache_folder
+from indraquantum.files import cache_folder, write_json
 from indraquantum.kernels import onednn
 from indraquantum.kernels.arguments import ObjectiveOptions, check_inputs
 from indraquantum.kernels.attach import differentiable_objective
 from indraquantum.kernels.cpu import cpu_plan
 from indraquantum.kernels.ways import USUAL, Way, asked_for, parsed, using
 
-TILES = (2000, 4000)  # beside the usual one; with 256 rows a step writes 2 KiB a token, and reads as much
-GAIN = 1.03  # a way that is not quicker by so much is not taken: two measurements may differ by as much
+TILES = (2000, 4000)  # besides the usual one; with 256 rows a step writes 2 KiB for each token, and reads as much
+GAIN = 1.03  # a way must be quicker by this factor, because two measurements may differ by as much
 ROWS, WIDTH, VOCABULARY = 256, 256, 4000  # of the objective that is timed
 ROUNDS = 2
 _INFORMATION = Path("/proc/cpuinfo")
 
 
 def quickest_way() -> Way:
-    """What the environment asks for; else what is kept of an earlier measurement; else measured now, and kept."""
+    """Return the way that the environment asks for, else the kept one, else measure one now and keep it."""
     if (asked := asked_for()) is not None:
         return asked
     try:
@@ -48,23 +47,22 @@ def quickest_way() -> Way:
     known[name] = way
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps({k: str(v) for k, v in known.items()}, indent=2) + "\n", encoding="utf-8")
+        write_json(path, {machine: str(way) for machine, way in known.items()})
     except OSError:
         pass  # it is measured again at the next start
     return way
 
 
 def way_for(device: torch.device) -> Way:
-    """The quickest way where the CPU computes; elsewhere, where none is used, the usual one."""
+    """Return the quickest way for the CPU. Other devices do not use it and get the usual one."""
     return quickest_way() if device.type == "cpu" else asked_for() or USUAL
 
 
 def measure(seconds_of: Callable[[Way], float] | None = None) -> Way:
-    """The quickest of the exact ways: first whose products, then how large a tile.
+    """Return the quickest of the exact ways: first choose the products, then the tile.
 
     Args:
-        seconds_of: how long a way takes; the objective is timed where it is None.
+        seconds_of: returns the seconds that a way takes; None times the objective.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -79,7 +77,7 @@ def measure(seconds_of: Callable[[Way], float] | None = None) -> Way:
 
 
 def _better(best: Way, others: list[Way], seconds_of: Callable[[Way], float]) -> Way:
-    """The quickest of `others` where it is clearly quicker than `best`; all take turns, and the least time counts."""
+    """Return the quickest of `others` if it is clearly quicker than `best`. All take turns; the least time counts."""
     least = dict.fromkeys([best, *others], float("inf"))
     for _ in range(ROUNDS):
         for way in least:
@@ -89,12 +87,12 @@ def _better(best: Way, others: list[Way], seconds_of: Callable[[Way], float]) ->
 
 
 def _objective_seconds() -> Callable[[Way], float]:
-    """What times a way: one chunk of the objective, forward and backward, over a part of a vocabulary."""
+    """Return a function that times a way on one chunk of the objective, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     states, table = (torch.randn(n, WIDTH, generator=generator).mul_(0.1) for n in (ROWS, VOCABULARY))
     inputs = check_inputs(
         states.requires_grad_(), table.requires_grad_(), torch.zeros(ROWS, dtype=torch.long), bias_V=None, scale=None,
-        signal_ids_NK=None, signal_probs_NK=None, row_weights_N=None, token_count=None,
+        signal_ids_NK=None, signal_probs_NK=None, token_count=None,
     )  # fmt: skip
 
     def seconds_of(way: Way) -> float:
@@ -109,7 +107,7 @@ def _objective_seconds() -> Callable[[Way], float]:
 
 
 def _machine() -> str:
-    """What the choice depends on, as text."""
+    """Return everything that the choice depends on, as text."""
     try:
         lines = _INFORMATION.read_text().splitlines()
     except OSError:  # not Linux
@@ -121,7 +119,7 @@ def _machine() -> str:
 
 
 def _read(path: Path) -> dict[str, Way]:
-    """The ways that are kept; none where the file is missing or damaged."""
+    """Return the kept ways; none if the file is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {name: parsed("ways.json", way) for name, way in found.items()}

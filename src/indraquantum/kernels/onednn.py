@@ -1,10 +1,10 @@
-"""oneDNN's float32 matrix products in place of MKL's, where they are as exact and the way in force says so.
+"""Uses oneDNN's float32 matrix products instead of MKL's if they are as exact and the way in force says so.
 
-On AMD's AVX-512 cores they are faster, on Intel's about as fast or slower: kernels/measured.py finds out.
+On AMD's AVX-512 cores they are faster; on Intel's they are about as fast or slower. kernels/measured.py finds out.
 
-torch gives float32 products to oneDNN only where it is allowed to round their operands to bfloat16. Processors with
-AMX then do round; the other ones with AVX-512 have no such units for float32 operands and multiply exactly. A probe
-decides once a process, so that nothing is ever rounded.
+torch gives float32 products to oneDNN only if oneDNN may round their operands to bfloat16. Processors with AMX then do
+round. Other processors with AVX-512 multiply float32 operands exactly. A probe decides this once in each process, so
+that nothing is ever rounded.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _TOLERANCE = 2e-6  # relative; float32 sums stay below 1e-6, bfloat16 operands a
 
 @contextlib.contextmanager
 def onednn_products() -> Iterator[None]:
-    """Let oneDNN multiply on the CPU inside, if the way in force says so and it is exact; a decorator too."""
+    """Inside, let oneDNN multiply on the CPU if the way in force says so and it is exact; also works as a decorator."""
     with _allowed() if in_force().products == "onednn" and is_exact() else contextlib.nullcontext():
         yield
 
 
 @functools.cache
 def is_exact() -> bool:
-    """Whether oneDNN, when allowed to round float32 operands on this processor, does not."""
+    """Return whether oneDNN does not round float32 operands on this processor although it may."""
     with _allowed():
         return agrees_with_float64(torch.mm)
 
 
 def agrees_with_float64(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
-    """Whether `product` of float32 matrices, also transposed ones, is as exact as float32 sums are."""
+    """Return whether `product` of float32 matrices, also transposed ones, is as exact as float32 sums are."""
     generator = torch.Generator().manual_seed(0)
     for rows, inner, columns in _PROBES:
         left, right = (torch.randn(size, generator=generator) for size in ((rows, inner), (inner, columns)))

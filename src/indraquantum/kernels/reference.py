@@ -1,4 +1,4 @@
-"""The plain objective: full logits, dense targets, autograd. Slow and large: the yardstick of the others.
+"""The plain objective: full logits, dense targets and autograd. It is slow and large; the others are compared with it.
 
 Legend: N rows (token positions), D real width, V vocabulary, K kept teacher tokens of a row.
 """
@@ -19,7 +19,7 @@ from indraquantum.kernels.arguments import (
     ObjectiveResult,
 )
 
-_NO_LOGIT = -1e30  # stands for -inf where an empty log-sum-exp must keep a finite gradient
+_NO_LOGIT = -1e30  # replaces -inf where an empty log-sum-exp must have a finite gradient
 
 
 def reference_objective(inputs: LinearInputs, options: ObjectiveOptions) -> ObjectiveResult:
@@ -33,22 +33,13 @@ def reference_objective(inputs: LinearInputs, options: ObjectiveOptions) -> Obje
 
 
 def dense_objective(logits_NV: Tensor, inputs: LinearInputs, options: ObjectiveOptions) -> ObjectiveResult:
-    """Compute the objective of `logits_NV`, wherever they come from; of `inputs` only what is asked of the rows."""
+    """Compute the objective of `logits_NV`; `inputs` gives only the labels, signals and token count."""
     counted_N = inputs.labels_N != IGNORE_INDEX
     weights_N = counted_N.to(logits_NV.dtype) / inputs.token_count
-    if inputs.row_weights_N is not None:
-        weights_N = torch.where(counted_N, weights_N * inputs.row_weights_N, 0.0)
-
-    losses_N = F.cross_entropy(
-        logits_NV, inputs.labels_N, ignore_index=IGNORE_INDEX, reduction="none",
-        label_smoothing=options.label_smoothing,
-    )  # fmt: skip
+    losses_N = F.cross_entropy(logits_NV, inputs.labels_N, ignore_index=IGNORE_INDEX, reduction="none")
     ce = (weights_N * losses_N).sum()
     total = ce
-    kd = kd_cross_entropy = z = None
-    if options.z_loss > 0:
-        z = (weights_N * logits_NV.logsumexp(dim=1).square()).sum()
-        total = total + options.z_loss * z
+    kd = kd_cross_entropy = None
     if inputs.signal_ids_NK is not None:
         cross_N, entropy_N = _distillation(logits_NV / options.temperature, inputs, options)
         has_ids_N = (inputs.signal_ids_NK >= 0).any(dim=1)
@@ -58,7 +49,7 @@ def dense_objective(logits_NV: Tensor, inputs: LinearInputs, options: ObjectiveO
         total = total + options.kd_weight * kd
     return ObjectiveResult(
         total, ce.detach(), None if kd is None else kd.detach(),
-        None if kd_cross_entropy is None else kd_cross_entropy.detach(), None if z is None else z.detach(),
+        None if kd_cross_entropy is None else kd_cross_entropy.detach(),
     )  # fmt: skip
 
 
@@ -70,7 +61,7 @@ class _Distillation(NamedTuple):
 
 
 def _distillation(logits_NV: Tensor, inputs: LinearInputs, options: ObjectiveOptions) -> _Distillation:
-    """Compare softmax(logits) with the signals, whose tail is handled as the options say."""
+    """Compare softmax(logits) with the signals, whose tail is treated as the options say."""
     log_probs_NV = logits_NV.log_softmax(dim=1)
     is_real_NK = inputs.signal_ids_NK >= 0
     ids_NK = inputs.signal_ids_NK.clamp(min=0)

@@ -1,4 +1,4 @@
-"""What a chunk's logits are worth and how the total depends on them, once the normalisers are known.
+"""The terms of a chunk, and the derivative of the total in its logits, once the normalisers are known.
 
 Legend: n rows of a chunk, V vocabulary, K kept teacher tokens of a row, J = K + 1 (the label first).
 """
@@ -17,7 +17,7 @@ from indraquantum.kernels.targets import RowTargets, SignalTargets
 
 @dataclass(frozen=True)
 class Normalisers:
-    """Natural logarithms, all relative to the same per-row shift as the logits that go with them."""
+    """Natural logarithms, all relative to the same shift for each row as the logits."""
 
     log_total_n: Tensor  # log sum exp(z)
     log_warm_n: Tensor  # log sum exp(z / tau); the same at tau 1
@@ -31,15 +31,14 @@ class ChunkTerms:
     ce: Tensor
     kd: Tensor
     kd_cross_entropy: Tensor
-    z: Tensor
 
     def stacked(self) -> Tensor:
-        """All four in one tensor, in this order."""
-        return torch.stack((self.ce, self.kd, self.kd_cross_entropy, self.z))
+        """All three in one tensor, in this order."""
+        return torch.stack((self.ce, self.kd, self.kd_cross_entropy))
 
 
 def named_positions(targets: RowTargets) -> Tensor:
-    """Where the tokens that a row names lie in a V x n buffer read as one line; (n, J)."""
+    """Return where the tokens that a row names are in a V x n buffer that is read as one line; (n, J)."""
     ids_nJ = targets.labels_n[:, None]
     if targets.signals is not None:
         ids_nJ = torch.cat((ids_nJ, targets.signals.ids_nK), dim=1)
@@ -53,26 +52,23 @@ def chunk_terms(
     named_nJ: Tensor,
     normalisers: Normalisers,
     logit_mean_n: Tensor,
-    shift_n: Tensor | float,
     vocabulary_size: int,
 ) -> ChunkTerms:
     """Sum each term over the chunk's rows.
 
     Args:
-        targets: what the rows ask.
-        options: temperature, tail, label smoothing.
+        targets: the targets of the rows.
+        options: temperature and tail.
         named_nJ: logits of the label and of the teacher's tokens, minus the shift.
-        normalisers: of the logits minus the shift.
-        logit_mean_n: mean logit over the vocabulary, minus the shift; looked at for evenly spread mass only.
-        shift_n: what was subtracted from the logits.
+        normalisers: the normalisers of the logits minus the shift.
+        logit_mean_n: mean logit over the vocabulary, minus the shift; used for evenly spread mass only.
         vocabulary_size: V.
 
     Returns:
-        The four sums.
+        The three sums.
     """
-    smoothing, share_n = options.label_smoothing, targets.share_n
-    ce_n = normalisers.log_total_n - (1 - smoothing) * named_nJ[:, 0] - smoothing * logit_mean_n
-    z_n = (normalisers.log_total_n + shift_n).square()
+    share_n = targets.share_n
+    ce_n = normalisers.log_total_n - named_nJ[:, 0]
     kd = kd_cross_entropy = torch.zeros_like(share_n).sum()
     if (signals := targets.signals) is not None:
         warm_nK = named_nJ[:, 1:] / options.temperature
@@ -82,44 +78,41 @@ def chunk_terms(
             cross_n -= torch.where(signals.missing_n > 0, signals.missing_n * normalisers.log_tail_n, 0.0)
         kd_cross_entropy = (signals.share_n * cross_n).sum()
         kd = (signals.share_n * (cross_n - signals.entropy_n)).sum()
-    return ChunkTerms((share_n * ce_n).sum(), kd, kd_cross_entropy, (share_n * z_n).sum())
+    return ChunkTerms((share_n * ce_n).sum(), kd, kd_cross_entropy)
 
 
 def token_masses(signals: SignalTargets) -> Tensor:
-    """Mass of each of a row's ids beyond the even spread; (n, K)."""
+    """Return the mass of each of a row's ids beyond the even spread; (n, K)."""
     return signals.probs_nK - signals.spread_n[:, None] * signals.is_real_nK
 
 
 def named_weights(targets: RowTargets, options: ObjectiveOptions) -> Tensor:
-    """How much the total falls per unit of each named logit, softmax and even spread apart; (n, J)."""
-    weights_nJ = ((1 - options.label_smoothing) * targets.share_n)[:, None]
+    """Return how much the total falls per unit of each named logit, apart from softmax and even spread; (n, J)."""
+    weights_nJ = targets.share_n[:, None]
     if (signals := targets.signals) is not None:
         kd_share_n = options.kd_weight / options.temperature * signals.share_n
         weights_nJ = torch.cat((weights_nJ, kd_share_n[:, None] * token_masses(signals)), dim=1)
     return weights_nJ
 
 
-def even_weights(targets: RowTargets, options: ObjectiveOptions, vocabulary_size: int) -> Tensor:
-    """How much the total falls per unit of every logit alike; (n,)."""
-    even_n = targets.share_n * (options.label_smoothing / vocabulary_size)
-    if (signals := targets.signals) is not None:
-        even_n = even_n + options.kd_weight / options.temperature * signals.share_n * signals.spread_n
-    return even_n
+def even_weights(signals: SignalTargets, options: ObjectiveOptions) -> Tensor:
+    """Return how much the total falls per unit of all logits alike; (n,)."""
+    return options.kd_weight / options.temperature * signals.share_n * signals.spread_n
 
 
 def softmax_weights(targets: RowTargets, options: ObjectiveOptions) -> Tensor:
-    """Weight of the softmax that cross-entropy and distillation share at temperature 1; (n,)."""
+    """Return the weight of the softmax that cross-entropy and distillation share at temperature 1; (n,)."""
     if targets.signals is None:
         return targets.share_n
     return targets.share_n + options.kd_weight * targets.signals.share_n * targets.signals.mass_n
 
 
 def log_sum_exp(buffer_Vn: Tensor, lanes: Lanes, temperature: float) -> Tensor:
-    """Log of the sum over the vocabulary of exp(z / temperature), tile by tile; the buffer stays."""
+    """Return the log of the sum over the vocabulary of exp(z / temperature), tile by tile. The buffer is unchanged."""
 
     def of_lane(tiles: Tiles) -> Tensor:
         top_n = torch.stack([buffer_Vn[tile].amax(dim=0) for tile in tiles]).amax(dim=0) / temperature
-        top_n = top_n.clamp(min=torch.finfo(top_n.dtype).min)  # where all is masked, -inf comes out, not NaN
+        top_n = top_n.clamp(min=torch.finfo(top_n.dtype).min)  # if everything is masked, the result is -inf, not NaN
         sums = ((buffer_Vn[tile] / temperature).sub_(top_n).exp_().sum(dim=0) for tile in tiles)
         return top_n + sum(sums).log()
 
@@ -129,7 +122,7 @@ def log_sum_exp(buffer_Vn: Tensor, lanes: Lanes, temperature: float) -> Tensor:
 def log_tail_sum(
     buffer_Vn: Tensor, lanes: Lanes, temperature: float, signals: SignalTargets, positions_nJ: Tensor
 ) -> Tensor:
-    """`log_sum_exp` over the tokens outside a row's ids; the buffer is as before when this returns."""
+    """Return `log_sum_exp` over the tokens outside a row's ids. The buffer is unchanged afterwards."""
     line, known = buffer_Vn.view(-1), positions_nJ[:, 1:][signals.is_real_nK]
     kept = line.take(known)
     line[known] = float("-inf")
@@ -146,8 +139,8 @@ def logits_to_gradient(
     normalisers: Normalisers,
     positions_nJ: Tensor,
 ) -> None:
-    """Overwrite a chunk's logits with the total's derivative in them, the even spread apart; any option."""
-    slope_n = targets.share_n * (1 + 2 * options.z_loss * normalisers.log_total_n)
+    """Overwrite a chunk's logits with the total's derivative in them, without the even spread, for any options."""
+    slope_n = targets.share_n
     line, signals, temperature = buffer_Vn.view(-1), targets.signals, options.temperature
     has_kd = signals is not None and options.kd_weight > 0
     kd_share_n = options.kd_weight / temperature * signals.share_n if has_kd else None

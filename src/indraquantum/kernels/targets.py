@@ -1,4 +1,4 @@
-"""What each row of a chunk asks of its logits: label, teacher's tokens without duplicates, missing mass, weights.
+"""The targets of each row of a chunk: label, the teacher's tokens without duplicates, missing mass, and weights.
 
 Legend: n rows of a chunk, K kept teacher tokens of a row, V vocabulary.
 """
@@ -29,48 +29,44 @@ class DistinctTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class SignalTargets:
-    """The teacher's distribution q over each row, its tail already handled."""
+    """The teacher's distribution q for each row, with its tail already treated."""
 
     ids_nK: Tensor  # distinct; 0 at padding
     probs_nK: Tensor  # 0 at padding
     is_real_nK: Tensor
-    missing_n: Tensor  # mass outside the ids that the tail's handling gives a place, else 0
+    missing_n: Tensor  # mass outside the ids, if the tail's treatment uses it, else 0
     spread_n: Tensor  # uniform tail: probability of each token outside the ids; 0 otherwise
-    mass_n: Tensor  # total mass that q places, tail included
+    mass_n: Tensor  # total mass of q, including the tail
     entropy_n: Tensor  # of q, nats
-    share_n: Tensor  # the row's weight times tau^2 / token_count; 0 where the row has no ids
+    share_n: Tensor  # tau^2 / token_count; 0 where the row has no ids
 
 
 @dataclass(frozen=True)
 class RowTargets:
-    """Everything that a chunk of rows asks."""
+    """All targets of a chunk of rows."""
 
     labels_n: Tensor
-    share_n: Tensor  # the row's weight / token_count
+    share_n: Tensor  # 1 / token_count
     signals: SignalTargets | None
 
     @property
     def has_missing_mass(self) -> bool:
-        """Whether any row's signals leave mass to the tokens outside their ids, which only truncated ones do."""
+        """Whether any row's signals leave mass to tokens outside their ids, as only truncated signals do."""
         return self.signals is not None and bool((self.signals.missing_n * self.signals.share_n).any())
 
 
 def counted_rows(inputs: LinearInputs) -> Tensor | None:
-    """Indices of the rows that have a label and a weight; None where that is all of them."""
+    """Return the indices of the rows that have a label; None if all have one."""
     counted_N = inputs.labels_N != IGNORE_INDEX
-    if inputs.row_weights_N is not None:
-        counted_N &= inputs.row_weights_N != 0
     return None if counted_N.all() else counted_N.nonzero().squeeze(1)
 
 
 def row_targets(
     inputs: LinearInputs, options: ObjectiveOptions, rows: slice | Tensor, dtype: torch.dtype
 ) -> RowTargets:
-    """Collect what the given rows ask; all numbers in `dtype`."""
+    """Collect the targets of the given rows; all numbers are in `dtype`."""
     labels_n = inputs.labels_N[rows]
     share_n = torch.full_like(labels_n, 1 / inputs.token_count, dtype=dtype)
-    if inputs.row_weights_N is not None:
-        share_n *= inputs.row_weights_N[rows]
     signals = None
     if inputs.signal_ids_NK is not None and inputs.signal_probs_NK is not None:
         probs_nK = inputs.signal_probs_NK[rows].to(dtype)

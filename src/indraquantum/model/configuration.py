@@ -1,7 +1,6 @@
-"""The shape of an IndraQuantumPhase2 model: what `config.json` beside its weights holds.
+"""The configuration of an IndraQuantumPhase2 model, which `config.json` beside its weights holds.
 
-A transformers config class, so that save_pretrained, from_pretrained and the Auto classes work as everywhere
-else.
+It is a transformers config class, so that save_pretrained, from_pretrained and the Auto classes work as usual.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from indraquantum.model.shape import ModelShape
 
 @strict
 class IndraQuantumConfig(ModelShape, PreTrainedConfig):
-    """The shape of IndraQuantumPhase2 and what transformers wants to know beside it."""
+    """The shape of IndraQuantumPhase2, and what transformers needs besides. ModelSettings describes the fields."""
 
     model_type = "indraquantum"
     # What Trainer's compute_metrics gets is the logits alone, as of a Llama.
@@ -30,7 +29,7 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: object) -> None:
-        """Fill what follows from other fields."""
+        """Fill in what follows from other fields."""
         ModelShape.__post_init__(self)
         PreTrainedConfig.__post_init__(self, **kwargs)
 
@@ -61,25 +60,25 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
         eos_token_id: int,
         max_position_embeddings: int = 2048,
     ) -> IndraQuantumConfig:
-        """Translate the user's options into a model's configuration.
+        """Return the configuration of a model with these settings.
 
         Args:
-            settings: the options.
-            vocab_size: number of tokens V, control tokens included.
-            bos_token_id: id of the token that begins a document; None where it begins with its text.
-            eos_token_id: id of the token that ends one.
-            max_position_embeddings: longest text in tokens that the model is built for.
+            settings: the options of the command.
+            vocab_size: number of tokens V, including control tokens.
+            bos_token_id: id of the token that begins a document; None if documents begin with their text.
+            eos_token_id: id of the token that ends a document.
+            max_position_embeddings: the longest text, in tokens, that the model is built for.
 
         Raises:
-            UserError: the heads don't divide the width into even parts, or there is no projector to be separate.
+            UserError: the heads don't divide the width into even parts, or an option needs a projector.
         """
         if settings.projector == "none" and settings.ends == "separate" and "ends" in settings.model_fields_set:
-            raise UserError("--ends", settings.ends, "must be shared where --projector is none")
+            raise UserError("--ends", settings.ends, "must be shared with --projector none")
         if settings.projector == "none" and settings.residual:
-            raise UserError("--residual", "true", "must be left out where --projector is none")
+            raise UserError("--residual", "true", "must be left out with --projector none")
         width = settings.d_model if settings.projector == "none" else 2 * settings.d_model
         if width % (2 * settings.heads):
-            raise UserError("--heads", settings.heads, f"must divide the width {width} into even parts")
+            raise UserError("--heads", settings.heads, f"must divide the width {width} into parts of an even width")
         return cls(
             vocab_size=vocab_size,
             d_model=settings.d_model,

@@ -1,7 +1,7 @@
-"""The model's own parts and what they compute, whoever runs the layers in between.
+"""The parts of the model around its layers: embedding, projectors, head and readouts.
 
-Both classes of the model are built on this: IndraQuantumPhase2, whose layers are transformers' Llama, and
-InferenceModel, which does without transformers.
+Both classes of the model use it: IndraQuantumPhase2, whose layers are transformers' Llama, and InferenceModel, which
+does not need transformers.
 
 Legend: B batch, T positions, d complex width, D real width (2d), V vocabulary.
 """
@@ -50,12 +50,12 @@ class QuantumCore:
         return self.head.scale_1[0]
 
     def _input_states(self, embeddings: Tensor) -> Tensor:
-        """States (..., D) of the embeddings (..., d) of the inputs, which may have a projector of their own."""
+        """Return the states (..., D) of the inputs' embeddings (..., d), which may have their own projector."""
         projector = self.projector if self.input_projector is None else self.input_projector
         return self._lift(projector, embeddings)
 
     def _lift(self, projector: nn.Module, embeddings: Tensor) -> Tensor:
-        """States (..., D) of `embeddings` (..., d), with the embedding in their real part where that is asked for."""
+        """Return the states (..., D) of `embeddings` (..., d), plus the embedding if the configuration asks for it."""
         # A phase of several radians loses its digits in 16 bits.
         with torch.autocast(embeddings.device.type, enabled=False):
             states = projector(embeddings)
@@ -80,11 +80,11 @@ class QuantumCore:
         Args:
             input_ids_BT: (B, T) token ids.
             position_ids_BT: (B, T) positions within each document; by default 0, 1, ... along the row.
-            segment_ids_BT: (B, T) document number within the row, -1 on padding; a position attends only to
-                earlier ones of its own document. By default there is no padding and a document begins where
-                positions restart.
-            table_VD: (V, D) the lifted table, where the caller has it; the inputs are then gathered from it, unless
-                they have a projector of their own.
+            segment_ids_BT: (B, T) number of the document within the row, -1 on padding. A position attends only to
+                earlier ones of its own document. By default there is no padding, and a document begins where positions
+                restart.
+            table_VD: (V, D) the lifted table, if the caller has it. The inputs are then gathered from it, unless they
+                have their own projector.
 
         Returns:
             (B, T, D) the states psi.

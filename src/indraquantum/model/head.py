@@ -1,9 +1,9 @@
-"""The output head, a measurement: how strongly does the state psi interfere with each token's state Z_v?
+"""The output head, a measurement: it gives how strongly the state psi interferes with each token's state Z_v.
 
-`interference`: logits_v = scale * Re<Z_v, psi> + bias_v. On real pairs that is a plain matrix product, so the
-fused objective (loss_v2) can do it without ever building logits. In polar form it is sum_j M_vj |psi_j|
-cos(P_vj - arg psi_j).
-`born`: logits_v = ln(|scale * <Z_v, psi>|^2 + 1e-6) + bias_v, Born's rule. Dense, and for study: see kernels/born.py.
+`interference`: logits_v = scale * Re<Z_v, psi> + bias_v. On real pairs this is a plain matrix product, so the fused
+objective (loss_v2) can compute it without building logits. In polar form it is sum_j M_vj |psi_j| cos(P_vj - arg
+psi_j). `born`: logits_v = ln(|scale * <Z_v, psi>|^2 + 1e-6) + bias_v, Born's rule. It is dense and for study: see
+kernels/born.py.
 
 Legend: V vocabulary, D real width (first half real parts, second half imaginary parts); `_..D` any leading
     axes.
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 
 class InterferenceHead(nn.Module):
-    """Scale and bias of the tied head; the table comes with each call, for it is lifted once a step."""
+    """Scale and bias of the tied head. The table is passed to each call, because it is lifted once in each step."""
 
     def __init__(self, config: IndraQuantumConfig) -> None:
         super().__init__()
         self.width = config.hidden_size
-        self.scale_1 = nn.Parameter(torch.empty(1))  # of one element: FSDP2 takes no parameter without an axis
+        self.scale_1 = nn.Parameter(torch.empty(1))  # of one element, because FSDP2 takes no parameter without an axis
         self.bias_V = nn.Parameter(torch.empty(config.vocab_size))
 
     def initialise(self) -> None:
-        """Scale 1/sqrt(D), bias 0."""
+        """Set the scale to 1/sqrt(D) and the bias to 0."""
         init.constant_(self.scale_1, 1 / math.sqrt(self.width))
         init.zeros_(self.bias_V)
 
     def resize(self, vocab_size: int, mean: bool) -> None:
-        """Give the bias another length; new tokens get the mean of the old ones' (`mean`), or 0."""
+        """Change the length of the bias. New tokens get the mean of the old ones (`mean`), or 0."""
         old_V = self.bias_V
         new = old_V.detach().mean() if mean else old_V.new_zeros(())
         bias_V = torch.cat([old_V.detach()[:vocab_size], new.expand(max(0, vocab_size - len(old_V)))])

@@ -1,8 +1,8 @@
-"""IndraQuantumPhase2 to read and write text with, in plain torch: it starts in a fraction of the time.
+"""A model for writing and evaluating text, in plain torch, which starts much faster than IndraQuantumPhase2.
 
-transformers takes longer to import than a short text takes to write. So Llama's layers stand here once more, as few
-lines, with the names of transformers' parameters and its operations in their order. The numbers are the same to the
-bit; tests/test_inference_model.py compares both. Train, export and adapt IndraQuantumPhase2 itself.
+Importing transformers takes longer than writing a short text. So Llama's layers are repeated here in a few lines, with
+the names of transformers' parameters and its operations in the same order. The numbers are the same to the bit;
+tests/test_inference_model.py compares both. Use IndraQuantumPhase2 itself for training, export and adapters.
 
 Legend: B batch, T positions, D real width, H heads, V vocabulary.
 """
@@ -24,7 +24,7 @@ Memory = tuple[Tensor, Tensor]  # keys and values (B, H, positions so far, width
 
 
 class Place(NamedTuple):
-    """Where the positions of a pass stand, and what each may attend to."""
+    """The rotary angles of a pass's positions, and what each position may attend to."""
 
     cos_BT: Tensor  # (B, 1, T, width of a head), of the rotary angles
     sin_BT: Tensor
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
 
     def forward(self, states_BTD: Tensor, place: Place, past: Memory | None) -> tuple[Tensor, Memory]:
-        """Return what the positions gather (B, T, D), and what the layer remembers with them."""
+        """Return the output (B, T, D), and the keys and values so far."""
         query, key, value = (
             project(states_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -83,12 +83,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Return what the MLP adds to the states (..., D)."""
+        """Return the output (..., D), which is added to the states."""
         return self.down_proj(F.silu(self.gate_proj(states)) * self.up_proj(states))
 
 
 class Layer(nn.Module):
-    """One layer: attention, then MLP, each on normalised states and added to them."""
+    """One layer: attention, then the MLP. Each reads normalised states and is added to the states."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(shape), RMSNorm(shape)
 
     def forward(self, states_BTD: Tensor, place: Place, past: Memory | None) -> tuple[Tensor, Memory]:
-        """Return the layer's states (B, T, D), and what it remembers with these positions."""
+        """Return the layer's states (B, T, D), and its keys and values so far."""
         gathered_BTD, memory = self.self_attn(self.input_layernorm(states_BTD), place, past)
         states_BTD = states_BTD + gathered_BTD
         return states_BTD + self.mlp(self.post_attention_layernorm(states_BTD)), memory
@@ -116,7 +116,7 @@ class Layers(nn.Module):
     def forward(
         self, states_BTD: Tensor, position_ids_BT: Tensor, mask: Tensor | None, past: list[Memory] | None = None
     ) -> tuple[Tensor, list[Memory]]:
-        """Return the states psi (B, T, D), and what each layer remembers for the positions that follow."""
+        """Return the states psi (B, T, D), and each layer's keys and values for the positions that follow."""
         angles = position_ids_BT[..., None].float() * self.frequencies
         angles = torch.cat([angles, angles], dim=-1)[:, None]
         place, memories = Place(angles.cos(), angles.sin(), mask), []
@@ -127,14 +127,14 @@ class Layers(nn.Module):
 
 
 class InferenceModel(QuantumCore, nn.Module):
-    """A trained model: what `indra test` and `indra eval` run.
+    """A trained model, as `indra test` and `indra eval` use it.
 
     Args:
         shape: sizes and variant.
-        weights: a state_dict of IndraQuantumPhase2. The tensors are used as they are, without a copy.
+        weights: a state_dict of IndraQuantumPhase2. Its tensors are used without a copy.
 
     Raises:
-        RuntimeError: the weights are not those of this shape.
+        RuntimeError: the weights do not fit this shape.
     """
 
     def __init__(self, shape: ModelShape, weights: Mapping[str, Tensor]) -> None:
@@ -150,7 +150,7 @@ class InferenceModel(QuantumCore, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.embedding.weight.device
 
     def _run_layers(self, states_BTD: Tensor, mask: Tensor | None, position_ids_BT: Tensor | None) -> Tensor:
@@ -163,7 +163,7 @@ class InferenceModel(QuantumCore, nn.Module):
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
-        """Lift the table once for all calls of `next_logits` inside."""
+        """Inside, lift the table once for all calls of `next_logits`."""
         self._table_VD = self.lift_table()
         try:
             yield
@@ -171,11 +171,11 @@ class InferenceModel(QuantumCore, nn.Module):
             self._table_VD = None
 
     def next_logits(self, ids_BT: Tensor, past: list[Memory] | None = None) -> tuple[Tensor, list[Memory]]:
-        """Continue a text: the logits (B, V) of the token after `ids_BT`, and what to pass with that token.
+        """Return the logits (B, V) of the token after `ids_BT`, and the keys and values to pass together with it.
 
         Args:
-            ids_BT: (B, T) the beginning of the text; with `past` the one token (B, 1) that follows.
-            past: what the last call returned; None at the beginning of a text.
+            ids_BT: (B, T) the beginning of the text, or with `past` the next token (B, 1).
+            past: the keys and values from the last call; None at the beginning of a text.
         """
         first = past[0][0].shape[2] if past else 0
         position_ids_BT = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)[None]
@@ -185,6 +185,6 @@ class InferenceModel(QuantumCore, nn.Module):
 
 
 def _rotated(heads: Tensor, place: Place) -> Tensor:
-    """Turn the queries or keys (B, H, T, width of a head) by their positions' angles."""
+    """Rotate the queries or keys (B, H, T, width of a head) by their positions' angles."""
     first, second = heads.chunk(2, dim=-1)
     return heads * place.cos_BT + torch.cat([-second, first], dim=-1) * place.sin_BT

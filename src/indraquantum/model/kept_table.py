@@ -1,8 +1,8 @@
-"""Keeps the lifted table from one decoding step to the next, and notices every change of what it was lifted from.
+"""Keeps the lifted table between decoding steps, and notices every change of the tensors it was lifted from.
 
-Lifting V rows for each written token would take most of the time of a decoding loop. Version counters do not tell
-whether a weight has changed: edits through `.data`, as PEFT's merge makes them, leave them as they were. So the sources
-are compared with copies, which is exact, and an order of magnitude cheaper than the lift.
+Lifting V rows for each written token would take most of the time of a decoding loop. Version counters do not show every
+change of a weight: edits through `.data`, as in PEFT's merge, do not change them. So the tensors are compared with
+copies, which is exact, and ten times cheaper than the lift.
 
 Legend: V vocabulary, D real width.
 """
@@ -16,23 +16,23 @@ from torch import Tensor
 
 
 class KeptTable:
-    """One lifted table and copies of the tensors that it was lifted from; a copied or pickled one is empty."""
+    """One lifted table, and copies of the tensors that it was lifted from. A copy or pickle of this object is empty."""
 
     def __init__(self) -> None:
-        self._kept: tuple[list[Tensor], Tensor] | None = None  # replaced as a whole: other threads may read it
+        self._kept: tuple[list[Tensor], Tensor] | None = None  # replaced as a whole, because other threads may read it
 
     def __reduce__(self) -> tuple[type[KeptTable], tuple[()]]:
         return KeptTable, ()
 
     def get(self, sources: Sequence[Tensor], lift: Callable[[], Tensor]) -> Tensor:
-        """Return the table (V, D): the kept one where no source has changed in a bit, else a new one from `lift`."""
+        """Return the table (V, D): the kept one if no bit of its sources has changed, else a new one from `lift`."""
         kept = self._kept
         if kept is None or not _equal(kept[0], sources):
             kept = self._kept = [source.detach().clone() for source in sources], lift()
         return kept[1]
 
     def drop(self) -> None:
-        """Free the memory."""
+        """Drop the table and free its memory."""
         self._kept = None
 
 

@@ -1,4 +1,4 @@
-"""Which position may attend to which, when several documents share a row.
+"""Attention masks for rows with several documents.
 
 Legend: B batch, T positions.
 """
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def document_mask(segments_BT: Tensor) -> Tensor:
-    """Keep packed documents apart: a causal mask within each segment.
+    """Return a mask that keeps packed documents apart: it is causal within each segment.
 
     Args:
         segments_BT: (B, T) integers; equal numbers >= 0 are the same document, negative ones are padding.
 
     Returns:
-        (B, 1, T, T) bool, True at (b, 0, i, j): position i may attend to j. That is so where j <= i and both
-        are of the same document; padding attends to itself only, because a row without any True gives NaN.
+        (B, 1, T, T) bool. True at (b, 0, i, j) means that position i may attend to j: j <= i, and both are of the same
+        document. Padding attends to itself only, because a row without any True would give NaN.
     """
     length = segments_BT.shape[1]
     index_T = torch.arange(length, device=segments_BT.device)
@@ -29,5 +29,5 @@ def document_mask(segments_BT: Tensor) -> Tensor:
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a bool mask into what is added to attention scores: 0 where True, the least finite number elsewhere."""
+    """Return a bool mask as numbers to add to attention scores: 0 for True, the least finite number for False."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -1,13 +1,12 @@
-"""IndraQuantumPhase2: embeddings, a quantum projector used at both ends, Llama layers in between, two readouts.
+"""IndraQuantumPhase2: embeddings, a quantum projector at both ends, Llama layers in between, and two readouts.
 
     table = projector(E)   ->   states psi = layers(table[input_ids])   ->   logits = scale * psi . table^T +
                                                                         bias ->   c = <r, psi>, magnitude |c|,
                                                                         phase arg c
 
-The layers are transformers' own Llama, fed by `inputs_embeds`: rotary positions, KV caches and attention
-kernels come with it. A training step lifts the table once (`lift_table`), passes it to `hidden_states` and to
-the objective, and never builds logits. `forward` takes what Llama's takes; while training, with labels, it does just
-that.
+The layers are transformers' own Llama, fed by `inputs_embeds`, with its rotary positions, KV caches and attention
+kernels. A training step lifts the table once (`lift_table`), passes it to `hidden_states` and to the objective, and
+never builds logits. `forward` takes the arguments of Llama's. In training mode, with labels, it does the same.
 
 Legend: B batch, T positions, N = B*T, d complex width, D real width (2d), V vocabulary, K kept teacher
     tokens.
@@ -44,14 +43,14 @@ if TYPE_CHECKING:
 
 
 class Backbone(LlamaModel):
-    """Llama's layers on given inputs: without its unused table, and with weights drawn by width."""
+    """Llama's layers on given inputs, without its unused table, and with initial weights that depend on the width."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         del self.embed_tokens
 
     def get_input_embeddings(self) -> None:
-        """Nothing: the inputs come from the projector."""
+        """Return None: the inputs come from the projector."""
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -65,12 +64,12 @@ RECORDED = ("output_hidden_states", "output_attentions")
 
 
 def _has_restarts(position_ids: Tensor | None) -> bool:
-    """Whether several documents share a row of `position_ids` (B, T): only a pass without a cache keeps them apart."""
+    """Return whether several documents share a row of `position_ids` (B, T); a cache would mix them."""
     return position_ids is not None and find_packed_sequence_indices(position_ids) is not None
 
 
 def _shifted(labels_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
-    """Return (B, T) the label of the next position, -100 at the row's end and where another document begins."""
+    """Return the labels of the next positions, (B, T); -100 at the row's end and where another document begins."""
     shifted_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
     if segment_ids_BT is None:
         return shifted_BT
@@ -118,11 +117,11 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
         ).last_hidden_state
 
     def next_logits(self, ids_BT: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Continue a text: the logits (B, V) of the token after `ids_BT`, and the cache to pass with that token.
+        """Return the logits (B, V) of the token after `ids_BT`, and the cache to pass together with that token.
 
         Args:
-            ids_BT: (B, T) the beginning of the text; with `past` the one token (B, 1) that follows.
-            past: what the last call returned; None at the beginning of a text.
+            ids_BT: (B, T) the beginning of the text, or with `past` the next token (B, 1).
+            past: the cache from the last call; None at the beginning of a text.
         """
         output = self(ids_BT, past_key_values=past, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1], output.past_key_values
@@ -145,7 +144,7 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
         objective: SemanticDistillationLoss | None = None,
         **kwargs: Any,
     ) -> IndraQuantumOutput:
-        """Return logits and, with labels, the loss; the arguments mean what they mean to Llama.
+        """Return logits and, with labels, the loss. The arguments have the same meaning as Llama's.
 
         Args:
             input_ids: (B, T) token ids.
@@ -153,28 +152,28 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
                 transformers takes it.
             position_ids: (B, T) positions within each document.
             past_key_values: the cache of earlier positions.
-            inputs_embeds: (B, T, d) in place of input_ids: what `get_input_embeddings()` gives.
-            labels: (B, T) usually a copy of input_ids: the model shifts them, so position t learns labels[:, t + 1];
-                -100 is ignored. With segment_ids, position t learns nothing where t + 1 is another document's.
-            use_cache: return a cache for the next positions. By default as the configuration says where documents are
-                not packed, but not while training.
-            logits_to_keep: how many of the last positions get logits, 0 for all. The loss is of all positions.
-            num_items_in_batch: labelled tokens of the whole optimiser step, which divides the loss; by default those
-                of this call.
-            skip_logits: leave out the logits; by default while training with labels, where they would take most of
-                the memory.
-            segment_ids: (B, T) document number within the row, -1 on padding; not together with
+            inputs_embeds: (B, T, d) instead of input_ids, as `get_input_embeddings()` gives them.
+            labels: (B, T) usually a copy of input_ids. The model shifts them: position t learns labels[:, t + 1]; -100
+                is ignored. With segment_ids, position t learns nothing if t + 1 belongs to another document.
+            use_cache: return a cache for the next positions. By default it does what the configuration says, but not
+                in training mode and not for packed documents.
+            logits_to_keep: how many of the last positions get logits; 0 for all. The loss is of all positions.
+            num_items_in_batch: labelled tokens of the whole optimiser step, which divide the loss. By default they are
+                those of this call.
+            skip_logits: leave out the logits. By default this is so in training mode with labels, where they would take
+                most of the memory.
+            segment_ids: (B, T) number of the document within the row, -1 on padding. It can't be combined with
                 attention_mask or a cache.
-            signals: the teacher's signals for the N = B*T positions, row by row. Those of position t tell of the token
-                after t, like logits[:, t] and shift_labels[:, t]; they count where that token is labelled.
-            objective: the loss; by default CE alone, or with signals the weights at which v4 ends.
-            kwargs: `shift_labels` (B, T), in place of labels: already aligned, position t learns shift_labels[:, t];
-                output_hidden_states, output_attentions, return_dict; others of TransformersKwargs go to the layers.
+            signals: the teacher's signals for the N = B*T positions, row by row. Those of position t are about the
+                token after t, like logits[:, t] and shift_labels[:, t], and count if that token is labelled.
+            objective: the loss. By default it is CE alone or, with signals, has the weights at the end of v4.
+            kwargs: `shift_labels` (B, T) instead of labels, already aligned: position t learns shift_labels[:, t];
+                output_hidden_states, output_attentions, return_dict. Others of TransformersKwargs go to the layers.
 
         Raises:
             TypeError: an argument is unknown.
-            ValueError: segment_ids together with attention_mask or a cache, not exactly one of input_ids and
-                inputs_embeds, embeddings or labels of another shape, or an objective for another head.
+            ValueError: segment_ids comes together with attention_mask or a cache, there is not exactly one of input_ids
+                and inputs_embeds, embeddings or labels have another shape, or the objective is for another head.
         """
         # Not a parameter: Trainer would take each one with "label" in its name for something that every batch has.
         shift_labels = kwargs.pop("shift_labels", None)
@@ -264,10 +263,10 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does; of a folder with SHA256SUMS, as `indra export` writes it, the weights are checked.
+        """Load as transformers does. If the folder has SHA256SUMS, as from `indra export`, check the weights.
 
         Raises:
-            OSError: a file of weights, or config.json, is not what SHA256SUMS says.
+            OSError: a file of weights, or config.json, does not match SHA256SUMS.
         """
         folder = Path(str(pretrained_model_name_or_path))
         if (name := damaged_file(folder, ["config.json", *(p.name for p in folder.glob("*.safetensors"))])) is not None:
@@ -275,13 +274,13 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does; a SHA256SUMS of what was there before goes."""
+        """Save as transformers does, and remove the SHA256SUMS of earlier files."""
         super().save_pretrained(save_directory, *args, **kwargs)
         Path(save_directory).joinpath(SUMS_NAME).unlink(missing_ok=True)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Write text as transformers' generate does, with its arguments; the table is lifted at most once per call."""
+        """Write text as transformers' generate does, with its arguments. Each call lifts the table at most once."""
         with self.lifted():
             return super().generate(*args, **kwargs)
 
@@ -296,15 +295,15 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
         """Split the trainable parameters for an optimiser.
 
         Args:
-            learning_rate: rate of everything but table and projector.
-            table_rate: the embedding table's rate as a multiple of learning_rate.
-            weight_decay: decoupled decay of the matrices; biases, norms, scale and references have none.
-            projector_rate: the projector's rate as a multiple of learning_rate.
-            table_weight_decay: the table's decay.
+            learning_rate: the learning rate of everything except table and projector.
+            table_rate: the embedding table's learning rate, as a multiple of learning_rate.
+            weight_decay: decoupled weight decay of the matrices; biases, norms, scale and references have none.
+            projector_rate: the projector's learning rate, as a multiple of learning_rate.
+            table_weight_decay: the weight decay of the table.
 
         Returns:
-            The groups that are not empty, each with "name", "params", "lr", "weight_decay" and the constant
-            "rate", so that a schedule sets lr = base * rate.
+            The groups that are not empty, each with "name", "params", "lr", "weight_decay" and the constant "rate", so
+            that a schedule can set lr = base * rate.
         """
         undecayed = {id(parameter) for module in (self.head, self.readout) for parameter in module.parameters()}
         of_projector = {

@@ -1,4 +1,4 @@
-"""What a forward pass returns, and the names of the arguments that it passes on.
+"""The output of a forward pass, and the names of the arguments that it passes on.
 
 Legend: B batch, T positions, V vocabulary, D real width.
 """
@@ -21,9 +21,9 @@ PASSED_ON = frozenset(TransformersKwargs.__annotations__) - {"output_router_logi
 
 @dataclass
 class IndraQuantumOutput(CausalLMOutputWithPast):
-    """What Llama's forward returns, and the readouts; fields that do not apply are None.
+    """The output of Llama's forward, and the readouts. Fields that do not apply are None.
 
-    As a tuple (`return_dict=False`, or an index) it is what Llama's is: loss, logits, past_key_values, hidden_states,
+    As a tuple (`return_dict=False`, or by index) it equals Llama's: loss, logits, past_key_values, hidden_states,
     attentions. `hidden_states` begins with the lifted inputs and ends with the states psi, all (B, T, D).
     """
 
@@ -38,7 +38,7 @@ class IndraQuantumOutput(CausalLMOutputWithPast):
 
 
 def unknown_argument(name: str, function: Callable[..., Any]) -> TypeError:
-    """Return the error for an argument that neither `function` nor PASSED_ON knows, with the one that may be meant."""
+    """Return the error for an argument that neither `function` nor PASSED_ON has, with the most similar name."""
     close = difflib.get_close_matches(name, {*PASSED_ON, "shift_labels", *inspect.signature(function).parameters}, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return TypeError(f"forward() got an unexpected keyword argument '{name}'{hint}")

@@ -1,8 +1,8 @@
-"""The quantum projector: token embeddings to states with magnitude and phase, and the lifts it is compared with.
+"""The quantum projector, which turns token embeddings into states with magnitude and phase, and its controls.
 
-A state Z = M exp(iP) in C^d is carried as real pairs [M cos P, M sin P] in R^D: the first half is the real
-part, the second the imaginary one. So a plain dot product of two states is Re<Z, psi>, and every kernel works
-on real numbers.
+A state Z = M exp(iP) in C^d is stored as real pairs [M cos P, M sin P] in R^D: the first half is the real part, the
+second half the imaginary part. So a plain dot product of two states is Re<Z, psi>, and every kernel works on real
+numbers.
 
 Legend: d complex width, D = 2d real width, V vocabulary; `_..d` stands for any leading axes.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def uniform_by_fan_in(linear: nn.Linear) -> None:
-    """Fill `linear` as torch does by default, U(-1/sqrt(in), 1/sqrt(in)), with a bias of 0.
+    """Initialise `linear` as torch does by default, with U(-1/sqrt(in), 1/sqrt(in)), and a bias of 0.
 
     transformers' own default, std 0.02 whatever the width, would put all phases near 0.
     """
@@ -35,22 +35,22 @@ def uniform_by_fan_in(linear: nn.Linear) -> None:
 # transformers skips modules without parameters of their own when it draws weights, such as a projector made
 # of two layers: so each layer knows by itself how it starts.
 class LiftLinear(nn.Linear):
-    """A linear layer that starts with weights drawn by its width."""
+    """A linear layer whose initial weights depend on its width."""
 
     def initialise(self) -> None:
-        """Draw the weights."""
+        """Draw the initial weights."""
         uniform_by_fan_in(self)
 
 
 class PhaseLinear(nn.Linear):
-    """A linear layer whose outputs, for inputs of standard deviation `input_std`, start with `spread` (radians)."""
+    """A linear layer whose outputs start with standard deviation `spread` (radians) for inputs of `input_std`."""
 
     def __init__(self, width: int, spread: float, input_std: float) -> None:
         super().__init__(width, width)
         self.initial_std = spread / (input_std * math.sqrt(width))
 
     def initialise(self) -> None:
-        """Draw the weights."""
+        """Draw the initial weights."""
         init.normal_(self.weight, std=self.initial_std)
         init.zeros_(self.bias)
 
@@ -63,14 +63,14 @@ MAGNITUDES = {"softplus": F.softplus, "exp": torch.exp, "linear": _unchanged}
 
 
 class QuantumProjector(nn.Module):
-    """Z = M exp(iP) with M = activation(E W_m + b_m) and P = E W_p + b_p, an angle without bounds.
+    """Z = M exp(iP) with M = activation(E W_m + b_m) and P = E W_p + b_p, an unbounded angle.
 
-    Softplus and exp keep M >= 0. A linear M may be negative, which turns the phase by pi; with phases near 0 it makes
-    the projector a linear lift that the phases bend.
+    Softplus and exp keep M >= 0. A linear M may be negative, which turns the phase by pi. With phases near 0, the
+    projector is then a linear lift that the phases bend.
 
     Args:
-        config: gives d_model, phase_spread, magnitude, table_std; `projector` "phase-only" fixes M = 1,
-            "frozen" keeps the projector's weights as they were drawn.
+        config: gives d_model, phase_spread, magnitude and table_std. `projector` "phase-only" fixes M = 1, and "frozen"
+            keeps the projector's initial weights.
     """
 
     table_std = 1.0
@@ -102,7 +102,7 @@ class QuantumProjector(nn.Module):
 
 
 class GatedProjector(QuantumProjector):
-    """Control: (M, M P), what a state of small phases is to first order; P is no angle here, but gates M."""
+    """Control: (M, M P), which is a state of small phases to first order. Here P is not an angle but a gate of M."""
 
     def states(self, magnitude: Tensor, phase: Tensor) -> Tensor:
         """Return the pairs (..., D) of magnitudes and gates (..., d)."""
@@ -110,7 +110,7 @@ class GatedProjector(QuantumProjector):
 
 
 class LinearLift(nn.Module):
-    """Control: E U, a linear lift to the same width D; its logits have rank d."""
+    """Control: E U, a linear lift to the same width D. Its logits have rank d."""
 
     table_std = 0.5
 
@@ -138,7 +138,7 @@ class MLPLift(LinearLift):
 
 
 class NoLift(nn.Identity):
-    """Control: no projector; the table's rows are the states, and the model is a plain tied transformer."""
+    """Control: no projector. The rows of the table are the states, and the model is a plain tied transformer."""
 
     table_std = 0.5
 

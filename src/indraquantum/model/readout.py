@@ -1,9 +1,7 @@
-"""The readouts: one complex amplitude per position, whose magnitude and phase are aligned to the teacher.
+"""The readouts: one complex amplitude for each position, whose magnitude and phase are aligned to the teacher.
 
-`reference`: c_t = <r, psi_t> against a learned reference state r; it leaves all other directions of psi to
-the tokens.
-`mean`: the prototype's: mean |psi_j| and mean |arg psi_j| over all j, kept as a control. It has no
-parameters.
+`reference`: c_t = <r, psi_t> against a learned reference state r. It leaves all other directions of psi to the tokens.
+`mean`: the mean of |psi_j| and the mean of |arg psi_j| over all j, as a control. It has no parameters.
 
 Legend: D real width (first half real parts, second half imaginary parts), d = D/2, R reference states; `_..D`
 any leading axes.
@@ -26,17 +24,17 @@ if TYPE_CHECKING:
 
 
 def wrapped_phase(phase: Tensor) -> Tensor:
-    """Bring phases (...) in radians into (-pi/2, 3pi/2]: targets lie in [0, pi], far from this cut of the circle."""
+    """Wrap phases (...) in radians into (-pi/2, 3pi/2]. Targets are in [0, pi], far from this cut of the circle."""
     return math.pi * 1.5 - torch.remainder(math.pi * 1.5 - phase, 2 * math.pi)
 
 
-INITIAL_MAGNITUDE = 0.5  # the middle of the teacher's confidence, which lies between 0 and 1
+INITIAL_MAGNITUDE = 0.5  # the middle of the teacher's confidence, which is between 0 and 1
 
 
 class ReferenceReadout(nn.Module):
-    """c = <r, psi>; with several references sum_k w_k <r_k, psi> with w = softmax_k |<r_k, psi>|^2.
+    """c = <r, psi>, or with several references sum_k w_k <r_k, psi> with w = softmax_k |<r_k, psi>|^2.
 
-    A plain average over k would be a single reference again, since <r, psi> is linear in r.
+    A plain average over k would again be a single reference, because <r, psi> is linear in r.
     """
 
     def __init__(self, config: IndraQuantumConfig) -> None:
@@ -44,10 +42,9 @@ class ReferenceReadout(nn.Module):
         self.references_RD = nn.Parameter(torch.empty(config.readout_references, config.hidden_size))
 
     def initialise(self) -> None:
-        """Draw references for which |c| has mean 0.5 when psi has unit variance, as it leaves the last norm.
+        """Draw references so that |c| has mean 0.5 if psi has unit variance, as after the last norm.
 
-        Re c and Im c then have standard deviation s sqrt(D), so |c| follows Rayleigh's law with mean s sqrt(D
-        pi/2).
+        Re c and Im c then have standard deviation s sqrt(D), so |c| follows Rayleigh's law with mean s sqrt(D pi/2).
         """
         width = self.references_RD.shape[1]
         init.normal_(self.references_RD, std=INITIAL_MAGNITUDE / math.sqrt(width * math.pi / 2))
@@ -73,7 +70,7 @@ class MeanReadout(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Return the complex64 amplitudes (...) of `states` (..., D)."""
         psi = torch.complex(*states.float().chunk(2, dim=-1))
-        # torch defines the gradients of a complex abs and angle at 0 as 0; hypot and atan2 give NaN there.
+        # torch defines the gradients of a complex abs and angle at 0 as 0. hypot and atan2 would give NaN.
         return torch.polar(psi.abs().mean(-1), psi.angle().abs().mean(-1))
 
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 @dataclass(kw_only=True, repr=False)  # IndraQuantumConfig has the repr of transformers
 class ModelShape:
-    """Sizes and variant of IndraQuantumPhase2; the fields mean what ModelSettings says."""
+    """Sizes and variant of IndraQuantumPhase2. ModelSettings describes the fields."""
 
     vocab_size: int = 32_000
     d_model: int = 128
@@ -38,18 +38,18 @@ class ModelShape:
     ends: Literal["shared", "separate"] = "separate"
 
     def __post_init__(self) -> None:
-        """Fill what follows from other fields."""
+        """Fill in what follows from other fields."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.projector == "none":
             self.ends = "shared"
 
     def validate_architecture(self) -> None:
-        """Refuse sizes that no attention layer can have; transformers calls this on construction."""
+        """Refuse sizes that no attention layer can have. transformers calls this on construction."""
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"num_attention_heads: got {self.num_attention_heads}; must divide the width {self.hidden_size} "
-                "into even parts"
+                "into parts of an even width"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -61,7 +61,7 @@ class ModelShape:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> ModelShape:
-        """Read the shape from a checkpoint's `model_config`, whose other values are skipped.
+        """Return the shape in a checkpoint's `model_config`, whose other values are ignored.
 
         Raises:
             ValueError: a value is of another type than the field, not one of the choices, or an impossible size.
@@ -73,7 +73,7 @@ class ModelShape:
 
     @property
     def hidden_size(self) -> int:
-        """Real width D of a state: twice the complex width, except in the plain control, which has one width."""
+        """Real width D of a state: twice the complex width, except for the plain control, which has one width."""
         return self.d_model if self.projector == "none" else 2 * self.d_model
 
     @property

@@ -1,6 +1,6 @@
-"""The vocabulary at both ends of the model: one table of embeddings, lifted for the head by the projector.
+"""The vocabulary at both ends of the model: one table of embeddings, which the projector lifts for the head.
 
-What changes the number of tokens, what replaces or wraps the table, and when it must be lifted anew.
+This module changes the number of tokens, replaces the table, and decides when the table must be lifted again.
 
 Legend: V vocabulary, d complex width, D real width.
 """
@@ -17,7 +17,7 @@ from indraquantum.model.kept_table import KeptTable
 
 
 class LiftedVocabulary:
-    """A part of IndraQuantumPhase2, which stands before QuantumCore and PreTrainedModel."""
+    """A base class of IndraQuantumPhase2, which comes before QuantumCore and PreTrainedModel."""
 
     _input_embed_layer = "embedding"
 
@@ -27,7 +27,7 @@ class LiftedVocabulary:
         self._kept = KeptTable()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the table E (V, d), which is the head's table too.
+        """Replace the table E (V, d), which is also the head's table.
 
         Raises:
             ValueError: the new table has another shape; `resize_token_embeddings` changes the number of tokens.
@@ -38,11 +38,11 @@ class LiftedVocabulary:
         super().set_input_embeddings(value)
 
     def get_submodule(self, target: str) -> nn.Module:
-        """Return the module of that name; by BERT's name for the embedding too, which PEFT's prompt tuning asks for."""
+        """Return the module of that name. BERT's name for the embedding works too: PEFT's prompt tuning uses it."""
         return self.embedding if target == "embeddings.word_embeddings" else super().get_submodule(target)
 
     def get_output_embeddings(self) -> None:
-        """Nothing: the head has no table of its own, it lifts the input embeddings."""
+        """Return None: the head has no table of its own, because it uses the lifted input embeddings."""
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Refuse: the head has no table of its own.
@@ -51,7 +51,7 @@ class LiftedVocabulary:
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "set_output_embeddings: the head has no table of its own, it lifts the input embeddings; "
+            "set_output_embeddings: the head has no table of its own, because it lifts the input embeddings; "
             "use set_input_embeddings or resize_token_embeddings"
         )
 
@@ -61,10 +61,10 @@ class LiftedVocabulary:
         """Change the number of tokens V as transformers does, and the head's bias with it.
 
         Args:
-            new_num_tokens: the new V; tokens are added or removed at the end. None leaves it.
+            new_num_tokens: the new V. Tokens are added or removed at the end; None changes nothing.
             pad_to_multiple_of: round V up to a multiple of this number.
-            mean_resizing: draw new embeddings around the mean of the old ones, and give new tokens their mean bias;
-                otherwise draw them as a new model's, with a bias of 0.
+            mean_resizing: draw new embeddings around the mean of the old ones, and give new tokens the mean bias.
+                Otherwise draw them as for a new model, with a bias of 0.
 
         Returns:
             The embedding.
@@ -86,7 +86,7 @@ class LiftedVocabulary:
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
-        """Lift the table once for all gradient-free forward passes inside; the weights must not change meanwhile."""
+        """Inside, lift the table once for all forward passes without gradients. The weights must not change inside."""
         pin = object()
         with torch.no_grad():
             self._pinned[pin] = self._kept_table()
@@ -98,8 +98,8 @@ class LiftedVocabulary:
     def _table(self, use_cache: bool) -> Tensor:
         """Return the lifted table (V, D).
 
-        Without gradients it is that of `lifted()` where that is open, and in calls that may be steps of a decoding loop
-        the one that was kept from the last.
+        Without gradients it is the one of an open `lifted()`, or, in calls that may be steps of a decoding loop, the
+        one kept from the last call.
         """
         if torch.is_grad_enabled():
             self._kept.drop()
@@ -109,7 +109,7 @@ class LiftedVocabulary:
         return self._kept_table() if use_cache else self.lift_table()
 
     def _kept_table(self) -> Tensor:
-        """The table of the last call that came here; lifted anew where that may differ."""
+        """Return the table of the last call, or lift it again if it may have changed."""
         modules = list(self.projector.modules())
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
         if hooked or not all(map(_is_plain, [self.embedding, *modules])):
@@ -118,6 +118,6 @@ class LiftedVocabulary:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether `module` computes what its class and weights say: no adapter around it, no other forward in its place."""
+    """Return whether `module` is unchanged: no adapter is around it, and its forward is not replaced."""
     of_class = type(module).__module__.startswith(("torch.nn.modules.", "indraquantum."))
     return of_class and "forward" not in vars(module)

@@ -1,1 +1,1 @@
-"""Looking at runs."""
+"""Shows runs: plots, tables and summaries."""

@@ -1,4 +1,7 @@
-"""`indra runs` and `indra runs compare`: a table in a terminal, tab-separated lines where the output is piped."""
+"""`indra runs` and `indra runs compare`: a table in a terminal, tab-separated lines where the output is piped.
+
+rich draws the table in a terminal, because it folds long cells to the terminal's width; tables.py does not.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def compare_runs(logs: Path, names: tuple[str, ...]) -> None:
 
 
 def differences(runs: list[RunSummary]) -> list[list[str]]:
-    """A row for each setting in which `runs` are not all alike; where they write to does not count."""
+    """Return a row for each setting in which `runs` differ, except for the folders that they write to."""
     names = sorted({name for run in runs for name in run.settings} - {"output", "logs"})
     rows = [[f"--{name.replace('_', '-')}", *(str(run.settings.get(name, NONE)) for run in runs)] for name in names]
     return [[_short(cell) for cell in row] for row in rows if len(set(row[1:])) > 1]
@@ -61,7 +64,7 @@ def _figures(runs: list[RunSummary]) -> list[list[str]]:
 
 
 def _sources(runs: list[RunSummary]) -> list[str]:
-    """All held-out sources, in the order in which the runs name them; `all` last."""
+    """Return all held-out sources, in the order in which the runs name them, with `all` at the end."""
     names = dict.fromkeys(name for run in runs for name in run.last_held_out)
     return [name for name in names if name != "all"] + ["all"] * ("all" in names)
 
@@ -71,18 +74,18 @@ def _figure(value: float | None) -> str:
 
 
 def _short(cell: str) -> str:
-    """A hash by its first digits."""
+    """Shorten a hash to its first digits."""
     return cell[:12] if len(cell) == 64 and set(cell) <= set("0123456789abcdef") else cell
 
 
 def _printable(cell: str) -> str:
-    """On one line, whatever a damaged file holds, and not much longer than any that a run writes."""
+    """Return a cell on one line and of limited length, even if a damaged file holds something else."""
     cell = cell if len(cell) <= LONGEST_CELL else f"{cell[:LONGEST_CELL]}..."
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in cell)
 
 
 def print_table(header: Row, rows: list[list[str]]) -> None:
-    """A table in a terminal, tab-separated lines elsewhere."""
+    """Print a table in a terminal, and tab-separated lines elsewhere."""
     header, *rows = ([_printable(cell) for cell in row] for row in (header, *rows))
     if not sys.stdout.isatty():
         print("\n".join("\t".join(row) for row in [header, *rows]))

@@ -1,4 +1,4 @@
-"""Finding runs and what they have come to: every folder below a root that holds a metrics.jsonl is one."""
+"""Finds runs and reads their state and figures. Every folder with a metrics.jsonl is a run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from indraquantum.metrics import Line, checked_lines, read_record
 
 
 def find_run(*roots: str | Path) -> Path:
-    """The metrics file to look at: $INDRA_METRICS where it is set, else the one written last below `roots`.
+    """Return the metrics file to show: $INDRA_METRICS if it is set, else the newest one below `roots`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no metrics file.
     """
     chosen = os.environ.get("INDRA_METRICS")
     if chosen:
         if not Path(chosen).is_file() or not Path(chosen).stat().st_size:
-            raise UserError("INDRA_METRICS", chosen, "must be the metrics.jsonl of a run that has done a step")
+            raise UserError("INDRA_METRICS", chosen, "must be the metrics.jsonl of a run with at least one step")
         return Path(chosen)
     found = [path for root in roots for path in _metrics_files(Path(root)) if path.stat().st_size]
     if not found:
         searched = ", ".join(map(str, roots))
-        raise UserError("logs", searched, "holds no run with a step yet: train first, or set INDRA_METRICS")
+        raise UserError("logs", searched, "holds no run with a step; train first, or set INDRA_METRICS")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
@@ -36,21 +36,23 @@ def _metrics_files(root: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run is and has come to."""
+    """The settings, state and figures of a run."""
 
     name: str  # its folder, below the logs
-    state: str  # finished, running, stopped, or damaged: and what is
+    state: str  # finished, running, stopped, or damaged with the reason
     steps: int = 0  # done
     total_steps: int | None = None  # None where nothing tells
     tokens: int = 0
     loss: float | None = None  # of the last step
     last_held_out: dict[str, float] = field(default_factory=dict)  # cross-entropy per source, nats per token
     best_held_out: dict[str, float] = field(default_factory=dict)  # at the evaluation that was best for all text
-    settings: dict[str, Any] = field(default_factory=dict)  # and the hashes of data and signals; empty without a record
+    settings: dict[str, Any] = field(
+        default_factory=dict
+    )  # with the hashes of data and signals; empty without a run.json
 
 
 def summarise(metrics_path: Path, root: Path) -> RunSummary:
-    """Read a run's metrics and its record, if there is one. A damaged file is told as the run's state."""
+    """Read a run's metrics, and its run.json if there is one. If a file is damaged, the state says so."""
     folder = metrics_path.parent
     name = str(folder.relative_to(root)) if folder != root else folder.name
     try:
@@ -64,7 +66,7 @@ def summarise(metrics_path: Path, root: Path) -> RunSummary:
 
 
 def _figures(path: Path) -> dict[str, Any]:
-    """The fields of `RunSummary` that the metrics tell; only the lines that hold them are parsed.
+    """Return the fields of `RunSummary` that are in the metrics. Only the lines that hold them are parsed.
 
     Raises:
         UserError: a line is damaged.
@@ -91,7 +93,7 @@ def _figures(path: Path) -> dict[str, Any]:
 def _figure(line: Line, name: str, kind: Any) -> Any:
     value = line.parse().get(name)
     if value is not None and not _is_figure(value, kind):
-        raise line.damaged(f"has no figure for {name}")
+        raise line.damaged(f"has no valid figure for {name}")
     return value
 
 
@@ -99,7 +101,7 @@ def _held_out(line: Line) -> dict[str, float]:
     figures = line.parse().get("held_out") or {}
     named = isinstance(figures, dict) and all(_is_figure(figures.get(name), int | float) for name in ("all", *figures))
     if figures and not named:
-        raise line.damaged("has no figures for held_out")
+        raise line.damaged("has no valid figures for held_out")
     return figures
 
 
@@ -108,10 +110,10 @@ def _is_figure(value: Any, kind: Any) -> bool:
 
 
 def all_runs(root: Path) -> list[RunSummary]:
-    """The runs below `root`, by name.
+    """Return the runs below `root`, sorted by name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no run.
     """
     found = _metrics_files(root)
     if not found:
@@ -120,10 +122,10 @@ def all_runs(root: Path) -> list[RunSummary]:
 
 
 def named_runs(root: Path, names: tuple[str, ...]) -> list[RunSummary]:
-    """The runs called `names` below `root`, in that order; a name may be the path of a run's folder instead.
+    """Return the runs called `names` below `root`, in that order. A name may also be the path of a run's folder.
 
     Raises:
-        UserError: one is not there.
+        UserError: one of them does not exist.
     """
     runs = []
     for name in names:
@@ -131,6 +133,8 @@ def named_runs(root: Path, names: tuple[str, ...]) -> list[RunSummary]:
         there = next((path for path in paths if path.is_file()), None)
         if there is None:
             known = ", ".join(str(path.parent.relative_to(root)) for path in _metrics_files(root))
-            raise UserError("RUNS", name, f"must be a run below {root} ({known or 'it holds none'}) or a run's folder")
+            raise UserError(
+                "RUNS", name, f"must be a run below {root} ({known or 'it holds none'}) or the folder of a run"
+            )
         runs.append(summarise(there, root if there.is_relative_to(root) else there.parent.parent))
     return runs

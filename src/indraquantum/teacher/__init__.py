@@ -1,1 +1,1 @@
-"""The teacher's signals: asking any causal LM once, and reading what it said at every step of training."""
+"""The teacher's signals: captured once from any causal LM, and read at every step of training."""

@@ -1,7 +1,7 @@
-"""How many rows the teacher reads at once: as many as help its speed and as the free memory holds.
+"""How many rows the teacher reads at once: as many as make it faster and as fit into free memory.
 
-Products of other shapes round otherwise, so the last bits of a shard depend on this number: it is chosen once, stands
-in the manifest, and a capture that goes on keeps it, whatever memory is free by then.
+Matrix products of different shapes round differently, so the last bits of a shard depend on this number. It is chosen
+once and kept in the manifest, and a resumed capture uses it again, however much memory is free then.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 from indraquantum.config import CaptureSettings
-from indraquantum.teacher.teacher_model import TeacherFiles, compute_dtype, refused_in_one_line, teacher_config
+from indraquantum.teacher.loading import compute_dtype, teacher_config
+from indraquantum.teacher.refusals import refused_in_one_line
+from indraquantum.teacher.teacher_files import TeacherFiles
 
-CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16_384  # larger batches bring no speed, and a kill loses one
+CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16_384  # larger batches are no faster, and a killed capture loses one batch
 SERVER_TOKENS = 2048
-FREE_SHARE = 0.5  # of what is free beside the weights: other programs want some, and the estimate is rough
+FREE_SHARE = 0.5  # of the memory that is free beside the weights; other programs need some, and the estimate is rough
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 class TeacherSize(NamedTuple):
-    """What a teacher takes."""
+    """How much memory a teacher takes."""
 
     weights: int  # bytes
-    token: int  # bytes for each token of a batch, at the peak of the forward pass and the reduction behind it
+    token: int  # bytes for each token of a batch, at the peak of the forward pass and the reduction after it
 
 
 def choose_batch_rows(settings: CaptureSettings, files: TeacherFiles | None, row_length: int) -> int:
-    """Rows of a batch: those of `--batch-tokens`, or what fits; at least one.
+    """Return the rows of a batch: those of `--batch-tokens`, or as many as fit; at least one.
 
     Args:
         settings: the command's options.
@@ -56,10 +58,10 @@ def _tokens_that_fit(settings: CaptureSettings, files: TeacherFiles) -> int:
 
 
 def teacher_size(files: TeacherFiles, item_bytes: int) -> TeacherSize:
-    """Estimate from the configuration what the teacher takes when it computes in numbers of `item_bytes`.
+    """Estimate from the configuration how much memory the teacher takes with numbers of `item_bytes` bytes.
 
     Raises:
-        UserError: no configuration of a causal LM.
+        UserError: the configuration is not that of a causal LM.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -76,11 +78,11 @@ def teacher_size(files: TeacherFiles, item_bytes: int) -> TeacherSize:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that can be had without swapping, within the limits of a container."""
+    """Return the bytes of main memory that are available without swapping, within the limits of a container."""
     try:
         fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError):  # not Linux: half of what there is
+    except (OSError, KeyError):  # not Linux: take half of all memory
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))

@@ -1,16 +1,14 @@
-"""Asks a teacher once over all prepared rows and stores its signals: `indra capture`.
+"""Asks a teacher once about all prepared rows and stores its signals: `indra capture`.
 
-Work goes shard by shard, held-out rows first, then the training rows' shards in random order, so that a capture that
-stops early has seen a fair sample. Shards are done by one process or many (engines.py), and only this one writes the
-manifest. What a stopped capture finished is verified and kept, what it began is in journals, and the teacher is asked
-for none of it again.
+Signals are captured shard by shard: first the held-out rows, then the shards of the training rows in random order, so
+that a capture that stops early has a fair sample. One or more processes capture the shards (engines.py), and only this
+one writes the manifest. A resumed capture checks the finished shards and reads the unfinished ones from their journals,
+so that the teacher answers nothing twice.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import re
 import sys
 import time
@@ -23,7 +21,7 @@ import numpy as np
 
 from indraquantum.config import CaptureSettings
 from indraquantum.errors import Unreachable, UserError
-from indraquantum.files import check_manifest_json, make_folder, sha256_of
+from indraquantum.files import check_manifest_json, make_folder, sha256_of, try_lock
 from indraquantum.progress import Progress
 from indraquantum.teacher.batch_size import choose_batch_rows
 from indraquantum.teacher.engines import open_data, run_jobs
@@ -39,17 +37,17 @@ from indraquantum.teacher.manifest import (
     statistics_of,
     write_manifest,
 )
-from indraquantum.teacher.possible import check_values
 from indraquantum.teacher.served import check_served, is_served, served_identity
+from indraquantum.teacher.shard import Shard
 from indraquantum.teacher.shard_worker import Job, Plan
-from indraquantum.teacher.signals import Shard
-from indraquantum.teacher.teacher_model import TeacherFiles, check_tokenizer, find_teacher
+from indraquantum.teacher.signal_checks import check_values
+from indraquantum.teacher.teacher_files import TeacherFiles, check_tokenizer, find_teacher
 
 if TYPE_CHECKING:
-    from indraquantum.data.dataset import PreparedDataset
+    from indraquantum.data.prepared import PreparedDataset
 
-SHARD_POSITIONS = 65_536  # about 3 MB; what one worker does at a time
-# What a capture writes beside shards and manifest; whatever else lies in its folder is somebody else's.
+SHARD_POSITIONS = 65_536  # about 3 MB; one worker captures one shard at a time
+# The files that a capture writes besides shards and manifest. It leaves all other files in its folder alone.
 JOURNAL = re.compile(rf"(train|validation)-\d{{6,}}\.safetensors{re.escape(SUFFIX)}")
 LEFTOVER = re.compile(r"\.(manifest\.json|(train|validation)-\d{6,}\.safetensors)\.\d+\.tmp")
 _OPTIONS = {
@@ -68,39 +66,39 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """What a capture did."""
+    """What a capture has done."""
 
     output: Path
     teacher: str
-    statistics: Statistics  # of all signals there, not of this run alone
+    statistics: Statistics  # of all signals in the folder, not only those of this command
     coverage: dict[str, float]  # fraction of each split's rows that has signals
     bytes: int  # of all shards
     positions_asked: int  # by this run
     positions_kept: int  # found finished
-    seconds: float  # loading the teacher, asking and storing
-    packed: bool | None  # False: the teacher leaks across documents and was asked one at a time; None: not asked
+    seconds: float  # for loading the teacher, asking it and storing its answers
+    packed: bool | None  # False: the teacher mixes the documents of a row and was asked one at a time; None: not asked
 
     @property
     def tokens_per_second(self) -> float:
-        """Real positions asked per second."""
+        """Real positions captured per second."""
         return self.positions_asked / self.seconds if self.seconds else 0.0
 
 
 def capture(
     settings: CaptureSettings, dataset: PreparedDataset | None = None, shard_positions: int = SHARD_POSITIONS
 ) -> CaptureReport:
-    """Capture a teacher's signals, or go on with a capture that was stopped.
+    """Capture a teacher's signals, or resume a capture that was stopped.
 
     Args:
         settings: the command's options.
-        dataset: `settings.data` if it is open already.
-        shard_positions: positions of a shard, about; a capture that goes on keeps its own.
+        dataset: `settings.data` if it is already open.
+        shard_positions: about how many positions a shard has. A resumed capture keeps its own number.
 
     Returns:
-        What was done and what the signals are like.
+        What was done, and statistics of the signals.
 
     Raises:
-        UserError: a wrong teacher or dataset, or signals in the output folder that are not those of these settings.
+        UserError: the teacher or the dataset is wrong, or the output folder holds signals of other settings.
     """
     files = None
     if is_served(settings.teacher):
@@ -147,7 +145,7 @@ def capture(
 def _begin_or_continue(
     settings: CaptureSettings, files: TeacherFiles | None, dataset: PreparedDataset, shard_positions: int
 ) -> Manifest:
-    """The manifest to go on with: that of the output folder if it is the same capture, or a new one."""
+    """Return the manifest of the output folder if it belongs to the same capture, or a new one."""
     identity = Identity(
         served=files is None,
         teacher_sha256=files.sha256() if files else served_identity(settings),
@@ -190,41 +188,39 @@ def _check_shards(path: Path, dataset: PreparedDataset, manifest: Manifest) -> N
     for entry in manifest.shards:
         job = known.get(entry.file)
         if job is None or (job.split, job.rows, _positions(dataset, job)) != (entry.split, entry.rows, entry.positions):
-            allowed = f"lists {entry.file} with rows {list(entry.rows)} of {entry.split}, which no shard of --data has"
+            allowed = (
+                f"lists {entry.file} with rows {list(entry.rows)} of {entry.split}, which is not a shard of --data"
+            )
             raise UserError("--output", path, allowed)
 
 
 def _with_batch(
     settings: CaptureSettings, files: TeacherFiles | None, dataset: PreparedDataset, manifest: Manifest
 ) -> Manifest:
-    """The manifest with the rows of a batch: its own, unless `--batch-tokens` asks for others."""
+    """Return the manifest with the rows of a batch: its own number, unless `--batch-tokens` gives another."""
     rows = manifest.batch_rows
     if rows is None or settings.batch_tokens != "auto":
         rows = choose_batch_rows(settings, files, dataset.row_length)
     if manifest.batch_rows not in (None, rows):
-        changed = f"batches of {rows} rows from here on, not {manifest.batch_rows}: the last bits may differ"
+        changed = f"from here on in batches of {rows} rows instead of {manifest.batch_rows}; the last bits may differ"
         print(f"capture: {changed}", file=sys.stderr)
     return manifest.model_copy(update={"batch_rows": rows, "format_version": FORMAT_VERSION})
 
 
 @contextlib.contextmanager
 def _only_writer(folder: Path, new: bool) -> Iterator[None]:
-    """Hold the folder, so that two captures don't overwrite each other's manifest; the lock dies with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("--output", folder, "another capture is writing there; wait for it") from None
+    """Hold the folder, so that two captures don't overwrite each other's manifest."""
+    with try_lock(folder) as locked:  # not `folder_lock`, which would leave a file among the signals
+        if not locked:
+            allowed = "is in use by another run, or its file system has no locks; wait, or give another folder"
+            raise UserError("--output", folder, allowed)
         _remove_leftovers(folder)  # of a capture that was killed
         for journal in _journals(folder) if new else ():
-            journal.unlink()  # without a manifest it belongs to nothing
+            journal.unlink()  # without a manifest it is of no use
         try:
             yield
         finally:
-            _remove_leftovers(folder)  # of workers that died on the way and of those that were stopped with them
-    finally:
-        os.close(descriptor)
+            _remove_leftovers(folder)  # of workers that were killed or stopped
 
 
 def _journals(folder: Path) -> list[Path]:
@@ -238,7 +234,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _verified(folder: Path, manifest: Manifest) -> Manifest:
-    """The manifest without the shards that are missing or damaged; they are captured again."""
+    """Return the manifest without the shards that are missing or damaged, which are captured again."""
     good = []
     for entry in manifest.shards:
         path = folder / entry.file
@@ -247,27 +243,29 @@ def _verified(folder: Path, manifest: Manifest) -> Manifest:
                 raise UserError("--output", path, "is missing or damaged")
             check_values(Shard("--output", path, entry, manifest), entry, manifest)
         except UserError as error:
-            print(f"capture: {path} {error.allowed}; asking the teacher again", file=sys.stderr)
+            print(f"capture: {path} {error.allowed}; it will be captured again", file=sys.stderr)
             continue
         good.append(entry)
-        journal_path(folder, entry.file).unlink(missing_ok=True)  # left by a kill behind the manifest
+        journal_path(folder, entry.file).unlink(
+            missing_ok=True
+        )  # left by a process that was killed after it wrote the manifest
     return _with_shards(manifest, good, complete=manifest.complete and len(good) == len(manifest.shards))
 
 
 def _with_shards(manifest: Manifest, shards: list[ShardEntry], complete: bool) -> Manifest:
-    """The manifest over these shards, in an order that does not depend on when they were captured."""
+    """Return the manifest with these shards, in an order that does not depend on when they were captured."""
     ordered = tuple(sorted(shards, key=lambda entry: (entry.split, entry.rows)))
     return manifest.model_copy(update={"shards": ordered, "complete": complete, "statistics": statistics_of(ordered)})
 
 
 def _jobs(dataset: PreparedDataset, manifest: Manifest) -> list[Job]:
-    """The shards still to capture, in the order in which they are."""
+    """Return the shards that are still to be captured, in their order."""
     done = {entry.file for entry in manifest.shards}
     return [job for job in _all_jobs(dataset, manifest) if job.file not in done]
 
 
 def _all_jobs(dataset: PreparedDataset, manifest: Manifest) -> list[Job]:
-    """Every shard of a whole capture, in the order in which they are captured."""
+    """Return every shard of a whole capture, in the order in which they are captured."""
     jobs = []
     for split, rows in (("validation", dataset.validation.num_rows), ("train", dataset.train.num_rows)):
         first_rows = range(0, rows, manifest.rows_per_shard)
@@ -290,7 +288,7 @@ def _coverage(dataset: PreparedDataset, manifest: Manifest) -> dict[str, float]:
 
 
 class _Outcome(NamedTuple):
-    """What the jobs came to."""
+    """The result of all jobs."""
 
     manifest: Manifest
     positions_asked: int
@@ -305,7 +303,7 @@ def _capture(
     jobs: list[Job],
     folder: Path,
 ) -> _Outcome:
-    """Let the engine do the jobs; each shard that comes back is committed before the next is looked at."""
+    """Let the engine do the jobs, and put each shard into the manifest before the next one."""
     total = sum(_positions(dataset, job) for job in jobs)
     largest = max(_positions(dataset, job) for job in jobs)
     plan = Plan(settings, folder, manifest, total, min(total, largest * settings.workers), jobs[0].file)

@@ -1,35 +1,34 @@
-"""What must hold before a teacher is asked: it is causal, and packed rows get the logits of each document alone.
+"""Checks a teacher before it is used: it must be causal, and packed rows must get the logits of each document alone.
 
-Both are found out by asking. A fault may show only where a document is longer than a sliding window, a chunk or the
-length at which positions are scaled otherwise (longrope), or where rows begin with another document, so the rows that
-are asked are those with the longest, the most and the shortest pieces. What counts is the largest difference.
+Both are measured. A fault may only show where a document is longer than a sliding window, a chunk or the length from
+which positions are scaled (longrope), or where a row begins with another document. The rows that are checked are
+therefore those with the longest, the most and the shortest pieces. The largest difference decides.
 
 Legend: T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from indraquantum.data.split import Batch
+from indraquantum.teacher.teacher_model import Teacher, pieces_of
 
 if TYPE_CHECKING:
     import torch
 
-    from indraquantum.data.dataset import PreparedDataset
+    from indraquantum.data.prepared import PreparedDataset
     from indraquantum.data.split import Split
-    from indraquantum.teacher.teacher_model import Teacher
 
 
 class _Rounding(NamedTuple):
-    """What rounding alone may do in a number format, as a share of the logits' spread."""
+    """The differences that rounding alone may cause in a number format, as a share of the logits' spread."""
 
-    positions: int  # neighbours of which the median counts: in 16 bits a near tie sends a token to another expert
-    packed: float  # other products and other kernels round otherwise
-    causal: float  # the same shapes give the same bits, but for experts that get other numbers of tokens
+    positions: int  # neighbours whose median counts: in 16 bits, a near tie can send a token to another expert
+    packed: float  # other shapes and kernels round differently
+    causal: float  # equal shapes give equal bits, except for experts that get other numbers of tokens
 
 
 _ROUNDING = {
@@ -40,16 +39,16 @@ _ROUNDING = {
 
 
 def _rounding(teacher: Teacher) -> _Rounding:
-    """What rounding may do to this teacher's logits; that of 8 bits (bitsandbytes) looks at all rows of a batch."""
+    """Return the differences that rounding may cause in this teacher; 8 bits (bitsandbytes) round over all rows."""
     quantised = getattr(teacher.model.config, "quantization_config", None) is not None
     return _ROUNDING["bfloat16" if quantised else teacher.precision]
 
 
 def telling_rows(dataset: PreparedDataset) -> Batch:
-    """Up to three rows of either split that can show a fault, without the columns that are padding in all of them.
+    """Return up to three rows that can show a fault, without the columns that are padding in all of them.
 
-    They are the row with the longest piece (where there are several, the one that begins latest in its row), the row
-    of the most pieces, and the row with the shortest.
+    They are the row with the longest piece (of several, the one that begins latest in its row), the row with the most
+    pieces, and the row with the shortest piece.
     """
     found = [_telling(dataset.train), _telling(dataset.validation)]
     best = [max(candidates, key=lambda row: row.score) for candidates in zip(*found, strict=True)]
@@ -67,7 +66,7 @@ class _Row(NamedTuple):
 
 
 def _telling(split: Split) -> list[_Row]:
-    """The rows of one split with the longest piece, the most pieces, and the shortest piece."""
+    """Return the rows of one split with the longest piece, the most pieces, and the shortest piece."""
     lengths, counts = split.pieces[:, 1], np.diff(split.row_pieces)
     row_of_piece = np.repeat(np.arange(split.num_rows), counts)
     starts = np.cumsum(lengths) - lengths - split.row_token_offsets[row_of_piece]
@@ -81,11 +80,11 @@ def _telling(split: Split) -> list[_Row]:
 
 
 def is_causal(teacher: Teacher, ids_T: np.ndarray) -> bool:
-    """Whether the logits at a position stay what they are when later tokens change.
+    """Return whether the logits at a position stay the same when later tokens change.
 
     Args:
-        teacher: loaded.
-        ids_T: (T,) a document, or the part of one that lies in a row.
+        teacher: the loaded teacher.
+        ids_T: (T,) the ids of a document, or of the part of it that is in a row.
     """
     import torch
 
@@ -98,17 +97,19 @@ def is_causal(teacher: Teacher, ids_T: np.ndarray) -> bool:
         after_TV = teacher.alone(np.concatenate([ids_T[:first], changed_T[first:]]))
         apart.append(differences(after_TV[:first], before_TV[:first]))
     if apart:
-        apart.append(torch.stack([apart_T[-1] for apart_T in apart]))  # who sees one token ahead shows it here alone
+        apart.append(
+            torch.stack([apart_T[-1] for apart_T in apart])
+        )  # a model that sees only one token ahead shows it only here
     return all(_largest(apart_T, rounding.positions) <= rounding.causal for apart_T in apart)
 
 
 def packs_right(teacher: Teacher, batch: Batch) -> bool:
-    """Whether packed rows give the logits of each document alone; False where the teacher does not take them at all."""
+    """Return whether packed rows give the logits of each document alone; False if the teacher can't take them."""
     rounding = _rounding(teacher)
     try:
         packed_BTV = teacher.packed_logits(batch)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError):
-        return False  # an architecture that can't take such a mask says so in many ways
+        return False  # architectures that can't take such a mask raise many kinds of errors
     for row, columns in pieces_of(batch):
         packed_TV = packed_BTV[row, columns, : teacher.vocabulary_size]
         apart_T = differences(packed_TV, teacher.alone(batch.input_ids[row, columns]))
@@ -117,19 +118,11 @@ def packs_right(teacher: Teacher, batch: Batch) -> bool:
     return True
 
 
-def pieces_of(batch: Batch) -> Iterator[tuple[int, slice]]:
-    """The documents, or parts of documents, of a batch: each one's row and columns."""
-    for row, segments_T in enumerate(batch.segments):
-        for segment in range(segments_T.max() + 1):
-            columns = np.flatnonzero(segments_T == segment)
-            yield row, slice(columns[0], columns[-1] + 1)
-
-
 def differences(logits_TV: torch.Tensor, reference_TV: torch.Tensor) -> torch.Tensor:
-    """How far the logits of a piece lie from the reference's: root mean square over the vocabulary.
+    """Return how far the logits of a piece are from a reference: the root mean square over the vocabulary.
 
     Returns:
-        (T,) float32, as a share of the reference's spread; nan where only one of the two is finite.
+        (T,) float32, as a share of the reference's spread; nan if only one of the two is finite.
     """
     import torch
 
@@ -140,6 +133,6 @@ def differences(logits_TV: torch.Tensor, reference_TV: torch.Tensor) -> torch.Te
 
 
 def _largest(apart_T: torch.Tensor, positions: int) -> float:
-    """The largest difference, where each run of `positions` neighbours counts by its median; nan if one is nan."""
+    """Return the largest median of `positions` neighbouring differences; nan if one is nan."""
     begins = [*range(len(apart_T) - positions, 0, -positions), 0]
     return float(apart_T.new_tensor([apart_T[begin : begin + positions].median() for begin in begins]).max())

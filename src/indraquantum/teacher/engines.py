@@ -1,7 +1,7 @@
-"""Who captures the shards: this process, several processes of this machine, or the machines of a Ray cluster.
+"""The engines that capture shards: this process, several processes of this machine, or a Ray cluster.
 
-Every engine takes the same jobs and gives the same shards; what it gives back may come in any order. A worker that dies
-is replaced, and its successor goes on behind the journal's last batch.
+Every engine takes the same jobs and gives the same shards, in any order. A worker that ends unexpectedly is replaced,
+and its successor continues after the last batch in the journal.
 
     indra capture --workers 4
     indra capture --engine ray --workers 16
@@ -24,18 +24,20 @@ from indraquantum.errors import UserError, optional_package
 from indraquantum.teacher.manifest import ShardEntry
 from indraquantum.teacher.served import ServedAsker
 from indraquantum.teacher.shard_worker import Asker, Job, Plan, ShardResult, ShardWorker
-from indraquantum.teacher.teacher_model import TeacherFiles, find_teacher
+from indraquantum.teacher.teacher_files import TeacherFiles, find_teacher
 
 if TYPE_CHECKING:
-    from indraquantum.data.dataset import PreparedDataset
+    from indraquantum.data.prepared import PreparedDataset
 
-_DEATHS = 3  # in a row, without a shard finished between them
+_DEATHS = 3  # in a row, without a finished shard in between
 
 
 def open_data(settings: CaptureSettings, files: TeacherFiles | None, verify: bool) -> PreparedDataset:
-    """The dataset of the settings; a pickle carries no tokenizer, the teacher's is the only one that may serve it."""
+    """Open the dataset of the settings. A pickle has no tokenizer, so it gets the teacher's."""
     if files is None and settings.data.is_file():
-        raise UserError("--data", settings.data, "must be the packed folder: neither pickle nor server has a tokenizer")
+        raise UserError(
+            "--data", settings.data, "must be the packed folder, because neither a pickle nor a server has a tokenizer"
+        )
     from indraquantum.data.dataset import open_dataset
 
     return open_dataset(
@@ -51,15 +53,15 @@ def run_jobs(
     Args:
         plan: what every worker must know.
         files: the teacher; None for a server.
-        dataset: open here; other processes open `plan.settings.data` themselves.
-        jobs: the shards still to capture.
-        progress: told of positions as they are done.
+        dataset: the dataset, open in this process. Other processes open `plan.settings.data` themselves.
+        jobs: the shards to capture.
+        progress: called with the number of positions that were done.
 
     Yields:
         A result for each job, in any order.
 
     Raises:
-        UserError: what a worker could not do, workers that keep dying, or Ray that is not there.
+        UserError: a worker failed, workers keep ending unexpectedly, or Ray is not installed.
     """
     settings = plan.settings
     if settings.engine == "local" and settings.workers == 1:
@@ -80,7 +82,8 @@ def _worker(
         import torch
 
         from indraquantum.device import choose_device
-        from indraquantum.teacher.teacher_model import ModelAsker, load_teacher
+        from indraquantum.teacher.loading import load_teacher
+        from indraquantum.teacher.teacher_model import ModelAsker
 
         settings = plan.settings
         if settings.workers > 1 and not settings.threads:
@@ -94,7 +97,7 @@ def _worker(
 
 
 def _remote_worker(plan: Plan, number: int) -> ShardWorker:
-    """A worker of a process of its own, which opens everything anew."""
+    """Return a worker for another process, which opens everything itself."""
     files = find_teacher("--teacher", plan.settings.teacher)
     dataset = open_data(plan.settings, files, verify=False)
     if dataset.content_sha256 != plan.manifest.dataset_sha256:
@@ -102,11 +105,11 @@ def _remote_worker(plan: Plan, number: int) -> ShardWorker:
     return _worker(plan, files, dataset, number, lambda positions: None)
 
 
-_process_worker: ShardWorker | None = None  # of this process, where it is one of `_processes`
+_process_worker: ShardWorker | None = None  # the worker of this process, if it is one of `_processes`
 
 
 def _begin_process(plan: Plan, counter: Any) -> None:
-    """Make this process a worker that leaves when its parent does."""
+    """Make this process a worker that ends when its parent does."""
     global _process_worker
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -121,7 +124,7 @@ def _do_job(job: Job) -> ShardResult:
 
 
 def _processes(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
-    """Processes of this machine; when one dies all are replaced, and the jobs that are left begin anew."""
+    """Run the jobs in processes of this machine. If one ends unexpectedly, all are replaced and open jobs restart."""
     context, left, deaths = multiprocessing.get_context("spawn"), set(jobs), 0
     others = set(multiprocessing.active_children())
     while left:
@@ -137,12 +140,12 @@ def _processes(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
         except BrokenProcessPool:
             deaths += 1
             if deaths == _DEATHS:
-                allowed = "must be fewer: workers die before they finish a shard, perhaps for want of memory"
+                allowed = "must be fewer: workers end before they finish a shard, perhaps because memory ran out"
                 raise UserError("--workers", plan.settings.workers, allowed) from None
-            print("capture: a worker died; going on with what it left", file=sys.stderr)
+            print("capture: a worker ended unexpectedly; another one continues its work", file=sys.stderr)
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()  # its shard may take an hour more; the journal has what it was told
+                worker.terminate()  # its shard may take another hour; the journal has what it captured
             raise
         finally:
             pool.shutdown(cancel_futures=True)
@@ -158,7 +161,7 @@ class _RayWorker:
             self._worker, self._error = None, error
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One job in, one result out, as plain values: Ray would wrap an error beyond recognition."""
+        """Do one job and return its result as plain values, because Ray would wrap an error beyond recognition."""
         try:
             if self._worker is None:
                 raise self._error
@@ -171,7 +174,7 @@ class _RayWorker:
 
 
 def _ray(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
-    """Ray Data's actors, on the cluster of $RAY_ADDRESS or on this machine, bound to loopback."""
+    """Run the jobs in Ray Data's actors, on the cluster of $RAY_ADDRESS or on this machine, bound to loopback."""
     with optional_package("--engine", "ray", "ray", "indraquantum[ray]"):
         import ray
         import ray.data

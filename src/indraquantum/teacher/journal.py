@@ -1,9 +1,9 @@
-"""What the teacher has already said about an unfinished shard, batch by batch, so that a kill loses no answer.
+"""The journal of an unfinished shard: the teacher's answers, batch by batch, so that a killed capture loses none.
 
-One append-only file for each shard that is under way; it goes when the shard is in the manifest. A record is first
-row, row past the last, length, number format and SHA-256, and then the signals as safetensors. A record that a kill
-cut off, and whatever lies behind it, is dropped. Records are handed to the operating system at once, which keeps them
-when the process dies; a crash of the whole machine may lose the newest, never damage a shard.
+Each unfinished shard has one append-only file, which is removed once the shard is in the manifest. A record consists of
+the first row, the row past the last, the length, the number format, a SHA-256, and then the signals as safetensors. A
+record that was cut off is dropped, with everything after it. Records are handed to the operating system at once, which
+keeps them if the process dies. A crash of the whole machine may lose the newest records, but never damages a shard.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Record(NamedTuple):
 
     first_row: int
     last_row: int  # one past
-    precision: str  # number format that the teacher computed in
+    precision: str  # the number format in which the teacher computed
     signals: PositionSignals
 
 
@@ -37,15 +37,15 @@ class Journal:
     """The journal of one shard.
 
     Attributes:
-        records: what it held when it was opened: batches that lie one after the other from the shard's first row.
+        records: the batches that it held when it was opened, one after the other from the shard's first row.
     """
 
     def __init__(self, folder: Path, shard_file: str, first_row: int, last_row: int) -> None:
-        """Read what there is, drop what is torn and open the file for appending."""
+        """Read the records, drop those that are cut off, and open the file for appending."""
         self.records: list[Record] = []
         whole = 0
         self._file = open(journal_path(folder, shard_file), "a+b")  # noqa: SIM115 - closed by close()
-        fcntl.flock(self._file, fcntl.LOCK_EX)  # a worker whose parent was killed may live a moment longer
+        fcntl.flock(self._file, fcntl.LOCK_EX)  # a worker of a capture that was killed may live a moment longer
         self._file.seek(0)
         content = self._file.read()
         for record, end in _records(content):
@@ -57,17 +57,17 @@ class Journal:
         self._file.truncate(whole)
 
     def append(self, record: Record) -> int:
-        """Keep one batch and return the bytes that it takes.
+        """Append one batch and return the bytes that it takes.
 
         Raises:
-            UserError: the file was removed, with all that it held.
+            UserError: the file was removed.
         """
         from safetensors.numpy import save
 
         columns = {name: column for name, column in record.signals._asdict().items() if column is not None}
         payload = save(columns)
         head = _HEAD.pack(record.first_row, record.last_row, len(payload), record.precision.encode())
-        if not os.fstat(self._file.fileno()).st_nlink:  # what is written to it now would go without a word
+        if not os.fstat(self._file.fileno()).st_nlink:  # what is written to a removed file is lost without an error
             raise UserError("--output", Path(self._file.name).parent, "was removed while the capture wrote to it")
         written = self._file.write(head + hashlib.sha256(head + payload).digest() + payload)
         self._file.flush()
@@ -79,12 +79,12 @@ class Journal:
 
 
 def journal_path(folder: Path, shard_file: str) -> Path:
-    """Where the journal of a shard lies."""
+    """Return the path of a shard's journal."""
     return folder / (shard_file + SUFFIX)
 
 
 def _records(content: bytes) -> Iterator[tuple[Record, int]]:
-    """The whole records and where each ends, up to the first that is torn or damaged."""
+    """Yield the complete records and where each ends, up to the first one that is cut off or damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 

@@ -1,7 +1,7 @@
-"""The page that pins stored signals to what they belong to: teacher, tokenizer, dataset, temperature, draws, seed.
+"""The manifest.json of stored signals: the teacher, tokenizer, dataset, temperature, draws and seed they belong to.
 
-`manifest.json` is rewritten after each shard, so that a capture that was stopped goes on where it was, and training
-can distil from what there is. Two captures with the same identity give the same bytes.
+It is rewritten after each shard, so that a stopped capture can be resumed, and training can use the signals that are
+there. Two captures with the same identity give the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from indraquantum.errors import UserError
 from indraquantum.files import SEAL, read_json, write_manifest_json
+from indraquantum.yaml_settings import first_problem
 
 FORMAT = "indraquantum-signals"
 FORMAT_VERSION = 3  # 2 added top-k, full and served signals, 3 the rows of a batch; older ones are read as they are
@@ -27,12 +28,12 @@ class _Page(BaseModel):
 
 
 class Identity(_Page):
-    """What decides every bit of the signals; all must agree for a capture to go on."""
+    """Everything that decides the signals. A capture is resumed only if all of it agrees."""
 
     kind: Literal["sampled", "topk", "full"] = "sampled"
     """Random draws (unbiased), the likeliest tokens (biased), or every token (exact, large)."""
     served: bool = False
-    """From a server: entropy is only bounded, and that teacher and tokenizer are what they say is not checked."""
+    """From a server: the entropy is only bounded, and nothing checks that teacher and tokenizer are the ones named."""
     teacher_sha256: str = Field(pattern=_SHA256)
     tokenizer_sha256: str = Field(pattern=_SHA256)
     dataset_sha256: str = Field(pattern=_SHA256)
@@ -47,7 +48,7 @@ class Identity(_Page):
 
     @property
     def is_truncated(self) -> bool:
-        """Whether a position's probabilities are the teacher's own but sum to less than 1: the rest is not stored."""
+        """Whether only a part of each position's probability is stored."""
         return self.kind == "topk"
 
     @model_validator(mode="after")
@@ -58,12 +59,12 @@ class Identity(_Page):
 
 
 class Sums(_Page):
-    """Totals over a shard's positions, so that statistics need no second pass and don't depend on stops."""
+    """Totals over a shard's positions, from which the statistics are computed without reading the shard."""
 
     ids: int = Field(ge=0)
     entropy_nats: float | None
     entropy_bounds_nats: tuple[float, float] | None = Field(default=None, strict=False)
-    """In place of `entropy_nats` where a server only bounds it."""
+    """The lower and upper bound, instead of `entropy_nats`, if a server only bounds it."""
     confidence: float
     labels: int = Field(ge=0)
     label_logprob_nats: float
@@ -79,7 +80,7 @@ class ShardEntry(_Page):
     sha256: str = Field(pattern=_SHA256)
     bytes: int = Field(ge=0)
     precision: str
-    """Number format that the teacher computed in; another device may continue a capture."""
+    """The number format in which the teacher computed. It may differ, because another device may resume a capture."""
     sums: Sums
 
     @model_validator(mode="after")
@@ -90,7 +91,7 @@ class ShardEntry(_Page):
 
 
 class Statistics(_Page):
-    """What the signals are like, over all shards; None where there is nothing to average."""
+    """Averages over all shards; None if there is nothing to average."""
 
     positions: int
     mean_ids: float | None
@@ -99,18 +100,18 @@ class Statistics(_Page):
     mean_confidence: float | None
     bytes_per_token: float | None
     teacher_cross_entropy: dict[str, float]
-    """Of the actual next tokens, nats, per split: the first figure to look at."""
+    """The teacher's cross-entropy on the actual next tokens of each split, in nats. Look at this figure first."""
 
 
 class Manifest(Identity):
-    """The whole page."""
+    """The whole manifest."""
 
     format: Literal["indraquantum-signals"] = FORMAT
     format_version: int = FORMAT_VERSION
     teacher: str
     teacher_revision: str | None
     batch_rows: int | None = Field(default=None, ge=1)
-    """Rows that the teacher read at once, which decide the last bits; None before version 3."""
+    """Rows that the teacher read at once, which decides the last bits; None before version 3."""
     shards: tuple[ShardEntry, ...] = Field(strict=False)
     complete: bool
     statistics: Statistics
@@ -120,15 +121,15 @@ class Manifest(Identity):
         ordered = sorted(self.shards, key=lambda entry: (entry.split, entry.rows))
         for one, other in pairwise(ordered):
             if one.split == other.split and other.rows[0] < one.rows[1]:
-                raise ValueError(f"shards {one.file} and {other.file} both have rows from {other.rows[0]} on")
+                raise ValueError(f"shards {one.file} and {other.file} both hold row {other.rows[0]}")
         files = [entry.file for entry in ordered]
         if len(set(files)) < len(files):
-            raise ValueError("two shards are in one file")
+            raise ValueError("two shards name the same file")
         return self
 
     @property
     def identity(self) -> Identity:
-        """The part that must agree."""
+        """The part that must agree when a capture is resumed."""
         return Identity(**{name: getattr(self, name) for name in Identity.model_fields})
 
 
@@ -159,21 +160,21 @@ def statistics_of(shards: tuple[ShardEntry, ...]) -> Statistics:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Put the page in place, atomically."""
+    """Write the manifest atomically."""
     fields = manifest.model_dump(mode="json")
     first = {name: fields.pop(name) for name in ("format", "format_version", "teacher", "teacher_revision")}
     write_manifest_json(folder / MANIFEST_NAME, first | fields)
 
 
 def read_manifest(field: str, folder: Path) -> Manifest:
-    """Read and check the page.
+    """Read and check the manifest.
 
     Args:
         field: the option to name in an error.
         folder: the folder of the signals.
 
     Raises:
-        UserError: missing, not a manifest of signals, of a later version, or malformed.
+        UserError: it is missing, not a manifest of signals, of a later version, or damaged.
     """
     path = folder / MANIFEST_NAME
     value = read_json(field, path)
@@ -185,6 +186,6 @@ def read_manifest(field: str, folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = "".join(f"{part}." for part in first["loc"])
-        raise UserError(field, path, f"is damaged: {where[:-1]}{': ' * bool(where)}{first['msg']}") from None
+        first = first_problem(error)
+        where = ".".join(map(str, first.place))
+        raise UserError(field, path, f"is damaged: {where}{': ' if where else ''}{first.allowed}") from None

@@ -1,7 +1,8 @@
-"""Numbers of any fixed width, packed bit after bit: a teacher's draw takes 21 bits where an int64 takes 64.
+"""Packs numbers of any fixed width bit by bit: a teacher's draw takes 21 bits instead of the 64 of an int64.
 
 Number `i` lies in bits `[i * width, (i + 1) * width)`, least significant bit first in each byte. The stream
-ends with `SPARE_BYTES` zero bytes, so that a reader may load 8 bytes from wherever a number begins.
+ends with `SPARE_BYTES` zero bytes, so that a reader may load 8 bytes wherever a number begins. NumPy's packbits packs
+single bits only, and would need a bool for each of them.
 
 Legend: M numbers.
 """
@@ -16,11 +17,11 @@ _NUMBERS_AT_ONCE = 1 << 16  # a multiple of 8, so that each part ends at a byte
 
 
 def packed_bytes(count: int, width: int) -> int:
-    """Bytes that `count` numbers of `width` bits take when packed, the spare ones included."""
+    """Return the bytes that `count` packed numbers of `width` bits take, including the spare bytes."""
     return (count * width + 7) // 8 + SPARE_BYTES
 
 
-def pack(numbers_M: np.ndarray, width: int) -> np.ndarray:
+def pack_bits(numbers_M: np.ndarray, width: int) -> np.ndarray:
     """Pack non-negative integers.
 
     Args:
@@ -48,13 +49,13 @@ def pack(numbers_M: np.ndarray, width: int) -> np.ndarray:
     return packed
 
 
-def unpack(packed: np.ndarray, which_M: np.ndarray, width: int) -> np.ndarray:
+def unpack_bits(packed: np.ndarray, which_M: np.ndarray, width: int) -> np.ndarray:
     """Read any of the packed numbers, in any order.
 
     Args:
-        packed: what `pack` returned, perhaps memory-mapped.
-        which_M: (M,) int64, the places of the numbers wanted.
-        width: bits for each number, as given to `pack`.
+        packed: what `pack_bits` returned; it may be memory-mapped.
+        which_M: (M,) int64, the places of the wanted numbers.
+        width: bits for each number, as given to `pack_bits`.
 
     Returns:
         (M,) int64.

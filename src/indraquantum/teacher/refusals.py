@@ -1,16 +1,13 @@
-"""What transformers, and the packages that it asks for, say of a teacher that can't be read, in one line."""
+"""Turns errors of transformers, and of packages that it needs, about a teacher into one line."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from indraquantum.errors import UserError
 from indraquantum.files import read_json
-
-if TYPE_CHECKING:
-    from indraquantum.teacher.teacher_model import TeacherFiles
+from indraquantum.teacher.teacher_files import TeacherFiles
 
 _QUANTISATION = {  # quant_method: what reads such weights
     "aqlm": "accelerate 'aqlm[gpu,cpu]'",
@@ -32,7 +29,7 @@ _QUANTISATION = {  # quant_method: what reads such weights
 
 @contextlib.contextmanager
 def refused_in_one_line(files: TeacherFiles) -> Iterator[None]:
-    """Whatever transformers, or a package that it asks for, says of a teacher that it can't read or run."""
+    """Turn any error of transformers, or of a package that it needs, into one line about the teacher."""
     import torch
 
     try:
@@ -40,7 +37,7 @@ def refused_in_one_line(files: TeacherFiles) -> Iterator[None]:
     except UserError:
         raise
     except torch.OutOfMemoryError:
-        raise UserError(files.field, files.name, "must fit the device's memory, which is too small for it") from None
+        raise UserError(files.field, files.name, "must fit into the memory of the device, but is too large") from None
     except Exception as error:
         reason = " ".join(str(error).replace("`", "").split())[:200] or type(error).__name__
         allowed = f"must be a causal LM that transformers can load ({reason})"
@@ -50,7 +47,7 @@ def refused_in_one_line(files: TeacherFiles) -> Iterator[None]:
 
 
 def _quantisation(files: TeacherFiles) -> str:
-    """How a quantised teacher's weights are stored, and the command that installs what reads them."""
+    """Return how a quantised teacher's weights are stored, and the command that installs the packages to read them."""
     about = read_json(files.field, files.folder / "config.json").get("quantization_config") or {}
     method = about.get("quant_method") or ("bitsandbytes" if about.keys() & {"load_in_8bit", "load_in_4bit"} else None)
     if method is None:
@@ -61,7 +58,7 @@ def _quantisation(files: TeacherFiles) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars and warnings of transformers while loading: what matters is checked here and said in one line."""
+    """Silence transformers' progress bars and warnings while loading; errors are still reported in one line."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

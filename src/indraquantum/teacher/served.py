@@ -2,9 +2,9 @@
 
     indra capture --teacher http://127.0.0.1:8000/v1 --kind topk --top-k 20
 
-Each piece of a document is one request of token ids, so that nothing can leak between documents. Such a server gives
-the likeliest tokens and the actual next one, all at temperature 1: no draws, and no entropy, which is bounded from what
-is known instead of guessed. Whether it serves the model that it names can't be checked from here.
+Each piece of a document is one request of token ids, so that documents stay apart. Such a server gives the likeliest
+tokens and the actual next one, all at temperature 1. It gives no draws, and no entropy, for which only bounds are
+computed. Whether it serves the model that it names can't be checked from here.
 
 Legend: N positions, T tokens of one piece, k tokens kept, V vocabulary, m probability that was not returned.
 """
@@ -28,18 +28,18 @@ from indraquantum.teacher.sampling import PositionSignals
 if TYPE_CHECKING:
     import httpx2
 
-    from indraquantum.data.dataset import PreparedDataset
+    from indraquantum.data.prepared import PreparedDataset
     from indraquantum.teacher.shard_worker import Plan
 
 ATTEMPTS = 8
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 60.0
 _TIMEOUT_SECONDS = 300
-_PASSING = {408, 409, 425, 429}  # statuses that may pass, besides all from 500 on
-_MASS_TOLERANCE = 1e-3  # by which returned probabilities may exceed 1: half-precision servers round
+_PASSING = {408, 409, 425, 429}  # statuses worth another attempt, besides all from 500 on
+_MASS_TOLERANCE = 1e-3  # returned probabilities may exceed 1 by this much, because half-precision servers round
 
 
 def is_served(teacher: str) -> bool:
-    """Whether `--teacher` names a server."""
+    """Return whether `--teacher` names a server."""
     return teacher.startswith(("http://", "https://"))
 
 
@@ -47,33 +47,39 @@ def check_served(settings: CaptureSettings) -> None:
     """Refuse what a server can't give.
 
     Raises:
-        UserError: another kind than topk, another temperature than 1, or more than one worker.
+        UserError: the kind is not topk, the temperature is not 1, or there is more than one worker.
     """
     if settings.kind != "topk":
-        raise UserError("--kind", settings.kind, "must be topk: a server gives its likeliest tokens, no draws")
+        raise UserError(
+            "--kind", settings.kind, "must be topk, because a server gives its likeliest tokens and no draws"
+        )
     if settings.temperature != 1.0:
         raise UserError(
-            "--temperature", settings.temperature, "must be 1: a server's likeliest tokens can't be re-tempered"
+            "--temperature",
+            settings.temperature,
+            "must be 1, because a server gives its likeliest tokens at temperature 1 only",
         )
     if settings.workers != 1 or settings.engine != "local":
-        raise UserError("--workers", settings.workers, "must be 1 of engine local: --concurrency asks a server faster")
+        raise UserError(
+            "--workers", settings.workers, "must be 1 with --engine local; to ask a server faster, raise --concurrency"
+        )
 
 
 def served_identity(settings: CaptureSettings) -> str:
-    """Hex SHA-256 that stands for the served model: of its name, all that a server tells."""
+    """Return a hex SHA-256 of the served model's name, which is all that a server tells."""
     with _client(settings) as client:
         return hashlib.sha256(f"served\n{served_model(settings, client)}".encode()).hexdigest()
 
 
 def served_model(settings: CaptureSettings, client: httpx2.Client) -> str:
-    """The model to ask: `--served-model`, or the first that the server lists."""
+    """Return the model to ask: `--served-model`, or the first one that the server lists."""
     if settings.served_model is not None:
         return settings.served_model
     answer = _Requests(settings, client).json("GET", "/models", None)
     try:
         return str(answer["data"][0]["id"])
     except (KeyError, IndexError, TypeError):
-        raise UserError("--teacher", settings.teacher, "lists no model; name it with --served-model") from None
+        raise UserError("--teacher", settings.teacher, "lists no model; name one with --served-model") from None
 
 
 def _client(settings: CaptureSettings) -> httpx2.Client:
@@ -88,14 +94,14 @@ def _client(settings: CaptureSettings) -> httpx2.Client:
 
 
 class _Requests:
-    """Sends requests at the allowed rate, and again after a while where a failure may pass."""
+    """Sends requests at the allowed rate, and repeats those whose failure may be temporary."""
 
     def __init__(self, settings: CaptureSettings, client: httpx2.Client) -> None:
         self._settings, self._client = settings, client
         self._lock, self._next = threading.Lock(), 0.0
 
     def json(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """The answer's JSON.
+        """Return the JSON of the answer.
 
         Raises:
             UserError: the server refuses, or fails too often.
@@ -113,7 +119,7 @@ class _Requests:
             except (httpx2.TransportError, ValueError) as error:  # a cut-off answer is no JSON
                 reason = f"{type(error).__name__}: {error}"
             except httpx2.InvalidURL:
-                raise UserError("--teacher", self._settings.teacher, "must be a server's address") from None
+                raise UserError("--teacher", self._settings.teacher, "must be the URL of a server") from None
             else:
                 reason = f"status {answer.status_code}: {' '.join(answer.text.split())[:200]}"
                 if answer.status_code < 500 and answer.status_code not in _PASSING:
@@ -122,7 +128,7 @@ class _Requests:
                 wait = min(float(asked), 10 * _LONGEST_WAIT_SECONDS) if asked.isdigit() else wait
             if attempt + 1 < ATTEMPTS:
                 time.sleep(wait)
-        allowed = f"failed {ATTEMPTS} times ({reason}); the same command goes on later"
+        allowed = f"failed {ATTEMPTS} times ({reason}); run the same command later to resume"
         raise UserError("--teacher", self._settings.teacher, allowed)
 
     def _keep_to_rate(self) -> None:
@@ -139,14 +145,14 @@ class ServedAsker:
     """Asks a server about the pieces of rows, several at a time.
 
     Attributes:
-        precision: "served"; what the server computes in it does not say.
-        packed: None: documents never share a request.
+        precision: "served", because the server does not tell its number format.
+        packed: None, because documents never share a request.
     """
 
     precision, packed = "served", None
 
     def __init__(self, plan: Plan, dataset: PreparedDataset) -> None:
-        """Connect when first asked."""
+        """Prepare the client and choose the model."""
         self._settings, self._dataset, self._k = plan.settings, dataset, plan.manifest.top_k
         self._client = _client(plan.settings)
         self._requests = _Requests(plan.settings, self._client)
@@ -157,14 +163,14 @@ class ServedAsker:
             raise
 
     def close(self) -> None:
-        """Leave the server."""
+        """Close the connection."""
         self._client.close()
 
     def signals(self, split: str, rows: np.ndarray) -> PositionSignals:
-        """The signals of all real positions of these rows, in their order.
+        """Return the signals of all real positions of these rows, in their order.
 
         Raises:
-            UserError: the server refuses, fails too often, or gives what can't be right.
+            UserError: the server refuses, fails too often, or gives impossible values.
         """
         side = getattr(self._dataset, split)
         first, last = side.row_pieces[rows[0]], side.row_pieces[rows[-1] + 1]
@@ -172,14 +178,14 @@ class ServedAsker:
             try:
                 answers = list(pool.map(lambda piece: self._piece(side, piece), range(first, last)))
             except UserError:
-                pool.shutdown(cancel_futures=True)  # what waits is not asked for nothing
+                pool.shutdown(cancel_futures=True)  # drop the waiting requests
                 raise
         return PositionSignals(*map(np.concatenate, zip(*answers, strict=True)))
 
     def _piece(self, side: Any, piece: int) -> PositionSignals:
         start, length = side.pieces[piece].tolist()
         end = int(side.document_offsets[side.piece_documents[piece] + 1])
-        # One token more, whatever it is: a server tells of each token what it expected in its place.
+        # One more token, whichever it is: a server says for each token what it expected in its place.
         following = int(side.tokens[start + length]) if start + length < end else self._dataset.tokenizer.eos_id
         prompt = [*side.tokens[start : start + length].tolist(), following]
         body = {"model": self._model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": self._k}
@@ -205,12 +211,12 @@ class ServedAsker:
 
 
 def _position(entry: dict[str, Any], actual: int, k: int, vocabulary_size: int) -> tuple[list[int], list[float], float]:
-    """One position's k likeliest ids in ascending order, their log-probabilities, and that of the actual token."""
+    """Return a position's k likeliest ids in ascending order, their log-probabilities, and the actual token's."""
     logprobs = {int(token): float(about["logprob"]) for token, about in entry.items()}
     if not all(0 <= token < vocabulary_size for token in logprobs):
-        raise ValueError("a token past the dataset's vocabulary: the server's tokenizer is another one")
+        raise ValueError("a token outside the dataset's vocabulary, so the server has another tokenizer")
     if not all(-np.inf < logprob <= _MASS_TOLERANCE for logprob in logprobs.values()):
-        raise ValueError("a log-probability that is none")
+        raise ValueError("a log-probability that is not a number from minus infinity to 0")
     likeliest = sorted(sorted(logprobs, key=lambda token: (-logprobs[token], token))[:k])
     if len(likeliest) < k:
         raise ValueError(f"{len(likeliest)} tokens where {k} were asked for")
@@ -223,10 +229,10 @@ def _position(entry: dict[str, Any], actual: int, k: int, vocabulary_size: int) 
 
 
 def entropy_bounds(logprobs_Nk: np.ndarray, vocabulary_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Between what the entropy must lie, when only the k likeliest tokens are known.
+    """Return bounds of the entropy when only the k likeliest tokens are known.
 
-    Of the m that is left no token may have more than the least of the k: the entropy is lowest when as few tokens as
-    possible share it, and highest when all do, evenly.
+    None of the other tokens can be likelier than the least likely of the k. The entropy is lowest if as few of them as
+    possible share the remaining probability m, and highest if all of them share it evenly.
 
     Args:
         logprobs_Nk: (N, k) log-probabilities of the likeliest tokens, nats.

@@ -1,8 +1,8 @@
 """Captures one shard at a time: the part of `indra capture` that runs in one process or in many.
 
-A shard is a pure function of the manifest's identity, of its `batch_rows` and of `--threads`; batches never cross a
-shard's ends, and what a stopped worker was told is in the shard's journal. So any worker may do any shard, and do it
-again, and the bytes are the same.
+A shard depends only on the manifest's identity, its `batch_rows` and `--threads`. Batches never cross the ends of a
+shard, and the shard's journal keeps what a stopped worker has captured. So any worker can capture any shard, even
+twice, with the same bytes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from indraquantum.config import CaptureSettings
+from indraquantum.progress import duration
 from indraquantum.teacher.journal import Journal, Record
 from indraquantum.teacher.manifest import Manifest, ShardEntry
 from indraquantum.teacher.sampling import PositionSignals
-from indraquantum.teacher.signals import entry_bits, write_shard
+from indraquantum.teacher.shard import entry_bits, write_shard
 
 if TYPE_CHECKING:
-    from indraquantum.data.dataset import PreparedDataset
+    from indraquantum.data.prepared import PreparedDataset
 
 
 class Job(NamedTuple):
@@ -48,67 +49,67 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What every worker needs to know; small, so that it can be sent to another process."""
+    """What every worker needs. It is small, so that it can be sent to another process."""
 
     settings: CaptureSettings
     folder: Path
-    manifest: Manifest  # for its identity and batch_rows
+    manifest: Manifest  # its identity and batch_rows are used
     positions: int  # of all jobs, for the estimate
-    positions_at_once: int  # of the shards that are under way at the same time, at most: their journals lie on the disk
-    first_file: str  # the shard whose first batch makes the estimate
+    positions_at_once: int  # at most, of the shards captured at the same time, whose journals are on the disk
+    first_file: str  # the shard whose first batch is timed for the estimate
 
 
 class ShardResult(NamedTuple):
-    """A shard that lies in the folder, not yet in the manifest."""
+    """A shard that is in the folder, but not yet in the manifest."""
 
     entry: ShardEntry
-    positions_asked: int  # without those that the journal knew
-    packed: bool | None  # False: the teacher leaks across documents; None: it was not asked
+    positions_asked: int  # without those in the journal
+    packed: bool | None  # False: the teacher mixes the documents of a row; None: it was not asked
 
 
 class Asker(Protocol):
-    """Something that knows a teacher's distributions."""
+    """A source of a teacher's distributions."""
 
     precision: str
     packed: bool | None
 
     def signals(self, split: str, rows: np.ndarray) -> PositionSignals:
-        """The signals of all real positions of these rows of a split, in their order."""
+        """Return the signals of all real positions of these rows of a split, in their order."""
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release what it holds."""
 
 
 class ShardWorker:
-    """Captures shards; the teacher is loaded when the first question is asked, not before."""
+    """Captures shards. The teacher is loaded only when it is needed."""
 
     def __init__(
         self, plan: Plan, dataset: PreparedDataset, load: Callable[[], Asker], progress: Callable[[int], object]
     ) -> None:
-        """Take the plan, the dataset, what gives the teacher, and what is told of positions as they are done."""
+        """Take the plan, the dataset, a function that loads the teacher, and one that is called with positions done."""
         self._plan, self._dataset, self._load, self._progress = plan, dataset, load, progress
         self._asker: Asker | None = None
 
     @property
     def asker(self) -> Asker:
-        """The teacher, loaded."""
+        """The loaded teacher."""
         if self._asker is None:
             self._asker = self._load()
             if self._asker.packed is False:
                 print(
-                    "capture: in rows of several documents this teacher does not answer as for each document alone; "
-                    "asking one document at a time, which is slower",
+                    "capture: this teacher does not keep the documents of a row apart; it is asked one document at a "
+                    "time, which is slower",
                     file=sys.stderr,
                 )
         return self._asker
 
     def close(self) -> None:
-        """Let go of the teacher."""
+        """Release the teacher."""
         if self._asker is not None:
             self._asker.close()
 
     def shard(self, job: Job) -> ShardResult:
-        """Capture one shard; what its journal knows is not asked again."""
+        """Capture one shard, except for the batches in its journal."""
         folder = self._plan.folder
         with contextlib.closing(Journal(folder, job.file, job.first_row, job.last_row)) as journal:
             records = journal.records
@@ -132,10 +133,10 @@ class ShardWorker:
         return ShardResult(entry, entry.positions - kept, self._asker.packed if self._asker else None)
 
     def _announce(self, part: PositionSignals, seconds: float, journal_bytes: int) -> None:
-        """Say what lies ahead, from the first batch; journals go when their shards are written."""
+        """Print an estimate of time and space from the first batch. Journals are removed with their shards' writing."""
         positions, total = len(part.entropy_N), self._plan.positions
-        hours = seconds / positions * total / 3600 / self._plan.settings.workers
+        time_left = duration(seconds / positions * total / self._plan.settings.workers)
         stays = (7 + len(part.ids_M) / positions * entry_bits(self._plan.manifest).width / 8) * total
         most = stays + journal_bytes / positions * self._plan.positions_at_once
-        size = f"{most / 1e6:,.1f} MB on the disk, of which {stays / 1e6:,.1f} MB stay"
-        print(f"capture: {total:,} positions, about {hours:.3g} hours and {size}", file=sys.stderr)
+        size = f"{most / 1e6:,.1f} MB on the disk, of which {stays / 1e6:,.1f} MB remain at the end"
+        print(f"capture: {total:,} positions will take about {time_left} and {size}", file=sys.stderr)

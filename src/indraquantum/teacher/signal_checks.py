@@ -1,73 +1,39 @@
-"""What stored signals can be: a seal says that bytes are unchanged, not that a teacher can have given them.
+"""Checks that stored signals are possible. A checksum shows only that bytes are unchanged, not that they make sense.
 
 Legend: N positions of a shard, C of them at a time, M entries (distinct pairs of position and id).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import numpy as np
 
 from indraquantum.teacher.manifest import Identity, Manifest, ShardEntry
+from indraquantum.teacher.ranges import LOGPROB, PROBABILITY, SLACK, TINY, Range
+from indraquantum.teacher.shard import Shard
 
-if TYPE_CHECKING:
-    from indraquantum.teacher.signals import Shard
-
-_SLACK = 2.0**-10  # by which float16 may round a figure past its range; subnormal numbers by less than 1e-7
-_TINY = 1e-7
-_ENTRIES_AT_ONCE = 1 << 15  # stay in the cache: twice as fast as a million
-
-
-class Range(NamedTuple):
-    """What a stored figure may be; rounding is allowed for."""
-
-    low: float
-    high: float
-
-    def first_outside(self, values: np.ndarray) -> int | None:
-        """The place of the first value that is not in the range, nan among them."""
-        # Two numbers decide for almost every array; nan spreads to both. As float64: float16 would round the range.
-        if not len(values) or (float(values.min()) >= self.low and float(values.max()) <= self.high):
-            return None
-        values = values.astype(np.float64)
-        return int(np.flatnonzero(~((values >= self.low) & (values <= self.high)))[0])
-
-
-PROBABILITY = Range(0, 1 + 1e-6)  # of a float32 softmax
-_LOGPROB = Range(-65_504.0, 0.0)  # float16's lowest
-
-
-def figure_ranges(identity: Identity) -> dict[str, Range]:
-    """What the scalar tensors of a shard may hold; `next_logprob` may be nan besides, where there is no label."""
-    size = identity.vocabulary_size
-    entropy = Range(-_SLACK, float(np.log(size)) * (1 + _SLACK) + _SLACK)
-    # A server's probabilities are over its own vocabulary, which may be larger.
-    confidence = Range(0.0 if identity.served else (1 - _SLACK) / size - _TINY, 1.0)
-    names = ("entropy", "entropy_low", "entropy_high", "temperature_entropy")
-    return dict.fromkeys(names, entropy) | {"confidence": confidence, "next_logprob": _LOGPROB}
+_ENTRIES_AT_ONCE = 1 << 15  # these stay in the cache, which is twice as fast as a million at once
 
 
 def check_values(shard: Shard, entry: ShardEntry, manifest: Manifest) -> None:
-    """Check every figure and every entry of a shard: that each can be, and beside the others of its position.
+    """Check every figure and every entry of a shard: its range, and that it agrees with the others at its position.
 
-    The manifest must count and sum them right, too.
+    The counts and sums in the manifest must agree with them, too.
 
     Raises:
-        UserError: naming the file, the tensor, the value and what is allowed.
+        UserError: a value is impossible; the message names the file, the tensor, the value and what is allowed.
     """
     for name in sorted(shard.figures.keys() - {"next_logprob"}):
         shard.figure(name, slice(None))
     logprob_N = shard.figures["next_logprob"]
     logprob_N = logprob_N[~np.isnan(logprob_N)]
-    shard.check("next_logprob", logprob_N, _LOGPROB)
+    shard.check("next_logprob", logprob_N, LOGPROB)
     if len(logprob_N) != entry.sums.labels:
-        shard.refuse(f"next_logprob holds {len(logprob_N)} numbers beside nan, which must be {entry.sums.labels}")
+        shard.refuse(f"next_logprob holds {len(logprob_N)} numbers that are not nan, but must hold {entry.sums.labels}")
     if manifest.served:
         low_N, high_N = shard.figures["entropy_low"], shard.figures["entropy_high"]
         if (low_N > high_N).any():
             place = int((low_N > high_N).argmax())
-            shard.refuse(f"entropy_low is {low_N[place]:.6g}, which must be at most entropy_high {high_N[place]:.6g}")
+            shard.refuse(f"entropy_low is {low_N[place]:.6g}, but must be at most entropy_high {high_N[place]:.6g}")
     shard.check("ids_per_position", shard.ids_per_position, _ids_range(manifest))
     ends_N = np.cumsum(shard.ids_per_position, dtype=np.int64)
     begin = first = 0
@@ -88,12 +54,12 @@ def _check_together(shard: Shard, identity: Identity) -> None:
     """
     names = ("confidence", "entropy", "next_logprob")
     confidence_N, entropy_N, logprob_N = (shard.figures[name].astype(np.float64) for name in names)
-    high_N = np.minimum(confidence_N * (1 + _SLACK) + _TINY, 1)
-    rest_N = 1 - np.maximum(confidence_N * (1 - _SLACK) - _TINY, 1 / identity.vocabulary_size)
-    least_N = -np.log(high_N) * (1 - _SLACK) - _SLACK
+    high_N = np.minimum(confidence_N * (1 + SLACK) + TINY, 1)
+    rest_N = 1 - np.maximum(confidence_N * (1 - SLACK) - TINY, 1 / identity.vocabulary_size)
+    least_N = -np.log(high_N) * (1 - SLACK) - SLACK
     most_N = -rest_N * np.log(rest_N / (identity.vocabulary_size - 1)) - (1 - rest_N) * np.log1p(-rest_N)
-    most_N = most_N * (1 + _SLACK) + _SLACK
-    logprob_most_N = np.log(high_N) * (1 - _SLACK) + _SLACK
+    most_N = most_N * (1 + SLACK) + SLACK
+    logprob_most_N = np.log(high_N) * (1 - SLACK) + SLACK
     for name, wrong_N, values_N, bound, bounds_N in (
         ("entropy", entropy_N < least_N, entropy_N, "at least", least_N),
         ("entropy", entropy_N > most_N, entropy_N, "at most", most_N),
@@ -101,15 +67,15 @@ def _check_together(shard: Shard, identity: Identity) -> None:
     ):
         if wrong_N.any():
             place = int(wrong_N.argmax())
-            beside = f"beside confidence {confidence_N[place]:.6g}"
-            shard.refuse(f"{name} is {values_N[place]:.6g}, which must be {bound} {bounds_N[place]:.6g} {beside}")
+            beside = f"at confidence {confidence_N[place]:.6g}"
+            shard.refuse(f"{name} is {values_N[place]:.6g}, but must be {bound} {bounds_N[place]:.6g} {beside}")
 
 
 def _check_sums(shard: Shard, entry: ShardEntry) -> None:
     """Check the manifest's totals; those of figures were taken before float16 rounded them."""
     sums = entry.sums
     if (ids := int(shard.ids_per_position.sum(dtype=np.int64))) != sums.ids:
-        shard.refuse(f"ids_per_position sums to {ids}, which must be the manifest's {sums.ids}")
+        shard.refuse(f"ids_per_position sums to {ids}, but must be {sums.ids} as in the manifest")
     low, high = sums.entropy_bounds_nats or (None, None)
     stated = {
         "entropy": sums.entropy_nats,
@@ -120,9 +86,9 @@ def _check_sums(shard: Shard, entry: ShardEntry) -> None:
     }
     for name in sorted(stated.keys() & shard.figures.keys()):
         total = float(np.nansum(shard.figures[name], dtype=np.float64))
-        allowed = abs(total) * _SLACK + _TINY * entry.positions
+        allowed = abs(total) * SLACK + TINY * entry.positions
         if stated[name] is None or abs(total - stated[name]) > allowed:
-            shard.refuse(f"{name} sums to {total:.6g}, which must be the manifest's {stated[name]}")
+            shard.refuse(f"{name} sums to {total:.6g}, but must be {stated[name]} as in the manifest")
 
 
 def _check_entries(shard: Shard, manifest: Manifest, first: int, counts_C: np.ndarray) -> None:
@@ -135,15 +101,17 @@ def _check_entries(shard: Shard, manifest: Manifest, first: int, counts_C: np.nd
         ascends_M[begins_C] = True
         if not ascends_M.all():
             place = int((~ascends_M).argmax())
-            shard.refuse(f"packed: a token's id is {ids_M[place]}, which must be above the last, {ids_M[place - 1]}")
+            shard.refuse(
+                f"packed: a token's id is {ids_M[place]}, but must be above the one before, {ids_M[place - 1]}"
+            )
     sums_C = np.add.reduceat(amounts_M, begins_C)
     if manifest.kind == "sampled":
         shard.check("packed: a token's count", amounts_M, Range(1, manifest.draws))
         shard.check("packed: the sum of a position's counts", sums_C, Range(manifest.draws, manifest.draws))
     else:
         shard.check("packed: a token's probability", amounts_M, PROBABILITY)
-        least = 1 - _SLACK if manifest.kind == "full" else 0
-        shard.check("packed: the sum of a position's probabilities", sums_C, Range(least, 1 + _SLACK))
+        least = 1 - SLACK if manifest.kind == "full" else 0
+        shard.check("packed: the sum of a position's probabilities", sums_C, Range(least, 1 + SLACK))
 
 
 def _ids_range(identity: Identity) -> Range:

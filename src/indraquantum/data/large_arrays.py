@@ -1,4 +1,4 @@
-"""Arrays larger than memory should hold: files that are mapped, walked through in chunks, and let go of on the way."""
+"""Arrays that are too large for memory: mapped files, which are read in chunks and released on the way."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 CHUNK_ENTRIES = 1 << 20
-KEY_BITS = 4  # keys are sorted in this power of two of parts
+KEY_BITS = 4  # keys are sorted in 2 to the power of this many parts
 
 
 def release(values: np.ndarray) -> None:
-    """Let the system take back the memory of a mapped file's pages; they are read again when they are needed."""
+    """Release the memory of a mapped file's pages; the system reads them again when they are needed."""
     mapped = getattr(values, "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def chunks(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield an array's entries in order, as contiguous parts of CHUNK_ENTRIES at most."""
+    """Yield an array's entries in order, as contiguous parts of at most CHUNK_ENTRIES."""
     for start in range(0, len(values), CHUNK_ENTRIES):
         yield np.ascontiguousarray(values[start : start + CHUNK_ENTRIES])
         release(values)
@@ -30,15 +30,17 @@ def chunks(values: np.ndarray) -> Iterator[np.ndarray]:
 class KeyPart(NamedTuple):
     """The keys of one range of values, n of them, m different ones."""
 
-    places: np.ndarray  # (n,) int64: where they stand, ascending
-    first: np.ndarray  # (m,) int64: the first of each different one, among `places`, in the order of the keys
-    group: np.ndarray  # (n,) int64: which different one each is
+    places: np.ndarray  # (n,) int64: their places, ascending
+    first: (
+        np.ndarray
+    )  # (m,) int64: the first of each different key, as an index into `places`, in the order of the keys
+    group: np.ndarray  # (n,) int64: the number of each one's different key
 
 
 def key_parts(keys: np.ndarray) -> Iterator[KeyPart]:
     """Find equal keys, (keys,) uint64, range by range in ascending order.
 
-    Keys are spread evenly, as hashes are, so that sorting takes memory for a sixteenth of them at a time.
+    The keys must be spread evenly, as hashes are. Sorting then takes memory for a sixteenth of them at a time.
     """
     part_of = (keys >> np.uint64(64 - KEY_BITS)).astype(np.uint8)
     for number in range(1 << KEY_BITS):
@@ -48,7 +50,7 @@ def key_parts(keys: np.ndarray) -> Iterator[KeyPart]:
 
 
 def first_places(keys: np.ndarray) -> np.ndarray:
-    """The place of the first key that equals each, (keys,) int64."""
+    """Return for each key the place of the first one that equals it, (keys,) int64."""
     places = np.empty(len(keys), np.int64)
     for part in key_parts(keys):
         places[part.places] = part.places[part.first[part.group]]
@@ -56,7 +58,7 @@ def first_places(keys: np.ndarray) -> np.ndarray:
 
 
 def save_npy(path: Path, values: np.ndarray) -> None:
-    """Write what `np.save` would, chunk by chunk."""
+    """Write the same bytes as `np.save`, chunk by chunk, so that a mapped array need not fit into memory."""
     with open(path, "wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False, "shape": values.shape}
         np.lib.format.write_array_header_1_0(file, header)
@@ -65,7 +67,7 @@ def save_npy(path: Path, values: np.ndarray) -> None:
 
 
 class Spool:
-    """An array that grows in a file, row by row, and is mapped when it is complete."""
+    """An array that grows row by row in a file, and is mapped once it is complete."""
 
     def __init__(self, path: Path, dtype: Any, columns: int = 0) -> None:
         """Begin an empty file.
