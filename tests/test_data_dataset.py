@@ -178,7 +178,7 @@ NONSENSE = [
     ({"largest_ids": {"train": 3}}, "largest_ids.validation"),
     ({"largest_ids": {"train": -3, "validation": 3}}, "largest_ids.train '-3'"),
     ({"largest_ids": {"train": 3, "validation": 3, "test": None}}, "largest_ids.test 'None'"),
-    ({"files": {}}, "files lack tokenizer.json"),
+    ({"files": {}}, "list of files lacks tokenizer.json"),
 ]
 
 
@@ -229,7 +229,7 @@ def test_missing_and_short_files_are_refused(folder):
     tokens = folder / "train" / "tokens.npy"
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:-1])
-    refused(folder, "tokens.npy", f"{len(whole)} bytes, not {len(whole) - 1} found")
+    refused(folder, "tokens.npy", f"{len(whole)} bytes, not {len(whole) - 1}")
     tokens.unlink()
     refused(folder, "tokens.npy", "nothing found")
 

@@ -270,12 +270,12 @@ def test_a_failure_while_writing_leaves_the_old_files(tmp_path, monkeypatch):
 
 def shrink(monkeypatch):
     """Make everything that is done in parts need many of them."""
-    from indraquantum.data import large, padded, records
+    from indraquantum.data import large_arrays, padded, records
     from indraquantum.data import prepare as preparation
 
     for module, name, size in (
         (preparation, "WINDOW_DOCUMENTS", 40), (preparation, "CHUNK_DOCUMENTS", 7), (preparation, "CHUNK_ROWS", 5),
-        (large, "CHUNK_ENTRIES", 64), (padded, "CHUNK_ROWS", 3), (records, "TABLE_ROWS", 6),
+        (large_arrays, "CHUNK_ENTRIES", 64), (padded, "CHUNK_ROWS", 3), (records, "TABLE_ROWS", 6),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, size)
 

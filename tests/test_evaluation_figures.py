@@ -192,8 +192,8 @@ def signals_beside(world, folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "beside", "asked"),
     [
-        ({"dataset_sha256": "0" * 64}, "come from another dataset", "must belong to the dataset"),
-        ({"served": True}, "of a served teacher", "must not come from a served teacher"),
+        ({"dataset_sha256": "0" * 64}, "another dataset", "must belong to the dataset"),
+        ({"served": True}, "a served teacher", "must not come from a served teacher"),
     ],
 )
 def test_signals_beside_that_tell_nothing_are_left_and_asked_for_refused(
@@ -203,7 +203,7 @@ def test_signals_beside_that_tell_nothing_are_left_and_asked_for_refused(
     evaluation = evaluate_checkpoint(checkpoint, EvalSettings(data=data))
     assert evaluation.alignment is None
     assert evaluation.sources == found[0].sources
-    assert f"No teacher signals are used: those in {signals} are {beside}." in capsys.readouterr().out
+    assert f"No teacher signals are used: those in {signals} come from {beside}." in capsys.readouterr().out
     with pytest.raises(UserError, match=asked):
         evaluate_checkpoint(checkpoint, EvalSettings(data=data, signals=signals))
 

@@ -136,7 +136,7 @@ def test_the_longest_text_that_fits_is_written(model, tokenizer):
 @pytest.mark.parametrize(
     ("values", "prompt", "message"),
     [
-        ({"max_new_tokens": LIMIT - 3}, "abc", "--max-new-tokens: got 44; must be at most 43: the prompt has 4 of"),
+        ({"max_new_tokens": LIMIT - 3}, "abc", "--max-new-tokens: got 44; must be at most 43: the prompt takes 4 of"),
         ({}, "a" * LIMIT, f"--prompt: got {LIMIT + 1} tokens; must be at most {LIMIT - 1} tokens"),
         ({}, "a\udcff", r"--prompt: got 'a\\udcff'; must be UTF-8 text"),
         ({"instruction": "b"}, "a" * LIMIT, f"--instruction: got {LIMIT + 1} tokens; must be at most {LIMIT - 1}"),

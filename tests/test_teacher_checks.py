@@ -208,5 +208,5 @@ def test_code_that_a_teacher_brings_is_never_run(tokenizer_folder, tmp_path):
     about = {"model_type": "of-its-own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"}}
     (folder / "config.json").write_text(json.dumps(about))
     (folder / "code.py").write_text("raise SystemExit('run')")
-    with pytest.raises(UserError, match="of-its-own brings its own code, which this program never runs"):
+    with pytest.raises(UserError, match="of-its-own needs code of its own, which this program never runs"):
         teacher_config(find_teacher("--teacher", str(folder)))

@@ -172,12 +172,15 @@ def change_manifest(folder, change):
         (lambda page: page.update(draws="many"), "damaged: draws"),
         (lambda page: page.pop("seed"), "damaged: seed"),
         (lambda page: page["shards"][0].update(file="../../etc/x.safetensors"), "damaged: shards.0.file"),
-        (lambda page: page["shards"][0].update(rows=[0, 8]), "rows"),
-        (lambda page: page["shards"][0].update(rows=[7, 10]), "rows"),
+        (lambda page: page["shards"][0].update(rows=[0, 8]), "row"),
+        (lambda page: page["shards"][0].update(rows=[7, 10]), "row"),
         (lambda page: page["shards"][0].update(rows=[-2, 8]), r"shards.0.*rows \[-2, 8\] must be"),
         (lambda page: page["shards"][0].update(rows=[8, 7]), r"shards.0.*rows \[8, 7\] must be"),
         (lambda page: page["shards"].append(page["shards"][0]), "both hold row 7"),
-        (lambda page: page["shards"][2].update(rows=[0, 4]), "train-2.safetensors and train-3.safetensors both have"),
+        (
+            lambda page: page["shards"][2].update(rows=[0, 4]),
+            "train-2.safetensors and train-3.safetensors both hold row 3",
+        ),
         (lambda page: page["shards"][0].update(file="train-3.safetensors"), "two shards name the same file"),
         (lambda page: page.update(vocabulary_size=VOCABULARY - 1), f"vocabulary_size is {VOCABULARY - 1}, not"),
         (lambda page: page["shards"][0].update(file="train-9.safetensors"), "is missing"),
@@ -227,7 +230,7 @@ def test_an_id_past_the_vocabulary_is_refused(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:-size] + b"\xff" * size)
     store = open_signals("--signals", tmp_path / "s", dataset_stub())
-    with pytest.raises(UserError, match="past the vocabulary"):
+    with pytest.raises(UserError, match="outside the vocabulary"):
         store.batch("train", np.arange(3))
 
 
@@ -313,10 +316,10 @@ def test_sealed_signals_that_no_teacher_can_have_given_are_refused_by_name(tmp_p
 @pytest.mark.parametrize(
     ("sums", "message"),
     [
-        ({"ids": 3}, "ids_per_position sums to .* the manifest's 3$"),
-        ({"confidence": -5.0}, "confidence sums to .* the manifest's -5.0$"),
-        ({"label_logprob_nats": 5.0}, "next_logprob sums to .* the manifest's 5.0$"),
-        ({"entropy_nats": None}, "entropy sums to .* the manifest's None$"),
+        ({"ids": 3}, "ids_per_position sums to .*, but must be 3 as in the manifest$"),
+        ({"confidence": -5.0}, "confidence sums to .*, but must be -5.0 as in the manifest$"),
+        ({"label_logprob_nats": 5.0}, "next_logprob sums to .*, but must be 5.0 as in the manifest$"),
+        ({"entropy_nats": None}, "entropy sums to .*, but must be None as in the manifest$"),
     ],
 )
 def test_totals_that_are_not_the_shards_are_refused(tmp_path, sums, message):
