@@ -270,8 +270,8 @@ class RunSettings(Settings):
     """What to do if predictions, phases, magnitudes or a term of the objective collapse: warn, or stop with exit status
     3. ignore does not check."""
     resume: str = "auto"
-    """auto resumes from the newest valid checkpoint in the output folder, or starts a new run if there is none. never
-    fails if there is one. The path of a checkpoint resumes from it."""
+    """Whether to resume a run. auto resumes from the newest valid checkpoint in the output folder, or starts a new run
+    if there is none. never fails if there is one. The path of a checkpoint resumes from it."""
 
 
 class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettings, DeviceSettings):
