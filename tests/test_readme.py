@@ -133,6 +133,12 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors_of(path.read_text(encoding="utf-8")), f"{page} links to {target}#{anchor}"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/LOG.md"])
+def test_files_that_are_named_exist(page):
+    for path in re.findall(r"`((?:src|tests|docs|configs|benchmarks|scripts|notebooks)/[\w/.-]+)`", TEXTS[page]):
+        assert (ROOT / path).exists(), f"{page} names {path}"
+
+
 def test_the_citation_file_is_complete():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["cff-version"] == "1.2.0"

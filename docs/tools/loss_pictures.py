@@ -34,6 +34,7 @@ RUNS = {
     "+ distillation 0.9": (0.9, OFF, OFF),
     "+ distillation 0.9, alignment 0.5": (0.9, 0.5, 0.5),
 }
+_, WITHOUT, WITH = RUNS  # these two differ in the alignment alone
 STUDENT = "--d-model 64 --layers 4 --mlp-width 344 --batch-tokens 2048 --learning-rate 4e-3 --threads 1 --epochs 3"
 TERMS = {
     "ce": ("Cross-entropy", "nats per token"),
@@ -83,12 +84,12 @@ def draw_readouts(demo: Path, folders: dict[str, Path]) -> None:
     signals = verify_signals("--signals", demo / "data" / "teacher_signals", dataset)
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = dict(zip(("magnitude", "phase"), figure.subplots(1, 2), strict=True))
-    for name in (next(iter(RUNS)), list(RUNS)[-1]):
+    for name, label in ((WITHOUT, "without alignment"), (WITH, "with alignment")):
         checkpoint = sorted(folders[name].glob("checkpoint_v4_epoch_*.pt"))[-1]
         model, _ = load_model(checkpoint, torch.device("cpu"), "auto")
         found = predict(model, dataset.validation, torch.device("cpu"))
         for part, bins in readout_bins(found, signals, model.config.vocab_size).items():
-            panels[part].errorbar(bins["x"], bins["y"], yerr=bins["y_std"], fmt="o-", capsize=3, label=name)
+            panels[part].errorbar(bins["x"], bins["y"], yerr=bins["y_std"], fmt="o-", capsize=3, label=label)
     panels["magnitude"].plot([0, 1], [0, 1], "k:", label="target")
     panels["phase"].axline((0, 0), slope=torch.pi / float(torch.log(torch.tensor(model.config.vocab_size))),
                            color="k", linestyle=":", label="target")  # fmt: skip
@@ -120,7 +121,7 @@ def main(demo: Path, work: Path) -> None:
         last = [line for line in metrics if line["held_out"]][-1]
         print(f"{name}: held-out cross-entropy {last['held_out']['all']:.3f} at step {last['step']}")
     draw_terms(runs)
-    draw_distillation(runs["+ distillation 0.9"])
+    draw_distillation(runs[WITHOUT])
     draw_readouts(demo, folders)
 
 
