@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "indraquantum"
 # A folder, or a module beside it, may import from those before its own line.
 LEVELS = (
     {"errors", "memory", "__init__"},
-    {"files", "processes", "trackers", "progress", "smoothing", "tables"},
+    {"files", "processes", "trackers", "progress", "smoothing", "tables", "versions"},
     {"config", "metrics", "yaml_settings"},
     {"device", "strategy", "kernels"},
     {"loss_v2"},

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from indraquantum import __version__
 from indraquantum.ablation.plan import Overrides, Plan, resolved
 from indraquantum.ablation.results import Result, check_result, read_result
 from indraquantum.ablation.sizes import planned_steps, sizes_of
@@ -23,6 +21,7 @@ from indraquantum.teacher.signals import SignalStore, open_signals
 from indraquantum.training.plan import plan_run
 from indraquantum.training.run import run_identity
 from indraquantum.training.signals import find_signals
+from indraquantum.versions import versions
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Bench:
         self.dataset: PreparedDataset = open_dataset("--data", plan.data)
         self._stores: dict[Path, SignalStore] = {}
         self.measured_with = self._covering_held_out(plan.signals)
-        self._origin = {"commit": commit(), "command": command, "versions": versions()}
+        self._origin = {"commit": commit(), "command": command, "versions": versions("torch", "transformers", "numpy")}
 
     @property
     def shared(self) -> Result:
@@ -196,8 +195,3 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changes else "")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of this program and of the libraries that compute."""
-    return {"indraquantum": __version__} | {name: version(name) for name in ("torch", "transformers", "numpy")}

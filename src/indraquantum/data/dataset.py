@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from indraquantum import __version__
 from indraquantum.data.dataset_manifest import FORMAT, FORMAT_VERSION, read_dataset_manifest
 from indraquantum.data.held_out import SPLITS
 from indraquantum.data.large_arrays import save_npy
@@ -29,6 +28,7 @@ from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_folder, check_manifest_json, read_json, sha256_of, write_manifest_json
+from indraquantum.versions import versions
 
 
 def write_dataset(
@@ -66,7 +66,7 @@ def write_dataset(
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "row_length": splits["train"].row_length,
-            "versions": versions(),
+            "versions": versions("tokenizers", "numpy", "pyarrow"),  # which decide the bytes
             "vocabulary_size": tokenizer.vocabulary_size,
             "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
@@ -82,13 +82,6 @@ def write_dataset(
         }
         write_manifest_json(temporary / "manifest.json", manifest)
     return manifest
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of this program and of the libraries that decide a dataset's bytes."""
-    from importlib.metadata import version
-
-    return {"indraquantum": __version__} | {name: version(name) for name in ("tokenizers", "numpy", "pyarrow")}
 
 
 def open_dataset(
