@@ -229,9 +229,9 @@ def test_missing_and_short_files_are_refused(folder):
     tokens = folder / "train" / "tokens.npy"
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:-1])
-    refused(folder, "tokens.npy", f"{len(whole)} bytes, not {len(whole) - 1}")
+    refused(folder, "tokens.npy", f"{len(whole)} bytes, but it has {len(whole) - 1}")
     tokens.unlink()
-    refused(folder, "tokens.npy", "nothing found")
+    refused(folder, "tokens.npy", "but it is missing")
 
 
 def test_one_flipped_bit_is_found_by_verify(folder):

@@ -111,7 +111,9 @@ def test_each_reading_is_recorded_and_told(data, checkpoint, capsys):
     path.write_text(path.read_text() + json.dumps({"date": "1", "command": "other", "data": "another dataset"}) + "\n")
     again = evaluate_checkpoint(checkpoint, EvalSettings(data=data, split="test"))
     assert again.sources == found.sources
-    assert f"The test split was read 1 times before, last by: indra eval {checkpoint} (20" in capsys.readouterr().out
+    assert (
+        f"The test split was read once before, the last time by: indra eval {checkpoint} (20" in capsys.readouterr().out
+    )
     assert len(path.read_text().splitlines()) == 3
     dataset = open_dataset("--data", data)
     model, _ = load_model(checkpoint, torch.device("cpu"))

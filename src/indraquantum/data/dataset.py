@@ -133,9 +133,10 @@ def _open_folder(field: str, folder: Path, tokenizer_name: str | None) -> Prepar
             raise UserError(field, folder / "manifest.json", f"is damaged: its list of files lacks {name}")
     for name, facts in manifest["files"].items():
         file = folder / name
-        size = file.stat().st_size if file.is_file() else "nothing"
+        size = file.stat().st_size if file.is_file() else None
         if size != facts["bytes"]:
-            raise UserError(field, file, f"is damaged: it must have {facts['bytes']} bytes, not {size}")
+            found = "it is missing" if size is None else f"it has {size}"
+            raise UserError(field, file, f"is damaged: it must have {facts['bytes']} bytes, but {found}")
     tokenizer = TextTokenizer.from_manifest(field, folder / "tokenizer.json", manifest)
     if tokenizer_name is not None:
         given = load_tokenizer("--tokenizer", tokenizer_name)

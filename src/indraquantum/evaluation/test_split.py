@@ -29,7 +29,8 @@ class TestReading(NamedTuple):
         """One line about the earlier readings."""
         if not self.earlier:
             return "The test split is read for the first time."
-        return f"The test split was read {len(self.earlier)} times before, the last time by: {self.earlier[-1]}."
+        times = "once" if len(self.earlier) == 1 else f"{len(self.earlier)} times"
+        return f"The test split was read {times} before, the last time by: {self.earlier[-1]}."
 
 
 def readings_path(data: Path) -> Path:
