@@ -58,11 +58,12 @@ def train(demo: Path, work: Path, name: str, weights: tuple[float, float, float]
 
 
 def draw_terms(runs: dict[str, list[dict]]) -> None:
-    """Each term over the steps of each run, smoothed; the first steps would hide the rest."""
+    """Each term over the steps, smoothed; alignment in the two runs that differ in it alone."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, (term, (title, unit)) in zip(figure.subplots(2, 2).flat, TERMS.items(), strict=True):
-        for name, metrics in runs.items():
-            curve(axes, metrics, term, name)
+        for number, (name, metrics) in enumerate(runs.items()):
+            if name in (WITHOUT, WITH) or term in ("ce", "kd_estimate"):
+                curve(axes, metrics, term, name, f"C{number}")
         finish(axes, title, unit)
     figure.savefig(PICTURES / "loss_terms.png", dpi=100)
 
@@ -98,11 +99,11 @@ def draw_readouts(demo: Path, folders: dict[str, Path]) -> None:
     figure.savefig(PICTURES / "loss_readouts.png", dpi=100)
 
 
-def curve(axes: Axes, metrics: list[dict], term: str, label: str) -> None:
+def curve(axes: Axes, metrics: list[dict], term: str, label: str, colour: str | None = None) -> None:
     """One smoothed curve, from step 20 on."""
     points = [(line["step"], line[term]) for line in metrics if line["step"] >= 20 and line[term] is not None]
     steps, values = zip(*points, strict=True)
-    axes.plot(steps, smoothed(values, 0.95), label=label)
+    axes.plot(steps, smoothed(values, 0.95), color=colour, label=label)
 
 
 def finish(axes: Axes, title: str, y: str, x: str = "optimiser step") -> None:
