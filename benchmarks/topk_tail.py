@@ -21,7 +21,7 @@ import torch
 from indraquantum.data.dataset import open_dataset
 from indraquantum.data.prepared import PreparedDataset
 from indraquantum.data.split import Split
-from indraquantum.inference.write import load_model
+from indraquantum.inference.load import load_model
 from indraquantum.learner import to_tensors
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.masks import document_mask

@@ -46,6 +46,15 @@ def _same_threads():
         torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _as_a_command():
+    """Messages read as at the command line, and notes are printed; tests of the Python functions put this out."""
+    from indraquantum.progress import command_line
+
+    with command_line():
+        yield
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The project's root."""

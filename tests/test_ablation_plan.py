@@ -36,7 +36,7 @@ def test_a_dry_run_lists_the_variants_and_writes_nothing(world, tmp_path, capsys
 @pytest.mark.parametrize(
     ("changes", "field", "value", "allowed"),
     [
-        ({"variant": {}}, "variant", "", "Extra inputs are not permitted"),
+        ({"variant": {}}, "variant", "", "there is no such setting"),
         ({"variants": {}}, "variants", "{}", "at least 1"),
         ({"variants": {"a b": {}}}, "variants.a b.[key]", "a b", "match pattern"),
         ({"variants": {"a": {"d_modl": 3}}}, "variants.a.d_modl", "3", "must be an option of a run: batch_tokens"),

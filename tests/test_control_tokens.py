@@ -25,8 +25,8 @@ from indraquantum.data.tokenizer import load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.inference.export import export_checkpoint
 from indraquantum.inference.generate import generate_text
+from indraquantum.inference.load import load_model
 from indraquantum.inference.report import evaluate_checkpoint
-from indraquantum.inference.write import load_model
 from indraquantum.teacher.teacher_files import check_tokenizer, find_teacher
 from indraquantum.training.loop import train
 from indraquantum.training.pretrain_teacher import pretrain_teacher

@@ -16,8 +16,8 @@ from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
 from indraquantum.evaluation.figures import evaluate, expected_calibration_error, pearson
 from indraquantum.files import SEAL, write_manifest_json
+from indraquantum.inference.load import load_model
 from indraquantum.inference.report import evaluate_checkpoint
-from indraquantum.inference.write import load_model
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training.loop import train

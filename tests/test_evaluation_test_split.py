@@ -25,8 +25,9 @@ from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
 from indraquantum.evaluation.test_split import readings_path
 from indraquantum.files import write_manifest_json
+from indraquantum.inference.load import load_model
 from indraquantum.inference.report import evaluate_checkpoint
-from indraquantum.inference.write import load_model, write_text
+from indraquantum.inference.write import write_text
 from indraquantum.teacher.capture import capture
 from indraquantum.training.dry_run import dry_run
 from indraquantum.training.loop import train

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from indraquantum import cli
 from indraquantum.config import TrainSettings
-from indraquantum.inference.write import load_model
+from indraquantum.inference.load import load_model
 from indraquantum.training.loop import train
 
 TEXTS = ["the cat sees a dog", "", "Who <s> hears </s> my bird?", " at  night\n\n"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from indraquantum.config import TrainSettings
-from indraquantum.inference.write import load_model
+from indraquantum.inference.load import load_model
 from indraquantum.training.loop import train
 
 pytest.importorskip("lm_eval", reason="lm_eval is an extra")

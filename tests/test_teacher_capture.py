@@ -138,7 +138,7 @@ def test_report_and_manifest_agree(settings, dataset, capsys):
     assert page["teacher"] == settings.teacher
     assert page["dataset_sha256"] == dataset.content_sha256
     assert {shard["precision"] for shard in page["shards"]} == {"float32"}
-    announced = capsys.readouterr().err
+    announced = capsys.readouterr().out
     assert f"{positions} positions will take about" in announced
     assert announced.count(" MB on the disk") == 1
 
@@ -154,7 +154,7 @@ def test_the_announcement_counts_the_journals(settings, dataset, monkeypatch, ca
     monkeypatch.setattr(capture_module, "write_manifest", measured)
     report = capture(changed(settings, draws=20_000), dataset, 10**6)
     message = re.search(
-        r" and ([\d.]+) MB on the disk, of which ([\d.]+) MB remain at the end\n", capsys.readouterr().err
+        r" and ([\d.]+) MB on the disk, of which ([\d.]+) MB remain at the end\n", capsys.readouterr().out
     )
     announced, stays = (1e6 * float(number) for number in message.groups())
     assert max(sizes) == pytest.approx(announced, rel=0.15)

@@ -16,7 +16,7 @@ from indraquantum import cli
 from indraquantum.config import CaptureSettings, TrainSettings
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
-from indraquantum.inference.write import load_model
+from indraquantum.inference.load import load_model
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher.capture import capture

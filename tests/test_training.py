@@ -18,7 +18,7 @@ from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import unigram_cross_entropy
-from indraquantum.inference.write import load_model
+from indraquantum.inference.load import load_model
 from indraquantum.learner import to_tensors
 from indraquantum.metrics import FIELDS, read_metrics
 from indraquantum.model.configuration import IndraQuantumConfig
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_passed_over(world, finished, tmp_path, capsys):
     damaged[len(damaged) // 2] ^= 1
     (again.output / "checkpoint_v4_epoch_2.pt").write_bytes(damaged)
     resumed = loop.train(again)
-    assert "warning: passed over" in capsys.readouterr().out
+    assert "warning: passed over" in capsys.readouterr().err
     assert same_checkpoints(report.checkpoint, resumed.checkpoint)
 
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from indraquantum.data.dataset import open_dataset
 from indraquantum.evaluation.binned import readout_bins
 from indraquantum.evaluation.figures import predict
-from indraquantum.inference.write import load_model
+from indraquantum.inference.load import load_model
 from indraquantum.metrics import read_metrics
 from indraquantum.smoothing import smoothed
 from indraquantum.teacher.signals import verify_signals

@@ -1,17 +1,79 @@
 """IndraQuantum phase 2: a small language model with a quantum projector, and the complete system that trains it.
 
-Importing it tells transformers' Auto classes and pipelines about the model, whichever of the two packages is imported
-first. Neither transformers nor torch is imported for that.
+    from indraquantum import prepare, capture, train, load, generate, evaluate
+
+The names below are loaded when they are first used, because torch and transformers take seconds to import.
+
+Importing the package tells transformers' Auto classes and pipelines about the model, whichever of the two packages is
+imported first. Neither transformers nor torch is imported for that.
 """
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from wrapt import LazyObjectProxy, when_imported
 
+if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
+    from indraquantum.api import capture as capture
+    from indraquantum.api import evaluate as evaluate
+    from indraquantum.api import generate as generate
+    from indraquantum.api import load as load
+    from indraquantum.api import prepare as prepare
+    from indraquantum.api import train as train
+    from indraquantum.config import CaptureSettings as CaptureSettings
+    from indraquantum.config import EvalSettings as EvalSettings
+    from indraquantum.config import LoadSettings as LoadSettings
+    from indraquantum.config import PrepareSettings as PrepareSettings
+    from indraquantum.config import TestSettings as TestSettings
+    from indraquantum.config import TrainSettings as TrainSettings
+    from indraquantum.data.prepare import PrepareReport as PrepareReport
+    from indraquantum.errors import IndraError as IndraError
+    from indraquantum.errors import InvalidInput as InvalidInput
+    from indraquantum.errors import TrainingInterrupted as TrainingInterrupted
+    from indraquantum.errors import TrainingStopped as TrainingStopped
+    from indraquantum.errors import Unreachable as Unreachable
+    from indraquantum.evaluation.figures import Evaluation as Evaluation
+    from indraquantum.inference.generate import GeneratedText as GeneratedText
+    from indraquantum.inference.load import Loaded as Loaded
+    from indraquantum.loss_v2 import LossTerms as LossTerms
+    from indraquantum.loss_v2 import SemanticDistillationLoss as SemanticDistillationLoss
+    from indraquantum.loss_v2 import TeacherSignals as TeacherSignals
+    from indraquantum.model.configuration import IndraQuantumConfig as IndraQuantumConfig
+    from indraquantum.model.modeling import IndraQuantumPhase2 as IndraQuantumPhase2
+    from indraquantum.teacher.capture import CaptureReport as CaptureReport
+    from indraquantum.training.loop import TrainReport as TrainReport
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    **dict.fromkeys(("capture", "evaluate", "generate", "load", "prepare", "train"), "api"),
+    **dict.fromkeys(("IndraError", "InvalidInput", "TrainingInterrupted", "TrainingStopped", "Unreachable"), "errors"),
+    **dict.fromkeys(("IndraQuantumConfig", "IndraQuantumPhase2"), "model"),
+    **dict.fromkeys(("LossTerms", "SemanticDistillationLoss", "TeacherSignals"), "loss_v2"),
+    **{f"{kind}Settings": "config" for kind in ("Capture", "Eval", "Load", "Prepare", "Test", "Train")},
+    "CaptureReport": "teacher.capture",
+    "Evaluation": "evaluation.figures",
+    "GeneratedText": "inference.generate",
+    "Loaded": "inference.load",
+    "PrepareReport": "data.prepare",
+    "TrainReport": "training.loop",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    """Import the module that defines `name`."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _configuration_class() -> type:

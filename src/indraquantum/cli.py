@@ -8,9 +8,9 @@ needs when it runs, so that `indra --help` starts quickly.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -40,18 +40,14 @@ from indraquantum.config import (
     TestSettings,
     TrainSettings,
 )
-from indraquantum.errors import TrainingStopped, UserError
+from indraquantum.errors import IndraError, InvalidInput, UserError, refused_by_system, refused_setting
 from indraquantum.files import atomic_file, check_new_file
+from indraquantum.progress import command_line
 from indraquantum.training.interrupts import heeded
-from indraquantum.yaml_settings import first_problem, read_yaml
+from indraquantum.yaml_settings import read_yaml
 
 # `*` lifts the fields of a settings class to options of the command; switches have no --no- twin.
 OPTIONS = Parameter(name="*", negative="")
-
-# What the system may refuse for any file, and what the message then asks for.
-REFUSALS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS), "must be a place with room to write")
-REFUSALS |= dict.fromkeys((errno.EACCES, errno.EPERM), "must be open to you; check its permissions")
-REFUSALS[errno.ENAMETOOLONG] = "must be a shorter path"
 
 app = App(
     name="indra",
@@ -348,34 +344,34 @@ def one_line(error: CycloptsError) -> str:
     cause = error.__cause__
     while cause is not None and not isinstance(cause, ValidationError):
         cause = cause.__cause__
-    if isinstance(cause, ValidationError):
-        first = first_problem(cause)
-        option = "--" + "-".join(map(str, first.place)).replace("_", "-")
-        return f"{option}: got {first.value!s}; {first.allowed}"
-    return " ".join(str(error).split())
+    if cause is None:
+        return " ".join(str(error).split())
+    refused = refused_setting(cause)
+    return str(InvalidInput("--" + re.sub("[_.]", "-", refused.field), refused.value, refused.allowed))
 
 
 def run_guarded(action: Callable[[], object]) -> int:
     """Run `action` and return the exit status; an error in the input becomes one line on stderr."""
-    try:
-        action()
-    except CycloptsError as error:
-        print(f"indra: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except (UserError, TrainingStopped) as error:
-        print(f"indra: error: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("indra: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 141
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        told = UserError(f"{error.filename or 'output'}"[:200], error.strerror, REFUSALS[error.errno])
-        print(f"indra: error: {told}", file=sys.stderr)
-        return told.exit_status
+    with command_line():
+        try:
+            action()
+        except CycloptsError as error:
+            print(f"indra: error: {one_line(error)}", file=sys.stderr)
+            return 2
+        except IndraError as error:
+            print(f"indra: error: {error}", file=sys.stderr)
+            return error.exit_status
+        except KeyboardInterrupt:
+            print("indra: interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            return 141
+        except OSError as error:
+            told = refused_by_system(error)
+            if told is None:
+                raise
+            print(f"indra: error: {told}", file=sys.stderr)
+            return told.exit_status
     return 0
 
 

@@ -7,9 +7,16 @@ is allowed. This module imports nothing heavy, so that `indra --help` starts qui
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from indraquantum.errors import refused_setting
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 WIKITEXT = "Salesforce/wikitext"
@@ -19,7 +26,17 @@ ALPACA = (
 )
 
 
-class Settings(BaseModel):
+class _OneFamily(ModelMetaclass):
+    """Makes a refused value an InvalidInput, like every other wrong input, instead of an error of pydantic's."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        try:
+            return super().__call__(*args, **options)
+        except ValidationError as error:
+            raise refused_setting(error, known=cls.model_fields) from None  # type: ignore[attr-defined]
+
+
+class Settings(BaseModel, metaclass=_OneFamily):
     """The base of all settings: frozen, no unknown names, and a field's docstring is its help text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
@@ -363,6 +380,10 @@ class WeightsSettings(Settings):
     weights: Literal["auto", "ema", "last"] = "auto"
     """Use the moving average of the weights (ema) or the last weights. auto uses the average if the checkpoint has
     one."""
+
+
+class LoadSettings(WeightsSettings, DeviceSettings):
+    """How a trained model is loaded from Python."""
 
 
 class TestSettings(WeightsSettings, DeviceSettings):

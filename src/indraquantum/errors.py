@@ -1,30 +1,160 @@
-"""Errors that a user can mend. The command line prints them as one line and leaves with the exit status given here."""
+"""The errors that a user can mend: one family below `IndraError`.
+
+From Python a message names the argument (`data`, `micro_batch_tokens`). The command line prints the same message with
+the option's name (`--data`, `--micro-batch-tokens`) and leaves with the exit status given here. So each message is
+written once, with the options' names, and `worded` puts it into Python's words where it is read from Python.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import errno
+import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 T = TypeVar("T")
+_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?![\w-])")
+_QUOTED_OR_OPTION = re.compile(rf"`[^`]*`|{_OPTION.pattern}")
+_SHOWN_IN_CAPITALS = {"CHECKPOINT": "checkpoint", "FOLDER": "folder"}  # arguments without an option
+_options_are_named = False
+
+# What the system may refuse wherever a file is touched, and what must be otherwise.
+_REFUSALS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS), "must be a place with room to write")
+_REFUSALS |= dict.fromkeys((errno.EACCES, errno.EPERM), "must be open to you; check its permissions")
+_REFUSALS[errno.ENAMETOOLONG] = "must be a shorter path"
 
 
-class UserError(Exception):
-    """Input that is wrong: the message names the field, the value and what is allowed. Exit status 2."""
+@contextlib.contextmanager
+def options_named() -> Iterator[None]:
+    """Inside, messages name options as the command line spells them; outside, the arguments of Python's functions."""
+    global _options_are_named
+    before, _options_are_named = _options_are_named, True
+    try:
+        yield
+    finally:
+        _options_are_named = before
+
+
+def are_options_named() -> bool:
+    """Whether messages name options at present."""
+    return _options_are_named
+
+
+def worded(text: str) -> str:
+    """A message for its reader: from Python `--no-teacher` is the argument `no_teacher`; quoted commands stay."""
+    return text if _options_are_named else _QUOTED_OR_OPTION.sub(_as_argument, text)
+
+
+def _as_argument(found: re.Match[str]) -> str:
+    text = found[0]
+    if not text.startswith("`"):
+        return f"`{_plain_name(text)}`"
+    return _plain_name(text) if text.startswith("`--") else text
+
+
+def _plain_name(text: str) -> str:
+    return _OPTION.sub(lambda option: option[1].replace("-", "_"), text)
+
+
+class IndraError(Exception):
+    """What every function of this package raises where something is wrong that its caller can mend."""
+
+    exit_status = 1  # of the command line
+
+
+class InvalidInput(IndraError, ValueError):
+    """An argument, a setting or a file is wrong; the message names it, its value and what is allowed.
+
+    Attributes:
+        field: the argument as the command line spells it.
+        value: what was given.
+        allowed: what is allowed, with the options' names of the command line.
+    """
 
     exit_status = 2
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
-        super().__init__(f"{field}: got {value!s}; {allowed}")
+        super().__init__(field, value, allowed)
 
-    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+    def __str__(self) -> str:
+        field = self.field if _options_are_named else _plain_name(_SHOWN_IN_CAPITALS.get(self.field, self.field))
+        return f"{field}: got {self.value!s}; {worded(self.allowed)}"
+
+    def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, str, str]]:
         """Cross from a worker process to its parent."""
         return type(self), (self.field, str(self.value), self.allowed)
 
 
-class Unreachable(UserError):
+UserError = InvalidInput  # its name inside this package
+
+
+class Unreachable(InvalidInput):
     """What was to be downloaded can't be, and is not here either."""
+
+
+class TrainingStopped(IndraError, RuntimeError):
+    """A guard stopped training before a bad update."""
+
+    exit_status = 3
+
+    def __str__(self) -> str:
+        return worded(super().__str__())
+
+
+class TrainingInterrupted(IndraError, KeyboardInterrupt):
+    """A signal stopped `train` behind a step and a checkpoint; the same call resumes there. It is a KeyboardInterrupt.
+
+    Attributes:
+        signal: its name, such as SIGTERM.
+    """
+
+    exit_status = 130
+
+    def __init__(self, signal: str) -> None:
+        self.signal = signal
+        super().__init__(signal)
+
+    def __str__(self) -> str:
+        return f"training was stopped by {self.signal}; the same call resumes from its last checkpoint"
+
+
+class Problem(NamedTuple):
+    """The first value that pydantic refused."""
+
+    place: tuple[int | str, ...]  # the names that lead to the field
+    value: Any
+    allowed: str
+
+
+def first_problem(error: ValidationError) -> Problem:
+    """Return the first problem of a ValidationError, in this program's words."""
+    first = error.errors(include_url=False)[0]
+    allowed = first["msg"].replace("Input should", "must").removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        allowed = "there is no such setting"
+    return Problem(first["loc"], first["input"], allowed)
+
+
+def refused_setting(error: ValidationError, where: str = "", known: Iterable[str] = ()) -> InvalidInput:
+    """Return the first problem as an error; `where` stands before the setting's name, and `known` are all names."""
+    first = first_problem(error)
+    name, allowed = ".".join(map(str, first.place)), first.allowed
+    if near := error.errors()[0]["type"] == "extra_forbidden" and difflib.get_close_matches(name, known, n=1):
+        allowed = f"{allowed}; did you mean {near[0]}?"
+    return InvalidInput(f"{where}{name}", first.value, allowed)
+
+
+def refused_by_system(error: OSError) -> InvalidInput | None:
+    """What a full disk, a missing permission or a long path asks for; None of another error, whose trace is wanted."""
+    if error.errno not in _REFUSALS:
+        return None
+    return InvalidInput(f"{error.filename or 'output'}"[:200], error.strerror, _REFUSALS[error.errno])
 
 
 def all_or_missing(actions: Iterable[Callable[[], T]]) -> list[T]:
@@ -33,7 +163,8 @@ def all_or_missing(actions: Iterable[Callable[[], T]]) -> list[T]:
     Raises:
         UserError: of the first that fails otherwise, at once; or one error of all that fail, in one line.
     """
-    found, missing = [], []
+    found: list[T] = []
+    missing: list[UserError] = []
     for action in actions:
         try:
             found.append(action())
@@ -45,12 +176,6 @@ def all_or_missing(actions: Iterable[Callable[[], T]]) -> list[T]:
         first, *others = missing
         raise Unreachable(first.field, first.value, ". ".join([first.allowed, *map(str, others)]))
     return found
-
-
-class TrainingStopped(Exception):
-    """A guard stopped training before a bad update. Exit status 3."""
-
-    exit_status = 3
 
 
 def reason(error: Exception) -> str:

@@ -301,6 +301,8 @@ def read_json(field: str, path: Path, at_most: int | None = None) -> Any:
         if at_most is not None and path.stat().st_size > at_most:
             raise UserError(field, path, f"must be at most {at_most:,} bytes, not {path.stat().st_size:,}")
         return json.loads(path.read_text(encoding="utf-8"))
+    except UserError:  # which is a ValueError
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(field, path, error) from None
     except json.JSONDecodeError as error:

@@ -5,11 +5,12 @@ Legend: B rows, T positions, N positions of interest, D real width, V vocabulary
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from indraquantum.data.split import Batch
 
@@ -20,8 +21,26 @@ class Learner(Protocol):
     IndraQuantumPhase2 is one, and the Llama teacher is another.
     """
 
-    bias_V: Tensor | None
-    scale: Tensor | None
+    @property
+    def bias_V(self) -> Tensor | None:
+        """Added to the logits (V,); None where there is none."""
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Multiplies the inner products of states and table; None where it is 1."""
+
+    @property
+    def training(self) -> bool:
+        """Whether it is in training mode, as of any nn.Module."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Put it into training mode, or out of it."""
+
+    def eval(self) -> Self:
+        """Put it into evaluation mode."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What an optimiser changes."""
 
     def lift_table(self) -> Tensor:
         """Return the output table (V, D)."""

@@ -34,7 +34,8 @@ class TeacherSignals(NamedTuple):
 
     def to(self, device: torch.device) -> TeacherSignals:
         """The same signals on `device`."""
-        return TeacherSignals(*(None if part is None else part.to(device) for part in self))
+        others = (None if part is None else part.to(device) for part in self[2:])
+        return TeacherSignals(self.ids_NK.to(device), self.probs_NK.to(device), *others)
 
 
 class LossTerms(NamedTuple):

@@ -1,40 +1,78 @@
-"""Shows the progress of long commands: a bar in a terminal, and a line from time to time where there is no terminal.
+"""Shows the progress of long work: a bar in a terminal, and a line from time to time where there is no terminal.
 
     with Progress("capture", total=positions, unit="tokens") as progress:
         progress.update(4096)
 
-A log file, a pipe or `nohup` gets the lines: how far the work is, its figures, its speed and the time left. tqdm draws
-the bar; it has no such lines, so they are written here.
+The lines go to the logger `indraquantum`. The command line prints them: a log file, a pipe or `nohup` gets how far the
+work is, its figures, its speed and the time left. A program that uses the package decides for itself, as with any
+library: by default it sees warnings, and bars where stderr is a terminal. `logging.basicConfig(level=logging.INFO)`
+shows the lines, and `logging.getLogger("indraquantum").setLevel(logging.ERROR)` silences everything. tqdm draws the
+bar; it has no such lines, so they are written here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from tqdm import tqdm
 
+from indraquantum.errors import options_named, worded
+
 SECONDS_BETWEEN_LINES = 30.0
 NOBODY_READS = (errno.EPIPE, errno.EIO)  # the reader of the pipe, or the terminal, is gone
+_LOGGER = logging.getLogger("indraquantum")
 
 
 def tell(line: str) -> None:
-    """Print `line`, above a bar if there is one.
+    """Log `line` for information."""
+    _LOGGER.info("%s", worded(line))
 
-    If nobody can read it any more, as after a lost connection, this counts as a SIGHUP: nothing more is printed, and
-    the command ends as it does for that signal.
+
+def warn(line: str) -> None:
+    """Log `line` as a warning."""
+    _LOGGER.warning("%s", worded(line))
+
+
+class _Printer(logging.Handler):
+    """Prints lines above a bar if there is one: warnings to stderr, the others to stdout.
+
+    If nobody can read stdout any more, as after a lost connection, this counts as a SIGHUP: nothing more is printed,
+    and the command ends as it does for that signal.
     """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            tqdm.write(record.getMessage(), file=sys.stderr)
+            return
+        try:
+            tqdm.write(record.getMessage())
+        except OSError as error:
+            if error.errno not in NOBODY_READS or signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+                raise
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+            signal.raise_signal(signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """Inside, this process speaks as a command does: lines are printed, and messages name options."""
+    handlers, level, propagate = _LOGGER.handlers, _LOGGER.level, _LOGGER.propagate
+    _LOGGER.handlers, _LOGGER.propagate = [_Printer()], False
+    _LOGGER.setLevel(logging.INFO)
     try:
-        tqdm.write(line)
-    except OSError as error:
-        if error.errno not in NOBODY_READS or signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-            raise
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-        signal.raise_signal(signal.SIGHUP)
+        with options_named():
+            yield
+    finally:
+        _LOGGER.handlers, _LOGGER.propagate = handlers, propagate
+        _LOGGER.setLevel(level)
 
 
 def duration(seconds: float) -> str:
@@ -58,6 +96,7 @@ class Progress:
     """
 
     def __init__(self, name: str, total: int | None, unit: str, *, done: int = 0, silent: bool = False) -> None:
+        silent = silent or not _LOGGER.isEnabledFor(logging.WARNING)
         # disable=None: no bar where there is no terminal
         self._bar = tqdm(
             total=total, initial=done, desc=name, unit=f" {unit}", disable=silent or None,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from indraquantum.errors import UserError
+from indraquantum.errors import UserError, refused_setting
 from indraquantum.files import unreadable
 
 Checked = TypeVar("Checked")
@@ -53,6 +53,8 @@ def read_yaml(field: str, path: Path, holds: str) -> dict[str, Any]:
             )
             raise UserError(field, path, allowed)
         content = None if node is None else loader.construct_document(node)
+    except UserError:  # which is a ValueError
+        raise
     except OSError as error:
         raise unreadable(field, path, error) from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # no UTF-8, no such date, too many digits or brackets
@@ -79,21 +81,6 @@ def _characters(node: yaml.Node | None, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-class Problem(NamedTuple):
-    """The first value that pydantic refused."""
-
-    place: tuple[int | str, ...]  # the names that lead to the field
-    value: Any
-    allowed: str
-
-
-def first_problem(error: ValidationError) -> Problem:
-    """Return the first problem of a ValidationError, in this program's words."""
-    first = error.errors(include_url=False)[0]
-    allowed = first["msg"].replace("Input should", "must").removeprefix("Value error, ")
-    return Problem(first["loc"], first["input"], allowed)
-
-
 def checked(make: Callable[[], Checked], where: str) -> Checked:
     """Return what `make` returns. If pydantic refuses a value, the first one becomes one line.
 
@@ -103,5 +90,6 @@ def checked(make: Callable[[], Checked], where: str) -> Checked:
     try:
         return make()
     except ValidationError as error:
-        first = first_problem(error)
-        raise UserError(f"{where}{'.'.join(map(str, first.place))}", first.value, first.allowed) from None
+        raise refused_setting(error, where) from None
+    except UserError as error:
+        raise UserError(f"{where}{error.field}", error.value, error.allowed) from None

@@ -19,7 +19,7 @@ from indraquantum.evaluation.figures import figures_by_source, predict
 from indraquantum.evaluation.halves import bytes_by_source
 from indraquantum.evaluation.test_split import read_test_split
 from indraquantum.files import check_manifest_json, read_json, sha256_of, without_nan, write_manifest_json
-from indraquantum.inference.write import load_model
+from indraquantum.inference.load import load_model
 from indraquantum.training.checkpoint import checkpoint_path
 from indraquantum.training.plan import plan_run
 

@@ -20,8 +20,8 @@ from indraquantum.evaluation.binned import calibration_bins, readout_bins
 from indraquantum.evaluation.collapse import CollapseFigures
 from indraquantum.evaluation.figures import alignment_with, figures_by_source, predict
 from indraquantum.evaluation.halves import Half, bytes_by_source, documents_of_half, of_documents
+from indraquantum.inference.load import load_model
 from indraquantum.inference.samples import write_samples
-from indraquantum.inference.write import load_model
 from indraquantum.memory import peak_bytes
 from indraquantum.metrics import checked_lines, read_metrics
 from indraquantum.teacher.signals import open_signals

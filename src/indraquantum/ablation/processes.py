@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from indraquantum.ablation.tasks import Task
 from indraquantum.errors import UserError
+from indraquantum.progress import command_line
 from indraquantum.training.interrupts import Interrupts
 
 PATIENCE = 120  # seconds that a process has to save a checkpoint and end after its parent was killed
@@ -130,16 +131,17 @@ def _run_here(task: Task) -> None:
         os.dup2(descriptor, number)
     from indraquantum.ablation.one_run import run_task
 
-    try:
-        with FileLock(log.with_name(".run-lock"), timeout=PATIENCE):
-            if task.record() is None:
-                run_task(task)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_status)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+    with command_line():  # it writes into the log of a command
+        try:
+            with FileLock(log.with_name(".run-lock"), timeout=PATIENCE):
+                if task.record() is None:
+                    run_task(task)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            sys.exit(error.exit_status)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
 
 
 def _leave_with_parent() -> None:

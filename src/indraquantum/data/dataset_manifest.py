@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from indraquantum.errors import UserError
+from indraquantum.errors import UserError, first_problem
 from indraquantum.files import read_json
-from indraquantum.yaml_settings import first_problem
 
 FORMAT = "indraquantum-dataset"
 FORMAT_VERSION = 3

@@ -132,6 +132,8 @@ def download_url(field: str, url: str, remedy: str) -> Path:
                 part.unlink()
                 raise UserError(field, url, f"is not the pinned content ({kind} {pinned}); {remedy}")
             os.replace(part, path)
+    except UserError:  # which is a ValueError
+        raise
     except (OSError, ValueError, http.client.HTTPException) as error:  # a malformed URL is a ValueError
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import pickle
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import check_manifest_json, read_json, sha256_of, unreadable, write_manifest_json
+from indraquantum.progress import warn
 
 PROTOCOL = 4  # read by every Python since 3.4; a fixed number keeps the bytes the same
 KEYS = (b"input_ids", b"attention_mask")
@@ -142,7 +142,7 @@ def open_pickle(field: str, path: Path, tokenizer: str | TextTokenizer | None) -
     unused = Counter(str(key) for row in content for key in row if key not in ("input_ids", "attention_mask"))
     for key, count in unused.items():
         instead = "; every real token is a label" if key == "labels" else ""
-        print(f"note: {path}: {count:,} rows have {key!r}, which is not used{instead}", file=sys.stderr)
+        warn(f"note: {path}: {count:,} rows have {key!r}, which is not used{instead}")
     held = choose_held_out([[document.tobytes() for document in rows.documents]])[0] == VALIDATION
     if not held.any():
         raise UserError(field, path, "must hold at least 2 different rows, because 1 is held out")

@@ -7,11 +7,11 @@ transformers rewrites the post-processor, the flags of added tokens and the form
 from __future__ import annotations
 
 import json
-import sys
 
 from indraquantum.data.sentencepiece_check import FIXED_TEXTS
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
+from indraquantum.progress import warn
 
 
 def require_same_tokenizer(field: str, value: object, must: str, ours: TextTokenizer, theirs: TextTokenizer) -> None:
@@ -35,10 +35,9 @@ def require_same_tokenizer(field: str, value: object, must: str, ours: TextToken
         raise UserError(field, value, f"{must}: {difference} ({hashes})")
     for text in FIXED_TEXTS:
         if ours.encode_text(text) != theirs.encode_text(text):
-            print(
+            warn(
                 f"warning: {field} {value}: its tokenizer encodes texts that begin with a space differently, such as "
-                f"{text!r}; otherwise it is the same",
-                file=sys.stderr,
+                f"{text!r}; otherwise it is the same"
             )
             return
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from indraquantum.errors import UserError
+from indraquantum.progress import warn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -41,10 +41,8 @@ def warn_of_difference(field: str, file: Path, model: Path, tokenizer: Tokenizer
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
-        print(
-            f"note: {model} was not compared with the tokenizer; that needs `pip install sentencepiece`",
-            file=sys.stderr,
-        )
+        warn(
+            f"note: {model} was not compared with the tokenizer; that needs `pip install sentencepiece`")
         return
     try:
         reference = SentencePieceProcessor(model_file=str(model))
@@ -52,16 +50,14 @@ def warn_of_difference(field: str, file: Path, model: Path, tokenizer: Tokenizer
         if model == file:
             raise UserError(field, file, "must be a SentencePiece model; sentencepiece can't read it") from None
         # Other libraries use the same name for their files.
-        print(f"note: {model} was not compared with {file.name}: it is not a SentencePiece model", file=sys.stderr)
+        warn(f"note: {model} was not compared with {file.name}: it is not a SentencePiece model")
         return
     for text in (*FIXED_TEXTS, *_user_defined(tokenizer)):
         theirs, ours = reference.encode(text), tokenizer.encode(text, add_special_tokens=False).ids
         if theirs != ours:
-            print(
+            warn(
                 f"warning: {file} and SentencePiece's {model.name} differ: {text!r} becomes {_short(ours)} and "
-                f"{_short(theirs)}; train and use a model with the same one of them",
-                file=sys.stderr,
-            )
+                f"{_short(theirs)}; train and use a model with the same one of them")
             return
 
 

@@ -185,6 +185,8 @@ def alignment_with(found: Predictions, signals: SignalStore) -> Alignment:
     """Return how predictions at a dataset's held-out positions correlate with the teacher's exact figures there."""
     teacher = signals.batch("validation", found.index_N)
     known_N = (teacher.ids_NK >= 0).any(dim=1).numpy()
+    assert teacher.entropy_N is not None  # a served teacher's signals are refused before
+    assert teacher.confidence_N is not None
     entropy_N, confidence_N = (part.double().numpy()[known_N] for part in (teacher.entropy_N, teacher.confidence_N))
     return Alignment(
         positions=int(known_N.sum()),

@@ -16,7 +16,7 @@ import torch
 from indraquantum.data.fast_tokenizer import save_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_folder, make_folder, write_sums
-from indraquantum.inference.write import load_model
+from indraquantum.inference.load import ALIGNED, load
 
 
 def export_checkpoint(path: Path, folder: Path) -> None:
@@ -29,9 +29,12 @@ def export_checkpoint(path: Path, folder: Path) -> None:
         raise UserError("FOLDER", folder, "must be new or empty")
     if folder.resolve() == Path.cwd():  # the old folder is replaced as a whole
         raise UserError("FOLDER", folder, "must not be the current folder, which is replaced as a whole")
-    model, tokenizer = load_model(path, torch.device("cpu"))
+    if path.is_dir():
+        raise UserError("CHECKPOINT", path, "must be a checkpoint, not a folder")
+    loaded = load(path, torch.device("cpu"))
+    setattr(loaded.model.config, ALIGNED, sorted(loaded.aligned or ()))
     make_folder("FOLDER", folder.parent)
     with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        save_tokenizer(tokenizer, temporary)
+        loaded.model.save_pretrained(temporary)
+        save_tokenizer(loaded.tokenizer, temporary)
         write_sums(temporary)

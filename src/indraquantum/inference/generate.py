@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from indraquantum.config import TestSettings
+from indraquantum.data.prompt import format_alpaca
 from indraquantum.data.records import is_text
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
@@ -81,6 +82,21 @@ def uncertainty_nats(phase: Tensor, vocabulary_size: int) -> Tensor:
     The result is in (-0.5, 1.5] * ln V.
     """
     return wrapped_phase(phase) / math.pi * math.log(vocabulary_size)
+
+
+def prompt_text(settings: TestSettings) -> str:
+    """Return the text to continue: the prompt, or the instruction in the Alpaca prompt.
+
+    Raises:
+        UserError: neither or both are given.
+    """
+    if (settings.prompt is None) == (settings.instruction is None):
+        raise UserError("--prompt", settings.prompt, "give either --prompt TEXT or --instruction TEXT")
+    if settings.input is not None and settings.instruction is None:
+        raise UserError("--input", settings.input, "must be given together with --instruction TEXT")
+    if settings.instruction is not None:
+        return format_alpaca(settings.instruction, settings.input or "")
+    return settings.prompt or ""
 
 
 def generate_text(model: Writer, tokenizer: TextTokenizer, settings: TestSettings, prompt: str) -> GeneratedText:

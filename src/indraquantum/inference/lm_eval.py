@@ -15,7 +15,7 @@ import torch
 
 from indraquantum.data.fast_tokenizer import transformers_tokenizer
 from indraquantum.errors import UserError, optional_package
-from indraquantum.inference.write import load_model
+from indraquantum.inference.load import load_model
 
 try:
     with optional_package("python -m", "indraquantum.inference.lm_eval", "lm_eval", "indraquantum[lm-eval]"):

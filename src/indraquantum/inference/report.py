@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from indraquantum.config import EvalSettings
 from indraquantum.data.dataset import open_dataset
@@ -23,10 +22,10 @@ from indraquantum.evaluation.figures import Alignment, Evaluation, evaluate
 from indraquantum.evaluation.halves import bytes_by_source
 from indraquantum.evaluation.test_split import read_test_split
 from indraquantum.files import check_new_file, without_nan, write_json
-from indraquantum.inference.write import load_inference_model
+from indraquantum.inference.load import Loaded, load
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import put_in_force
-from indraquantum.learner import Learner
+from indraquantum.progress import tell
 from indraquantum.tables import text_table
 from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest
 from indraquantum.teacher.signals import SignalStore, verify_signals
@@ -42,7 +41,25 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
     put_in_force(way_for(device))
     if settings.json_file is not None:
         check_new_file("--json-file", settings.json_file)
-    model, tokenizer = load_inference_model(path, device, settings.weights)
+    found = measure(load(path, device, settings.weights), settings, f"indra eval {path}")
+    print(evaluation_table(found))
+    if settings.json_file is not None:
+        write_json(settings.json_file, without_nan(asdict(found)))
+    return found
+
+
+def measure(loaded: Loaded, settings: EvalSettings, command: str) -> Evaluation:
+    """The figures of a model that is loaded, on what `settings` name.
+
+    Args:
+        loaded: model and tokenizer.
+        settings: data or text to predict; where to compute, and which weights, is settled already.
+        command: what to note down where the test split is read.
+
+    Raises:
+        UserError: another tokenizer than the dataset's, or nothing to predict.
+    """
+    model, tokenizer, device = loaded.inference_model, loaded.tokenizer, loaded.inference_model.device
     if settings.text is not None:
         if settings.split != "validation":
             raise UserError("--split", settings.split, "must be left out with --text, which has no splits")
@@ -51,24 +68,18 @@ def evaluate_checkpoint(path: Path, settings: EvalSettings) -> Evaluation:
         if settings.row_length > (limit := model.config.max_position_embeddings):
             raise UserError("--row-length", settings.row_length, f"must be at most {limit} for this model")
         split, source_bytes = text_split(settings.text, tokenizer, settings.row_length)
-        found = evaluate(model, split, source_bytes, device)
+        return evaluate(model, split, source_bytes, device)
+    if settings.data.is_file():
+        dataset = open_pickle("--data", settings.data, tokenizer)
     else:
-        if settings.data.is_file():
-            dataset = open_pickle("--data", settings.data, tokenizer)
-        else:
-            dataset = open_dataset("--data", settings.data, verify=True)
-        theirs = dataset.tokenizer
-        require_same_tokenizer("--data", settings.data, "must have the checkpoint's tokenizer", tokenizer, theirs)
-        require_same_control_tokens("--data", settings.data, "those that the checkpoint learned", tokenizer, theirs)
-        if settings.split == "test":
-            found = _evaluate_on_test(model, path, settings, dataset, device)
-        else:
-            source_bytes, signals = bytes_by_source(dataset, dataset.validation), _find_signals(settings, dataset)
-            found = evaluate(model, dataset.validation, source_bytes, device, signals)
-    print(evaluation_table(found))
-    if settings.json_file is not None:
-        write_json(settings.json_file, without_nan(asdict(found)))
-    return found
+        dataset = open_dataset("--data", settings.data, verify=True)
+    theirs = dataset.tokenizer
+    require_same_tokenizer("--data", settings.data, "must have the checkpoint's tokenizer", tokenizer, theirs)
+    require_same_control_tokens("--data", settings.data, "those that the checkpoint learned", tokenizer, theirs)
+    if settings.split == "test":
+        return _evaluate_on_test(loaded, settings, dataset, command)
+    source_bytes, signals = bytes_by_source(dataset, dataset.validation), _find_signals(settings, dataset)
+    return evaluate(model, dataset.validation, source_bytes, device, signals)
 
 
 def text_split(name: str, tokenizer: TextTokenizer, row_length: int) -> tuple[Split, dict[str, int]]:
@@ -87,15 +98,14 @@ def text_split(name: str, tokenizer: TextTokenizer, row_length: int) -> tuple[Sp
     return split, {"text": sum(len(text.encode()) for text in texts) - unpredicted}
 
 
-def _evaluate_on_test(
-    model: Learner, path: Path, settings: EvalSettings, dataset: PreparedDataset, device: torch.device
-) -> Evaluation:
+def _evaluate_on_test(loaded: Loaded, settings: EvalSettings, dataset: PreparedDataset, command: str) -> Evaluation:
     """Return the figures on the test split and record the reading. There are no signals for this split."""
     if settings.signals is not None:
         raise UserError("--signals", settings.signals, "must be left out with --split test, which has no signals")
-    reading = read_test_split("--split", settings.data, dataset, f"indra eval {path}")
-    print(reading)
-    return evaluate(model, reading.split, bytes_by_source(dataset, reading.split), device)
+    reading = read_test_split("--split", settings.data, dataset, command)
+    tell(str(reading))
+    model = loaded.inference_model
+    return evaluate(model, reading.split, bytes_by_source(dataset, reading.split), model.device)
 
 
 def evaluation_table(found: Evaluation) -> str:
@@ -142,7 +152,7 @@ def _find_signals(settings: EvalSettings, dataset: PreparedDataset) -> SignalSto
     manifest = read_manifest("--signals", beside)
     if manifest.served or manifest.dataset_sha256 != dataset.content_sha256:
         what = "a served teacher" if manifest.served else "another dataset"
-        print(f"No teacher signals are used: those in {beside} come from {what}.")
+        tell(f"No teacher signals are used: those in {beside} come from {what}.")
         return None
     store = verify_signals("--signals", beside, dataset)
     return store if store.coverage_by_split["validation"] > 0 else None

@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from indraquantum.errors import UserError
+from indraquantum.progress import warn
 
 VARIABLE = "INDRA_PRODUCTS"
 
@@ -91,5 +91,5 @@ def continued(began: str | None, field: str) -> Way:
     way = USUAL if began is None else parsed(field, began)
     asked = asked_for() or way
     if asked != way:
-        print(f"From here on this computes by {asked} instead of {way}; the last bits may differ.", file=sys.stderr)
+        warn(f"From here on this computes by {asked} instead of {way}; the last bits may differ.")
     return asked

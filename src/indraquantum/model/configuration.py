@@ -79,7 +79,7 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
         width = settings.d_model if settings.projector == "none" else 2 * settings.d_model
         if width % (2 * settings.heads):
             raise UserError("--heads", settings.heads, f"must divide the width {width} into parts of an even width")
-        return cls(
+        return cls(  # type: ignore[call-arg]  # some are of transformers' base
             vocab_size=vocab_size,
             d_model=settings.d_model,
             num_hidden_layers=settings.layers,

@@ -22,13 +22,13 @@ from torch.nn import init  # transformers guards it where a checkpoint has broug
 from indraquantum.kernels.born import born_logits
 
 if TYPE_CHECKING:
-    from indraquantum.model.configuration import IndraQuantumConfig
+    from indraquantum.model.shape import ModelShape
 
 
 class InterferenceHead(nn.Module):
     """Scale and bias of the tied head. The table is passed to each call, because it is lifted once in each step."""
 
-    def __init__(self, config: IndraQuantumConfig) -> None:
+    def __init__(self, config: ModelShape) -> None:
         super().__init__()
         self.width = config.hidden_size
         self.scale_1 = nn.Parameter(torch.empty(1))  # of one element, because FSDP2 takes no parameter without an axis

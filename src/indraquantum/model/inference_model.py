@@ -10,7 +10,7 @@ Legend: B batch, T positions, D real width, H heads, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class Attention(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        of_keys = shape.num_key_value_heads * shape.head_dim
+        of_keys = (shape.num_key_value_heads or shape.num_attention_heads) * shape.head_dim
         self.shared_keys = shape.num_key_value_heads != shape.num_attention_heads
         self.q_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
         self.k_proj = nn.Linear(shape.hidden_size, of_keys, bias=False)
@@ -105,6 +105,8 @@ class Layer(nn.Module):
 class Layers(nn.Module):
     """Llama's layers on given states."""
 
+    frequencies: Tensor  # of the rotary angles, one for each pair of a head's width
+
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
@@ -120,7 +122,8 @@ class Layers(nn.Module):
         angles = position_ids_BT[..., None].float() * self.frequencies
         angles = torch.cat([angles, angles], dim=-1)[:, None]
         place, memories = Place(angles.cos(), angles.sin(), mask), []
-        for layer, memory in zip(self.layers, past or [None] * len(self.layers), strict=True):
+        known: Sequence[Memory | None] = past or [None] * len(self.layers)
+        for layer, memory in zip(self.layers, known, strict=True):
             states_BTD, memory = layer(states_BTD, place, memory)
             memories.append(memory)
         return self.norm(states_BTD), memories

@@ -90,6 +90,8 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
     _supports_sdpa = True
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer"]
+    if TYPE_CHECKING:  # transformers would read the annotation
+        config: IndraQuantumConfig
 
     def __init__(self, config: IndraQuantumConfig) -> None:
         super().__init__(config)

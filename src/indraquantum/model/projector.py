@@ -10,6 +10,7 @@ Legend: d complex width, D = 2d real width, V vocabulary; `_..d` stands for any 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import init  # transformers guards it where a checkpoint has brought the weights
 
 if TYPE_CHECKING:
-    from indraquantum.model.configuration import IndraQuantumConfig
+    from indraquantum.model.shape import ModelShape
 
 
 def uniform_by_fan_in(linear: nn.Linear) -> None:
@@ -59,7 +60,7 @@ def _unchanged(magnitude: Tensor) -> Tensor:  # has a name, so that a model can 
     return magnitude
 
 
-MAGNITUDES = {"softplus": F.softplus, "exp": torch.exp, "linear": _unchanged}
+MAGNITUDES: dict[str, Callable[[Tensor], Tensor]] = {"softplus": F.softplus, "exp": torch.exp, "linear": _unchanged}
 
 
 class QuantumProjector(nn.Module):
@@ -75,7 +76,7 @@ class QuantumProjector(nn.Module):
 
     table_std = 1.0
 
-    def __init__(self, config: IndraQuantumConfig) -> None:
+    def __init__(self, config: ModelShape) -> None:
         super().__init__()
         self.magnitude_of = MAGNITUDES[config.magnitude]
         self.magnitude = None if config.projector == "phase-only" else LiftLinear(config.d_model, config.d_model)
@@ -114,7 +115,7 @@ class LinearLift(nn.Module):
 
     table_std = 0.5
 
-    def __init__(self, config: IndraQuantumConfig) -> None:
+    def __init__(self, config: ModelShape) -> None:
         super().__init__()
         self.up = LiftLinear(config.d_model, config.hidden_size, bias=False)
 
@@ -128,7 +129,7 @@ class MLPLift(LinearLift):
 
     table_std = 1.0
 
-    def __init__(self, config: IndraQuantumConfig) -> None:
+    def __init__(self, config: ModelShape) -> None:
         super().__init__(config)
         self.up = LiftLinear(config.d_model, config.hidden_size)
 
@@ -142,7 +143,7 @@ class NoLift(nn.Identity):
 
     table_std = 0.5
 
-    def __init__(self, config: IndraQuantumConfig) -> None:
+    def __init__(self, config: ModelShape) -> None:
         super().__init__()
 
 

@@ -20,7 +20,7 @@ from torch.nn import init  # transformers guards it where a checkpoint has broug
 from indraquantum.kernels.born import conjugate_turn
 
 if TYPE_CHECKING:
-    from indraquantum.model.configuration import IndraQuantumConfig
+    from indraquantum.model.shape import ModelShape
 
 
 def wrapped_phase(phase: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class ReferenceReadout(nn.Module):
     A plain average over k would again be a single reference, because <r, psi> is linear in r.
     """
 
-    def __init__(self, config: IndraQuantumConfig) -> None:
+    def __init__(self, config: ModelShape) -> None:
         super().__init__()
         self.references_RD = nn.Parameter(torch.empty(config.readout_references, config.hidden_size))
 
@@ -64,7 +64,7 @@ class ReferenceReadout(nn.Module):
 class MeanReadout(nn.Module):
     """c = mean_j |psi_j| * exp(i mean_j |arg psi_j|), with arg in (-pi, pi]."""
 
-    def __init__(self, config: IndraQuantumConfig) -> None:
+    def __init__(self, config: ModelShape) -> None:
         super().__init__()
 
     def forward(self, states: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class ModelShape:
                 f"num_attention_heads: got {self.num_attention_heads}; must divide the width {self.hidden_size} "
                 "into parts of an even width"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_key_value_heads: got {self.num_key_value_heads}; must divide num_attention_heads "
                 f"{self.num_attention_heads}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import numpy as np
 from indraquantum.config import CaptureSettings
 from indraquantum.errors import Unreachable, UserError
 from indraquantum.files import check_manifest_json, make_folder, sha256_of, try_lock
-from indraquantum.progress import Progress
+from indraquantum.progress import Progress, warn
 from indraquantum.teacher.batch_size import choose_batch_rows
 from indraquantum.teacher.engines import open_data, run_jobs
 from indraquantum.teacher.journal import SUFFIX, journal_path
@@ -203,7 +202,7 @@ def _with_batch(
         rows = choose_batch_rows(settings, files, dataset.row_length)
     if manifest.batch_rows not in (None, rows):
         changed = f"from here on in batches of {rows} rows instead of {manifest.batch_rows}; the last bits may differ"
-        print(f"capture: {changed}", file=sys.stderr)
+        warn(f"capture: {changed}")
     return manifest.model_copy(update={"batch_rows": rows, "format_version": FORMAT_VERSION})
 
 
@@ -243,7 +242,7 @@ def _verified(folder: Path, manifest: Manifest) -> Manifest:
                 raise UserError("--output", path, "is missing or damaged")
             check_values(Shard("--output", path, entry, manifest), entry, manifest)
         except UserError as error:
-            print(f"capture: {path} {error.allowed}; it will be captured again", file=sys.stderr)
+            warn(f"capture: {path} {error.allowed}; it will be captured again")
             continue
         good.append(entry)
         journal_path(folder, entry.file).unlink(

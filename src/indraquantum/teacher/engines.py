@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,7 +19,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
 from indraquantum.config import CaptureSettings
-from indraquantum.errors import UserError, optional_package
+from indraquantum.errors import UserError, are_options_named, optional_package
+from indraquantum.progress import command_line, warn
 from indraquantum.teacher.manifest import ShardEntry
 from indraquantum.teacher.served import ServedAsker
 from indraquantum.teacher.shard_worker import Asker, Job, Plan, ShardResult, ShardWorker
@@ -108,9 +108,11 @@ def _remote_worker(plan: Plan, number: int) -> ShardWorker:
 _process_worker: ShardWorker | None = None  # the worker of this process, if it is one of `_processes`
 
 
-def _begin_process(plan: Plan, counter: Any) -> None:
-    """Make this process a worker that ends when its parent does."""
+def _begin_process(plan: Plan, counter: Any, of_a_command: bool) -> None:
+    """Make this process a worker that ends when its parent does, and writes notes as that one does."""
     global _process_worker
+    if of_a_command:
+        command_line().__enter__()  # for as long as the process lives
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     with counter.get_lock():
@@ -129,7 +131,7 @@ def _processes(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
     others = set(multiprocessing.active_children())
     while left:
         counter = context.Value("i", 0)
-        pool = ProcessPoolExecutor(plan.settings.workers, context, _begin_process, (plan, counter))
+        pool = ProcessPoolExecutor(plan.settings.workers, context, _begin_process, (plan, counter, are_options_named()))
         try:
             futures = {pool.submit(_do_job, job): job for job in jobs if job in left}
             for future in as_completed(futures):
@@ -142,7 +144,7 @@ def _processes(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
             if deaths == _DEATHS:
                 allowed = "must be fewer: workers end before they finish a shard, perhaps because memory ran out"
                 raise UserError("--workers", plan.settings.workers, allowed) from None
-            print("capture: a worker ended unexpectedly; another one continues its work", file=sys.stderr)
+            warn("capture: a worker ended unexpectedly; another one continues its work")
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()  # its shard may take another hour; the journal has what it captured

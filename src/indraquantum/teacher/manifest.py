@@ -12,9 +12,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from indraquantum.errors import UserError
+from indraquantum.errors import UserError, first_problem
 from indraquantum.files import SEAL, read_json, write_manifest_json
-from indraquantum.yaml_settings import first_problem
 
 FORMAT = "indraquantum-signals"
 FORMAT_VERSION = 3  # 2 added top-k, full and served signals, 3 the rows of a batch; older ones are read as they are

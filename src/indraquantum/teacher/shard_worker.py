@@ -8,7 +8,6 @@ twice, with the same bytes.
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from indraquantum.config import CaptureSettings
-from indraquantum.progress import duration
+from indraquantum.progress import duration, tell, warn
 from indraquantum.teacher.journal import Journal, Record
 from indraquantum.teacher.manifest import Manifest, ShardEntry
 from indraquantum.teacher.sampling import PositionSignals
@@ -96,10 +95,9 @@ class ShardWorker:
         if self._asker is None:
             self._asker = self._load()
             if self._asker.packed is False:
-                print(
+                warn(
                     "capture: this teacher does not keep the documents of a row apart; it is asked one document at a "
-                    "time, which is slower",
-                    file=sys.stderr,
+                    "time, which is slower"
                 )
         return self._asker
 
@@ -139,4 +137,4 @@ class ShardWorker:
         stays = (7 + len(part.ids_M) / positions * entry_bits(self._plan.manifest).width / 8) * total
         most = stays + journal_bytes / positions * self._plan.positions_at_once
         size = f"{most / 1e6:,.1f} MB on the disk, of which {stays / 1e6:,.1f} MB remain at the end"
-        print(f"capture: {total:,} positions will take about {time_left} and {size}", file=sys.stderr)
+        tell(f"capture: {total:,} positions will take about {time_left} and {size}")

@@ -25,6 +25,7 @@ import torch
 
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, fsync_folder, not_written, sha256_of
+from indraquantum.progress import warn
 
 FORMAT = "indraquantum-checkpoint"
 FORMAT_VERSION = 4
@@ -108,6 +109,8 @@ def load_checkpoint(field: str, path: Path) -> Checkpoint:
     try:
         manifest = _verify(field, path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:  # which is a ValueError
+        raise
     except OSError as error:
         raise UserError(field, path, f"{MUST} ({error.strerror})") from None
     except MALFORMED as error:
@@ -211,7 +214,7 @@ def newest_checkpoint(folder: Path, step_of_epoch: Callable[[int], int]) -> Foun
             newest = found
     if passed and newest is not None:
         names = ", ".join(path.name for path, _ in passed)
-        print(f"warning: passed over {names}: damaged; using {newest.path.name}. First: {passed[0][1]}")
+        warn(f"warning: passed over {names}: damaged; using {newest.path.name}. First: {passed[0][1]}")
         set_aside(path for path, _ in passed)
     elif passed:
         way_out = "remove it to start over, or give another --output"

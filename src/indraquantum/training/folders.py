@@ -12,12 +12,12 @@ import contextlib
 import itertools
 import json
 import os
-import sys
 from pathlib import Path
 
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, folder_lock, is_locked, make_folder, not_written
 from indraquantum.metrics import RECORD_NAME, MetricsLog, checked_lines, read_record
+from indraquantum.progress import warn
 from indraquantum.training.checkpoint import remove_leftovers
 from indraquantum.training.run import Run
 
@@ -119,7 +119,7 @@ def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
         name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.set-aside-{n}")).exists()
     )
     path.rename(aside)
-    print(f"warning: {path} is of another run; it is {aside.name} now, and this run begins a new file", file=sys.stderr)
+    warn(f"warning: {path} is of another run; it is {aside.name} now, and this run begins a new file")
 
 
 def _are_of(path: Path, run: Run) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import using
 from indraquantum.metrics import MetricsLog, NoLog, metrics_up_to
 from indraquantum.processes import joined_processes, own_device
-from indraquantum.progress import Progress, tell
+from indraquantum.progress import Progress, tell, warn
 from indraquantum.trackers import open_tracker, require_tracker
 from indraquantum.training.checkpoint import (
     BEST_NAME,
@@ -104,7 +103,7 @@ def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: Held
     settings, processes = run.settings, run.processes
     resumed = resume(run)
     if run.finished:
-        print(f"This run is finished: {run.step} steps, {run.tokens:,} tokens; see {settings.output}.")
+        tell(f"This run is finished: {run.step} steps, {run.tokens:,} tokens; see {settings.output}.")
     if not resumed:
         run.pending = {"step": 0, "tokens": 0, "epoch": 0.0}
     last_written = run.step - (run.pending is not None)
@@ -127,7 +126,7 @@ def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: Held
         if processes.is_first:
             with contextlib.suppress(OSError):  # the terminal may be gone
                 said = f"Left at step {run.step} by {interrupted.name}; run the same command to resume."
-                print(said, file=sys.stderr)
+                warn(said)
         raise
     finally:
         log.close()

@@ -25,6 +25,7 @@ from indraquantum.files import atomic_folder, write_sums
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import using
 from indraquantum.model.masks import document_mask
+from indraquantum.progress import tell
 from indraquantum.strategy import RATES, Stage, Strategy, check_decay
 from indraquantum.trackers import require_tracker
 from indraquantum.training.engine import Engine
@@ -208,7 +209,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
         held_out = run.held_out or evaluate(run)
         save_teacher(run.model, dataset, settings.output)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in held_out.items())
-    print(
+    tell(
         f"teacher after {run.tokens:,} tokens: held-out cross-entropy (nats/token) {figures}; wrote {settings.output}"
     )
     return TeacherReport(settings.output, sum(p.numel() for p in run.model.parameters()), run.tokens, held_out)

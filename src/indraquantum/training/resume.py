@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from indraquantum.config import Settings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.kernels.ways import continued, put_in_force
+from indraquantum.progress import tell
 from indraquantum.training.checkpoint import (
     Checkpoint,
     Found,
@@ -63,11 +64,11 @@ def resume(run: Run) -> bool:
         restore(run, checkpoint)
     processes.first(lambda: _set_later_ones_aside(run, path))
     if not run.finished:
-        print(f"Resuming from step {run.step} of {run.total_steps}.")
+        tell(f"Resuming from step {run.step} of {run.total_steps}.")
     elif run.step < run.total_steps:
-        print(f"This run stopped early, by --patience; --start-from {path} --output NEW trains on from its weights.")
+        tell(f"This run stopped early, by --patience; --start-from {path} --output NEW trains on from its weights.")
     if run.total_steps != run.plan.planned_steps:
-        print(f"The run was begun with {run.plan.planned_steps} steps: warm-up and loss weights keep that length.")
+        tell(f"The run was begun with {run.plan.planned_steps} steps: warm-up and loss weights keep that length.")
     return True
 
 

@@ -25,6 +25,7 @@ from indraquantum.kernels.ways import in_force, put_in_force
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.processes import ALONE, Processes
+from indraquantum.progress import tell
 from indraquantum.teacher.signals import SignalStore
 from indraquantum.training.checkpoint import (
     checkpoint_path,
@@ -198,7 +199,7 @@ def trial_run(settings: TrainSettings) -> Run:
     dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
     plan = find_signals(plan_run(settings, dataset))
     for folder in dict.fromkeys(folder_of(stage.settings) for stage in plan.stages if stage.lacks_signals):
-        print(f"No teacher signals at {folder}: continuing without; `indra train` captures them first.")
+        tell(f"No teacher signals at {folder}: continuing without; `indra train` captures them first.")
     return start_run(settings, plan, device)
 
 

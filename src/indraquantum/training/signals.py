@@ -11,6 +11,7 @@ from pathlib import Path
 from indraquantum.config import CaptureSettings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.processes import ALONE, Processes
+from indraquantum.progress import tell
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.signals import SignalStore, verify_signals
 from indraquantum.training.plan import Plan, RunStage
@@ -104,7 +105,7 @@ def _verified_signals(stage: RunStage, processes: Processes) -> SignalStore | No
         if store.coverage == 0:  # a capture that was stopped before its first shard
             allowed = "must cover a training row: resume the capture with `indra capture`, or train with --no-teacher"
             raise UserError("--signals", folder, allowed)
-        print(f"Teacher signals: {folder}, {100 * store.coverage:.1f} % of the training rows covered.")
+        tell(f"Teacher signals: {folder}, {100 * store.coverage:.1f} % of the training rows covered.")
         return store
 
 
@@ -115,7 +116,7 @@ def folder_of(settings: TrainSettings) -> Path:
 
 def _capture(stage: RunStage) -> None:
     settings, folder = stage.settings, folder_of(stage.settings)
-    print(f"No teacher signals at {folder}: capturing from {settings.teacher}.")
+    tell(f"No teacher signals at {folder}: capturing from {settings.teacher}.")
     stated = {} if stage.spec.temperature is None else {"temperature": stage.spec.temperature}
     try:
         capture(

@@ -1,0 +1,220 @@
+"""The package's functions for Python: prepare, capture, train, load, generate, evaluate.
+
+    import indraquantum
+
+    indraquantum.prepare(text=("notes.txt",), wikitext_samples=0, alpaca_samples=0, output="data/notes.pkl")
+    report = indraquantum.train(data="data/notes", no_teacher=True, epochs=3)
+    print(indraquantum.load(report.checkpoint).generate("Once upon a time").text)
+
+Each takes its options as keyword arguments, or a settings object of `indraquantum.config` that holds them; both have
+the names of the command's options, with _ for -. Each returns a dataclass of what came out.
+
+Errors. What is wrong with an argument, a setting or a file raises `InvalidInput`, which names the argument, its value
+and what is allowed. It belongs to `IndraError`, the base of every error that is documented here. A failure of the
+system that no argument can mend, such as a broken disk, raises `OSError`.
+
+Output. Nothing is printed. Notes go to the logger `indraquantum`: warnings are shown by default, and
+`logging.basicConfig(level=logging.INFO)` shows the others too. Long work shows a bar where stderr is a terminal.
+`logging.getLogger("indraquantum").setLevel(logging.ERROR)` silences notes, warnings and bars.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from indraquantum.config import CaptureSettings, EvalSettings, LoadSettings, PrepareSettings, Settings, TrainSettings
+from indraquantum.errors import InvalidInput, TrainingInterrupted, refused_by_system
+
+if TYPE_CHECKING:
+    from indraquantum.data.prepare import PrepareReport
+    from indraquantum.evaluation.figures import Evaluation
+    from indraquantum.inference.generate import GeneratedText
+    from indraquantum.inference.load import Loaded
+    from indraquantum.teacher.capture import CaptureReport
+    from indraquantum.training.loop import TrainReport
+
+S = TypeVar("S", bound=Settings)
+
+
+@contextlib.contextmanager
+def _one_family() -> Iterator[None]:
+    """What an argument can mend leaves as an IndraError."""
+    from indraquantum.training.interrupts import Interrupted
+
+    try:
+        yield
+    except Interrupted as interrupted:  # which would end a program, or the session of a notebook
+        raise TrainingInterrupted(interrupted.name) from None
+    except OSError as error:
+        if (told := refused_by_system(error)) is None:
+            raise
+        raise told from error
+
+
+def _settings(kind: type[S], settings: S | None, options: dict[str, Any]) -> S:
+    """The settings that were given, or those that `options` make."""
+    if settings is None:
+        return kind(**options)
+    if options:
+        raise InvalidInput("settings", type(settings).__name__, f"must stand alone, without {', '.join(options)}")
+    if not isinstance(settings, kind):
+        raise InvalidInput("settings", type(settings).__name__, f"must be {kind.__name__}")
+    return settings
+
+
+@_one_family()
+def prepare(settings: PrepareSettings | None = None, **options: Any) -> PrepareReport:
+    """Turn texts and instructions into training rows: a pickle, and the packed dataset beside it.
+
+    Args:
+        settings: all options in one object.
+        options: or those of `PrepareSettings` that differ from their defaults, such as `text`, `instructions`,
+            `tokenizer`, `max_length` and `output`.
+
+    Returns:
+        Where the two layouts are (`pickle`, `folder`) and what is in them.
+
+    Raises:
+        InvalidInput: an option or a source is wrong; nothing was written.
+        Unreachable: a source or the tokenizer must be downloaded and can't be. It is an InvalidInput.
+    """
+    from indraquantum.data.prepare import prepare as run
+
+    return run(_settings(PrepareSettings, settings, options))
+
+
+@_one_family()
+def capture(settings: CaptureSettings | None = None, **options: Any) -> CaptureReport:
+    """Ask the teacher once about every position of a prepared dataset and store its signals.
+
+    A capture that was stopped resumes: the same call asks for what is missing.
+
+    Args:
+        settings: all options in one object.
+        options: or those of `CaptureSettings` that differ from their defaults, such as `data`, `teacher`, `output`,
+            `draws` and `device`.
+
+    Returns:
+        Where the signals are and what they are like.
+
+    Raises:
+        InvalidInput: an option, the teacher or the dataset is wrong, or `output` holds other signals.
+        Unreachable: the teacher must be downloaded and can't be. It is an InvalidInput.
+    """
+    from indraquantum.teacher.capture import capture as run
+
+    return run(_settings(CaptureSettings, settings, options))
+
+
+@_one_family()
+def train(settings: TrainSettings | None = None, **options: Any) -> TrainReport:
+    """Train IndraQuantumPhase2 by semantic distillation, or resume the run in the folder `output`.
+
+    Without signals of a teacher in `signals`, the teacher is asked first, as `capture` does; `no_teacher=True` trains
+    on cross-entropy alone. While it runs in the main thread, SIGINT (Ctrl-C), SIGTERM and SIGHUP wait for the end of
+    the step and a checkpoint.
+
+    Args:
+        settings: all options in one object.
+        options: or those of `TrainSettings` that differ from their defaults, such as `data`, `signals`, `output`,
+            `epochs`, `batch_tokens` and `device`.
+
+    Returns:
+        Where the last checkpoint and the metrics are, the steps, and the held-out cross-entropy of each source.
+
+    Raises:
+        InvalidInput: an option, the data or the signals are wrong, or `output` holds another run or is in use.
+        TrainingStopped: the loss is not finite, or the model has collapsed and `on_collapse` is `stop`.
+        TrainingInterrupted: a signal stopped the run behind a checkpoint. It is a KeyboardInterrupt.
+    """
+    from indraquantum.training.loop import train as run
+
+    settings = _settings(TrainSettings, settings, options)
+    if settings.dry_run:
+        raise InvalidInput("dry_run", True, "must be left out: the command `indra train --dry-run` prints its report")
+    return run(settings)
+
+
+@_one_family()
+def load(checkpoint: str | Path, **options: Any) -> Loaded:
+    """Load a trained model with its tokenizer.
+
+    Args:
+        checkpoint: a checkpoint that `train` wrote, or a folder that `indra export` wrote.
+        options: `device` (auto, cpu, cuda, mps), `threads` (0 leaves the choice to torch), and `weights` of a
+            checkpoint: ema, the moving average; last; or auto, which takes the average where there is one.
+
+    Returns:
+        Its tokenizer, which readouts a teacher aligned, and the model twice with the same weights: `model`, an
+        `IndraQuantumPhase2` for transformers, and `inference_model`, which loads and writes without transformers.
+
+    Raises:
+        InvalidInput: `checkpoint` is neither, or is damaged; or an option is wrong.
+    """
+    from indraquantum.device import choose_device
+    from indraquantum.inference.load import load as run
+
+    settings = LoadSettings(**options)
+    return run(Path(checkpoint), choose_device(settings), settings.weights)
+
+
+@_one_family()
+def generate(model: Loaded | str | Path, prompt: str | None = None, **options: Any) -> GeneratedText:
+    """Write text, and read from the model's own state how sure it was of each token.
+
+    Args:
+        model: what `load` gave; or a checkpoint or an exported folder, which is then loaded for this text alone.
+        prompt: the text to continue. In its place, `instruction` (and `input`) of the options asks a question.
+        options: those of `TestSettings`, such as `max_new_tokens`, `temperature`, `top_p`, `top_k` and `seed`.
+            Equal seeds give equal text. `show_state=False` leaves the states out, which saves a pass.
+
+    Returns:
+        `text`, without the prompt, and `tokens`: for each its text, probability, confidence and uncertainty.
+
+    Raises:
+        InvalidInput: an option is wrong, or prompt and text together are longer than the model takes.
+    """
+    loading = {name: options.pop(name) for name in LoadSettings.model_fields if name in options}
+    return _loaded(model, loading).generate(prompt, **options)
+
+
+@_one_family()
+def evaluate(model: Loaded | str | Path, settings: EvalSettings | None = None, **options: Any) -> Evaluation:
+    """Measure a model on held-out text: how well it predicts, and what its state knows of the teacher.
+
+    Args:
+        model: what `load` gave; or a checkpoint or an exported folder.
+        settings: all options in one object.
+        options: or those of `EvalSettings` that differ from their defaults: `data`, a prepared dataset, or `text`, a
+            file; `split`, `signals`, `row_length`.
+
+    Returns:
+        The figures of each source and of all, and the alignment with the teacher where there are signals.
+
+    Raises:
+        InvalidInput: an option is wrong, or the dataset has another tokenizer than the model.
+    """
+    from indraquantum.inference.report import measure
+    from indraquantum.kernels.measured import way_for
+    from indraquantum.kernels.ways import using
+
+    settings = _settings(EvalSettings, settings, options)
+    if settings.json_file is not None:
+        raise InvalidInput("json_file", settings.json_file, "must be left out: the figures are returned")
+    given = settings.model_fields_set & LoadSettings.model_fields.keys()
+    loaded = _loaded(model, {name: getattr(settings, name) for name in given})
+    with using(way_for(loaded.inference_model.device)):
+        return measure(loaded, settings, f"indraquantum.evaluate({str(loaded.path)!r})")
+
+
+def _loaded(model: Loaded | str | Path, options: dict[str, Any]) -> Loaded:
+    """`model`, loaded by `options` where it is a path."""
+    if isinstance(model, str | Path):
+        return load(model, **options)
+    if options:
+        name = next(iter(options))
+        raise InvalidInput(name, options[name], "must be left out where the model is loaded already: `load` takes it")
+    return model

@@ -1,0 +1,201 @@
+"""A trained model and its tokenizer, from a checkpoint of training or from a folder that `indra export` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+
+from indraquantum.config import TestSettings
+from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
+from indraquantum.errors import UserError
+from indraquantum.files import NOT_ITS_SUM, damaged_file, read_json
+from indraquantum.inference.generate import GeneratedText, generate_text, prompt_text
+from indraquantum.model.inference_model import InferenceModel
+from indraquantum.model.shape import ModelShape
+from indraquantum.strategy import Weights
+from indraquantum.training.checkpoint import STUDENT_TYPE, Checkpoint, load_checkpoint, require_student
+
+if TYPE_CHECKING:
+    from indraquantum.model.modeling import IndraQuantumPhase2
+
+AnyModel = TypeVar("AnyModel")
+WhichWeights = Literal["auto", "ema", "last"]
+ALIGNED = "aligned_readouts"  # where an exported folder's config.json tells it
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with its tokenizer, in evaluation mode: what `load` gives, and `generate` and `evaluate` take.
+
+    Attributes:
+        inference_model: the model in plain torch, which loads and writes quickly.
+        tokenizer: of the text that it was trained on.
+        model_config: the values of its `IndraQuantumConfig`.
+        aligned: the readouts, of `magnitude` and `phase`, that training aligned with a teacher; None where the files
+            do not tell. A readout that was never aligned says nothing.
+        path: what it was loaded from.
+    """
+
+    inference_model: InferenceModel
+    tokenizer: TextTokenizer
+    model_config: Mapping[str, Any]
+    aligned: frozenset[str] | None
+    path: Path
+
+    @cached_property
+    def model(self) -> IndraQuantumPhase2:
+        """The model as transformers takes one, of the same tensors; importing transformers takes seconds."""
+        from indraquantum.model.configuration import IndraQuantumConfig
+        from indraquantum.model.modeling import IndraQuantumPhase2
+
+        model = IndraQuantumPhase2(IndraQuantumConfig.from_dict(dict(self.model_config)))
+        model.load_state_dict(self.inference_model.state_dict(), assign=True)
+        return model.to(self.inference_model.device).eval()
+
+    def generate(self, prompt: str | None = None, **options: Any) -> GeneratedText:
+        """Continue `prompt`, or answer `instruction`.
+
+        Args:
+            prompt: the text to continue.
+            options: those of `TestSettings`, such as `instruction`, `max_new_tokens`, `temperature` and `seed`. The
+                states of the tokens are read unless `show_state=False` leaves them out.
+
+        Raises:
+            InvalidInput: an option is wrong, or prompt and text together are longer than the model takes.
+        """
+        settings = TestSettings(**{"prompt": prompt, "show_state": True, **options})
+        return generate_text(self.inference_model, self.tokenizer, settings, prompt_text(settings))
+
+
+def load(path: Path, device: torch.device, weights: WhichWeights = "auto") -> Loaded:
+    """The model and the tokenizer at `path`, ready to write.
+
+    Args:
+        path: a checkpoint, or an exported folder.
+        device: where to put the model.
+        weights: of a checkpoint, the moving average or the last weights; auto takes the average where there is one.
+
+    Raises:
+        UserError: `path` is neither, is damaged, or has no moving average where that is asked for.
+    """
+    if path.is_dir():
+        return _load_folder(path, device, weights)
+    checkpoint = load_checkpoint("CHECKPOINT", path)
+    model, tokenizer = inference_model_of(path, checkpoint, device, weights)
+    return Loaded(model, tokenizer, checkpoint.model_config, frozenset(aligned_readouts(checkpoint)), path)
+
+
+def _load_folder(path: Path, device: torch.device, weights: WhichWeights) -> Loaded:
+    """As `load`, of a folder that `indra export` or `save_pretrained` wrote."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if weights != "auto":
+        raise UserError("--weights", weights, "must be auto: an exported folder holds one set of weights")
+    about = read_json("CHECKPOINT", path / "config.json") if (path / "config.json").is_file() else None
+    if not isinstance(about, dict) or about.get("model_type") != STUDENT_TYPE:
+        raise UserError("CHECKPOINT", path, "must be a checkpoint, or a folder that `indra export` wrote")
+    files = sorted(path.glob("*.safetensors"))
+    if (damaged := damaged_file(path, ["config.json", *(file.name for file in files)])) is not None:
+        raise UserError("CHECKPOINT", path / damaged, NOT_ITS_SUM)
+    tokenizer = load_tokenizer("CHECKPOINT", str(path))
+    try:
+        state = {name: value for file in files for name, value in load_file(file).items()}
+        model = InferenceModel(ModelShape.from_values(about), state).to(device)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError("CHECKPOINT", path, f"must hold a model's weights ({_in_one_line(error)})") from None
+    aligned = about.get(ALIGNED)
+    return Loaded(model, tokenizer, about, None if aligned is None else frozenset(aligned), path)
+
+
+def load_model(
+    path: Path, device: torch.device, weights: WhichWeights = "auto"
+) -> tuple[IndraQuantumPhase2, TextTokenizer]:
+    """Load the model and the tokenizer of a checkpoint; the model works with transformers' classes.
+
+    Args:
+        path: the checkpoint.
+        device: where to put the model.
+        weights: the moving average or the last weights; auto takes the average if there is one.
+
+    Raises:
+        UserError: `path` is not a valid checkpoint, its weights don't fit its configuration, or it has no average.
+    """
+    from indraquantum.model.configuration import IndraQuantumConfig
+    from indraquantum.model.modeling import IndraQuantumPhase2
+
+    def build(state: dict[str, torch.Tensor]) -> IndraQuantumPhase2:
+        model = IndraQuantumPhase2(IndraQuantumConfig.from_dict(checkpoint.model_config))
+        model.load_state_dict(state)
+        return model.to(device).eval()
+
+    checkpoint = load_checkpoint("CHECKPOINT", path)
+    return _built(path, checkpoint, weights, build)
+
+
+def load_inference_model(
+    path: Path, device: torch.device, weights: WhichWeights = "auto"
+) -> tuple[InferenceModel, TextTokenizer]:
+    """Do what `load_model` does, quicker, with a model that only writes and evaluates text."""
+    return inference_model_of(path, load_checkpoint("CHECKPOINT", path), device, weights)
+
+
+def inference_model_of(
+    path: Path, checkpoint: Checkpoint, device: torch.device, weights: WhichWeights = "auto"
+) -> tuple[InferenceModel, TextTokenizer]:
+    """Do what `load_inference_model` does with a checkpoint that was already read; `path` is for the message.
+
+    Raises:
+        UserError: its weights don't fit its configuration, or it has no average.
+    """
+
+    def build(state: dict[str, torch.Tensor]) -> InferenceModel:
+        return InferenceModel(ModelShape.from_values(checkpoint.model_config), state).to(device)
+
+    return _built(path, checkpoint, weights, build)
+
+
+def _built(
+    path: Path,
+    checkpoint: Checkpoint,
+    weights: WhichWeights,
+    build: Callable[[dict[str, torch.Tensor]], AnyModel],
+) -> tuple[AnyModel, TextTokenizer]:
+    """Return what `build` makes from the weights, and the tokenizer."""
+    if weights == "ema" and not checkpoint.average:
+        raise UserError("--weights", weights, "must be last or auto, because the checkpoint has no moving average")
+    require_student("CHECKPOINT", path, checkpoint)
+    try:
+        model = build(checkpoint.model if weights == "last" else checkpoint.model | checkpoint.average)
+    except RuntimeError as error:
+        raise UserError(
+            "CHECKPOINT", path, f"must hold weights that fit its own settings ({_mismatch(error)})"
+        ) from None
+    except ValueError as error:
+        raise UserError("CHECKPOINT", path, f"must hold the settings of a model ({_in_one_line(error)})") from None
+    tokenizer = checkpoint.tokenizer
+    return model, TextTokenizer.from_json(tokenizer["json"], tokenizer["bos_id"], tokenizer["eos_id"])
+
+
+def aligned_readouts(checkpoint: Checkpoint) -> set[str]:
+    """Which readouts, phase and magnitude, the run aligned with a teacher in a stage that it has begun."""
+    aligned, first = set(), 0
+    for stage in checkpoint.settings["stages"].values():
+        if checkpoint.step > first:
+            weights = Weights.model_validate(stage["weights"])
+            aligned |= {name for name in ("phase", "magnitude") if getattr(weights, name).highest > 0}
+        first += stage["steps"]
+    return aligned
+
+
+def _mismatch(error: RuntimeError) -> str:
+    return str(error).splitlines()[1].strip()
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
