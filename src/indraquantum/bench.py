@@ -233,7 +233,7 @@ def _extra_bytes(shape: Shape) -> int | None:
     """Peak of this process over one step, minus what it held before and minus the gradients."""
     case = _Case(shape)
     _Case(Shape(64, shape.width, 2048, shape.kept)).distillation()  # libraries initialise at their first use
-    # Where the peak can't begin again, it stands in for what is held now; that it was higher makes the figure smaller.
+    # If the peak can't be restarted, it replaces what is held now. A higher peak makes the figure smaller.
     before = held_bytes() if restart_peak() else peak_bytes()
     case.distillation()
     after = peak_bytes()

@@ -388,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if threading.current_thread() is threading.main_thread():  # elsewhere no signal arrives, nor can one be caught
         for number in heeded(signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, leave)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a log file is read while the run goes on
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a log file is read while the command runs
         # A name in a manifest, or a terminal that knows ASCII alone, must not stop the command.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.exit(run_guarded(lambda: app.meta(tokens, exit_on_error=False, print_error=False)))

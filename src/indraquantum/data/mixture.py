@@ -147,7 +147,7 @@ def source_options(settings: PrepareSettings) -> list[SourceOption]:
 
 
 def _stem(path: str) -> str:
-    """What to call a source: its file or folder; of a glob, what stands before the first sign that is one, if any."""
+    """Return a name for a source: its file or folder, or the part of a glob before the first wildcard."""
     names = (Path(path).stem, Path(path).absolute().parent.name)
     return next((found for name in names if (found := re.split(r"[*?\[]", name)[0].strip(".-_ "))), "text")
 
@@ -158,7 +158,7 @@ def _check_name(field: str, value: str) -> None:
 
 
 def _is_amount_of_address(path: str, amount: str) -> bool:
-    """Whether what stands behind the last = of an address is an amount; its query may have = and numbers of its own."""
+    """Return whether the text after the last = of a URL is an amount; a URL's query may have = and numbers too."""
     _, asks, query = path.partition("?")
     return AMOUNT.fullmatch(amount) is not None and (not asks or "=" in query or amount.endswith("x"))
 

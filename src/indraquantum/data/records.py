@@ -93,10 +93,10 @@ def source_files(field: str, name: str, suffixes: tuple[str, ...], remedy: str, 
         name: A file, a folder of shards, a folder of `save_to_disk`, or a glob such as `shards/*.parquet`.
         suffixes: The endings that can be read.
         remedy: What to give instead, for errors.
-        reading: Learns of files that are left out.
+        reading: Collects the files that are left out.
 
     Raises:
-        UserError: nothing is there, nothing that can be read, or a folder whose files differ in kind.
+        UserError: there is nothing, nothing that can be read, or the files of a folder differ in kind.
     """
     path = Path(name)
     if path.is_dir():
@@ -194,10 +194,10 @@ def text_lines(field: str, path: Path, reading: Reading) -> Iterator[tuple[int, 
 
 
 def json_records(field: str, path: Path, reading: Reading) -> Iterator[Any]:
-    """Yield the records of a JSON file: the items of a list, or an object a line, whatever the file's ending says.
+    """Yield the records of a JSON file: the items of a list, or one object a line, whatever the file's ending.
 
-    A file of an object a line is read line by line, any other as a whole. A file that can't be read as a whole, but
-    has an object in its second line, has a wrong first line.
+    A file with one object a line is read line by line, any other as a whole. If a file can't be read as a whole but has
+    an object in its second line, its first line is wrong.
     """
     first, second = _first_lines(field, path)
     if first.startswith(b"[") or (not _is_object(first) and (path.suffix == ".json" or first.startswith(b"{"))):
@@ -217,7 +217,7 @@ def json_records(field: str, path: Path, reading: Reading) -> Iterator[Any]:
 
 
 def _first_lines(field: str, path: Path) -> list[bytes]:
-    """The first two lines that are not blank, or their beginnings; empty ones where there are fewer."""
+    """Return the first two lines that are not blank, or their beginnings; empty ones if there are fewer."""
     found: list[bytes] = []
     try:
         with open(path, "rb") as file:
@@ -237,10 +237,10 @@ def _is_object(line: bytes) -> bool:
 
 
 def _json_values(field: str, path: Path, in_doubt_lines: bool) -> list[Any] | None:
-    """The items of a file that is one list, or the values of one that has several, one behind the other.
+    """Return the items of a file that is one list, or the values of a file that holds several, one after the other.
 
     Returns:
-        The items; None where `in_doubt_lines` is set and the file is neither one list nor objects alone.
+        The items; None if `in_doubt_lines` is set and the file is neither one list nor only objects.
     """
     text = read_text(field, path)
     decoder, place, values = json.JSONDecoder(), 0, []
@@ -344,13 +344,13 @@ def check_text_column(field: str, path: Path, schema: pyarrow.Schema, name: str)
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, for errors."""
+    """Return what a JSON value is, for errors."""
     names = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
     return f"it is {names.get(type(value), 'a number')}"
 
 
 def wrong_text(text: object) -> str | None:
-    """What is wrong with a text, as the end of a sentence, or None."""
+    """Return what is wrong with a text, as the end of a sentence, or None."""
     if not isinstance(text, str):
         return kind_of(text)
     if not text.isascii() and not is_text(text):
@@ -361,9 +361,9 @@ def wrong_text(text: object) -> str | None:
 
 
 def is_text(text: str) -> bool:
-    """Whether `text` is free of half surrogate pairs, which no tokenizer can read.
+    """Return whether `text` is free of half surrogate pairs, which no tokenizer can read.
 
-    JSON can spell them, and Python puts them for bytes of the command line that are no UTF-8.
+    JSON can hold them, and Python uses them for bytes of the command line that are not UTF-8.
     """
     try:
         text.encode("utf-8")

@@ -112,7 +112,7 @@ def _marker_of_file(path: Path) -> str | None:
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
             is_long = b"\n" not in block and (is_long or len(tail) > BLOCK_BYTES)
-            if is_long:  # no marker begins a line here, but one may end it or stand inside
+            if is_long:  # no marker begins a line here, but one may be inside it or at its end
                 if b"<|" in tail + block and (found := JOINS.search((tail + block).decode(errors="replace"))):
                     return found[1]
                 tail = b"." + block[-1024:]
@@ -232,7 +232,7 @@ def _with_ends(source: TextSource, path: Path, reading: Reading) -> Iterator[str
 
 
 def _parted(line: str, separator: str | None) -> list[str]:
-    """What a separator leaves of a line: the line, or what stands around the separators in it."""
+    """Return the parts of a line between separators, or the line if it has none."""
     if separator is None:
         return [line]
     if line.strip() == ("" if separator == BLANK_LINE else separator):
@@ -280,7 +280,7 @@ def is_heading(line: str) -> bool:
 
 
 def _records(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:
-    """The texts of a JSON file or a table, as they stand there."""
+    """Yield the texts of a JSON file or a table, unchanged."""
     if path.suffix in TABLE_SUFFIXES:
         yield from _table_texts(source.field, path, reading)
         return

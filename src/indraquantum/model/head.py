@@ -2,7 +2,8 @@
 
 `interference`: logits_v = scale * Re<Z_v, psi> + bias_v. On real pairs this is a plain matrix product, so the fused
 objective (loss_v2) can compute it without building logits. In polar form it is sum_j M_vj |psi_j| cos(P_vj - arg
-psi_j). `born`: logits_v = ln(|scale * <Z_v, psi>|^2 + 1e-6) + bias_v, Born's rule. It is dense and for study: see
+psi_j).
+`born`: logits_v = ln(|scale * <Z_v, psi>|^2 + 1e-6) + bias_v, Born's rule. It is dense and for study: see
 kernels/born.py.
 
 Legend: V vocabulary, D real width (first half real parts, second half imaginary parts); `_..D` any leading

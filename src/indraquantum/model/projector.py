@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def uniform_by_fan_in(linear: nn.Linear) -> None:
     """Initialise `linear` as torch does by default, with U(-1/sqrt(in), 1/sqrt(in)), and a bias of 0.
 
-    transformers' own default, std 0.02 whatever the width, would put all phases near 0.
+    transformers' own default, std 0.02 for any width, would put all phases near 0.
     """
     bound = 1 / math.sqrt(linear.in_features)
     init.uniform_(linear.weight, -bound, bound)

@@ -41,7 +41,7 @@ class RunSummary:
     name: str  # its folder, below the logs
     state: str  # finished, running, stopped, or damaged with the reason
     steps: int = 0  # done
-    total_steps: int | None = None  # None where nothing tells
+    total_steps: int | None = None  # None if it is not known
     tokens: int = 0
     loss: float | None = None  # of the last step
     last_held_out: dict[str, float] = field(default_factory=dict)  # cross-entropy per source, nats per token

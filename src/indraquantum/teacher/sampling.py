@@ -1,8 +1,8 @@
-"""From a teacher's logits to what is kept of them: random draws, exact entropy, confidence, label.
+"""Reduces a teacher's logits to its signals: random draws, exact entropy and confidence, and the label's probability.
 
-The draws are independent and from the whole distribution (Sparse Logit Sampling, arXiv 2503.16870), so that
-counts / draws is an unbiased estimate of it; a top-k cache is not. The uniforms behind them depend on (seed,
-split, row) alone: neither the batch's size nor the order of the rows changes them.
+The draws are independent and from the full distribution (Sparse Logit Sampling, arXiv 2503.16870), so counts / draws is
+an unbiased estimate of it, unlike a top-k cache. They are made from uniform numbers that depend only on (seed, split,
+row), so that neither the batch size nor the order of the rows changes them.
 
 Legend: N positions, C positions of one chunk, V vocabulary, n draws a position, M distinct (position, id)
 pairs, G blocks of b neighbouring tokens.
@@ -17,27 +17,27 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-SPLITS = ("train", "validation")  # a split's number here is part of the random key: only append
+SPLITS = ("train", "validation")  # the number of a split is part of the random key, so only append
 _CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32 stay in the cache; eight times as many take 1.5 times as long
 _BLOCK = 32
 _UNDERFLOW = -104.0  # exp of anything lower is 0 in float32
 
 
 class PositionSignals(NamedTuple):
-    """What is kept of N positions' distributions."""
+    """The stored part of the distributions at N positions."""
 
     ids_M: np.ndarray  # int64: distinct ids, position after position, ascending within one
     amounts_M: np.ndarray  # int64: how often each was drawn; or float32: its probability
     ids_per_position_N: np.ndarray  # int64
-    entropy_N: np.ndarray  # float32, nats, at temperature 1; a lower bound where entropy_high_N is there
+    entropy_N: np.ndarray  # float32, nats, at temperature 1; a lower bound if there is entropy_high_N
     confidence_N: np.ndarray  # float32: the largest probability at temperature 1
     next_logprob_N: np.ndarray  # float32: the label's log-probability; nan where there is no label
     temperature_entropy_N: np.ndarray  # float32, nats, at the drawing temperature
-    entropy_high_N: np.ndarray | None = None  # float32: upper bound, from a server that does not give the entropy
+    entropy_high_N: np.ndarray | None = None  # float32: upper bound, for a server that does not give the entropy
 
 
 def row_uniforms(seed: int, split: str, row: int, row_length: int, draws: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) for one row's draws, ascending at each position.
+    """Return uniform numbers in [0, 1) for one row's draws, ascending at each position.
 
     Args:
         seed: the capture's seed, below 2**63.
@@ -47,29 +47,28 @@ def row_uniforms(seed: int, split: str, row: int, row_length: int, draws: int) -
         draws: numbers for each position.
 
     Returns:
-        (row_length, draws) float64. Sorted, because draws have no order, and tokens drawn in order
+        (row_length, draws) float64. They are sorted, because draws have no order, and tokens drawn in ascending order
         need no sorting to be counted.
     """
     key = np.array([seed, (SPLITS.index(split) << 56) + row], np.uint64)
-    # The upper 53 bits of Philox's raw numbers: NumPy promises those for good, not what its Generator makes of them.
+    # The upper 53 bits of Philox's raw numbers. NumPy promises never to change those, unlike its Generator's output.
     uniforms = (np.random.Philox(key=key).random_raw((row_length, draws)) >> np.uint64(11)) * 2.0**-53
     uniforms.sort(axis=1)
     return uniforms
 
 
 def draw_tokens(weights_CV: torch.Tensor, uniforms_Cn: torch.Tensor) -> torch.Tensor:
-    """Invert the cumulative distribution: the token at which it passes each uniform number.
+    """Invert the cumulative distribution: return the token at which it passes each uniform number.
 
-    Found in two steps, the block of 32 tokens and then the token within it, with running sums in float64: in
-    float32 a sum over 32,000 tokens would never reach its rarest ones, and one long float64 sum takes six
-    times as long.
+    This takes two steps with running sums in float64: first the block of 32 tokens, then the token within it. In
+    float32 a sum over 32,000 tokens would never reach its rarest ones, and one long float64 sum takes six times as long.
 
     Args:
         weights_CV: (C, V) float32 >= 0, each row with a positive sum; need not be normalised.
         uniforms_Cn: (C, n) float64 in [0, 1).
 
     Returns:
-        (C, n) int64 tokens, each of positive weight; ascending in a row where the uniforms are.
+        (C, n) int64 tokens, each of positive weight; ascending in a row if the uniforms are.
     """
     import torch
 
@@ -82,13 +81,13 @@ def draw_tokens(weights_CV: torch.Tensor, uniforms_Cn: torch.Tensor) -> torch.Te
     start_Cn = torch.nn.functional.pad(ends_CG, (1, 0)).gather(1, block_Cn)
     chunk_row_C1 = torch.arange(len(weights_CV), device=weights_CV.device)[:, None]
     inner_Cnb = blocks_CGb[chunk_row_C1, block_Cn].double().cumsum(-1)
-    # The block's sum, taken in float32, may be above its running sum, behind which there is no token.
+    # The block's sum in float32 may be above its last running sum, after which there is no token.
     rest_Cn = torch.minimum(target_Cn - start_Cn, torch.nextafter(inner_Cnb[:, :, -1], ends_CG.new_zeros(())))
     return block_Cn * _BLOCK + torch.searchsorted(inner_Cnb, rest_Cn[:, :, None], right=True)[:, :, 0]
 
 
 def count_distinct(tokens_Nn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct tokens of each row and how often each occurs.
+    """Return the distinct tokens of each row and how often each occurs.
 
     Args:
         tokens_Nn: (N, n) int64, ascending in each row.
@@ -112,19 +111,19 @@ def position_signals(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> PositionSignals:
-    """Reduce a teacher's logits to its signals, chunk by chunk: no second tensor of their size exists.
+    """Reduce a teacher's logits to its signals, chunk by chunk, without a second tensor of their size.
 
     Args:
-        logits: (..., V' >= vocabulary_size), any float type and device; ids past the vocabulary are left out.
-        places_N: (N,) int64, the positions wanted in the flattened leading axes.
+        logits: (..., V' >= vocabulary_size), any float type and device; ids outside the vocabulary are ignored.
+        places_N: (N,) int64, the wanted positions in the flattened leading axes.
         labels_N: (N,) int64, the actual next token or -100.
-        uniforms_Nn: (N, n) float64, from `row_uniforms`; None to keep the likeliest tokens instead of draws.
+        uniforms_Nn: (N, n) float64, from `row_uniforms`; None keeps the likeliest tokens instead of draws.
         vocabulary_size: V.
-        temperature: of the distribution that is drawn from.
-        top_k: how many of the likeliest tokens; None keeps all.
+        temperature: the temperature of the distribution that tokens are drawn from.
+        top_k: how many of the likeliest tokens to keep; None keeps all.
 
     Raises:
-        FloatingPointError: a position's logits hold nan or +inf, or nothing but -inf.
+        FloatingPointError: a position's logits hold nan or +inf, or only -inf.
     """
     import torch
 
@@ -152,14 +151,14 @@ def position_signals(
 
 
 def likeliest_tokens(weights_CV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k tokens of greatest weight, ascending by id, and their probabilities.
+    """Return the k tokens of greatest weight, ascending by id, and their probabilities.
 
     Args:
         weights_CV: (C, V) float32 >= 0, each row with a positive sum; need not be normalised.
         k: tokens to keep, at most V.
 
     Returns:
-        (C, k) int64 ids and (C, k) float32 probabilities, which sum to 1 only where k is V.
+        (C, k) int64 ids and (C, k) float32 probabilities, which sum to 1 only if k is V.
     """
     ids_Ck = weights_CV.topk(k, sorted=False).indices.sort(-1).values
     return ids_Ck, weights_CV.gather(1, ids_Ck) / weights_CV.sum(-1, keepdim=True)
@@ -176,7 +175,7 @@ class _Exact(NamedTuple):
 
 
 def _exact_figures(logits_CV: torch.Tensor, labels_C: torch.Tensor, temperature: float) -> _Exact:
-    """The four exact figures of one chunk; overwrites the logits."""
+    """Return the four exact figures of one chunk. The logits are overwritten."""
     import torch
 
     top_C1 = logits_CV.amax(-1, keepdim=True)
@@ -184,7 +183,7 @@ def _exact_figures(logits_CV: torch.Tensor, labels_C: torch.Tensor, temperature:
         raise FloatingPointError("the teacher's logits are not finite")
     shifted_CV = logits_CV.sub_(top_C1)
     label_logit_C = shifted_CV.gather(1, labels_C.clamp(min=0)[:, None])[:, 0]
-    # 0 * -inf would be nan. What is excluded at temperature 1 stays so at a higher one: that needs the unclamped.
+    # 0 * -inf would be nan. A token that is excluded at temperature 1 stays excluded at others, so those use unclamped.
     clamped_CV = shifted_CV.clamp_(min=_UNDERFLOW) if temperature == 1.0 else shifted_CV.clamp(min=_UNDERFLOW)
     weights_CV = clamped_CV.exp()
     total_C = weights_CV.sum(-1)
