@@ -61,7 +61,8 @@ def draw_tokens(weights_CV: torch.Tensor, uniforms_Cn: torch.Tensor) -> torch.Te
     """Invert the cumulative distribution: return the token at which it passes each uniform number.
 
     This takes two steps with running sums in float64: first the block of 32 tokens, then the token within it. In
-    float32 a sum over 32,000 tokens would never reach its rarest ones, and one long float64 sum takes six times as long.
+    float32 a sum over 32,000 tokens would never reach its rarest ones, and one long float64 sum takes six times as
+    long.
 
     Args:
         weights_CV: (C, V) float32 >= 0, each row with a positive sum; need not be normalised.
