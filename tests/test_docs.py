@@ -17,6 +17,7 @@ from test_cli import COMMANDS
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "docs" / "tools"
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def plain(text: str) -> str:
@@ -51,9 +52,15 @@ def test_the_page_says_what_is_allowed(options):
     assert r"such as \<noinput\> or Noinput" in options["prepare"]  # no tag that a browser would hide
 
 
+def output_of(code: str, folder: Path, environment: dict[str, str]) -> str:
+    """What a piece of Python prints in `folder`."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+
+
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path):
-    """Its commands, on a demo of toy size and for few steps, in its own order."""
+    """Its commands and the README's Python, on a demo of toy size, in their order."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     indra = [sys.executable, "-m", "indraquantum"]
     subprocess.run([*indra, "demo", "--tiny", "--output", "demo"], cwd=tmp_path, env=environment, check=True)
@@ -65,10 +72,13 @@ def test_the_tutorial_runs(tmp_path):
         command = [word.replace("epoch_3", "epoch_4") if command[0] != "export" else word for word in command]
         subprocess.run([*indra, *command], cwd=tmp_path, env=environment, check=True)
     (code,) = [block for language, block in blocks if language == "python"]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    assert "The for statement is used to" in output_of(code, tmp_path, environment)
+    said = output_of(
+        re.search(r"```python\n(.*?)```", README, re.DOTALL)[1].replace("epoch_3", "epoch_4"), tmp_path, environment
     )
-    assert "The for statement is used to" in done.stdout
+    assert re.fullmatch(
+        r"held-out cross-entropy: \d\.\d\d nats per token\n.*\n(.*: confidence .* nats\n){3}", said, re.DOTALL
+    )
 
 
 @pytest.mark.slow

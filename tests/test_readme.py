@@ -108,11 +108,11 @@ def test_make_knows_its_commands():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_python_of_the_readme_prints_what_it_says():
-    code, output = (dict(FENCED.findall(TEXTS["README.md"]))[language] for language in ("python", "text"))
+def test_the_python_of_the_loss_prints_what_it_says():
+    code, output = (dict(FENCED.findall(TEXTS["docs/python.md"]))[language] for language in ("python", "text"))
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "docs/python.md", "exec"), {})
     assert said.getvalue() == output
 
 
