@@ -476,7 +476,7 @@ def test_a_plan_that_is_stopped_goes_on_to_the_same_bytes(world, finished, tmp_p
     assert process.wait() == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
     assert indra(*command[3:]) == 0
     said = (tmp_path / "work" / "logs" / "plain-seed3" / "output.txt").read_text()
-    assert re.search(rf"Left at step \d+ by SIGTERM.*Resuming from step \d+ of {steps}", said, re.DOTALL)
+    assert re.search(rf"Stopped at step \d+ by SIGTERM.*Resuming from step \d+ of {steps}", said, re.DOTALL)
     undisturbed = bench_of(plan, tmp_path / "undisturbed").run("plain", 3, {})
     run_task(undisturbed)
     assert without_timing(undisturbed.result) == without_timing(tmp_path / "results" / "plain-seed3.json")

@@ -120,7 +120,7 @@ def test_where_every_checkpoint_is_damaged_nothing_starts_over(world, run, tmp_p
     settings = survival.small_run(world, tmp_path, data=run.data, epochs=1)
     settings.output.mkdir()
     (settings.output / "checkpoint_v4_epoch_1.pt").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(UserError, match="holds no valid checkpoint"):
         survival.train_small(settings)
     with pytest.raises(UserError, match="--resume: got never; must be auto"):
         survival.train_small(settings.model_copy(update={"resume": "never"}))

@@ -72,9 +72,7 @@ def test_warm_up_and_weights_keep_to_the_length_that_the_run_was_begun_with(worl
     before = lines_of(short)
     capsys.readouterr()
     extended = trained(world, tmp_path, **options, epochs=3)
-    assert f"The run was begun with {steps} steps: warm-up and loss weights keep that length." in (
-        capsys.readouterr().out
-    )
+    assert f"The run began with {steps} steps: warm-up and loss weights keep that length." in (capsys.readouterr().out)
     lines = lines_of(extended)
     assert lines[: steps + 1] == before
     assert {line["learning_rate"] for line in lines[steps + 1 :]} == {extended.learning_rate}
@@ -151,7 +149,7 @@ def test_a_run_that_stopped_early_says_so_when_it_is_given_more_steps(world, tmp
     capsys.readouterr()
     longer = trained(world, tmp_path, **options, epochs=4)
     last = longer.output / "checkpoint_v4_epoch_1.pt"
-    said = f"This run stopped early, by --patience; --start-from {last} --output NEW trains on from its weights.\n"
+    said = f"--patience stopped this run early. To train on from its weights: --start-from {last} --output NEW\n"
     assert said in capsys.readouterr().out
 
 

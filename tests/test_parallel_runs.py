@@ -103,7 +103,7 @@ def test_one_ddp_fsdp2_one(world, one, tmp_path):
 
         assert forked.run(ranks, act, folder) == [143] * ranks, forked.said(folder)
         assert newest_checkpoint(settings.output, lambda epoch: epoch * STEPS_PER_EPOCH).checkpoint.step == step
-        assert forked.said(folder).count("Left at step") == 1
+        assert forked.said(folder).count("Stopped at step") == 1
     assert survival.in_fork(lambda: survival.train_small(settings)) == 0
     same_run(settings, one)
 
@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_any_process(world, tmp_path
         survival.train_small(settings)
 
     assert forked.run(2, act, tmp_path) == [3, 3], forked.said(tmp_path)
-    assert f"not finite by rows [{(tmp_path / 'row').read_text()}]" in forked.said(tmp_path)
+    assert f"not finite because of rows [{(tmp_path / 'row').read_text()}]" in forked.said(tmp_path)
 
 
 def test_a_removed_folder_ends_all_with_a_checkpoint(world, tmp_path):
@@ -303,7 +303,7 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint(world, one, tmp_path):
         wait_for_step(settings, 13)
         launched.send_signal(signal.SIGTERM)
         launched.wait(60)
-        assert launched.said.read_text().count("Left at step") == 1
+        assert launched.said.read_text().count("Stopped at step") == 1
     step = newest_checkpoint(settings.output, lambda epoch: epoch * STEPS_PER_EPOCH).checkpoint.step
     assert step == lines_of(settings)[-1]["step"] >= 13
     with torchrun(settings) as again:

@@ -195,7 +195,7 @@ def test_metrics_of_another_run_are_neither_continued_nor_replaced(world, tmp_pa
     report.metrics.write_bytes(theirs)
     loop.train(own.model_copy(update={"max_steps": 5}))
     assert (folder / "metrics.jsonl.set-aside-1").read_bytes() == theirs
-    assert "is of another run" in capsys.readouterr().err
+    assert "belongs to another run" in capsys.readouterr().err
     assert [json.loads(line)["step"] for line in report.metrics.read_bytes().splitlines()] == [5]
     for path in (tmp_path / "own" / "run").glob("checkpoint*"):
         path.unlink()

@@ -166,13 +166,19 @@ def test_curves_and_rates_run_over_their_own_stage(world, tmp_path):
     settings = TrainSettings(
         **small(world, tmp_path).model_dump(exclude_unset=True, exclude={"epochs"}), strategy=str(tmp_path / "my.yaml")
     )
-    loop.train(settings)
-    lines = metrics(settings)[1:]
-    assert [line["stage"] for line in lines] == ["a"] * 3 + ["b"] * 5
-    assert [line["kd_weight"] for line in lines] == pytest.approx([0.2, 0.4, 0.6, 0.2, 0.3, 0.4, 0.5, 0.6])
-    assert [line["phase_weight"] for line in lines] == [0, 3, 3, 0, 0, 3, 3, 3]
+    plan = find_signals(plan_run(settings, open_dataset("--data", world.data)))
+    table = [plan.step(number) for number in range(plan.total_steps)]
+    assert [plan.at(number).spec.name for number in range(8)] == ["a"] * 3 + ["b"] * 5
+    assert [step.kd_weight for step in table] == pytest.approx([0.2, 0.4, 0.6, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert [step.phase_weight for step in table] == [0, 3, 3, 0, 0, 3, 3, 3]
     peak = settings.learning_rate
-    assert [line["learning_rate"] for line in lines[3:]] == pytest.approx([peak / 2, *[peak] * 4])
+    assert [step.learning_rate for step in table[3:]] == pytest.approx([peak / 2, *[peak] * 4])
+    assert str(table[3]) == "30 rows, learning rate 2.500e-03, weights kd 0.2, phase 0, magnitude 0"
+    loop.train(settings)
+    for line, step in zip(metrics(settings)[1:], table, strict=True):  # what is done is what the plan says
+        assert [line[name] for name in ("kd_weight", "phase_weight", "learning_rate")] == [
+            step.kd_weight, step.phase_weight, step.learning_rate,
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("lengths", [("epochs: 2", "epochs: 3"), ("epochs: 2, steps: 7", "steps: 11"), (0.3, 0.7)])

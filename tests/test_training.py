@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_passed_over(world, finished, tmp_path, capsys):
     damaged[len(damaged) // 2] ^= 1
     (again.output / "checkpoint_v4_epoch_2.pt").write_bytes(damaged)
     resumed = loop.train(again)
-    assert "warning: passed over" in capsys.readouterr().err
+    assert "warning: skipped damaged checkpoints" in capsys.readouterr().err
     assert same_checkpoints(report.checkpoint, resumed.checkpoint)
 
 

@@ -87,7 +87,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     try:
         with atomic_file(path) as temporary:
             temporary.write_bytes(content)
-            # An old manifest does not fit the new file: without one, either file is a whole checkpoint.
+            # An old manifest does not fit the new file: without one, either file is a valid checkpoint.
             manifest_path(path).unlink(missing_ok=True)
         with atomic_file(manifest_path(path)) as temporary:
             temporary.write_text(manifest, encoding="utf-8")
@@ -114,7 +114,7 @@ def load_checkpoint(field: str, path: Path) -> Checkpoint:
     except OSError as error:
         raise UserError(field, path, f"{MUST} ({error.strerror})") from None
     except MALFORMED as error:
-        raise UserError(field, path, f"{MUST} (not a whole one: {_first_line(error)})") from None
+        raise UserError(field, path, f"{MUST} (incomplete or damaged: {_first_line(error)})") from None
     except UnpicklingError:
         raise UserError(field, path, f"{MUST} (it holds more than tensors and plain values)") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -181,7 +181,7 @@ class Found:
 
 
 def checkpoints_in(folder: Path, step_of_epoch: Callable[[int], int]) -> list[tuple[int, Path]]:
-    """The checkpoints of `folder`, whole or not, by the step that their names tell, newest first.
+    """The checkpoints of `folder`, valid or not, by the step in their names, newest first.
 
     `step_of_epoch` tells at which step an epoch, from 1, ends.
     """
@@ -194,7 +194,7 @@ def checkpoints_in(folder: Path, step_of_epoch: Callable[[int], int]) -> list[tu
 
 
 def newest_checkpoint(folder: Path, step_of_epoch: Callable[[int], int]) -> Found | None:
-    """The newest whole checkpoint of `folder`, or None where there is none at all; warns once of damaged ones.
+    """The newest valid checkpoint of `folder`, or None if there is none at all; warns once of damaged ones.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -214,16 +214,16 @@ def newest_checkpoint(folder: Path, step_of_epoch: Callable[[int], int]) -> Foun
             newest = found
     if passed and newest is not None:
         names = ", ".join(path.name for path, _ in passed)
-        warn(f"warning: passed over {names}: damaged; using {newest.path.name}. First: {passed[0][1]}")
+        warn(f"warning: skipped damaged checkpoints: {names}. Using {newest.path.name}. First error: {passed[0][1]}")
         set_aside(path for path, _ in passed)
     elif passed:
         way_out = "remove it to start over, or give another --output"
-        raise UserError("--output", folder, f"holds no whole checkpoint, {way_out}. First: {passed[0][1]}")
+        raise UserError("--output", folder, f"holds no valid checkpoint: {way_out}. First error: {passed[0][1]}")
     return newest
 
 
 def set_aside(paths: Iterable[Path]) -> None:
-    """Rename checkpoints that the run can't go through again, so that nothing takes them for its own."""
+    """Rename checkpoints that the run will not reach again in the same way, so that nothing resumes from them."""
     for path in paths:
         for part in (manifest_path(path), path):
             if part.exists():
@@ -232,7 +232,7 @@ def set_aside(paths: Iterable[Path]) -> None:
 
 
 def prune_step_checkpoints(folder: Path, keep_last: int, keep: Callable[[int], bool] = lambda step: False) -> None:
-    """Remove all but the newest `keep_last` checkpoints of steps; those of epochs stay, and so do steps to `keep`."""
+    """Remove all but the newest `keep_last` step checkpoints. Those of epochs stay, and so do the steps to `keep`."""
     steps = [path for step, path in checkpoints_in(folder, int) if "_step_" in path.name and not keep(step)]
     for path in steps[keep_last:]:
         manifest_path(path).unlink(missing_ok=True)

@@ -32,7 +32,7 @@ class DryRun:
     micro_batch_rows: int
     step_tokens: int  # real tokens of the first step
     total_steps: int
-    stages: tuple[str, ...]  # a line for each
+    stages: tuple[str, ...]  # lines: each stage, and some of its steps
     tensors: dict[str, tuple[tuple[int, ...], ...]]  # parameter shapes of each part
     parameters: dict[str, int]
     bytes: dict[str, int]
@@ -66,7 +66,7 @@ def measure(run: Run) -> DryRun:
         micro_batch_rows=step.micro_batch_rows,
         step_tokens=int((batch.index >= 0).sum()),
         total_steps=run.total_steps,
-        stages=tuple(map(str, run.plan.stages)),
+        stages=tuple(line for stage in run.plan.stages for line in _lines_of(stage)),
         tensors=_shapes(run),
         parameters=parameter_counts(run.model),
         bytes=_memory(run, size, activations),
@@ -74,6 +74,12 @@ def measure(run: Run) -> DryRun:
         seconds_per_step=seconds[0],
         seconds_to_finish=steps_seconds + _evaluation_seconds(run, size, seconds[0]),
     )
+
+
+def _lines_of(stage: RunStage) -> list[str]:
+    """The stage, and its first, middle and last step."""
+    numbers = dict.fromkeys((stage.first, stage.first + stage.steps // 2, stage.end - 1))
+    return [str(stage), *(f"  step {number + 1:,}: {stage.step(number)}" for number in numbers)]
 
 
 def _step_seconds(run: Run, stage: RunStage) -> float:

@@ -86,7 +86,7 @@ class Engine:
         grad_norm = clip_gradients(optimizer, step.max_grad_norm)
         if not (math.isfinite(terms["loss"]) and (math.isfinite(grad_norm) or parallel.precision.may_overflow)):
             guilty = self._guilty_rows(step, objective, token_count)
-            found = f"loss {terms['loss']}, gradient norm {grad_norm}: not finite by rows {guilty}"
+            found = f"loss {terms['loss']}, gradient norm {grad_norm}: not finite because of rows {guilty}"
             raise TrainingStopped(f"{found}; the weights were not updated")
         parallel.precision.scaler.step(optimizer)  # leaves the weights alone where a gradient overflowed
         parallel.precision.scaler.update()

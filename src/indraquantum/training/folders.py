@@ -14,6 +14,7 @@ import json
 import os
 from pathlib import Path
 
+from indraquantum.config import TeacherSettings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, folder_lock, is_locked, make_folder, not_written
 from indraquantum.metrics import RECORD_NAME, MetricsLog, checked_lines, read_record
@@ -41,7 +42,7 @@ class HeldFolders:
     def __init__(self, output: Path, logs: Path, stack: contextlib.ExitStack) -> None:
         if (other := folder_of_record(logs)) and other.resolve() != output.resolve() and other.exists():
             raise UserError(
-                "--logs", logs, f"holds the metrics of {other}; give another, or an --output of another name"
+                "--logs", logs, f"holds the metrics of {other}; give another folder, or an --output with another name"
             )
         make_folder("--output", output)
         make_folder("--logs", logs)
@@ -69,7 +70,7 @@ class HeldFolders:
             return False
 
     def make_again(self, log: MetricsLog) -> list[str]:
-        """Put back what was removed, but never over what stands there now.
+        """Put back what was removed, but never overwrite what is there now.
 
         Returns:
             What became of the metrics, if they were concerned.
@@ -87,6 +88,11 @@ class HeldFolders:
                 raise UserError("--output", self._output, ", ".join([allowed, *said]))
             make_folder("--output", self._output)
         return said
+
+
+def metrics_path_of(settings: TrainSettings | TeacherSettings) -> Path:
+    """The file for a run's metrics; run.json stands beside it."""
+    return settings.logs / settings.output.resolve().name / "metrics.jsonl"
 
 
 def folder_of_record(folder: Path) -> Path | None:
@@ -119,7 +125,8 @@ def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
         name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.set-aside-{n}")).exists()
     )
     path.rename(aside)
-    warn(f"warning: {path} is of another run; it is {aside.name} now, and this run begins a new file")
+    said = f"{path} belongs to another run. It is renamed to {aside.name}, and this run starts a new file."
+    warn(f"warning: {said}")
 
 
 def _are_of(path: Path, run: Run) -> bool:

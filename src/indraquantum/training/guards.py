@@ -39,7 +39,7 @@ def require_finite_weights(groups: Iterable[dict]) -> None:
     if not math.isfinite(whole(torch.nn.utils.get_total_norm(weights)).item()):
         bad = sum(int((~whole(weight).isfinite()).sum()) for weight in weights)
         if bad:  # the norm alone may overflow
-            raise TrainingStopped(f"{bad:,} weights are not finite, whatever the rows")
+            raise TrainingStopped(f"{bad:,} weights are not finite, before any row is read")
 
 
 def require_finite_signals(signals: TeacherSignals | None, rows_N: list[int]) -> None:
@@ -112,7 +112,7 @@ class CollapseGuard:
     found: dict[str, int] = field(default_factory=dict)  # looks in a row that found it
 
     def look(self, figures: CollapseFigures, dead: list[str]) -> list[str]:
-        """Take in one look; the kinds of collapse that have just been confirmed."""
+        """Record one look; the kinds of collapse that it confirms."""
         suspects = [f"dead_{term}" for term in dead]
         for name, threshold in THRESHOLDS.items():
             value = getattr(figures, name)
@@ -132,7 +132,7 @@ class CollapseGuard:
 
 @dataclass(frozen=True)
 class Look:
-    """What one look brought: figures for the metrics, what has just been confirmed, and what is since a while."""
+    """The result of one look: figures for the metrics, kinds that it confirms, kinds that are confirmed by now."""
 
     figures: dict[str, Any]
     confirmed: list[str]

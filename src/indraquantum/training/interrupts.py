@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP: the first one asks the run to leave, a second SIGTERM or SIGINT leaves at once.
+"""SIGTERM, SIGINT and SIGHUP: the first one asks the run to stop, a second SIGTERM or SIGINT ends it at once.
 
     with Interrupts() as interrupts:        # a signal raises Interrupted where it strikes
         with interrupts.deferred():         # ... but here it waits for `check`, so that a step or a save is not cut

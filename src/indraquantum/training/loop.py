@@ -32,7 +32,13 @@ from indraquantum.training.checkpoint import (
     prune_step_checkpoints,
     save_checkpoint,
 )
-from indraquantum.training.folders import FolderRemoved, HeldFolders, set_others_metrics_aside, write_record
+from indraquantum.training.folders import (
+    FolderRemoved,
+    HeldFolders,
+    metrics_path_of,
+    set_others_metrics_aside,
+    write_record,
+)
 from indraquantum.training.guards import PROBE_EVERY, probe, require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
 from indraquantum.training.plan import plan_run
@@ -67,7 +73,7 @@ def train(settings: TrainSettings) -> TrainReport:
         TrainingStopped: the loss or a gradient is not finite.
         Interrupted: by a signal.
     """
-    metrics_path = settings.logs / settings.output.resolve().name / "metrics.jsonl"
+    metrics_path = metrics_path_of(settings)
     with Interrupts() as interrupts, joined_processes() as processes, contextlib.ExitStack() as stack:
         with processes.together():
             require_tracker(settings.log_to)
@@ -125,7 +131,7 @@ def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: Held
     except Interrupted as interrupted:
         if processes.is_first:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                said = f"Left at step {run.step} by {interrupted.name}; run the same command to resume."
+                said = f"Stopped at step {run.step} by {interrupted.name}. Run the same command to resume."
                 warn(said)
         raise
     finally:
@@ -133,7 +139,7 @@ def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: Held
 
 
 def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, folders: HeldFolders | None = None) -> None:
-    """Take `run` from where it stands to its end, or to where it must leave, with a checkpoint there.
+    """Take the steps of `run` that are left, until its end or a signal, and leave a checkpoint there.
 
     Args:
         run: what to continue.
@@ -165,7 +171,7 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
                     if collapsed:
                         raise TrainingStopped(f"{collapsed}; continue with --on-collapse warn")
                 run.pending = None
-                if is_best and run.step and run.keep_best:  # before the one to resume from: it is never behind
+                if is_best and run.step and run.keep_best:  # before the one to resume from, which is never ahead
                     write_checkpoint(run, run.folder / BEST_NAME, log)
                 save_where_due(run, log)
                 interrupts.check()
@@ -181,7 +187,7 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
             said = run.processes.first(lambda: folders.make_again(log))
             if run.step:
                 save(run, run.milestone_path if run.finished else run.step_path, log)
-                said = [*said, f"step {run.step} is saved in {run.folder}: the same command resumes"]
+                said = [*said, f"step {run.step} is saved in {run.folder}: run the same command to resume"]
             raise FolderRemoved(removed.field, removed.value, "; ".join([removed.allowed, *said])) from None
 
 
@@ -202,7 +208,7 @@ def take_step(run: Run) -> dict[str, Any]:
 
 
 def watch_for_collapse(run: Run) -> str | None:
-    """Look for collapse where its turn has come; the figures go to the metrics of the step.
+    """Every PROBE_EVERY steps, look for collapse; the figures go to the metrics of the step.
 
     Returns:
         What to stop with, where a collapse is confirmed and the settings ask to stop there.
@@ -219,7 +225,7 @@ def watch_for_collapse(run: Run) -> str | None:
             look = probe(run.guard, run.model, objective, stage.dataset.train, held_out, stage.signals)
         except TrainingStopped as error:
             raise TrainingStopped(f"step {run.step}: {error}") from None
-    look = run.processes.gather(look)[0]  # should they differ in the last digit, all do as the first one does
+    look = run.processes.gather(look)[0]  # they may differ in the last digit: the first one decides for all
     run.pending |= look.figures
     stops = run.settings.on_collapse == "stop"  # also by what an earlier part of the run confirmed
     found = look.standing if stops else look.confirmed
@@ -253,7 +259,7 @@ def metrics_of(run: Run, step: StepInput, result: StepResult, seconds: float) ->
 
 
 def evaluate(run: Run, interrupts: Interrupts | None = None) -> dict[str, float]:
-    """Held-out cross-entropy now, of the averaged weights where they are kept; printed and returned.
+    """Print and return the held-out cross-entropy now, of the averaged weights if the run keeps them.
 
     Args:
         run: the run.
@@ -263,7 +269,7 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> dict[str, float]
         TrainingStopped: it is not finite.
         Interrupted: by a signal.
     """
-    interrupts = interrupts or Interrupts()  # one that is not open, so that none comes
+    interrupts = interrupts or Interrupts()  # not open: no signal reaches it
     # The weights are exchanged where they lie, in shards maybe, before they are gathered.
     with run.average.in_place_of(run.model), run.parallel.readable(), interrupts.at_once():
         figures = held_out_cross_entropy(run.model, run.dataset, run.device, run.processes, interrupts.check)
@@ -278,7 +284,7 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> dict[str, float]
 
 
 def note_evaluation(run: Run) -> bool:
-    """Take in the evaluation that was just done; whether it is the best so far. May end the run."""
+    """Record the evaluation that was just done; True if it is the best so far. It may end the run."""
     best = run.best
     is_best = best.take(run.step, run.held_out["all"], run.patience)
     if best.stopped:
@@ -297,12 +303,12 @@ def save_where_due(run: Run, log: MetricsLog | NoLog) -> None:
 
 
 def _decay_begins(run: Run, step: int) -> bool:
-    """Whether wsd begins to decay after `step`: from there on another length would be another run."""
+    """Whether wsd begins to decay after `step`. From there on, another length would be another run."""
     return run.plan.at(step).rate_decays_from(step)
 
 
 def save(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
-    """Write a checkpoint to resume from, and drop the step checkpoints of old.
+    """Write a checkpoint to resume from, and remove old step checkpoints.
 
     Raises:
         TrainingStopped: a weight or the optimiser's state is not finite; nothing is written.
@@ -333,7 +339,7 @@ def write_checkpoint(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
 
 
 def checkpoint_of(run: Run) -> Checkpoint:
-    """All that `run` needs to resume, in the first process; all must ask for it."""
+    """All that `run` needs to resume, in the first process. All processes must call this together."""
     tokenizer, state = run.dataset.tokenizer, run.parallel.whole_state(run.optimizer, run.average)
     return Checkpoint(
         model_config=run.model.config.to_dict(),
@@ -353,7 +359,7 @@ def checkpoint_of(run: Run) -> Checkpoint:
 
 
 def figures_of(metrics: dict[str, Any]) -> str:
-    """The four terms, the learning rate and the speed of a step, to show while the run is under way."""
+    """Loss terms, learning rate and speed of a step, for the progress line."""
     names = [name for name in ("ce", "kd", "phase", "magnitude") if metrics.get(name) is not None]
     terms = [f"{name} {metrics[name]:.3f}" for name in names]
     return ", ".join(

@@ -324,6 +324,9 @@ def _numbered(state: dict[str, Any]) -> dict[str, Any]:
     return {"state": {number[name]: entry for name, entry in state["state"].items()}, "param_groups": groups}
 
 
+# Saving under FSDP2 is torch.distributed.checkpoint's. Loading is not: its `set_optimizer_state_dict` takes a step of
+# zeros to make the states, must be told to pass over parameters that have none, such as a readout that no teacher has
+# reached, and knows nothing of averaged weights. Here each process cuts its shards out of the file that it verified.
 def scattered(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The shards of `state` that this process holds, laid out as the tensors of the same name in `like`."""
     return {name: shard_like(value, like[name]) if name in like else value for name, value in state.items()}

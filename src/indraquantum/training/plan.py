@@ -4,7 +4,7 @@
     print(plan.step(0))             # a StepInput: rows, signals, loss weights, learning rate
     print(plan)                     # a line for each stage
 
-A strategy says what each stage is; here it meets the dataset. Steps are counted over the whole run, from 0.
+A strategy says what each stage is; the plan applies it to the dataset. Steps are counted over the whole run, from 0.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def rows_per_step(batch_tokens: int, row_length: int) -> int:
 
 
 def plan_run(settings: TrainSettings, dataset: PreparedDataset) -> Plan:
-    """Let the strategy of `settings` meet its data; nothing is written, no teacher is asked.
+    """The plan of a run: its strategy applied to its data. Nothing is written, no teacher is asked.
 
     Args:
         settings: of the run.

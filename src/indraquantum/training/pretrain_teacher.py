@@ -29,7 +29,7 @@ from indraquantum.progress import tell
 from indraquantum.strategy import RATES, Stage, Strategy, check_decay
 from indraquantum.trackers import require_tracker
 from indraquantum.training.engine import Engine
-from indraquantum.training.folders import HeldFolders
+from indraquantum.training.folders import HeldFolders, metrics_path_of
 from indraquantum.training.interrupts import Interrupts
 from indraquantum.training.loop import complete, evaluate
 from indraquantum.training.optimizers import MUON_GROUP, MuonAdamW
@@ -187,7 +187,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
         TrainingStopped: the loss or a gradient is not finite.
         Interrupted: by a signal.
     """
-    metrics_path = settings.logs / settings.output.resolve().name / "metrics.jsonl"
+    metrics_path = metrics_path_of(settings)
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
         check_decay(settings)
         require_tracker(settings.log_to)

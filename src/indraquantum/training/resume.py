@@ -43,7 +43,7 @@ STAGE_LENGTHS = ("steps", "planned_steps")  # in a stage's identity
 
 
 def resume(run: Run) -> bool:
-    """Put `run` where the checkpoint that its settings ask for stands; whether there was one.
+    """Restore `run` from the checkpoint that its settings ask for; False if there is none.
 
     Raises:
         UserError: that checkpoint is damaged or of a run with other settings, or the folder should hold none.
@@ -66,14 +66,14 @@ def resume(run: Run) -> bool:
     if not run.finished:
         tell(f"Resuming from step {run.step} of {run.total_steps}.")
     elif run.step < run.total_steps:
-        tell(f"This run stopped early, by --patience; --start-from {path} --output NEW trains on from its weights.")
+        tell(f"--patience stopped this run early. To train on from its weights: --start-from {path} --output NEW")
     if run.total_steps != run.plan.planned_steps:
-        tell(f"The run was begun with {run.plan.planned_steps} steps: warm-up and loss weights keep that length.")
+        tell(f"The run began with {run.plan.planned_steps} steps: warm-up and loss weights keep that length.")
     return True
 
 
 def _wanted_checkpoint(run: Run) -> Found | None:
-    """The checkpoint that the settings ask for, None to start afresh."""
+    """The checkpoint that the settings ask for; None to start anew."""
     folder, wanted = run.folder, run.settings.resume
     if wanted == "never":
         refuse_checkpoints(run.folder, run.plan)
@@ -84,7 +84,7 @@ def _wanted_checkpoint(run: Run) -> Found | None:
 
 
 def _set_later_ones_aside(run: Run, used: Path) -> None:
-    """After going back on purpose: later checkpoints would be ahead of the metrics."""
+    """After a return to an earlier step on purpose: later checkpoints would be ahead of the metrics."""
     later = (
         path
         for step, path in checkpoints_in(run.folder, run.plan.step_of_epoch)
@@ -141,7 +141,7 @@ def _as_there(run: Run, then: Any) -> str:
 
 
 def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -> UserError:
-    """What to say where the run can't have the length that is asked for: why, and the ways on."""
+    """The error for a run that can't have the requested length: why, and what to do instead."""
     settings = run.settings
     option, value, then = "--strategy", f"{run.total_steps:,} steps", "of the same length"
     for name in LENGTHS:
@@ -177,7 +177,7 @@ class Difference(NamedTuple):
     then: Any
 
     def option_and_value(self) -> tuple[str, str]:
-        """What to tell a user to have given."""
+        """The option that differs, and its value."""
         name, *place = self.path
         if name == "stages":
             return "--strategy", f"{'.'.join(place)} {self.now}"

@@ -70,7 +70,7 @@ class BestHeldOut:
     stopped: bool = False  # the run ends here
 
     def take(self, step: int, cross_entropy: float, patience: int) -> bool:
-        """Take in an evaluation; whether it is the best so far. A patience of 0 never stops the run."""
+        """Record an evaluation; True if it is the best so far. A patience of 0 never stops the run."""
         if self.cross_entropy is None or cross_entropy < self.cross_entropy:
             self.cross_entropy, self.step, self.evaluations_since = cross_entropy, step, 0
             return True
@@ -139,7 +139,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done, or the run was stopped early."""
+        """Whether the last step is done, or --patience stopped the run early."""
         return self.step == self.total_steps or self.best.stopped
 
     @property
@@ -247,7 +247,7 @@ def model_config(settings: TrainSettings, plan: Plan) -> IndraQuantumConfig:
 
 
 def check_settings(settings: TrainSettings, plan: Plan, device: torch.device) -> None:
-    """Refuse what no run can begin with, before anything is written and before a teacher is asked.
+    """Check the settings before anything is written and before a teacher is asked.
 
     Raises:
         UserError: settings that contradict each other, no compiler, or a checkpoint that is missing or does not fit.
