@@ -143,7 +143,7 @@ def _are_of(path: Path, run: Run) -> bool:
     return False
 
 
-def write_record(folder: Path, run: Run) -> None:
+def write_run_record(folder: Path, run: Run) -> None:
     """Write `folder`/run.json: what `run` is, where its checkpoints are, and whether it has finished.
 
     Raises:

@@ -37,7 +37,7 @@ from indraquantum.training.folders import (
     HeldFolders,
     metrics_path_of,
     set_others_metrics_aside,
-    write_record,
+    write_run_record,
 )
 from indraquantum.training.guards import PROBE_EVERY, probe, require_finite_state
 from indraquantum.training.interrupts import Interrupted, Interrupts
@@ -125,9 +125,9 @@ def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: Held
     if not processes.alone:
         interrupts.join(processes.largest)
     try:
-        processes.first(lambda: write_record(metrics_path.parent, run))
+        processes.first(lambda: write_run_record(metrics_path.parent, run))
         continue_run(run, log, interrupts, folders)
-        processes.first(lambda: write_record(metrics_path.parent, run))
+        processes.first(lambda: write_run_record(metrics_path.parent, run))
     except Interrupted as interrupted:
         if processes.is_first:
             with contextlib.suppress(OSError):  # the terminal may be gone
