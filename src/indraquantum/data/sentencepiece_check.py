@@ -41,8 +41,7 @@ def warn_of_difference(field: str, file: Path, model: Path, tokenizer: Tokenizer
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
-        warn(
-            f"note: {model} was not compared with the tokenizer; that needs `pip install sentencepiece`")
+        warn(f"note: {model} was not compared with the tokenizer; that needs `pip install sentencepiece`")
         return
     try:
         reference = SentencePieceProcessor(model_file=str(model))
@@ -57,7 +56,8 @@ def warn_of_difference(field: str, file: Path, model: Path, tokenizer: Tokenizer
         if theirs != ours:
             warn(
                 f"warning: {file} and SentencePiece's {model.name} differ: {text!r} becomes {_short(ours)} and "
-                f"{_short(theirs)}; train and use a model with the same one of them")
+                f"{_short(theirs)}; train and use a model with the same one of them"
+            )
             return
 
 

@@ -209,9 +209,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
         held_out = run.held_out or evaluate(run)
         save_teacher(run.model, dataset, settings.output)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in held_out.items())
-    tell(
-        f"teacher after {run.tokens:,} tokens: held-out cross-entropy (nats/token) {figures}; wrote {settings.output}"
-    )
+    tell(f"teacher after {run.tokens:,} tokens: held-out cross-entropy (nats/token) {figures}; wrote {settings.output}")
     return TeacherReport(settings.output, sum(p.numel() for p in run.model.parameters()), run.tokens, held_out)
 
 
