@@ -7,7 +7,7 @@
     print(indraquantum.load(report.checkpoint).generate("Once upon a time").text)
 
 Each takes its options as keyword arguments, or a settings object of `indraquantum.config` that holds them; both have
-the names of the command's options, with _ for -. Each returns a dataclass of what came out.
+the names of the command's options, with _ for -. Each returns a dataclass with the results.
 
 Errors. What is wrong with an argument, a setting or a file raises `InvalidInput`, which names the argument, its value
 and what is allowed. It belongs to `IndraError`, the base of every error that is documented here. A failure of the
@@ -41,7 +41,7 @@ S = TypeVar("S", bound=Settings)
 
 @contextlib.contextmanager
 def _one_family() -> Iterator[None]:
-    """What an argument can mend leaves as an IndraError."""
+    """Inside, an error in the input is raised as an IndraError."""
     from indraquantum.training.interrupts import Interrupted
 
     try:
@@ -55,11 +55,11 @@ def _one_family() -> Iterator[None]:
 
 
 def _settings(kind: type[S], settings: S | None, options: dict[str, Any]) -> S:
-    """The settings that were given, or those that `options` make."""
+    """Return the given settings, or those made from `options`."""
     if settings is None:
         return kind(**options)
     if options:
-        raise InvalidInput("settings", type(settings).__name__, f"must stand alone, without {', '.join(options)}")
+        raise InvalidInput("settings", type(settings).__name__, f"must be given alone, without {', '.join(options)}")
     if not isinstance(settings, kind):
         raise InvalidInput("settings", type(settings).__name__, f"must be {kind.__name__}")
     return settings
@@ -98,7 +98,7 @@ def capture(settings: CaptureSettings | None = None, **options: Any) -> CaptureR
             `draws` and `device`.
 
     Returns:
-        Where the signals are and what they are like.
+        Where the signals are, and statistics of them.
 
     Raises:
         InvalidInput: an option, the teacher or the dataset is wrong, or `output` holds other signals.
@@ -128,7 +128,7 @@ def train(settings: TrainSettings | None = None, **options: Any) -> TrainReport:
     Raises:
         InvalidInput: an option, the data or the signals are wrong, or `output` holds another run or is in use.
         TrainingStopped: the loss is not finite, or the model has collapsed and `on_collapse` is `stop`.
-        TrainingInterrupted: a signal stopped the run behind a checkpoint. It is a KeyboardInterrupt.
+        TrainingInterrupted: a signal stopped the run after a checkpoint. It is a KeyboardInterrupt.
     """
     from indraquantum.training.loop import train as run
 
@@ -145,7 +145,7 @@ def load(checkpoint: str | Path, **options: Any) -> Loaded:
     Args:
         checkpoint: a checkpoint that `train` wrote, or a folder that `indra export` wrote.
         options: `device` (auto, cpu, cuda, mps), `threads` (0 leaves the choice to torch), and `weights` of a
-            checkpoint: ema, the moving average; last; or auto, which takes the average where there is one.
+            checkpoint: ema, the moving average; last; or auto, which takes the average if there is one.
 
     Returns:
         Its tokenizer, which readouts a teacher aligned, and the model twice with the same weights: `model`, an
@@ -166,8 +166,8 @@ def generate(model: Loaded | str | Path, prompt: str | None = None, **options: A
     """Write text, and read from the model's own state how sure it was of each token.
 
     Args:
-        model: what `load` gave; or a checkpoint or an exported folder, which is then loaded for this text alone.
-        prompt: the text to continue. In its place, `instruction` (and `input`) of the options asks a question.
+        model: what `load` returned, or the path of a checkpoint or exported folder, which is loaded for this text only.
+        prompt: the text to continue. To ask a question instead, give `instruction` (and `input`) as options.
         options: those of `TestSettings`, such as `max_new_tokens`, `temperature`, `top_p`, `top_k` and `seed`.
             Equal seeds give equal text. `show_state=False` leaves the states out, which saves a pass.
 
@@ -186,13 +186,13 @@ def evaluate(model: Loaded | str | Path, settings: EvalSettings | None = None, *
     """Measure a model on held-out text: how well it predicts, and what its state knows of the teacher.
 
     Args:
-        model: what `load` gave; or a checkpoint or an exported folder.
+        model: what `load` returned, or the path of a checkpoint or an exported folder.
         settings: all options in one object.
         options: or those of `EvalSettings` that differ from their defaults: `data`, a prepared dataset, or `text`, a
             file; `split`, `signals`, `row_length`.
 
     Returns:
-        The figures of each source and of all, and the alignment with the teacher where there are signals.
+        The figures of each source and of all, and the alignment with the teacher if there are signals.
 
     Raises:
         InvalidInput: an option is wrong, or the dataset has another tokenizer than the model.
@@ -211,10 +211,10 @@ def evaluate(model: Loaded | str | Path, settings: EvalSettings | None = None, *
 
 
 def _loaded(model: Loaded | str | Path, options: dict[str, Any]) -> Loaded:
-    """`model`, loaded by `options` where it is a path."""
+    """Return `model`, which is loaded with `options` if it is a path."""
     if isinstance(model, str | Path):
         return load(model, **options)
     if options:
         name = next(iter(options))
-        raise InvalidInput(name, options[name], "must be left out where the model is loaded already: `load` takes it")
+        raise InvalidInput(name, options[name], "must be left out for a loaded model; give it to `load` instead")
     return model

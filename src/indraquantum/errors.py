@@ -1,8 +1,8 @@
-"""The errors that a user can mend: one family below `IndraError`.
+"""The errors in input and settings, which you can correct: one family below `IndraError`.
 
 From Python a message names the argument (`data`, `micro_batch_tokens`). The command line prints the same message with
-the option's name (`--data`, `--micro-batch-tokens`) and leaves with the exit status given here. So each message is
-written once, with the options' names, and `worded` puts it into Python's words where it is read from Python.
+the option's name (`--data`, `--micro-batch-tokens`) and exits with the status given here. So each message is written
+once, with the options' names, and `worded` replaces them by Python's names for a reader in Python.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _QUOTED_OR_OPTION = re.compile(rf"`[^`]*`|{_OPTION.pattern}")
 _SHOWN_IN_CAPITALS = {"CHECKPOINT": "checkpoint", "FOLDER": "folder"}  # arguments without an option
 _options_are_named = False
 
-# What the system may refuse wherever a file is touched, and what must be otherwise.
+# What the system may refuse for any file, and what the message then asks for.
 _REFUSALS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS), "must be a place with room to write")
 _REFUSALS |= dict.fromkeys((errno.EACCES, errno.EPERM), "must be open to you; check its permissions")
 _REFUSALS[errno.ENAMETOOLONG] = "must be a shorter path"
@@ -41,12 +41,12 @@ def options_named() -> Iterator[None]:
 
 
 def are_options_named() -> bool:
-    """Whether messages name options at present."""
+    """Return whether messages name options now."""
     return _options_are_named
 
 
 def worded(text: str) -> str:
-    """A message for its reader: from Python `--no-teacher` is the argument `no_teacher`; quoted commands stay."""
+    """Return a message for its reader: in Python, `--no-teacher` is `no_teacher`. Quoted commands do not change."""
     return text if _options_are_named else _QUOTED_OR_OPTION.sub(_as_argument, text)
 
 
@@ -62,7 +62,7 @@ def _plain_name(text: str) -> str:
 
 
 class IndraError(Exception):
-    """What every function of this package raises where something is wrong that its caller can mend."""
+    """The base of all errors of this package that you can correct."""
 
     exit_status = 1  # of the command line
 
@@ -95,7 +95,7 @@ UserError = InvalidInput  # its name inside this package
 
 
 class Unreachable(InvalidInput):
-    """What was to be downloaded can't be, and is not here either."""
+    """A file can't be downloaded, and is not on this machine either."""
 
 
 class TrainingStopped(IndraError, RuntimeError):
@@ -108,10 +108,10 @@ class TrainingStopped(IndraError, RuntimeError):
 
 
 class TrainingInterrupted(IndraError, KeyboardInterrupt):
-    """A signal stopped `train` behind a step and a checkpoint; the same call resumes there. It is a KeyboardInterrupt.
+    """A signal stopped `train` after a step and a checkpoint; the same call resumes. It is a KeyboardInterrupt.
 
     Attributes:
-        signal: its name, such as SIGTERM.
+        signal: the name of the signal, such as SIGTERM.
     """
 
     exit_status = 130
@@ -142,7 +142,7 @@ def first_problem(error: ValidationError) -> Problem:
 
 
 def refused_setting(error: ValidationError, where: str = "", known: Iterable[str] = ()) -> InvalidInput:
-    """Return the first problem as an error; `where` stands before the setting's name, and `known` are all names."""
+    """Return the first problem as an error; `where` comes before the setting's name, and `known` has all names."""
     first = first_problem(error)
     name, allowed = ".".join(map(str, first.place)), first.allowed
     if near := error.errors()[0]["type"] == "extra_forbidden" and difflib.get_close_matches(name, known, n=1):
@@ -151,17 +151,17 @@ def refused_setting(error: ValidationError, where: str = "", known: Iterable[str
 
 
 def refused_by_system(error: OSError) -> InvalidInput | None:
-    """What a full disk, a missing permission or a long path asks for; None of another error, whose trace is wanted."""
+    """Return the error for a full disk, a missing permission or a long path; None for others, whose trace is needed."""
     if error.errno not in _REFUSALS:
         return None
     return InvalidInput(f"{error.filename or 'output'}"[:200], error.strerror, _REFUSALS[error.errno])
 
 
 def all_or_missing(actions: Iterable[Callable[[], T]]) -> list[T]:
-    """What each of `actions` gives; where one can't be reached, the others are tried too, so that all is said at once.
+    """Return the results of all `actions`. If one can't be downloaded, try the others too and report all at once.
 
     Raises:
-        UserError: of the first that fails otherwise, at once; or one error of all that fail, in one line.
+        UserError: the first other error, at once; or one error about all downloads that failed, in one line.
     """
     found: list[T] = []
     missing: list[UserError] = []
@@ -179,26 +179,26 @@ def all_or_missing(actions: Iterable[Callable[[], T]]) -> list[T]:
 
 
 def reason(error: Exception) -> str:
-    """What an error of another package says, short and on one line."""
+    """Return the message of another package's error, short and on one line."""
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 @contextlib.contextmanager
 def optional_package(field: str, value: object, package: str, install: str) -> Iterator[None]:
-    """Import a package that is no dependency inside this: where it is missing, or broken, one line says what to do.
+    """Import an optional package inside this. If it is missing or broken, one line says what to do.
 
     Args:
-        field: what asks for the package, such as an option.
-        value: what stands there.
-        package: its name.
+        field: what needs the package, such as an option.
+        value: the value of that option.
+        package: the name of the package.
         install: what to give to `pip install`.
 
     Raises:
-        UserError: the import failed, in whatever way.
+        UserError: the import failed.
     """
     try:
         yield
-    except Exception as error:  # an installation that is broken, or a version that does not fit, raises anything
+    except Exception as error:  # a broken installation, or a version that does not fit, may raise anything
         allowed = (
             f"needs the package {package}, which can't be imported here ({reason(error)}): pip install '{install}'"
         )

@@ -1,4 +1,4 @@
-"""A trained model and its tokenizer, from a checkpoint of training or from a folder that `indra export` wrote."""
+"""Loads a trained model and its tokenizer from a checkpoint, or from a folder that `indra export` wrote."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ ALIGNED = "aligned_readouts"  # where an exported folder's config.json tells it
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model with its tokenizer, in evaluation mode: what `load` gives, and `generate` and `evaluate` take.
+    """A trained model with its tokenizer, in evaluation mode. `load` returns it; `generate` and `evaluate` take it.
 
     Attributes:
         inference_model: the model in plain torch, which loads and writes quickly.
-        tokenizer: of the text that it was trained on.
+        tokenizer: the tokenizer that it was trained with.
         model_config: the values of its `IndraQuantumConfig`.
         aligned: the readouts, of `magnitude` and `phase`, that training aligned with a teacher; None where the files
             do not tell. A readout that was never aligned says nothing.
-        path: what it was loaded from.
+        path: the checkpoint or folder it was loaded from.
     """
 
     inference_model: InferenceModel
@@ -49,7 +49,7 @@ class Loaded:
 
     @cached_property
     def model(self) -> IndraQuantumPhase2:
-        """The model as transformers takes one, of the same tensors; importing transformers takes seconds."""
+        """The model for transformers, with the same tensors. Importing transformers takes seconds."""
         from indraquantum.model.configuration import IndraQuantumConfig
         from indraquantum.model.modeling import IndraQuantumPhase2
 
@@ -73,15 +73,15 @@ class Loaded:
 
 
 def load(path: Path, device: torch.device, weights: WhichWeights = "auto") -> Loaded:
-    """The model and the tokenizer at `path`, ready to write.
+    """Load the model and the tokenizer at `path`.
 
     Args:
         path: a checkpoint, or an exported folder.
         device: where to put the model.
-        weights: of a checkpoint, the moving average or the last weights; auto takes the average where there is one.
+        weights: for a checkpoint, the moving average or the last weights; auto takes the average if there is one.
 
     Raises:
-        UserError: `path` is neither, is damaged, or has no moving average where that is asked for.
+        UserError: `path` is neither, is damaged, or has no moving average although `weights` asks for it.
     """
     if path.is_dir():
         return _load_folder(path, device, weights)
@@ -91,7 +91,7 @@ def load(path: Path, device: torch.device, weights: WhichWeights = "auto") -> Lo
 
 
 def _load_folder(path: Path, device: torch.device, weights: WhichWeights) -> Loaded:
-    """As `load`, of a folder that `indra export` or `save_pretrained` wrote."""
+    """Load a folder that `indra export` or `save_pretrained` wrote."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -108,7 +108,7 @@ def _load_folder(path: Path, device: torch.device, weights: WhichWeights) -> Loa
         state = {name: value for file in files for name, value in load_file(file).items()}
         model = InferenceModel(ModelShape.from_values(about), state).to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError("CHECKPOINT", path, f"must hold a model's weights ({_in_one_line(error)})") from None
+        raise UserError("CHECKPOINT", path, f"must hold the weights of a model ({_in_one_line(error)})") from None
     aligned = about.get(ALIGNED)
     return Loaded(model, tokenizer, about, None if aligned is None else frozenset(aligned), path)
 
@@ -183,7 +183,7 @@ def _built(
 
 
 def aligned_readouts(checkpoint: Checkpoint) -> set[str]:
-    """Which readouts, phase and magnitude, the run aligned with a teacher in a stage that it has begun."""
+    """Return the readouts (phase, magnitude) that the run aligned with a teacher in a stage that it has begun."""
     aligned, first = set(), 0
     for stage in checkpoint.settings["stages"].values():
         if checkpoint.step > first:
