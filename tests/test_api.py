@@ -158,7 +158,8 @@ WRONG = {
     "two splits": ("evaluate", ("CHECKPOINT",), {"text": "x", "split": "test"},
                    "split: got test; must be left out with `text`"),
     "json": ("evaluate", ("CHECKPOINT",), {"json_file": "x"}, "json_file: got x; must be left out"),
-    "both": ("train", (indraquantum.TrainSettings(),), {"epochs": 3}, ("settings: got " "TrainSettings; " "must be " "given alone")),
+    "both": ("train", (indraquantum.TrainSettings(),), {"epochs": 3},
+             "settings: got TrainSettings; must be given alone"),
     "another": ("train", (indraquantum.TestSettings(),), {}, "settings: got TestSettings; must be TrainSettings"),
     "loaded": ("evaluate", ("LOADED",), {"weights": "ema"}, "weights: got ema; must be left out for a loaded model"),
 }  # fmt: skip
