@@ -1,4 +1,4 @@
-# make demo | demo-tiny | test | test-slow | test-processors | docs | lint | lock | clean.   Set-up is part of each: .venv is made when it is missing.
+# make demo | demo-tiny | test | test-oldest | test-slow | test-processors | docs | lint | lock | clean.   Set-up is part of each: .venv is made when it is missing.
 PYTHON ?= python3
 # An index for torch alone: without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
 TORCH_INDEX ?=
@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Tests at once: one worker a core, of 2 GB each.
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny test test-slow test-processors docs docs-serve lint lock clean
+.PHONY: help demo demo-tiny test test-oldest test-slow test-processors docs docs-serve lint lock clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -30,7 +30,16 @@ demo-tiny: .venv/installed
 
 test: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+
+# The default suite with the oldest versions that pyproject.toml allows, in a venv of its own; uv resolves them.
+test-oldest: .venv/installed
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --resolution lowest-direct --no-header --quiet -o build/oldest.txt
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c build/oldest.txt -e '.[dev]'
+	build/oldest/bin/python -m pytest -m "not slow" -n $(WORKERS)
 
 # The long forms: every point of a crash several times, 100 random kills, every bit flip.
 test-slow: .venv/installed
@@ -66,4 +75,4 @@ lock: .venv/installed
 	  --generate-hashes --no-emit-index-url --no-header --upgrade -o requirements-docs.lock
 
 clean:
-	rm -rf .venv demo build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

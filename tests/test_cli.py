@@ -21,6 +21,7 @@ COMMANDS = {
     "ablate": config.AblateSettings,
     "bench": config.BenchSettings,
     "demo": config.DemoSettings,
+    "doctor": config.DoctorSettings,
     "prepare": config.PrepareSettings,
     "data show": config.ShowSettings,
     "capture": config.CaptureSettings,

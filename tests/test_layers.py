@@ -21,7 +21,7 @@ LEVELS = (
     {"learner", "teacher"},
     {"evaluation", "monitor"},
     {"training"},
-    {"inference", "bench"},
+    {"inference", "bench", "doctor"},
     {"demo", "ablation", "bench_step", "api"},
     {"cli", "__init__"},  # the package loads its names when they are first used
     {"__main__"},

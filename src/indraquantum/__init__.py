@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from indraquantum.model.configuration import IndraQuantumConfig as IndraQuantumConfig
     from indraquantum.model.modeling import IndraQuantumPhase2 as IndraQuantumPhase2
     from indraquantum.teacher.capture import CaptureReport as CaptureReport
+    from indraquantum.teacher.collator import SignalCollator as SignalCollator
     from indraquantum.training.loop import TrainReport as TrainReport
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ _HOMES = {
     "GeneratedText": "inference.generate",
     "Loaded": "inference.load",
     "PrepareReport": "data.prepare",
+    "SignalCollator": "teacher.collator",
     "TrainReport": "training.loop",
 }
 __all__ = sorted(_HOMES)

@@ -31,6 +31,7 @@ from indraquantum.config import (
     BenchSettings,
     CaptureSettings,
     DemoSettings,
+    DoctorSettings,
     EvalSettings,
     LrTestSettings,
     PrepareSettings,
@@ -298,6 +299,14 @@ def bench(*, settings: Annotated[BenchSettings, OPTIONS] = BenchSettings()) -> N
     if settings.json_file:
         with atomic_file(settings.json_file) as temporary:
             temporary.write_text(figures_json(figures) + "\n", encoding="utf-8")
+
+
+@app.command
+def doctor(*, settings: Annotated[DoctorSettings, OPTIONS] = DoctorSettings()) -> None:
+    """Print versions, devices, threads and caches, for a bug report."""
+    from indraquantum.doctor import doctor as run
+
+    run(settings)
 
 
 runs = App(name="runs", help="List training runs, or compare some of them.", help_format="plaintext")

@@ -479,6 +479,13 @@ class BenchSettings(Settings):
     """Also write the figures to this JSON file."""
 
 
+class DoctorSettings(Settings):
+    """Reports on the machine and the installation."""
+
+    json_file: Path | None = None
+    """Also write the report to this JSON file."""
+
+
 class DemoSettings(DeviceSettings):
     """Runs the whole pipeline offline on Python's own manual."""
 

@@ -53,6 +53,11 @@ def quickest_way() -> Way:
     return way
 
 
+def kept_way() -> Way | None:
+    """Return the way that was measured on this machine before; None if there is none."""
+    return _read(cache_folder() / "ways.json").get(_machine())
+
+
 def way_for(device: torch.device) -> Way:
     """Return the quickest way for the CPU. Other devices do not use it and get the usual one."""
     return quickest_way() if device.type == "cpu" else asked_for() or USUAL

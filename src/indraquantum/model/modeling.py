@@ -14,6 +14,7 @@ Legend: B batch, T positions, N = B*T, d complex width, D real width (2d), V voc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,7 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
         num_items_in_batch: float | Tensor | None = None,
         skip_logits: bool | None = None,
         segment_ids: Tensor | None = None,
-        signals: TeacherSignals | None = None,
+        signals: TeacherSignals | Mapping[str, Tensor] | None = None,
         objective: SemanticDistillationLoss | None = None,
         **kwargs: Any,
     ) -> IndraQuantumOutput:
@@ -166,8 +167,9 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
                 most of the memory.
             segment_ids: (B, T) number of the document within the row, -1 on padding. It can't be combined with
                 attention_mask or a cache.
-            signals: the teacher's signals for the N = B*T positions, row by row. Those of position t are about the
-                token after t, like logits[:, t] and shift_labels[:, t], and count if that token is labelled.
+            signals: the teacher's signals for the N = B*T positions, row by row, or a dict of their fields. Those of
+                position t are about the token after t, like logits[:, t] and shift_labels[:, t], and count if that
+                token is labelled.
             objective: the loss. By default it is CE alone or, with signals, has the weights at the end of v4.
             kwargs: `shift_labels` (B, T) instead of labels, already aligned: position t learns shift_labels[:, t];
                 output_hidden_states, output_attentions, return_dict. Others of TransformersKwargs go to the layers.
@@ -237,11 +239,14 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
         table_VD: Tensor,
         amplitude_BT: Tensor,
         shift_labels_BT: Tensor,
-        signals: TeacherSignals | None,
+        signals: TeacherSignals | Mapping[str, Tensor] | None,
         objective: SemanticDistillationLoss | None,
         num_items_in_batch: float | Tensor | None,
     ) -> Any:
-        from indraquantum.loss_v2 import SemanticDistillationLoss
+        from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
+
+        if isinstance(signals, Mapping):  # Trainer moves a dict to its device, but no NamedTuple
+            signals = TeacherSignals(**signals)
 
         if shift_labels_BT.shape != amplitude_BT.shape:
             got, must = tuple(shift_labels_BT.shape), tuple(amplitude_BT.shape)

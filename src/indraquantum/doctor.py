@@ -1,0 +1,130 @@
+"""A report on this machine and this installation, for bug reports: the command `indra doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from indraquantum import __version__
+from indraquantum.config import DoctorSettings
+from indraquantum.files import cache_folder, check_new_file, write_json
+
+NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "huggingface_hub", "pydantic",
+          "cyclopts", "tqdm", "matplotlib")  # fmt: skip
+OPTIONAL = ("accelerate", "datasets", "lm_eval", "peft", "ray", "sentencepiece", "tensorboard", "trackio", "wandb")
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "INDRA_PRODUCTS",
+             "INDRAQUANTUM_CACHE", "HF_HOME", "HF_HUB_OFFLINE")  # fmt: skip
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """Return what there is, by section and name; what can't be found out says why in its place."""
+    return {
+        "versions": {"indraquantum": __version__, "python": platform.python_version(), "system": platform.platform()}
+        | {name: _attempt(lambda name=name: version(name)) for name in NEEDED},
+        "optional packages": {name: _attempt(lambda name=name: version(name)) for name in OPTIONAL},
+        "machine": {
+            "processor": _attempt(_processor),
+            "cores of this process": _attempt(_cores),
+            "memory": _attempt(_memory),
+        },
+        "torch": {
+            "threads": _attempt(lambda: _torch().get_num_threads()),
+            "instruction set": _attempt(lambda: _torch().backends.cpu.get_cpu_capability()),
+            "devices": _attempt(_devices),
+            "products of the CPU": _attempt(_products),
+        },
+        "caches": {
+            "indraquantum": _attempt(lambda: _short(cache_folder())),
+            "hugging face": _attempt(_hub_cache),
+        },
+        "environment": {name: _short(Path(os.environ[name])) for name in VARIABLES if name in os.environ},
+    }
+
+
+def report_text(found: dict[str, dict[str, Any]]) -> str:
+    """Return the sections as plain lines."""
+    lines = []
+    for section, entries in found.items():
+        lines += [section, *(f"  {name:22} {value}" for name, value in entries.items())]
+    return "\n".join(lines)
+
+
+def doctor(settings: DoctorSettings) -> dict[str, dict[str, Any]]:
+    """Print the report, and write it as JSON if a file is asked for.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    if settings.json_file is not None:
+        check_new_file("--json-file", settings.json_file)
+    found = examine()
+    print(report_text(found))
+    if settings.json_file is not None:
+        write_json(settings.json_file, found)
+    return found
+
+
+def _attempt(ask: Callable[[], object]) -> object:
+    """Return the answer of `ask`. The report is wanted most where something is broken, so that no failure ends it."""
+    try:
+        return ask()
+    except PackageNotFoundError:
+        return "not installed"
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return model or platform.processor() or platform.machine()
+
+
+def _cores() -> str:
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{here} of {os.cpu_count()}"
+
+
+def _memory() -> str:
+    page = os.sysconf("SC_PAGE_SIZE")
+    free, total = (os.sysconf(name) * page / 2**30 for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+    return f"{free:.1f} GiB free of {total:.1f} GiB"
+
+
+def _devices() -> str:
+    torch = _torch()
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return ", ".join(["cpu", *(["mps"] if torch.backends.mps.is_available() else []), *names])
+
+
+def _products() -> str:
+    from indraquantum.kernels.measured import kept_way
+    from indraquantum.kernels.ways import VARIABLE, asked_for
+
+    if (asked := asked_for()) is not None:
+        return f"{asked} ({VARIABLE} asks for it)"
+    return str(kept_way() or "not measured yet; the first command that computes does it")
+
+
+def _hub_cache() -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return _short(Path(HF_HUB_CACHE))
+
+
+def _short(path: Path) -> str:
+    """`path` with ~ in place of the home folder, whose name is nobody's business in a bug report."""
+    try:
+        return f"~/{path.relative_to(Path.home())}"
+    except (ValueError, RuntimeError):
+        return str(path)

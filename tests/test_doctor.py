@@ -1,0 +1,65 @@
+"""`indra doctor` and `indra --version`: what a bug report needs, whatever is broken."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+
+import pytest
+
+import indraquantum
+from indraquantum import cli
+
+
+def indra(capsys, *arguments):
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(argument) for argument in arguments])
+    return left.value.code, capsys.readouterr()
+
+
+def test_version(capsys):
+    assert indra(capsys, "--version") == (0, (indraquantum.__version__ + "\n", ""))
+
+
+def test_the_report_tells_what_is_here(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("INDRAQUANTUM_CACHE", str(tmp_path / "cache"))
+    status, said = indra(capsys, "doctor", "--json-file", tmp_path / "report.json")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert (status, said.err) == (0, "")
+    assert found["versions"]["indraquantum"] == indraquantum.__version__
+    for name in ("torch", "transformers", "tokenizers"):
+        assert found["versions"][name] == version(name)
+    assert found["optional packages"]["peft"] == version("peft")
+    assert found["torch"]["threads"] == 1
+    assert found["torch"]["products of the CPU"] == "onednn:512x1000 (INDRA_PRODUCTS asks for it)"
+    assert found["environment"]["INDRA_PRODUCTS"] == "onednn:512x1000"
+    for section in found.values():
+        for name, value in section.items():
+            assert f"{name:22} {value}" in said.out
+
+
+def test_the_kept_choice_is_told(capsys, tmp_path, monkeypatch):
+    from indraquantum.kernels import measured
+
+    monkeypatch.delenv("INDRA_PRODUCTS")
+    monkeypatch.setenv("INDRAQUANTUM_CACHE", str(tmp_path))
+    assert "not measured yet" in indra(capsys, "doctor")[1].out
+    (tmp_path / "ways.json").write_text(json.dumps({measured._machine(): "torch:256x2000"}))
+    assert f"{'products of the CPU':22} torch:256x2000" in indra(capsys, "doctor")[1].out
+
+
+def test_it_never_fails(capsys, monkeypatch, without_package):
+    without_package("torch", ImportError("its build is broken"))
+    monkeypatch.setattr("indraquantum.doctor.cache_folder", lambda: 1 / 0)
+    status, said = indra(capsys, "doctor")
+    assert status == 0
+    assert "unknown (ImportError: its build is broken)" in said.out
+    assert "unknown (ZeroDivisionError: division by zero)" in said.out
+
+
+def test_no_home_folder_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "somebody"))
+    monkeypatch.delenv("INDRAQUANTUM_CACHE", raising=False)
+    said = indra(capsys, "doctor")[1].out
+    assert "~/.cache/indraquantum" in said
+    assert "somebody" not in said
