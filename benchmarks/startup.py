@@ -73,18 +73,12 @@ def imported(tree: Tree, *arguments: object) -> Counter[str]:
     return seconds
 
 
-def prepare(source: Path, shared: Path, data: Path) -> Tree:
-    """Prepare 2,000 samples of WikiText and of Alpaca each with the tree at `source`."""
-    tree = Tree(source, data)
+def prepare(tree: Tree, shared: Path) -> None:
+    """Prepare 2,000 samples of WikiText and of Alpaca each."""
     texts = ("--wikitext", shared / "data/wikitext/wiki.train.tokens", "--wikitext-samples", 2000)
     instructions = ("--alpaca", shared / "data/alpaca/alpaca_data.json", "--alpaca-samples", 2000)
-    finished(
-        indra(
-            tree, "prepare", *texts, *instructions, "--tokenizer", shared / "tokenizer",
-            "--output", data.with_suffix(".pkl"),
-        )
-    )  # fmt: skip
-    return tree
+    places = ("--tokenizer", shared / "tokenizer", "--output", tree.data.with_suffix(".pkl"))
+    finished(indra(tree, "prepare", *texts, *instructions, *places))
 
 
 def main() -> None:
@@ -93,28 +87,35 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder of text and tokenizer")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each command and tree")
     parser.add_argument("--only", default="", help="commands that contain this text")
+    parser.add_argument(
+        "--work", type=Path, help="keep what is prepared here, for another call (default: throw it away)"
+    )
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        archive = subprocess.run(["git", "archive", chosen.commit, "src"], cwd=ROOT, check=True, capture_output=True)
-        (folder / "older").mkdir()
-        subprocess.run(["tar", "x", "-C", folder / "older"], input=archive.stdout, check=True)
+        folder = chosen.work or Path(temporary)
+        checkpoint = folder / "run/checkpoint_v4_epoch_1.pt"
         trees = {
-            chosen.commit: prepare(folder / "older/src", chosen.shared, folder / "older/data/mixed"),
-            "now": prepare(ROOT / "src", chosen.shared, folder / "now/data/mixed"),
+            chosen.commit: Tree(folder / "older/src", folder / "older/data/mixed"),
+            "now": Tree(ROOT / "src", folder / "now/data/mixed"),
         }
         run = ("train", "--no-teacher", "--save-every", 1000, "--device", "cpu")
-        first = ("--max-steps", 2, "--output", folder / "run", "--logs", folder / "logs")
-        finished(indra(trees["now"], *run, "--data", trees["now"].data, *first))
-        checkpoint = folder / "run/checkpoint_v4_epoch_1.pt"
+        if not checkpoint.exists():
+            archive = subprocess.run(
+                ["git", "archive", chosen.commit, "src"], cwd=ROOT, check=True, capture_output=True
+            )
+            (folder / "older").mkdir(parents=True)
+            subprocess.run(["tar", "x", "-C", folder / "older"], input=archive.stdout, check=True)
+            for tree in trees.values():
+                prepare(tree, chosen.shared)
+            first = ("--max-steps", 2, "--output", folder / "run", "--logs", folder / "logs")
+            finished(indra(trees["now"], *run, "--data", trees["now"].data, *first))
         write = ("test", checkpoint, "--prompt", "The history of the city", "--max-new-tokens", 32)
-        count = iter(range(10_000))
         commands = {
             "test, 32 tokens": lambda tree: write,
             "eval": lambda tree: ("eval", checkpoint, "--data", tree.data),
             "train, 1 step": lambda tree: (
-                *run, "--data", tree.data, "--max-steps", 1, "--output", folder / f"out{next(count)}", "--logs",
-                folder / "out-logs",
+                *run, "--data", tree.data, "--max-steps", 1, "--output", tempfile.mkdtemp(dir=temporary), "--logs",
+                tempfile.mkdtemp(dir=temporary),
             ),
             "runs": lambda tree: ("runs", "--logs", folder / "logs"),
             "data info": lambda tree: ("data", "info", tree.data),
