@@ -124,7 +124,7 @@ def test_it_ends_where_the_loss(monkeypatch, world, tmp_path, end):
         (["--picture=x.txt"], "--picture: got x.txt; must end in .png, .pdf, .svg"),
         (["--lowest-rate=0.1", "--highest-rate=0.01"], "--highest-rate: got 0.01; must be above --lowest-rate 0.1"),
         (["--picture=folder.png"], "--picture: got folder.png; must be a file, not a folder"),
-        (["--dry-run"], "--dry-run: got True; belongs to indra train"),
+        (["--dry-run"], "--dry-run: got True; must be left out, because a range"),
         (["--steps=3"], "--steps: got 3"),
     ],
 )

@@ -330,7 +330,7 @@ def test_datasets_that_would_share_a_folder_of_signals_are_refused_before_the_te
     settings = TrainSettings(
         **common.model_dump(exclude_unset=True, exclude={"epochs"}), strategy=str(tmp_path / "my.yaml")
     )
-    with pytest.raises(UserError, match=r"stage b: signals: got \S+; must be another folder than stage a's"):
+    with pytest.raises(UserError, match=r"stage b: signals: got \S+; must be another folder than that of stage a"):
         loop.train(settings)
     assert not (tmp_path / "teacher_signals").exists()
 
@@ -374,7 +374,7 @@ OWN = "stages: [{name: a, fraction: 1.0, %s}]"
 REFUSED = {
     "unknown source": (OWN % "sources: [novels]", r"stage a: sources: got novels; must be one of .*wikitext"),
     "another temperature": (
-        OWN % "weights: {kd: 1}, temperature: 2.0", r"stage a: temperature: got 2\.0; must be the signals' 1\.0",
+        OWN % "weights: {kd: 1}, temperature: 2.0", r"stage a: temperature: got 2\.0; must be 1\.0, as in the signals",
     ),
     "too short": ("stages: [{name: a, fraction: 0.01}, {name: b, fraction: 0.99}]", r"--epochs: got 2; is too short"),
     "no dataset": (

@@ -403,7 +403,8 @@ def test_without_a_compiler_there_is_one_line(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(
-        UserError, match=r"--compile: got True; needs a compiler that works here \(InvalidCxx.*found\); leave"
+        UserError,
+        match=r"--compile: got True; needs a working compiler, which is missing here \(InvalidCxx.*found\); leave",
     ):
         training_run.require_compiler(torch.device("cpu"))
 

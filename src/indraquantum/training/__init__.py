@@ -1,1 +1,1 @@
-"""The run: schedule, step, checkpoint, loop."""
+"""Training: the plan of a run, the engine of its steps, checkpoints, and the loop."""

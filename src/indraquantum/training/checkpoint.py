@@ -1,9 +1,10 @@
 """Checkpoints: one `.pt` of tensors and plain values with its manifest, committed atomically, verified before use.
 
-A checkpoint is complete: weights, optimiser, step, settings and the tokenizer, so that `indra test` needs nothing else.
-The commit: the `.pt` under a temporary name, fsync, rename, then in the same way its manifest (size, SHA-256, step).
-torch.load does not notice a flipped bit, so the SHA-256 is checked first. A `.pt` without its manifest, copied alone,
-is checked by the checksums of its zip parts, which miss flips in the padding between them, where nothing is held.
+A checkpoint is complete: it holds weights, optimiser, step, settings and the tokenizer, so that `indra test` needs
+nothing else. To commit it, the `.pt` is written under a temporary name, fsynced and renamed, and then its manifest
+(size, SHA-256, step) in the same way. torch.load does not notice a flipped bit, so the SHA-256 is checked first. A
+`.pt` that was copied without its manifest is checked by the checksums of its zip parts. They miss flips in the padding
+between the parts, which holds nothing.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ MUST = "must be a checkpoint that `indra train` wrote"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds; tensors and plain values only."""
+    """The content of a checkpoint file: tensors and plain values only."""
 
     model_config: dict[str, Any]  # IndraQuantumConfig.to_dict()
     model: dict[str, torch.Tensor]  # state_dict
-    average: dict[str, torch.Tensor]  # moving average of the trainable weights; empty where none is kept
+    average: dict[str, torch.Tensor]  # moving average of the trainable weights; empty if none is kept
     optimizer: dict[str, Any]  # state_dict
     step: int  # optimiser steps done
     tokens: int  # real tokens seen
@@ -75,10 +76,10 @@ def manifest_path(path: Path) -> Path:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Commit `checkpoint` at `path`; a crash at any point leaves what was there, or the new one.
+    """Commit `checkpoint` to `path`. A crash at any point leaves the old file or the new one.
 
     Raises:
-        UserError: it can't be written (disk full, read-only, I/O error); what was there is unharmed.
+        UserError: it can't be written (disk full, read-only, I/O error); the old file is unharmed.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **vars(checkpoint)}, buffer)
@@ -101,10 +102,10 @@ def manifest_text(name: str, size: int, sha256: str, step: int) -> str:
 
 
 def load_checkpoint(field: str, path: Path) -> Checkpoint:
-    """Verify and read a checkpoint; runs no code from the file.
+    """Verify and read a checkpoint, without running code from the file.
 
     Raises:
-        UserError: `path` is missing, damaged, or no checkpoint of this program; `field` is the option to name.
+        UserError: `path` is missing, damaged, or not a checkpoint of this program; `field` is the option to name.
     """
     try:
         manifest = _verify(field, path)

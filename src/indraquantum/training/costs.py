@@ -1,6 +1,6 @@
-"""What a model and its training step cost, counted: parameters by part, FLOPs, bytes.
+"""The cost of a model and its training step: parameters by part, FLOPs and bytes.
 
-A multiply-add counts as two FLOPs, a backward pass as two forward ones; element-wise work is not counted.
+A multiply-add counts as two FLOPs, and a backward pass as two forward passes. Element-wise work is not counted.
 
 Legend: B rows, T positions, N labelled tokens, d complex width, D real width, V vocabulary, R reference states.
 """
@@ -29,7 +29,7 @@ BORN_KEPT = 7  # tensors as large as the logits: both products, their sum of squ
 
 
 def parameter_counts(model: IndraQuantumPhase2) -> dict[str, int]:
-    """Parameters of each part and of all, frozen ones among them."""
+    """Return the parameters of each part and of the whole model, including frozen ones."""
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         counts[next(part for part, modules in PARTS.items() if name.split(".")[0] in modules)] += parameter.numel()
@@ -38,7 +38,7 @@ def parameter_counts(model: IndraQuantumPhase2) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class StepSize:
-    """How much one optimiser step goes through."""
+    """The sizes of one optimiser step."""
 
     rows: int  # B
     row_length: int  # T
@@ -46,10 +46,10 @@ class StepSize:
 
 
 def step_flops(model: IndraQuantumPhase2, size: StepSize) -> dict[str, int]:
-    """FLOPs of one optimiser step, forward and backward, by part and together.
+    """Return the FLOPs of one optimiser step, forward and backward, by part and together.
 
-    Attention is counted over whole rows, as it is computed; the table is lifted once a step, whatever its rows.
-    `inputs` is 0 where the inputs come from that table.
+    Attention is counted over whole rows, as it is computed. The table is lifted once in each step. `inputs` is 0 if the
+    inputs come from that table.
     """
     config, width = model.config, model.config.hidden_size
     positions = size.rows * size.row_length

@@ -1,6 +1,6 @@
-"""What a run would cost, before it is started: the command `indra train --dry-run`.
+"""Shows the cost of a run before it is started: the command `indra train --dry-run`.
 
-The counts are exact, the seconds are those of real steps that are thrown away; nothing is written.
+The counts are exact. The seconds are measured on real steps that are thrown away. Nothing is written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MEASURED_STEPS = 2  # of each stage: the first one also warms up, the last one i
 
 @dataclass(frozen=True)
 class DryRun:
-    """What `indra train` would do and cost."""
+    """The work and cost of a run."""
 
     size: StepSize  # of the first step
     micro_batch_rows: int
@@ -42,10 +42,10 @@ class DryRun:
 
 
 def dry_run(settings: TrainSettings) -> DryRun:
-    """Build the run of `settings`, take a few steps, print what it would cost, leave nothing behind.
+    """Build the run of `settings`, take a few steps, and print its cost. Nothing is left behind.
 
     Raises:
-        UserError: settings, data or signals that don't fit.
+        UserError: settings, data or signals don't fit.
     """
     run = trial_run(settings)
     found = measure(run)
@@ -54,7 +54,7 @@ def dry_run(settings: TrainSettings) -> DryRun:
 
 
 def measure(run: Run) -> DryRun:
-    """Count and time what `run`, at its first step, would do."""
+    """Count and time the work of `run`, which is at its first step."""
     step = run.plan.step(0)
     batch = step.split.batch(step.rows)
     size = StepSize(len(step.rows), step.split.row_length, int(batch.labelled.sum()))
@@ -93,7 +93,7 @@ def _step_seconds(run: Run, stage: RunStage) -> float:
 
 
 def activation_bytes(run: Run, rows: np.ndarray) -> int:
-    """Bytes that one forward pass over `rows` keeps for its backward pass, beside weights and lifted table."""
+    """Return the bytes that a forward pass over `rows` keeps for the backward pass, besides weights and table."""
     model, kept = run.model, {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -130,7 +130,7 @@ def _memory(run: Run, size: StepSize, activations: int) -> dict[str, int]:
 
 
 def _evaluation_seconds(run: Run, size: StepSize, step_seconds: float) -> float:
-    """All evaluations: a forward pass takes a third of a step's time for each position."""
+    """Return the seconds of all evaluations: a forward pass takes a third of a step's time for each position."""
     epochs = run.plan.epoch_of(run.total_steps)
     count = 1 + epochs + run.total_steps // run.settings.evaluate_every
     return count * step_seconds / 3 * run.dataset.validation.num_rows / size.rows
@@ -144,7 +144,7 @@ def _shapes(run: Run) -> dict[str, tuple[tuple[int, ...], ...]]:
 
 
 def report(found: DryRun) -> str:
-    """The figures as plain lines."""
+    """Return the figures as plain lines."""
     size, pieces = found.size, math.ceil(found.size.rows / found.micro_batch_rows)
     lines = [
         f"step: {size.rows:,} rows of {size.row_length:,} in {pieces:,} micro-batches, "

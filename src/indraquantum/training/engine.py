@@ -30,19 +30,19 @@ from indraquantum.training.step import REPORTED_TERMS, StepInput, StepResult
 
 
 class Engine:
-    """A model in the hands of one process or several, and its optimiser.
+    """A model in one process or several, and its optimiser.
 
     Args:
         parallel: the model and the processes that share its work.
-        optimizer: of the model's weights; a group may have a `name` and a `rate`, its multiple of the base rate.
-        head: what makes logits of states and table, see `SemanticDistillationLoss`.
+        optimizer: the optimiser of the weights. A group may have a `name` and a `rate`, its multiple of the base rate.
+        head: how logits are made from states and table; see `SemanticDistillationLoss`.
     """
 
     def __init__(self, parallel: SingleProcess, optimizer: torch.optim.Optimizer, head: Head = "interference") -> None:
         self.parallel, self.optimizer, self.head = parallel, optimizer, head
 
     def objective(self, step: StepInput) -> SemanticDistillationLoss:
-        """The loss of `step`."""
+        """Return the objective of `step`."""
         return SemanticDistillationLoss(
             step.kd_weight,
             step.phase_weight,
@@ -60,7 +60,7 @@ class Engine:
         Every term is divided by the labelled tokens of the whole step.
 
         Raises:
-            TrainingStopped: a weight, signal, loss or gradient is not finite; the weights are left as they were.
+            TrainingStopped: a weight, signal, loss or gradient is not finite; the weights are not changed.
         """
         parallel, optimizer, objective = self.parallel, self.optimizer, self.objective(step)
         processes, own = parallel.processes, parallel.processes.share(step.rows)
@@ -88,7 +88,7 @@ class Engine:
             guilty = self._guilty_rows(step, objective, token_count)
             found = f"loss {terms['loss']}, gradient norm {grad_norm}: not finite because of rows {guilty}"
             raise TrainingStopped(f"{found}; the weights were not updated")
-        parallel.precision.scaler.step(optimizer)  # leaves the weights alone where a gradient overflowed
+        parallel.precision.scaler.step(optimizer)  # does not change the weights if a gradient overflowed
         parallel.precision.scaler.update()
         grad_norm = grad_norm if math.isfinite(grad_norm) else None
         return StepResult(tokens=int(tokens), grad_norm=grad_norm, terms=terms, readout=readout)
@@ -133,7 +133,7 @@ def _backward(parallel: SingleProcess, result: PassResult) -> PassResult:
 
 
 class _Work(NamedTuple):
-    """A micro-batch and what the teacher says at its labelled positions, on the CPU."""
+    """A micro-batch and the teacher's signals at its labelled positions, on the CPU."""
 
     batch: Batch
     teacher: TeacherSignals | None
@@ -153,7 +153,7 @@ def _work(step: StepInput, rows: np.ndarray, *, count_nothing: bool = False) -> 
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
-    """Scale the gradients down to `max_grad_norm` together; their norm before that, over all shards."""
+    """Scale the gradients down to `max_grad_norm` together; return their norm before that, over all shards."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True))
     torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=True)

@@ -1,9 +1,9 @@
-"""What a run writes beside its checkpoints: its folders, held for one process, and `run.json`.
+"""The folders of a run, which are held for one process, and its `run.json`.
 
-A file that is removed while it is open takes what is written to it without a word. So a run checks at each step that
-its folders are still those that it began with. If one is gone, the run saves what it can and stops.
+Writing to a removed file gives no error. So a run checks at each step that its folders are still those that it began
+with. If one is gone, the run saves what it can and stops.
 
-`run.json` says what a run is, so that `indra runs` can list and compare runs without reading checkpoints.
+`run.json` describes a run, so that `indra runs` can list and compare runs without reading checkpoints.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class HeldFolders:
     """The output and the log folder of a run, kept from other runs for as long as `stack` is open.
 
     Args:
-        output: for checkpoints.
-        logs: for metrics.
-        stack: lets go of them.
+        output: the folder for checkpoints.
+        logs: the folder for metrics.
+        stack: releases the folders when it is closed.
 
     Raises:
-        UserError: they can't be written, another run has them, or the logs are of a run with another output folder.
+        UserError: they can't be written, another run uses them, or the logs belong to another output folder.
     """
 
     def __init__(self, output: Path, logs: Path, stack: contextlib.ExitStack) -> None:
@@ -109,10 +109,10 @@ def folder_of_record(folder: Path) -> Path | None:
 
 
 def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
-    """Rename the metrics at `path` if they are of another run, so that `run` neither continues nor replaces them.
+    """Rename the metrics at `path` if they belong to another run, so that `run` neither continues nor replaces them.
 
-    They are its own where run.json says so. Without that, as in a folder that was copied, a resumed run knows them by
-    the figures that its checkpoint holds: the best evaluation, or before any the tokens of its step.
+    They are its own if run.json says so. Without a valid run.json, as in a copied folder, a resumed run recognises them
+    by the figures in its checkpoint: the best evaluation, or before the first one the tokens of its step.
     """
     if not path.exists() or not path.stat().st_size:
         return

@@ -1,10 +1,10 @@
-"""Guards: stop a run before something breaks it.
+"""Guards that stop a run before something breaks it.
 
-What is not a number stops the run before the update that would spread it, and before it reaches a disk.
+A value that is not a number stops the run before the update that would spread it, and before it reaches the disk.
 
-Collapse is watched: every PROBE_EVERY steps the guard looks at a few rows and compares with the run's best so far. It
-reports a kind when two looks in a row find it, so at most 2 * PROBE_EVERY steps after it set in. The thresholds were
-measured at toy size and at V = 32,000 (docs/LOG.md); the figures are in the metrics, to be judged by eye.
+Every PROBE_EVERY steps the guard measures a few rows, and compares the figures with the run's best so far. It reports a
+kind of collapse if two measurements in a row find it, so at most 2 * PROBE_EVERY steps after its beginning. The
+thresholds were measured at toy size and at V = 32,000 (docs/LOG.md). The metrics hold all figures.
 
 Legend: N labelled positions of a micro-batch, K kept teacher tokens.
 """
@@ -43,14 +43,14 @@ def require_finite_weights(groups: Iterable[dict]) -> None:
 
 
 def require_finite_signals(signals: TeacherSignals | None, rows_N: list[int]) -> None:
-    """Check the teacher's signals where there are any.
+    """Check the teacher's signals, if there are any.
 
     Args:
-        signals: of N positions.
+        signals: the signals of N positions.
         rows_N: the row of each position.
 
     Raises:
-        TrainingStopped: some are NaN or infinite; the rows are named.
+        TrainingStopped: some are NaN or infinite; the message names the rows.
     """
     if signals is None:
         return

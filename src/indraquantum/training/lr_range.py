@@ -44,7 +44,7 @@ def lr_range_test(settings: LrTestSettings) -> RangeTest:
         UserError: settings, data or signals that don't fit, or a picture of no known kind.
     """
     if settings.dry_run:
-        raise UserError("--dry-run", True, "belongs to indra train; a range test leaves no run behind anyway")
+        raise UserError("--dry-run", True, "must be left out, because a range test leaves no run behind")
     if settings.picture.suffix not in SUFFIXES:
         raise UserError("--picture", settings.picture, f"must end in {', '.join(SUFFIXES)}")
     if settings.highest_rate <= settings.lowest_rate:

@@ -111,7 +111,7 @@ def check_rates(model: IndraQuantumPhase2, settings: TrainSettings) -> None:
         raise UserError("--muon-rate", settings.muon_rate, "must be 1 without --optimizer muon")
     learns = any(group["name"].startswith("projector") for group in _groups(model, settings))
     if not learns and "projector_rate" in given and settings.projector_rate != 1:
-        allowed = f"must be 1 with --projector {settings.projector}, which has nothing to learn"
+        allowed = f"must be 1 with --projector {settings.projector}, which has no trainable weights"
         raise UserError("--projector-rate", settings.projector_rate, allowed)
 
 

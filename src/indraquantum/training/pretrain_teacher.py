@@ -96,7 +96,7 @@ def check_heads(settings: TeacherSettings) -> None:
         UserError: the heads don't divide the width into even parts.
     """
     if settings.width % (2 * settings.heads):
-        raise UserError("--heads", settings.heads, f"must divide --width {settings.width} into even parts")
+        raise UserError("--heads", settings.heads, f"must divide --width {settings.width} into parts of an even width")
 
 
 def new_llama(settings: TeacherSettings, dataset: PreparedDataset) -> nn.Module:
@@ -193,7 +193,7 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
         require_tracker(settings.log_to)
         device = choose_device(settings)
         if settings.data.is_file():
-            raise UserError("--data", settings.data, "must be the packed folder, which carries its tokenizer")
+            raise UserError("--data", settings.data, "must be the packed folder, which has a tokenizer")
         dataset = open_dataset("--data", settings.data, verify=True)
         check_replaceable(settings.output)
         if metrics_path.parent.resolve() == settings.output.resolve():
@@ -220,7 +220,7 @@ def check_replaceable(folder: Path) -> None:
         UserError: it is the working folder, a file, or holds something else.
     """
     if folder.resolve() == Path.cwd():
-        raise UserError("--output", folder, "must not be the working folder")
+        raise UserError("--output", folder, "must not be the current folder")
     if not folder.exists():
         return
     there = list(folder.iterdir()) if folder.is_dir() else [folder]

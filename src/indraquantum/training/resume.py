@@ -1,13 +1,13 @@
-"""Resuming: put a run where a checkpoint stands, if the checkpoint is of the same run.
+"""Resumes a run from a checkpoint, if the checkpoint belongs to the same run.
 
 A run may also resume with another length, with its optimiser and all:
 
     indra train --schedule constant --epochs 1 ...
     indra train --schedule constant --epochs 3 ...      the same command, longer
 
-What is behind the run must not depend on its length. So the schedule of the stage under way must be constant, or wsd
-that has not begun to decay. What rises with the progress, the warm-up and the curves of the loss weights, keeps the
-length that the stage was begun with: the steps that are added have the last weight.
+The steps that are done must not depend on the run's length. So the schedule of the current stage must be constant, or
+wsd that has not begun to decay. The warm-up and the curves of the loss weights keep the length that the stage began
+with; the added steps have the last weight.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A run: its parts at the first step, and what decides its result.
+"""A run: its parts at the first step, and everything that decides its result.
 
-`start_run` builds what `indra train` trains. `trial_run` builds the same for a look at what a run would be: it makes no
-folder, asks no teacher and reads no checkpoint.
+`start_run` builds the run that `indra train` trains. `trial_run` builds the same run for a test: it creates no folder,
+asks no teacher and reads no checkpoint.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def trial_run(settings: TrainSettings) -> Run:
     dataset = open_dataset("--data", settings.data, settings.tokenizer, verify=True)
     plan = find_signals(plan_run(settings, dataset))
     for folder in dict.fromkeys(folder_of(stage.settings) for stage in plan.stages if stage.lacks_signals):
-        tell(f"No teacher signals at {folder}: continuing without; `indra train` captures them first.")
+        tell(f"No teacher signals at {folder}; this test continues without them. `indra train` captures them first.")
     return start_run(settings, plan, device)
 
 
@@ -231,7 +231,9 @@ def require_compiler(device: torch.device) -> None:
         torch.compile(lambda x: (x.sin() * x).sum())(weight).backward()
     except Exception as error:  # whatever a compiler, a driver or a read-only cache may raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError("--compile", True, f"needs a compiler that works here ({reason}); leave it out") from None
+        raise UserError(
+            "--compile", True, f"needs a working compiler, which is missing here ({reason}); leave it out"
+        ) from None
 
 
 def model_config(settings: TrainSettings, plan: Plan) -> IndraQuantumConfig:

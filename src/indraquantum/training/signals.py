@@ -91,7 +91,7 @@ def check_folders(plan: Plan) -> None:
             folder = folder_of(stage.settings).resolve()
             other = first.setdefault(folder, stage)
             if other.dataset.content_sha256 != stage.dataset.content_sha256:
-                allowed = f"must be another folder than stage {other.spec.name}'s, whose data are others"
+                allowed = f"must be another folder than that of stage {other.spec.name}, which has other data"
                 raise UserError(f"--strategy: stage {stage.spec.name}: signals", folder_of(stage.settings), allowed)
 
 
@@ -137,7 +137,10 @@ def _capture(stage: RunStage) -> None:
 def _check_signals(stage: RunStage, signals: SignalStore) -> None:
     weights, manifest, where = stage.spec.weights, signals.manifest, f"--strategy: stage {stage.spec.name}: "
     if stage.spec.temperature not in (None, manifest.temperature):
-        allowed = f"must be the signals' {manifest.temperature}; for another, `indra capture --temperature`"
+        allowed = (
+            f"must be {manifest.temperature}, as in the signals; for another temperature, run `indra "
+            "capture --temperature`"
+        )
         raise UserError(f"{where}temperature", stage.spec.temperature, allowed)
     if manifest.served and weights.phase.highest > 0:
         allowed = "must be 0 with the signals of a served teacher, whose entropy is not exact"
