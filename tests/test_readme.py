@@ -133,6 +133,11 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors_of(path.read_text(encoding="utf-8")), f"{page} links to {target}#{anchor}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_is_half_merged(page):
+    assert not re.search(r"^(<{7}|={7}|>{7})( |$)", TEXTS[page], re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/LOG.md"])
 def test_files_that_are_named_exist(page):
     for path in re.findall(r"`((?:src|tests|docs|configs|benchmarks|scripts|notebooks)/[\w/.-]+)`", TEXTS[page]):
