@@ -98,7 +98,7 @@ class Unreachable(InvalidInput):
     """A file can't be downloaded, and is not on this machine either."""
 
 
-class TrainingStopped(IndraError, RuntimeError):
+class TrainingStopped(IndraError):
     """A guard stopped training before a bad update."""
 
     exit_status = 3

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from indraquantum.errors import InvalidInput
+
 IGNORE_INDEX = -100
 PADDING_ID = -1
 ROW_SUM_TOLERANCE = 1e-4  # room for probabilities that were rounded when they were stored
@@ -65,9 +67,9 @@ class ObjectiveResult(NamedTuple):
 
 
 def require(condition: bool, argument: str, value: object, allowed: str) -> None:
-    """Raise ValueError naming the argument, its value and what is allowed, unless `condition` holds."""
+    """Raise InvalidInput with the argument, its value and what is allowed, unless `condition` holds."""
     if not condition:
-        raise ValueError(f"{argument}: got {value}; must be {allowed}")
+        raise InvalidInput(argument, value, f"must be {allowed}")
 
 
 def require_shape(argument: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
