@@ -109,10 +109,10 @@ def test_automatic_resume_falls_back_with_one_warning_and_an_explicit_one_never(
         survival.train_small(explicit)
     assert error.value.exit_status == 2
     survival.train_small(settings)
-    said = capsys.readouterr().out
-    assert said.count("warning") == 1
-    assert "using checkpoint_v4_step_2.pt" in said
-    assert "Resuming from step 2" in said
+    said = capsys.readouterr()
+    assert said.err.count("warning") == 1
+    assert "Using checkpoint_v4_step_2.pt" in said.err
+    assert "Resuming from step 2" in said.out
     assert survival.result(settings) == survival.result(run)
 
 
