@@ -18,6 +18,7 @@ from indraquantum.ablation.report import report_blocks
 from indraquantum.ablation.tasks import Bench
 from indraquantum.config import AblateSettings
 from indraquantum.errors import UserError
+from indraquantum.inference import samples
 from test_ablation import BASE, folders, indra, write_plan
 
 OF_THE_DATA = ("data", "signals", "start_from", "stages")  # in a record by their hashes
@@ -204,8 +205,10 @@ def test_signals_are_needed_only_by_strategies_that_ask_the_teacher(world, tmp_p
         bench.run("gentle", 3, {})
 
 
-def test_the_shipped_plans_run(world, root, tmp_path):
+def test_the_shipped_plans_run(world, root, tmp_path, monkeypatch):
     """Every plan of configs/ablations, at toy size, two steps; of variants apart in numbers above 0 alone the first."""
+    short = samples.SETTINGS.model_copy(update={"max_new_tokens": 2})
+    monkeypatch.setattr(samples, "SETTINGS", short)
     kinds = set()
     for path in sorted((root / "configs" / "ablations").glob("*.yaml")):
         plan = load_plan(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import subprocess
@@ -29,11 +30,19 @@ NOTEBOOK = ROOT / "notebooks" / "training_monitor.ipynb"
 def demo(tmp_path_factory):
     """The tiny demo, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
+    printed, notes, logger = [], logging.Handler(), logging.getLogger("indraquantum")
+    level = logger.level
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        printed = []
         patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
-        report = run_demo(DemoSettings(output=folder / "demo", tiny=True, threads=1))
+        patch.setattr(notes, "emit", lambda record: printed.append(record.getMessage()))
+        logger.addHandler(notes)
+        logger.setLevel(logging.INFO)
+        try:
+            report = run_demo(DemoSettings(output=folder / "demo", tiny=True, threads=1))
+        finally:
+            logger.setLevel(level)
+            logger.removeHandler(notes)
     return report, "\n".join(printed)
 
 

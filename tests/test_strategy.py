@@ -83,7 +83,7 @@ REFUSED = {
     "a list": ("- a", {}, "must hold stages"),
     "twice": ("stages: []\nstages: []", {}, "'stages' is given twice"),
     "no stage": ("stages: []", {}, "stages: got .*at least 1"),
-    "unknown field": (f"stages: [{{{ONE}, lenght: 3}}]", {}, r"my.yaml: stages\.0\.lenght: got 3; no such setting"),
+    "unknown field": (f"stages: [{{{ONE}, lenght: 3}}]", {}, r"my.yaml: stages\.0\.lenght: got 3; there is no such"),
     "unknown weight": (f"stages: [{{{ONE}, weights: {{ce: 1}}}}]", {}, r"stages\.0\.weights\.ce: got 1"),
     "below 0": (f"stages: [{{{ONE}, weights: {{kd: -1}}}}]", {}, r"kd\.constant\.value: got -1; .*greater than"),
     "text": (f"stages: [{{{ONE}, weights: {{kd: much}}}}]", {}, r"weights\.kd: got much"),
