@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
 BIN := .venv/bin
-# Tests at once: one worker a core, of 2 GB each.
+# Files of tests at once: one worker a core, of 2 GB each. A file stays with one worker, which makes its fixtures once.
 WORKERS ?= 2
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-tiny test test-oldest test-slow test-processors docs docs-serve lint lock clean
@@ -31,7 +31,7 @@ demo-tiny: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 # The default suite with the oldest versions that pyproject.toml allows, in a venv of its own; uv resolves them.
 test-oldest: .venv/installed
@@ -39,7 +39,7 @@ test-oldest: .venv/installed
 	$(BIN)/uv pip compile pyproject.toml --resolution lowest-direct --no-header --quiet -o build/oldest.txt
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c build/oldest.txt -e '.[dev]'
-	build/oldest/bin/python -m pytest -m "not slow" -n $(WORKERS)
+	build/oldest/bin/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 # The long forms: every point of a crash several times, 100 random kills, every bit flip.
 test-slow: .venv/installed

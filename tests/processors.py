@@ -65,7 +65,8 @@ def own_level() -> str:
 def run(processor: Processor, arguments: list[str]) -> bool:
     """Run pytest as on `processor`, say how it went, and return whether all was well."""
     LOGS.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "not slow", "-n", str(processor.workers), *arguments]
+    workers = ["-n", str(processor.workers), "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "not slow", *workers, *arguments]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(command, env=processor.environment(), **output)
     (LOGS / f"{processor.name}.log").write_text(done.stdout, encoding="utf-8")
