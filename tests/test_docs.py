@@ -46,7 +46,8 @@ def test_every_option_is_on_the_page(options, command):
 
 
 def test_the_page_says_what_is_allowed(options):
-    assert "`--dropout` <small>number, at least 0 and below 1; default <code>0.0</code></small>" in options["train"]
+    assert "`--dropout` <small>number; default <code>0.0</code></small>" in options["train"]
+    assert "training loss still falls. Allowed: at least 0 and below 1.\n" in options["train"]
     assert "<code>adamw</code> | <code>muon</code>; default <code>muon</code>" in options["train"]
     assert "`CHECKPOINT` <small>required</small>" in options["test"]
     assert r"such as \<noinput\> or Noinput" in options["prepare"]  # no tag that a browser would hide

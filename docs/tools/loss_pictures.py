@@ -1,10 +1,10 @@
-"""Draws the pictures of docs/loss.md from real runs: the same model with one term of the loss after another.
+"""Draws the pictures of docs/loss.md from four real runs of the same model, which differ in the weights of the loss.
 
     make demo
-    python docs/tools/loss_pictures.py demo runs/loss-pictures      about 10 minutes of one core
+    python docs/tools/loss_pictures.py demo runs/loss-pictures      about 14 minutes of one core
 
-The data, the teacher's signals and the size of the model are the demo's. A term that a run leaves out keeps a weight of
-1e-30: too small to move anything, but its value is still logged, so that the picture shows what happens to it.
+The data, the teacher's signals and the size of the model are the demo's. A term that a run leaves out has a weight of
+1e-30. That is too small to change anything, but the term's value is still logged, and the picture can show it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from indraquantum.smoothing import smoothed
 from indraquantum.teacher.signals import verify_signals
 
 PICTURES = Path(__file__).resolve().parent.parent / "pictures"
-OFF = 1e-30  # a weight of 1e-9 is not off: Adam divides its gradients by their size, and moved the readout
+OFF = 1e-30  # 1e-9 is not small enough: Adam divides gradients by their size, so such a weight still moves the readout
 # Weights of distillation, phase and magnitude.
 RUNS = {
     "cross-entropy alone": (OFF, OFF, OFF),
+    "+ alignment 0.5": (OFF, 0.5, 0.5),
     "+ distillation 0.9": (0.9, OFF, OFF),
     "+ distillation 0.9, alignment 0.5": (0.9, 0.5, 0.5),
 }
-_, WITHOUT, WITH = RUNS  # these two differ in the alignment alone
+_, _, WITHOUT, WITH = RUNS  # these two differ only in the alignment
 STUDENT = "--d-model 64 --layers 4 --mlp-width 344 --batch-tokens 2048 --learning-rate 4e-3 --threads 1 --epochs 3"
 TERMS = {
     "ce": ("Cross-entropy", "nats per token"),
@@ -58,21 +59,20 @@ def train(demo: Path, work: Path, name: str, weights: tuple[float, float, float]
 
 
 def draw_terms(runs: dict[str, list[dict]]) -> None:
-    """Each term over the steps, smoothed; alignment in the two runs that differ in it alone."""
+    """Draw each term of every run over the steps, smoothed."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, (term, (title, unit)) in zip(figure.subplots(2, 2).flat, TERMS.items(), strict=True):
-        for number, (name, metrics) in enumerate(runs.items()):
-            if name in (WITHOUT, WITH) or term in ("ce", "kd_estimate"):
-                curve(axes, metrics, term, name, f"C{number}")
+        for name, metrics in runs.items():
+            curve(axes, metrics, term, name)
         finish(axes, title, unit)
     figure.savefig(PICTURES / "loss_terms.png", dpi=100)
 
 
 def draw_distillation(metrics: list[dict]) -> None:
-    """The divergence from the drawn tokens as given, and the estimate of the true one."""
+    """Draw the divergence from the sampled tokens as given, and the estimate of the true one."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    curve(axes, metrics, "kd", "kd: from the drawn tokens as given")
+    curve(axes, metrics, "kd", "kd: from the sampled tokens as given")
     curve(axes, metrics, "kd_estimate", "kd_estimate: unbiased for the teacher's whole distribution")
     axes.set_ylim(bottom=0)
     finish(axes, "Distillation, measured in two ways", "nats per token")
@@ -80,7 +80,7 @@ def draw_distillation(metrics: list[dict]) -> None:
 
 
 def draw_readouts(demo: Path, folders: dict[str, Path]) -> None:
-    """What magnitude and phase say at held-out positions, over what the teacher says there."""
+    """Draw what magnitude and phase say at held-out positions over what the teacher says there."""
     dataset = open_dataset("--data", demo / "data" / "mixed_train")
     signals = verify_signals("--signals", demo / "data" / "teacher_signals", dataset)
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -99,22 +99,22 @@ def draw_readouts(demo: Path, folders: dict[str, Path]) -> None:
     figure.savefig(PICTURES / "loss_readouts.png", dpi=100)
 
 
-def curve(axes: Axes, metrics: list[dict], term: str, label: str, colour: str | None = None) -> None:
-    """One smoothed curve, from step 20 on."""
+def curve(axes: Axes, metrics: list[dict], term: str, label: str) -> None:
+    """Draw one smoothed curve, from step 20 on."""
     points = [(line["step"], line[term]) for line in metrics if line["step"] >= 20 and line[term] is not None]
     steps, values = zip(*points, strict=True)
-    axes.plot(steps, smoothed(values, 0.95), color=colour, label=label)
+    axes.plot(steps, smoothed(values, 0.95), label=label)
 
 
 def finish(axes: Axes, title: str, y: str, x: str = "optimiser step") -> None:
-    """Title, axes and legend."""
+    """Add the title, the names of the axes, a grid and the legend."""
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 
 
 def main(demo: Path, work: Path) -> None:
-    """Train what is missing, draw, and print the last held-out figures."""
+    """Train the runs that are missing, print their last held-out figures, and draw the pictures."""
     PICTURES.mkdir(exist_ok=True)
     folders = {name: train(demo, work, name, weights) for name, weights in RUNS.items()}
     runs = {name: read_metrics(work / "logs" / folder.name / "metrics.jsonl") for name, folder in folders.items()}

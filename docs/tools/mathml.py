@@ -1,7 +1,7 @@
 """A Markdown extension: formulas become MathML when the site is built, so that no script draws them in the browser.
 
 pymdownx.arithmatex (generic form) finds `$...$` and blocks between `$$`, and wraps their TeX in an element of class
-`arithmatex`. This turns each such element into MathML, which every current browser draws by itself.
+`arithmatex`. This extension turns each such element into MathML, which every current browser can draw.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def as_mathml(found: re.Match[str]) -> str:
     """The element with MathML in place of TeX.
 
     Raises:
-        ValueError: latex2mathml does not know a command of the formula; it would show it as it is.
+        ValueError: latex2mathml does not know a command of the formula, and would show it as plain text.
     """
     tag, bracket, tex = found.groups()
     mathml = convert(html.unescape(tex).strip(), display="block" if bracket == "[" else "inline")
@@ -31,7 +31,7 @@ def as_mathml(found: re.Match[str]) -> str:
 
 
 class Formulas(Postprocessor):
-    """Rewrites a page that is otherwise done."""
+    """Puts MathML into a page at the end of its conversion."""
 
     def run(self, text: str) -> str:
         """Return the page with MathML."""
@@ -39,7 +39,7 @@ class Formulas(Postprocessor):
 
 
 class MathML(Extension):
-    """Registers the rewriting, after all other postprocessors have put back what they had set aside."""
+    """Registers `Formulas`, so that it runs after all other postprocessors."""
 
     def extendMarkdown(self, md: Markdown) -> None:
         """Add it to `md`."""
@@ -47,5 +47,5 @@ class MathML(Extension):
 
 
 def makeExtension(**settings: object) -> MathML:
-    """What Python-Markdown looks for in a module."""
+    """Return the extension. Python-Markdown looks for a function of this name in the module."""
     return MathML(**settings)

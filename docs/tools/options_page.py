@@ -2,8 +2,8 @@
 
     python docs/tools/options_page.py > options.md
 
-A command's options are the fields of its settings class in config.py. They stand in the groups of the classes that
-declare them, so that a field that is added there shows up here by itself.
+A command's options are the fields of its settings class in config.py. The page groups them by the class that declares
+them. A new field appears on the page without any change here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
 
-import annotated_types
 from cyclopts import App
 from pydantic.fields import FieldInfo
 
@@ -24,15 +23,9 @@ from indraquantum.cli import app
 from indraquantum.config import Settings
 
 KINDS = {int: "whole number", float: "number", str: "text", Path: "path", bool: "switch"}
-BOUNDS = (
-    (annotated_types.Ge, "ge", "at least"),
-    (annotated_types.Gt, "gt", "above"),
-    (annotated_types.Le, "le", "at most"),
-    (annotated_types.Lt, "lt", "below"),
-)
 OPENING = """# Every option
 
-This page is made from the program when the site is built. `indra COMMAND --help` prints the same texts.
+The program writes this page when the site is built. `indra COMMAND --help` prints the same texts.
 
 Every command also takes `--options FILE.yaml`, a file of options; [Formats](FORMATS.md) describes it. An option that
 you type wins over the file.
@@ -56,7 +49,7 @@ def commands(root: App, names: tuple[str, ...] = ()) -> Iterator[tuple[str, App]
 
 
 def section(name: str, command: App) -> Iterator[str]:
-    """A command: what it does, its arguments, its options by group."""
+    """The section of a command: what it does, its arguments, and its options by group."""
     function = command.default_command
     yield f"## indra {name}\n"
     yield f"{escaped(first_sentence(function.__doc__))}\n"
@@ -85,7 +78,7 @@ def section(name: str, command: App) -> Iterator[str]:
 
 
 def command_with(settings: type) -> str | None:
-    """The command whose settings these are: one that builds on them takes all of its options too."""
+    """The command whose settings class this is. A command whose settings build on it takes all of its options too."""
     return next((name for name, command in commands(app) if settings_of(command.default_command) is settings), None)
 
 
@@ -96,7 +89,7 @@ def settings_of(function: Any) -> type[Settings] | None:
 
 
 def groups_of(settings: type[Settings]) -> list[tuple[type[Settings], dict[str, FieldInfo]]]:
-    """The fields by the class that declares them first; those of the command's own class come first."""
+    """The fields, grouped by the class that declares them first. The groups follow the order of the classes' MRO."""
     declared: dict[type[Settings], dict[str, FieldInfo]] = {}
     for field, info in settings.model_fields.items():
         classes = [base for base in settings.__mro__ if field in inspect.get_annotations(base)]
@@ -112,14 +105,9 @@ def entry(command: str, label: str, kind: str, text: str) -> str:
 
 
 def allowed(info: FieldInfo) -> str:
-    """What an option may be, and its default."""
-    parts = [kind_of(info.annotation)]
-    limits = [f"{word} {getattr(bound, name):g}" for kind, name, word in BOUNDS for bound in info.metadata
-              if isinstance(bound, kind) and abs(getattr(bound, name)) < 2**62]  # fmt: skip
-    parts[0] += f", {' and '.join(limits)}" if limits else ""
-    if info.annotation is not bool:
-        parts.append(said_default(info.default))
-    return "; ".join(parts)
+    """The kind of value that an option takes, and its default."""
+    kind = kind_of(info.annotation)
+    return kind if info.annotation is bool else f"{kind}; {said_default(info.default)}"
 
 
 def said_default(value: object) -> str:
@@ -145,7 +133,7 @@ def first_sentence(text: str | None) -> str:
 
 
 def escaped(text: str) -> str:
-    """Plain text as Markdown that shows it as it is; what stands in backticks is code already."""
+    """Plain text as Markdown that shows it as it is. Text in backticks is code already and does not change."""
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(part if part.startswith("`") else re.sub(r"([\\<>*_{}\[\]|$])", r"\\\1", part) for part in parts)
 

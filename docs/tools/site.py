@@ -2,9 +2,9 @@
 
     python docs/tools/site.py [--serve]
 
-The pages are the Markdown files of the repository: README.md is the front page, and every file that a page links to
-comes along, pictures and reports included. They are copied to build/pages with their paths, together with the page of
-all options, which options_page.py makes from the command line; zensical then builds them, and a warning is an error.
+The pages are the Markdown files of the repository, with README.md as the front page. This script copies them to
+build/pages, together with every file that a page links to, such as pictures and reports. It adds the page of all
+options, which options_page.py makes from the command line. Then zensical builds the site; a warning is an error.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 
 
 def linked(page: Path) -> list[Path]:
-    """Files of the repository that `page` links to; what is generated, or on the web, is none.
+    """The files of the repository that `page` links to, without links to the web and to generated pages.
 
     Raises:
-        SystemExit: one is missing; zensical says nothing of a picture that is.
+        SystemExit: a file is missing. zensical would not report a missing picture.
     """
     targets = LINK.findall(CODE.sub("", page.read_text(encoding="utf-8")))
     paths = [Path(os.path.normpath(page.parent / target)) for target in targets if "://" not in target]
@@ -39,7 +39,7 @@ def linked(page: Path) -> list[Path]:
 
 
 def files() -> set[Path]:
-    """The front page, the pages of docs/, and whatever they lead to."""
+    """The front page, the pages of docs/, and all files that they link to, directly or through other pages."""
     found: set[Path] = set()
     waiting = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     while waiting:
@@ -51,7 +51,7 @@ def files() -> set[Path]:
 
 
 def stage() -> None:
-    """Lay the pages out anew in build/pages."""
+    """Empty build/pages and copy all pages there."""
     from options_page import page
 
     shutil.rmtree(PAGES, ignore_errors=True)
@@ -71,7 +71,8 @@ def main(arguments: list[str]) -> int:
     environment = {**os.environ, "PYTHONPATH": tools}
     status = subprocess.run([sys.executable, "-m", "zensical", *command], cwd=ROOT, env=environment).returncode
     if status == 0:
-        print("The site is in build/site. To read it: python3 -m http.server --directory build/site")
+        print("The site is in build/site. Its search works only through a server, such as this one:")
+        print("python3 -m http.server --directory build/site    (then open http://localhost:8000)")
     return status
 
 

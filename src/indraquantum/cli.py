@@ -1,6 +1,7 @@
 """The command `indra`: each subcommand is one function that takes one settings class of config.py.
 
-    indra prepare | data | capture | teacher | train | lr-test | test | eval | export | ablate | bench | runs | demo
+    indra prepare | data | capture | teacher | train | lr-test | test | eval | export | ablate | bench | runs | doctor |
+          demo
 
 An error in what you typed or in your files is one line on stderr, with exit status 2. Each command imports what it
 needs when it runs, so that `indra --help` starts quickly.
@@ -100,7 +101,7 @@ def options_of(path: Path) -> Callable[[App, tuple[str, ...], ArgumentCollection
 
 @app.command
 def demo(*, settings: Annotated[DemoSettings, OPTIONS] = DemoSettings()) -> None:
-    """Run the whole pipeline offline on Python's own manual: corpus, tokenizer, teacher, signals, student, answers."""
+    """Run the whole pipeline offline on Python's own manual, from a corpus to a trained model that answers."""
     from indraquantum.demo import run_demo
 
     run_demo(settings)
@@ -108,7 +109,7 @@ def demo(*, settings: Annotated[DemoSettings, OPTIONS] = DemoSettings()) -> None
 
 @app.command
 def prepare(*, settings: Annotated[PrepareSettings, OPTIONS] = PrepareSettings()) -> None:
-    """Turn WikiText, Alpaca and your own text into training rows: a pickle, and a packed dataset beside it."""
+    """Turn WikiText, Alpaca and your own text into training rows, as a packed dataset and as a pickle."""
     from indraquantum.data.prepare import prepare as run
     from indraquantum.monitor.summaries import prepare_summary
 
@@ -205,7 +206,7 @@ def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings()) -> N
 
 @app.command(name="lr-test")
 def lr_test(*, settings: Annotated[LrTestSettings, OPTIONS] = LrTestSettings()) -> None:
-    """Find a learning rate: train with a rising rate, plot the loss, and throw the run away."""
+    """Find a learning rate: train with a rising rate, plot the loss, and discard the trained weights."""
     from indraquantum.training.lr_range import lr_range_test
 
     lr_range_test(settings)
@@ -218,7 +219,7 @@ def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = Te
     Parameters
     ----------
     checkpoint:
-        A checkpoint that training wrote, such as checkpoint_v4_epoch_3.pt.
+        A checkpoint that training wrote, such as checkpoint_v4_epoch_3.pt, or a folder that indra export wrote.
     """
     with quick_import():
         from indraquantum.inference.write import write_text
@@ -228,12 +229,12 @@ def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = Te
 
 @app.command(name="eval")
 def evaluate(checkpoint: Path, /, *, settings: Annotated[EvalSettings, OPTIONS] = EvalSettings()) -> None:
-    """Measure a model on held-out text: loss, calibration, and how its state agrees with the teacher.
+    """Measure a model on held-out text: its loss, its calibration, and how well its state agrees with the teacher.
 
     Parameters
     ----------
     checkpoint:
-        A checkpoint that training wrote.
+        A checkpoint that training wrote, or a folder that indra export wrote.
     """
     with quick_import():
         from indraquantum.inference.report import evaluate_checkpoint
@@ -260,7 +261,9 @@ def export(checkpoint: Path, folder: Path, /) -> None:
 
 @app.command
 def ablate(plan: Path, /, *, settings: Annotated[AblateSettings, OPTIONS] = AblateSettings()) -> None:
-    """Compare variants over several seeds at equal training tokens, and write a report. Finished runs are kept.
+    """Train variants of a model on the same tokens with several seeds, and write a report that compares them.
+
+    The same command again keeps finished runs and continues with the others.
 
     Parameters
     ----------
@@ -328,7 +331,7 @@ def list_(*, settings: Annotated[RunsSettings, OPTIONS] = RunsSettings()) -> Non
 
 @runs.command
 def compare(run: str, /, *others: str, settings: Annotated[RunsSettings, OPTIONS] = RunsSettings()) -> None:
-    """Compare runs: the settings in which they differ, and their held-out figures side by side.
+    """Compare runs: show the settings in which they differ, and their held-out figures side by side.
 
     Parameters
     ----------
@@ -344,7 +347,7 @@ def compare(run: str, /, *others: str, settings: Annotated[RunsSettings, OPTIONS
 
 @contextlib.contextmanager
 def quick_import() -> Iterator[None]:
-    """Import without garbage collection, which takes an eighth of torch's import and finds nothing to free."""
+    """Import without garbage collection. It would take an eighth of torch's import time and find nothing to free."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -355,7 +358,7 @@ def quick_import() -> Iterator[None]:
 
 
 def require_one_process() -> None:
-    """Refuse several processes of torchrun: only training shares its work among them.
+    """Refuse several processes of torchrun, because only training shares its work among them.
 
     Raises:
         UserError: there is more than one process.

@@ -1,7 +1,8 @@
 """All options of all commands. The docstring under a field is its `--help` text, and its bounds are the check.
 
-Settings are frozen and strict: an unknown name, or a value out of range, is refused with the field, the value and what
-is allowed. This module imports nothing heavy, so that `indra --help` starts quickly.
+Settings are frozen and strict. An unknown name, or a value out of range, is refused with the field, the value and what
+is allowed. The help text of a number ends with its bounds. This module imports nothing heavy, so that `indra --help`
+starts quickly.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import annotated_types
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from indraquantum.errors import refused_setting
 
@@ -23,6 +26,13 @@ WIKITEXT = "Salesforce/wikitext"
 ALPACA = (
     "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/"
     "761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json"
+)
+
+BOUNDS = (
+    (annotated_types.Ge, "ge", "at least"),
+    (annotated_types.Gt, "gt", "above"),
+    (annotated_types.Le, "le", "at most"),
+    (annotated_types.Lt, "lt", "below"),
 )
 
 
@@ -43,10 +53,18 @@ class Settings(BaseModel, metaclass=_OneFamily):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Put each help text on one line: where it breaks is for the terminal to say."""
+        """Put each help text on one line, since the terminal decides where it breaks, and end it with the bounds."""
         for field in cls.model_fields.values():
             if field.description:
-                field.description = " ".join(field.description.split())
+                text, bounds = " ".join(field.description.split()), bounds_of(field)
+                field.description = text.removesuffix(bounds) + bounds  # an inherited text has its bounds already
+
+
+def bounds_of(field: FieldInfo) -> str:
+    """Return the bounds of a number as a sentence with a blank before it, or nothing if it has none."""
+    bounds = [f"{word} {getattr(bound, name):,g}" for kind, name, word in BOUNDS for bound in field.metadata
+              if isinstance(bound, kind) and abs(getattr(bound, name)) < 2**62]  # fmt: skip
+    return f" Allowed: {' and '.join(bounds)}." if bounds else ""
 
 
 class DeviceSettings(Settings):
@@ -55,28 +73,30 @@ class DeviceSettings(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute. auto takes CUDA if there is one, else MPS, else the CPU."""
     threads: int = Field(default=0, ge=0, le=1024)
-    """CPU threads to use; 0 lets torch choose. The same number of threads gives the same results to the last bit."""
+    """CPU threads to use; 0 lets torch choose. Set it to leave cores to other programs, or to repeat a run to the last
+    bit, since the last bits depend on the number of threads."""
 
 
 class PrepareSettings(Settings):
     """Turns text into training rows."""
 
     wikitext: str = WIKITEXT
-    """The WikiText source: a text file or table as for --text, or a dataset id of the Hugging Face hub, with or without
-    @revision."""
+    """The WikiText source: a dataset id of the Hugging Face hub, with or without @revision, or a file as for --text.
+    Give a file if you have WikiText already."""
     alpaca: str = ALPACA
-    """The Stanford Alpaca source: a file as for --instructions, or a URL. Add #sha256=HEX to a URL to pin its
-    content."""
+    """The Stanford Alpaca source: a URL, or a file as for --instructions. Give a file if you have Alpaca already. Add
+    #sha256=HEX to a URL to pin its content."""
     tokenizer: str = TINYLLAMA
-    """The tokenizer: a folder with tokenizer.json or tokenizer.model, one of these files, or a hub id, with or without
-    @revision."""
+    """The tokenizer, which must be the teacher's: a folder with tokenizer.json or tokenizer.model, one of these files,
+    or a hub id, with or without @revision."""
     document_start: Literal["auto", "bos", "eos", "none"] = "auto"
     """What each document begins with: the BOS token, the EOS token, or nothing. auto does what the tokenizer's own
-    models expect; choose another value to match a model that was trained differently."""
+    models expect. Choose another value to match a model that was trained differently."""
     wikitext_samples: int = Field(default=22_000, ge=0)
-    """How many WikiText paragraphs to draw. If there are fewer, all are taken, and a note says so."""
+    """How many WikiText paragraphs to draw; 0 leaves WikiText out. If there are fewer, all are taken, and a note says
+    so."""
     alpaca_samples: int = Field(default=52_000, ge=0)
-    """How many Alpaca samples to draw. If there are fewer, all are taken, and a note says so."""
+    """How many Alpaca samples to draw; 0 leaves Alpaca out. If there are fewer, all are taken, and a note says so."""
     wikitext_weight: float | None = Field(default=None, gt=0, le=1000)
     """Draw this multiple of WikiText's size instead of --wikitext-samples: 0.5 takes half of the samples, 2 takes each
     one twice."""
@@ -90,31 +110,32 @@ class PrepareSettings(Settings):
     """One more source of instructions: PATH, PATH=SAMPLES or PATH=WEIGHTx. Repeat the option for several sources.
     docs/FORMATS.md lists the kinds of files."""
     conversations: Literal["refuse", "single"] = "refuse"
-    """What to do with instructions that are lists of messages: refuse the source, or use the conversations of a single
-    turn and leave out the others."""
+    """What to do with instructions that are lists of messages. refuse refuses the source. single uses the conversations
+    of a single turn and leaves out the others."""
     empty_noinput: bool = False
     """Treat an input that says there is none, such as <noinput> or Noinput, as empty."""
     documents: Literal["auto", "paragraphs", "articles", "records"] = "auto"
     """What counts as one document of a text: a paragraph, an article, or a record. auto decides by the kind of file, as
     docs/FORMATS.md describes."""
     separator: str = Field(default="auto", min_length=1)
-    """The line that stands between two documents of a text, or blank-line for an empty one. auto finds markers such as
-    <|endoftext|>; none uses no separator."""
+    """The line that separates two documents of a text; blank-line stands for an empty line. auto finds markers such as
+    <|endoftext|>. none uses no separator."""
     detokenize: bool = False
     """Undo WikiText's own tokenisation: ` @-@ `, spaces before punctuation, and `= Title =`. Use it if the model should
     write ordinary text."""
     duplicates: Literal["keep", "count", "exact", "near"] = "keep"
-    """What to do with copies of earlier samples. keep keeps them, count also counts near copies, exact removes exact
-    copies, and near removes near copies too. count and near compare all text and take longer."""
+    """What to do with copies of earlier samples. keep keeps them. count keeps them too, and counts copies and near
+    copies. exact removes exact copies. near also removes near copies. count and near compare all texts, which takes
+    longer."""
     skip_bad: bool = False
-    """Skip records that are wrong instead of refusing the source. Their number is printed, and skipped.jsonl lists
-    them."""
+    """Skip wrong records instead of refusing the source. The command prints how many there were, and skipped.jsonl
+    lists them."""
     max_length: int = Field(default=128, ge=8, le=32_768)
-    """Tokens in a row. Longer rows let the model read further back and take more memory to train."""
+    """Tokens in a row. In longer rows the model can read further back, and training takes more memory."""
     output: Path = Path("data/mixed_train.pkl")
     """The pickle to write. The packed dataset goes into a folder beside it that has the same name without .pkl."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides which samples are drawn and in which order."""
+    """Decides which samples are drawn, and in which order. Change it to draw others."""
 
 
 class ShowSettings(Settings):
@@ -125,7 +146,7 @@ class ShowSettings(Settings):
     split: Literal["train", "validation", "test"] = "train"
     """The split to print rows from."""
     first: int = Field(default=0, ge=0)
-    """Number of the first row to print, counted from 0."""
+    """Number of the first row to print. Rows are counted from 0."""
     rows: int = Field(default=3, ge=1)
     """How many rows to print."""
 
@@ -141,33 +162,35 @@ class CaptureSettings(DeviceSettings):
     served_model: str | None = None
     """The name of the model on the server. By default it is the first one that the server lists."""
     concurrency: int = Field(default=8, ge=1, le=1024)
-    """How many requests are sent to a server at the same time."""
+    """How many requests are sent to a server at the same time. Raise it if the server can answer more at once."""
     requests_per_second: float = Field(default=0.0, ge=0, le=100_000)
-    """The most requests sent to a server in a second; 0 sets no limit."""
+    """The most requests that are sent to a server in a second; 0 sets no limit. Set it if the server has a limit."""
     output: Path = Path("data/teacher_signals")
     """The folder for the signals. If it holds part of the same capture, the command resumes it."""
     kind: Literal["sampled", "topk", "full"] = "sampled"
-    """What to store for each position. sampled stores tokens drawn at random, which are unbiased and small. topk stores
-    only the likeliest tokens. full stores every token, which takes much space."""
+    """What to store for each position. sampled stores tokens drawn at random: they are unbiased and take little space.
+    topk stores only the likeliest tokens. full stores every token, which takes much space."""
     draws: int = Field(default=50, ge=1, le=65_535)
-    """Tokens drawn at each position, for the kind sampled. More draws give less noise and larger files."""
+    """How many tokens are drawn at each position, for the kind sampled. More draws give less noise and larger files."""
     top_k: int = Field(default=50, ge=1, le=65_535)
-    """How many of the likeliest tokens are stored at each position, for the kind topk."""
+    """How many of the likeliest tokens are stored at each position, for the kind topk. More tokens leave less of the
+    distribution out and give larger files."""
     temperature: float = Field(default=1.0, ge=0.01, le=100)
-    """Temperature of the teacher's distribution. Training uses the same one in its distillation term."""
+    """Temperature of the teacher's distribution. Higher values give unlikely tokens more weight. Training uses the same
+    temperature in its distillation term."""
     batch_tokens: int | Literal["auto"] = "auto"
-    """Tokens in one forward pass of the teacher. It takes whole rows, and at least one. auto takes as many as fit into
-    memory and make it faster."""
+    """Tokens in one forward pass of the teacher: whole rows, and at least one. auto takes as many as fit into memory
+    and make it faster. Give a number if memory runs out."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """The number format in which the teacher computes. auto takes bfloat16 on CUDA (float16 on old cards) and float32
-    elsewhere."""
+    elsewhere. bfloat16 halves the memory for the teacher's weights."""
     workers: int = Field(default=1, ge=1, le=1024)
-    """Processes that ask the teacher, each with a copy of it. The signals are the same for any number of workers as
-    long as --threads is the same."""
+    """How many processes ask the teacher, each with its own copy of it. Raise it for several GPUs, or if one process
+    does not use all cores. For the same --threads, any number of workers gives the same signals."""
     engine: Literal["local", "ray"] = "local"
     """Where the workers run: on this machine (local), or on a Ray cluster (pip install 'indraquantum[ray]')."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides which tokens are drawn."""
+    """Decides which tokens are drawn. Change it to draw others."""
 
     @field_validator("batch_tokens", mode="before")
     @classmethod
@@ -181,48 +204,54 @@ class ModelSettings(Settings):
     """The shape of IndraQuantumPhase2, and which variant of it is built."""
 
     d_model: int = Field(default=128, ge=2, le=65_536)
-    """Complex width d of the embeddings. The transformer is twice as wide."""
+    """Complex width d of the embeddings. The transformer is twice as wide. A wider model can learn more, and costs more
+    time and memory."""
     layers: int = Field(default=4, ge=1, le=1024)
-    """Number of transformer layers."""
+    """Number of transformer layers. A deeper model can learn more, and costs more time and memory."""
     heads: int = Field(default=4, ge=1, le=1024)
     """Attention heads of each layer. Their number must divide the transformer's width, and the width of each head must
     be even."""
     mlp_width: int = Field(default=688, ge=1)
     """Inner width of the gated MLP in each layer."""
     projector: Literal["quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none"] = "quantum"
-    """How token embeddings become quantum states. All kinds except quantum are controls for comparison."""
+    """How token embeddings become quantum states. quantum is the model of this project. The other kinds are controls:
+    use them to see what the projector contributes."""
     head: Literal["interference", "born"] = "interference"
-    """How a state becomes logits. born uses Born's rule; it is slow and only for study."""
+    """How a state becomes logits. born uses Born's rule. It is slow and only meant for study."""
     readout: Literal["reference", "mean"] = "reference"
     """How magnitude and phase are read from a state: against learned reference states, or as a mean over all
-    dimensions."""
+    dimensions. In our measurements, mean knows less of the teacher."""
     magnitude: Literal["softplus", "exp", "linear"] = "linear"
     """How the projector makes a magnitude from its linear map. linear allows negative values, which turn the phase by
-    pi."""
+    pi. softplus and exp are always positive."""
     phase_spread: float = Field(default=0.02, ge=0, le=100)
-    """Standard deviation of the initial phases, in radians."""
+    """Standard deviation of the initial phases, in radians. Small values learned better in our measurements."""
     table_std: float | None = Field(default=None, gt=0, le=100)
     """Standard deviation of the initial embedding table. By default it is 1, or 0.5 for the projectors linear and
     none."""
     residual: bool = False
-    """Add the embedding to the real part of its state."""
+    """Add the embedding to the real part of its state. This is a control for comparison."""
     ends: Literal["shared", "separate"] = "separate"
     """Whether the inputs and the output head share one projector or have one each. Both work on the same table.
-    --projector none has no projector."""
+    It has no
+    meaning with --projector none."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout of the attention weights during training."""
+    """Dropout of the attention weights during training. Raise it if the held-out loss rises while the training loss
+    still falls."""
 
 
 class OptimizerSettings(Settings):
     """How a model is optimised."""
 
     batch_tokens: int = Field(default=4096, ge=1)
-    """Token positions in one optimiser step. It takes whole rows, and at least one."""
+    """Token positions in one optimiser step: whole rows, and at least one. Larger steps have less noise, and there are
+    fewer of them in an epoch."""
     micro_batch_tokens: int = Field(default=8192, ge=1)
-    """Token positions in one forward pass, in whole rows. Lower it if memory runs out: a larger step then adds up the
+    """Token positions in one forward pass, in whole rows. Lower it if memory runs out. A larger step then adds up the
     gradients of several passes, which changes the result only by rounding."""
     learning_rate: float = Field(default=2e-3, gt=0, le=10)
-    """The peak learning rate. `indra lr-test` finds one for your data."""
+    """The peak learning rate. `indra lr-test` suggests one for your data. Long runs need a lower rate than short
+    ones."""
     table_rate: float = Field(default=50.0, gt=0, le=1000)
     """The embedding table's learning rate, as a multiple of --learning-rate."""
     muon_rate: float = Field(default=2.0, gt=0, le=1000)
@@ -230,39 +259,45 @@ class OptimizerSettings(Settings):
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Fraction of the run, or of a strategy's stage, over which the learning rate rises from 0."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """How the learning rate continues after the warm-up. With cosine it falls until the end. With wsd it is stable and
-    then falls in a straight line. With constant it stays at the peak, and the run can be extended at any time."""
+    """How the learning rate continues after the warm-up. With cosine it falls until the end. With wsd it stays at the
+    peak and falls in a straight line at the end. With constant it stays at the peak, and you can extend the run at any
+    time."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
-    """Fraction of the run, or of a stage, over which wsd decays at the end."""
+    """Fraction of the run, or of a strategy's stage, over which wsd decays at the end."""
     final_rate: float = Field(default=0.1, ge=0, le=1)
     """The learning rate at the end of cosine and wsd, as a fraction of the peak."""
     weight_decay: float = Field(default=0.3, ge=0, le=10)
     """Decoupled weight decay of all matrices except the embedding table. Biases and norms have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients whose global norm is larger are scaled down to this norm."""
+    """Gradients with a larger global norm are scaled down to this norm. Lower it if single batches make the loss
+    jump."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides the initial weights and the order of the rows."""
+    """Decides the initial weights and the order of the rows. Train with several seeds to see how much depends on
+    chance."""
 
 
 class TrainerSettings(Settings):
     """Further choices of a training run."""
 
     optimizer: Literal["adamw", "muon"] = "muon"
-    """muon uses Muon for the matrices of the layers and AdamW for all else; adamw uses AdamW for everything."""
+    """muon uses Muon for the matrices of the layers and AdamW for everything else. adamw uses AdamW for everything;
+    with several processes it sends less data between them."""
     projector_rate: float = Field(default=0.4, gt=0, le=1000)
     """The projector's learning rate, as a multiple of --learning-rate."""
     table_weight_decay: float = Field(default=0.0, ge=0, le=10)
     """Decoupled weight decay of the embedding table."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Number format of the matrix products in the layers. Weights and objective stay float32. auto uses 16 bits on CUDA
-    and float32 elsewhere."""
+    and float32 elsewhere. 16 bits save memory, and time where the processor supports them."""
     gradient_checkpointing: bool = False
-    """Keep only the input of each layer and compute the rest again in the backward pass. It saves memory and costs a
-    third more work."""
+    """Keep only the input of each layer and compute the rest again in the backward pass. Use it if memory runs out; it
+    costs a third more work."""
     compile: bool = False
-    """Compile the layers with torch.compile. It needs a C++ compiler, or Triton on a GPU."""
+    """Compile the layers with torch.compile. Compiling takes a while and may make each step faster, so try it for long
+    runs. It needs a C++ compiler, or Triton on a GPU."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
-    """Decay of a moving average of the weights, such as 0.999, which is then evaluated and used. 0 keeps no average."""
+    """Decay of a moving average of the weights, such as 0.999. The average is then evaluated and used instead of the
+    last weights. 0 keeps no average."""
     keep_best: bool = False
     """Also keep the checkpoint with the lowest held-out cross-entropy, as checkpoint_v4_best.pt."""
     patience: int = Field(default=0, ge=0)
@@ -275,20 +310,20 @@ class RunSettings(Settings):
     logs: Path = Path("logs")
     """The folder of the logs. The metrics of a run go to <logs>/<name of its output>/metrics.jsonl."""
     log_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
-    """A tracker that gets the metrics besides metrics.jsonl. Each needs an extra package, such as pip install
+    """A tracker that gets the metrics too, besides metrics.jsonl. Each needs an extra package, such as pip install
     'indraquantum[tensorboard]'."""
     evaluate_every: int = Field(default=200, ge=1)
-    """Optimiser steps between two evaluations on held-out text."""
+    """Optimiser steps between two evaluations on held-out text. Raise it if evaluations take too much of the time."""
     save_every: int = Field(default=200, ge=1)
     """Optimiser steps between two step checkpoints (checkpoint_v4_step_S.pt). A crash loses at most this many steps."""
     keep_last: int = Field(default=2, ge=1)
     """How many step checkpoints are kept. Older ones are removed."""
     on_collapse: Literal["warn", "stop", "ignore"] = "warn"
-    """What to do if predictions, phases, magnitudes or a term of the objective collapse: warn, or stop with exit status
-    3. ignore does not check."""
+    """What to do if predictions, phases, magnitudes or a term of the objective collapse. warn prints a warning, stop
+    ends the run with exit status 3, and ignore does not check."""
     resume: str = "auto"
     """Whether to resume a run. auto resumes from the newest valid checkpoint in the output folder, or starts a new run
-    if there is none. never fails if there is one. The path of a checkpoint resumes from it."""
+    if there is none. never fails if there is one. Give the path of a checkpoint to resume from that one."""
 
 
 class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettings, DeviceSettings):
@@ -301,7 +336,7 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettin
     """The training strategy: v4-unified, stage1, stage2-v2-aggressive, stage2-v3-gentle, or your own YAML file as
     docs/FORMATS.md describes."""
     start_from: Path | None = None
-    """A checkpoint whose weights the run starts from. A stage2 strategy then skips its first stage."""
+    """A checkpoint whose weights a new run starts from. A stage2 strategy then skips its first stage."""
     data: Path = Path("data/mixed_train")
     """The prepared dataset: the packed folder, or a pickle."""
     tokenizer: str | None = None
@@ -316,28 +351,32 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettin
     """The folder for the checkpoints. Each epoch has its own, checkpoint_v4_epoch_N.pt. The same command again resumes
     from the newest one."""
     epochs: int = Field(default=3, ge=1, le=100_000)
-    """Passes over the training rows. You can extend a finished run with more epochs if its schedule is constant, or wsd
-    that has not begun to decay."""
+    """Passes over the training rows. To extend a finished run, give more epochs. This works if its schedule is
+    constant, or wsd and has not begun to decay."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after this many optimiser steps; the schedules then end there. Raise it later to extend the run, under the
-    same conditions as with --epochs."""
+    """Stop after this many optimiser steps; the schedules then end there. To extend the run later, raise it under the
+    same conditions as --epochs."""
     kd_weight_start: float = Field(default=0.01, ge=0, le=100)
-    """Weight of the distillation term at the start of the run. The default is for the strategy v4-unified; the other
-    strategies have their own."""
+    """Weight of the distillation term at the start of the run. We recommend 0.9, which helped much more in our
+    measurements. The default is that of the strategy v4-unified; other strategies have their own."""
     kd_weight_end: float = Field(default=0.05, ge=0, le=100)
-    """Weight of the distillation term at the end of the run. It changes linearly in between."""
+    """Weight of the distillation term at the end of the run. It changes linearly in between. We recommend 0.9 here
+    too."""
     phase_weight: float = Field(default=0.1, ge=0, le=100)
-    """Weight of the phase term, which ties the state's phase to the teacher's entropy."""
+    """Weight of the phase term, which ties the state's phase to the teacher's entropy. Use 0 if you don't need that."""
     magnitude_weight: float = Field(default=0.1, ge=0, le=100)
-    """Weight of the magnitude term, which ties the state's magnitude to the teacher's confidence."""
+    """Weight of the magnitude term, which ties the state's magnitude to the teacher's confidence. Use 0 if you don't
+    need that."""
     tail: Literal["auto", "bucket", "uniform", "none"] = "auto"
-    """What the objective does with the probability that top-k signals do not store: bucket treats all other tokens as
-    one outcome, uniform spreads it over them, none ignores it. auto means bucket. A resumed run keeps its value."""
+    """What the objective does with the probability that top-k signals do not store. bucket treats all other tokens as
+    one outcome, uniform spreads the probability over them, and none ignores it. auto means bucket. A resumed run keeps
+    its value."""
     dry_run: bool = False
-    """Print shapes, parameters, memory, FLOPs and the time to finish, measured on real steps that are thrown away."""
+    """Print shapes, parameters, memory, FLOPs and the time to finish, and write nothing. The times come from a few real
+    steps."""
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
-    """What each process of torchrun holds: the whole model (ddp, which auto means), or a shard of it (fsdp2, for a
-    model that does not fit one device)."""
+    """What each process of torchrun holds. ddp, which auto means, gives each process the whole model. fsdp2 gives each
+    a part of it; use it for a model that one device can't hold."""
 
 
 class LrTestSettings(TrainSettings):
@@ -346,9 +385,10 @@ class LrTestSettings(TrainSettings):
     steps: int = Field(default=100, ge=10, le=100_000)
     """The most optimiser steps to take. The test ends early once the loss has clearly risen."""
     lowest_rate: float = Field(default=1e-5, gt=0, le=10)
-    """Learning rate of the first step."""
+    """Learning rate of the first step. It must be so low that the loss hardly falls."""
     highest_rate: float = Field(default=1.0, gt=0, le=100)
-    """Learning rate of the last step. From step to step the rate rises by the same ratio."""
+    """Learning rate of the last step, at which the loss should rise. From step to step the rate rises by the same
+    ratio."""
     picture: Path = Path("lr_test.png")
     """The file for the plot of the loss over the learning rate: .png, .pdf or .svg."""
 
@@ -365,13 +405,13 @@ class TeacherSettings(OptimizerSettings, RunSettings, DeviceSettings):
     output: Path = Path("checkpoints/teacher")
     """The folder for the teacher, in Hugging Face's format. The checkpoints of the run go to <output>_run beside it."""
     width: int = Field(default=256, ge=2)
-    """Width of the Llama's embeddings and layers."""
+    """Width of the Llama's embeddings and layers. A wider teacher can learn more, and costs more time and memory."""
     layers: int = Field(default=6, ge=1)
     """Number of transformer layers."""
     heads: int = Field(default=4, ge=1)
     """Attention heads of each layer. Their number must divide the width, and the width of each head must be even."""
     steps: int = Field(default=1000, ge=1)
-    """Number of optimiser steps."""
+    """Number of optimiser steps. More steps make a better teacher, as long as its held-out loss falls."""
 
 
 class WeightsSettings(Settings):
@@ -392,11 +432,11 @@ class TestSettings(WeightsSettings, DeviceSettings):
     __test__ = False  # not a test class, whatever pytest thinks of the name
 
     prompt: str | None = None
-    """The text to continue."""
+    """The text to continue. Give this or --instruction."""
     instruction: str | None = None
-    """An instruction to answer. It is put into the Alpaca prompt that the model was trained on."""
+    """An instruction to answer. The program puts it into the Alpaca prompt that the model was trained on."""
     input: str | None = None
-    """The input that belongs to the instruction."""
+    """The input that belongs to the instruction, if there is one."""
     max_new_tokens: int = Field(default=64, ge=1, le=100_000)
     """The most tokens to write."""
     temperature: float = Field(default=0.8, ge=0, le=100)
@@ -408,7 +448,7 @@ class TestSettings(WeightsSettings, DeviceSettings):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides which tokens are sampled. Equal seeds give equal text."""
     show_state: bool = False
-    """Print the confidence and uncertainty of each token, read from the model's state. They are meaningful only if
+    """Print the confidence and the uncertainty of each token, read from the model's state. They mean something only if
     training aligned the state with a teacher."""
 
 
@@ -418,14 +458,14 @@ class EvalSettings(WeightsSettings, DeviceSettings):
     data: Path = Path("data/mixed_train")
     """The prepared dataset whose held-out documents are predicted."""
     split: Literal["validation", "test"] = "validation"
-    """The held-out documents to predict. Keep test for a last report, and choose nothing by it: each reading of it is
-    recorded in a file beside the data."""
+    """The held-out documents to predict. Use test only for a last report and make no choice by it. Each reading of it
+    is recorded in a file beside the data."""
     text: str | None = None
     """Predict this text instead of a dataset: a file or folder as for `indra prepare --text`."""
     row_length: int = Field(default=128, ge=8, le=32_768)
-    """Tokens in a row of --text; the model reads no further back. The default is that of `indra prepare`."""
+    """Tokens in a row of --text. The model reads no further back. The default is that of `indra prepare`."""
     signals: Path | None = None
-    """The teacher's signals, to compare the model's magnitude and phase with. By default those beside the dataset are
+    """The teacher's signals, to compare the model's magnitude and phase with. By default, those beside the dataset are
     used if there are any."""
     json_file: Path | None = None
     """Also write the figures to this JSON file."""
@@ -435,26 +475,27 @@ class AblateSettings(DeviceSettings):
     """Compares variants over several seeds at equal training tokens, and writes one report."""
 
     data: Path | None = None
-    """The prepared dataset, instead of the plan's."""
+    """The prepared dataset to use instead of the plan's."""
     signals: Path | None = None
-    """The teacher's signals, instead of the plan's."""
+    """The teacher's signals to use instead of the plan's."""
     output: Path | None = None
     """The folder for the report and for a JSON file of each run. By default it is results/<name of the plan>."""
     work: Path | None = None
     """The folder for checkpoints and logs of unfinished runs. By default it is runs/ablate/<name of the plan>."""
     jobs: int = Field(default=1, ge=1, le=1024)
-    """How many runs are trained at the same time, each in its own process."""
+    """How many runs are trained at the same time, each in its own process. Together they use --jobs times
+    --threads cores."""
     threads: int = Field(default=1, ge=1, le=1024)
-    """CPU threads of each run. The same number of threads gives the same results to the last bit."""
+    """CPU threads of each run. Keep it for all runs of a plan, since the last bits depend on the number of threads."""
     only: tuple[str, ...] | None = None
-    """Run this variant and no other. Repeat the option for several variants."""
+    """Run only this variant. Repeat the option for several variants."""
     keep_checkpoints: bool = False
-    """Keep the last checkpoint of each run in the work folder."""
+    """Keep the last checkpoint of each run in the work folder. `indra ablate --final` needs them."""
     dry_run: bool = False
     """Print variants, parameters, steps and tokens, and train nothing."""
     final: bool = False
-    """Once all runs are done, also measure each of them on the dataset's test split, for a last report. This happens
-    only once. It needs the checkpoints of all runs, so they are kept."""
+    """When all runs are done, also measure each of them on the dataset's test split, for a last report. This happens
+    only once. It needs the checkpoints of all runs, so it keeps them."""
     report_only: bool = False
     """Write the report again from the JSON files in the output folder, and train nothing."""
 
@@ -472,9 +513,9 @@ class BenchSettings(Settings):
     threads: int = Field(default=2, ge=1, le=1024)
     """CPU threads to use. Take as many as your training runs use."""
     repeats: int = Field(default=7, ge=1, le=1000)
-    """How many rounds are measured. The medians are printed."""
+    """How many rounds are measured. The command prints the medians. More rounds give steadier figures."""
     quick: bool = False
-    """Use toy sizes, only to see that it works."""
+    """Use toy sizes, only to see that the command works."""
     json_file: Path | None = None
     """Also write the figures to this JSON file."""
 
@@ -492,6 +533,6 @@ class DemoSettings(DeviceSettings):
     output: Path = Path("demo")
     """The folder for everything that the demo writes."""
     tiny: bool = False
-    """Run the same steps at toy size, in seconds. The text will be poor."""
+    """Run the same stages at toy size, in seconds. The text will be poor."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides everything that is random."""
+    """Decides everything that is random: the samples, the weights, the order and the text."""
