@@ -63,8 +63,8 @@ def draw_terms(runs: dict[str, list[dict]]) -> None:
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, (term, (title, unit)) in zip(figure.subplots(2, 2).flat, TERMS.items(), strict=True):
         for name, metrics in runs.items():
-            curve(axes, metrics, term, name)
-        finish(axes, title, unit)
+            curve(axes, metrics, term, name, "--" if "alignment" in name else "-")  # dashed: some curves coincide
+        finish(axes, title, unit, legend=(0.38, 0.2) if term in ("phase", "magnitude") else "best")
     figure.savefig(PICTURES / "loss_terms.png", dpi=100)
 
 
@@ -99,18 +99,20 @@ def draw_readouts(demo: Path, folders: dict[str, Path]) -> None:
     figure.savefig(PICTURES / "loss_readouts.png", dpi=100)
 
 
-def curve(axes: Axes, metrics: list[dict], term: str, label: str) -> None:
+def curve(axes: Axes, metrics: list[dict], term: str, label: str, style: str = "-") -> None:
     """Draw one smoothed curve, from step 20 on."""
     points = [(line["step"], line[term]) for line in metrics if line["step"] >= 20 and line[term] is not None]
     steps, values = zip(*points, strict=True)
-    axes.plot(steps, smoothed(values, 0.95), label=label)
+    axes.plot(steps, smoothed(values, 0.95), style, label=label)
 
 
-def finish(axes: Axes, title: str, y: str, x: str = "optimiser step") -> None:
+def finish(
+    axes: Axes, title: str, y: str, x: str = "optimiser step", legend: str | tuple[float, float] = "best"
+) -> None:
     """Add the title, the names of the axes, a grid and the legend."""
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc=legend)
 
 
 def main(demo: Path, work: Path) -> None:
