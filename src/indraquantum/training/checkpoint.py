@@ -1,10 +1,10 @@
-"""Checkpoints: one `.pt` of tensors and plain values with its manifest, committed atomically, verified before use.
+"""Checkpoints: a `.pt` file of tensors and plain values with a manifest. They are written atomically and verified.
 
 A checkpoint is complete: it holds weights, optimiser, step, settings and the tokenizer, so that `indra test` needs
-nothing else. To commit it, the `.pt` is written under a temporary name, fsynced and renamed, and then its manifest
-(size, SHA-256, step) in the same way. torch.load does not notice a flipped bit, so the SHA-256 is checked first. A
-`.pt` that was copied without its manifest is checked by the checksums of its zip parts. They miss flips in the padding
-between the parts, which holds nothing.
+nothing else. `save_checkpoint` writes the `.pt` under a temporary name, fsyncs it and renames it. Then it writes the
+manifest (size, SHA-256, step) in the same way. torch.load does not notice a flipped bit, so `load_checkpoint` first
+checks the SHA-256. If a `.pt` was copied without its manifest, it checks the checksums of the zip parts instead. They
+do not cover the padding between the parts, which holds no data.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMAT_VERSION = 4
 STUDENT_TYPE = "indraquantum"  # IndraQuantumConfig.model_type, without the import of transformers
 BEST_NAME = "checkpoint_v4_best.pt"
 NAME = re.compile(r"checkpoint_v4_(epoch|step)_(\d+)\.pt")
-# What zipfile and torch.load raise for files that are cut, damaged or none of ours.
+# What zipfile and torch.load raise for files that are cut, damaged or not ours.
 MALFORMED = (
     zipfile.BadZipFile, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
     OverflowError, struct.error,
@@ -51,32 +51,32 @@ class Checkpoint:
     optimizer: dict[str, Any]  # state_dict
     step: int  # optimiser steps done
     tokens: int  # real tokens seen
-    finished: bool  # the run had come to its end
-    pending: dict[str, Any] | None  # metrics of this step where its evaluation was cut short, to be done on resume
+    finished: bool  # whether the run had finished
+    pending: dict[str, Any] | None  # metrics of this step if its evaluation was interrupted; resume completes them
     guard: dict[str, Any]  # what the collapse guard has seen
     best: dict[str, Any]  # the best evaluation so far, see run.BestHeldOut
     loss_scale: dict[str, Any]  # state of float16's loss scale; empty for the other formats
     settings: dict[str, Any]  # what decides the run, see run.run_identity
-    tokenizer: dict[str, Any]  # json, bos_id (None where documents begin with their text), eos_id
+    tokenizer: dict[str, Any]  # json, bos_id (None if documents begin with their text), eos_id
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
-    """Where the checkpoint of `epoch` (from 1) stands."""
+    """Return the path of the checkpoint of `epoch`, counted from 1."""
     return folder / f"checkpoint_v4_epoch_{epoch}.pt"
 
 
 def step_checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` stands, between those of the epochs."""
+    """Return the path of the step checkpoint of `step`."""
     return folder / f"checkpoint_v4_step_{step}.pt"
 
 
 def manifest_path(path: Path) -> Path:
-    """The manifest of the checkpoint at `path`."""
+    """Return the path of the manifest of the checkpoint at `path`."""
     return path.with_suffix(".json")
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Commit `checkpoint` to `path`. A crash at any point leaves the old file or the new one.
+    """Write `checkpoint` to `path` atomically. A crash at any point leaves either the old file or the new one.
 
     Raises:
         UserError: it can't be written (disk full, read-only, I/O error); the old file is unharmed.
@@ -88,7 +88,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     try:
         with atomic_file(path) as temporary:
             temporary.write_bytes(content)
-            # An old manifest does not fit the new file: without one, either file is a valid checkpoint.
+            # An old manifest does not fit the new file. Without a manifest, both the old and the new file are valid.
             manifest_path(path).unlink(missing_ok=True)
         with atomic_file(manifest_path(path)) as temporary:
             temporary.write_text(manifest, encoding="utf-8")
@@ -97,7 +97,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def manifest_text(name: str, size: int, sha256: str, step: int) -> str:
-    """The manifest, to the byte: so that a change anywhere in it shows."""
+    """Return the exact text of the manifest. Verification compares it byte by byte, so it finds any change."""
     return json.dumps({"format": FORMAT, "file": name, "bytes": size, "sha256": sha256, "step": step}, indent=2) + "\n"
 
 
@@ -143,7 +143,7 @@ def require_model_type(field: str, path: Path, checkpoint: Checkpoint, model_typ
     """Check that the checkpoint at `path` is of a model of `model_type`, as its configuration calls it.
 
     Raises:
-        UserError: it is of another; `field` is the option to name.
+        UserError: it is of another type; `field` is the option to name.
     """
     there = checkpoint.model_config.get("model_type", STUDENT_TYPE)
     if there != model_type:
@@ -151,7 +151,7 @@ def require_model_type(field: str, path: Path, checkpoint: Checkpoint, model_typ
 
 
 def _verify(field: str, path: Path) -> dict[str, Any] | None:
-    """The manifest of `path`, checked against the file's bytes; without one, None after the zip's own checksums."""
+    """Check the bytes of `path` and return its manifest. Without one, check the zip's checksums and return None."""
     try:
         text = manifest_path(path).read_bytes()
     except FileNotFoundError:
@@ -182,9 +182,9 @@ class Found:
 
 
 def checkpoints_in(folder: Path, step_of_epoch: Callable[[int], int]) -> list[tuple[int, Path]]:
-    """The checkpoints of `folder`, valid or not, by the step in their names, newest first.
+    """Return the checkpoints of `folder`, valid or not, with the steps of their names, newest first.
 
-    `step_of_epoch` tells at which step an epoch, from 1, ends.
+    `step_of_epoch` returns the step at which an epoch, counted from 1, ends.
     """
     found = []
     for path in folder.glob("checkpoint_v4_*.pt"):
@@ -195,7 +195,7 @@ def checkpoints_in(folder: Path, step_of_epoch: Callable[[int], int]) -> list[tu
 
 
 def newest_checkpoint(folder: Path, step_of_epoch: Callable[[int], int]) -> Found | None:
-    """The newest valid checkpoint of `folder`, or None if there is none at all; warns once of damaged ones.
+    """Return the newest valid checkpoint of `folder`, or None if there is no checkpoint. Warn once about damaged ones.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -203,7 +203,7 @@ def newest_checkpoint(folder: Path, step_of_epoch: Callable[[int], int]) -> Foun
     passed: list[tuple[Path, UserError]] = []
     newest: Found | None = None
     for step, path in checkpoints_in(folder, step_of_epoch):
-        # Where a run was extended, the end of its former length may bear the name of an epoch that ends later.
+        # After a run was extended, the checkpoint at its former end may have the name of an epoch that now ends later.
         if newest is not None and step <= newest.checkpoint.step:
             break
         try:
@@ -224,7 +224,7 @@ def newest_checkpoint(folder: Path, step_of_epoch: Callable[[int], int]) -> Foun
 
 
 def set_aside(paths: Iterable[Path]) -> None:
-    """Rename checkpoints that the run will not reach again in the same way, so that nothing resumes from them."""
+    """Rename checkpoints, so that no run resumes from them."""
     for path in paths:
         for part in (manifest_path(path), path):
             if part.exists():
@@ -233,7 +233,7 @@ def set_aside(paths: Iterable[Path]) -> None:
 
 
 def prune_step_checkpoints(folder: Path, keep_last: int, keep: Callable[[int], bool] = lambda step: False) -> None:
-    """Remove all but the newest `keep_last` step checkpoints. Those of epochs stay, and so do the steps to `keep`."""
+    """Remove step checkpoints, except the newest `keep_last` and those whose step `keep` accepts."""
     steps = [path for step, path in checkpoints_in(folder, int) if "_step_" in path.name and not keep(step)]
     for path in steps[keep_last:]:
         manifest_path(path).unlink(missing_ok=True)
@@ -241,7 +241,7 @@ def prune_step_checkpoints(folder: Path, keep_last: int, keep: Callable[[int], b
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left: temporary files, and manifests whose checkpoint is gone."""
+    """Remove what a killed process left behind: temporary files, and manifests without a checkpoint."""
     for path in folder.glob(".checkpoint_v4_*.tmp"):
         path.unlink()
     for path in folder.glob("checkpoint_v4_*.json"):

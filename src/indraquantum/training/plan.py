@@ -1,10 +1,10 @@
-"""The plan of a run: what each optimiser step is, as a pure function of its number.
+"""The plan of a run: it says what each optimiser step does, as a pure function of the step's number.
 
     plan = plan_run(settings, dataset)
     print(plan.step(0))             # a StepInput: rows, signals, loss weights, learning rate
     print(plan)                     # a line for each stage
 
-A strategy says what each stage is; the plan applies it to the dataset. Steps are counted over the whole run, from 0.
+A strategy describes the stages, and the plan applies it to a dataset. Steps are counted over the whole run, from 0.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from indraquantum.training.step import StepInput
 
 @dataclass(frozen=True, eq=False)
 class RunStage:
-    """One stage with its data; its signals are None until they are attached, or where it needs none."""
+    """One stage with its data. Its signals are None until they are attached, or if it needs none."""
 
     number: int  # from 0
-    spec: Stage  # every value settled
-    settings: TrainSettings | TeacherSettings  # the run's, with the stage's own data, signals and learning rate
+    spec: Stage  # the stage of the strategy, with all values resolved
+    settings: TrainSettings | TeacherSettings  # those of the run, with the stage's own data, signals and learning rate
     dataset: PreparedDataset
-    train: Split  # what it trains on: the dataset's training side, or the part of it that its sources are
+    train: Split  # the rows it trains on: the dataset's training split, or the part of it from the stage's sources
     first: int  # its first step
     steps: int
-    first_epoch: int  # epochs begun before it
+    first_epoch: int  # how many epochs began before this stage
     signals: SignalStore | None = None
-    order: int = ORDER  # which rule orders its rows
-    planned_steps: int | None = None  # what it was begun with, where that was another length: see resume.extended
+    order: int = ORDER  # the rule that orders its rows
+    planned_steps: int | None = None  # its length when the run began, if that was another one; see resume.extended
 
     @property
     def rows_per_step(self) -> int:
@@ -63,7 +63,7 @@ class RunStage:
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps that visit each of its rows once."""
+        """Number of optimiser steps in which each row is used once."""
         return steps_per_epoch(self.train.num_rows, self.rows_per_step)
 
     @property
@@ -73,7 +73,7 @@ class RunStage:
 
     @property
     def epochs(self) -> int:
-        """Epochs that it begins."""
+        """Number of epochs that it begins, including one that it does not finish."""
         return math.ceil(self.steps / self.steps_per_epoch)
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class RunStage:
         return self.signals is not None and self.signals.manifest.is_truncated
 
     def step(self, number: int) -> StepInput:
-        """What step `number` of the run is."""
+        """Return what step `number` of the run does."""
         settings, signals, weights = self.settings, self.signals, self.weights_of(number)
         return StepInput(
             split=self.train,
@@ -113,7 +113,7 @@ class RunStage:
         )
 
     def learning_rate_of(self, step: int) -> float:
-        """The base learning rate at `step`."""
+        """Return the base learning rate at `step`."""
         settings = self.settings
         return settings.learning_rate * learning_rate_factor(
             step - self.first,
@@ -126,12 +126,12 @@ class RunStage:
         )
 
     def rows_of(self, step: int) -> np.ndarray:
-        """Numbers of the rows of `step` in `train`."""
+        """Return the numbers of the rows of `step` in `train`."""
         seed, own_step = self.settings.seed, step - self.first
         return rows_of_step(self.train.num_rows, self.rows_per_step, seed, own_step, self.number, self.order)
 
     def weights_of(self, step: int) -> dict[str, float]:
-        """Weights of the teacher's terms at `step`; 0 where there are no signals."""
+        """Return the weights of the teacher's terms at `step`. They are 0 if there are no signals."""
         if self.signals is None:
             return dict.fromkeys(TEACHER_TERMS, 0.0)
         planned = self.planned_steps or self.steps
@@ -139,7 +139,7 @@ class RunStage:
         return {term: getattr(self.spec.weights, term).at(place, planned) for term in TEACHER_TERMS}
 
     def rate_decays_from(self, step: int) -> bool:
-        """Whether wsd begins to decay after `step` steps of the run."""
+        """Return whether wsd begins to decay after `step` steps of the run."""
         decays = self.spec.schedule == "wsd"
         return decays and step == self.first + decay_begins(self.steps, self.spec.decay_fraction)
 
@@ -149,7 +149,7 @@ class Plan:
     """All stages of a run."""
 
     strategy: Strategy
-    dataset: PreparedDataset  # of the run: what is held out is its validation side
+    dataset: PreparedDataset  # that of the run; its validation split is the held-out text
     stages: tuple[RunStage, ...]
 
     @property
@@ -159,45 +159,45 @@ class Plan:
 
     @property
     def planned_steps(self) -> int:
-        """Steps that the run was begun with."""
+        """Number of steps that the run had when it began."""
         return sum(stage.planned_steps or stage.steps for stage in self.stages)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.stages))
 
     def step(self, number: int) -> StepInput:
-        """What the step after `number` done ones is: rows, signals, loss weights, learning rate."""
+        """Return what the step after `number` finished steps does: rows, signals, loss weights, learning rate."""
         return self.at(number).step(number)
 
     def at(self, step: int) -> RunStage:
-        """The stage whose turn it is at `step`; the last one from its end on."""
+        """Return the stage that step `step` belongs to. After the end of the run, this is the last stage."""
         return self.stages[max(0, bisect_right([stage.first for stage in self.stages], step) - 1)]
 
     def before(self, step: int) -> RunStage:
-        """The stage of the step that was done last; the first one at step 0."""
+        """Return the stage of the last finished step. At step 0, this is the first stage."""
         return self.at(max(0, step - 1))
 
     def ends_at(self, step: int) -> RunStage | None:
-        """The stage that `step` steps have just ended, if any."""
+        """Return the stage that ends after `step` steps, or None."""
         stage = self.before(step)
         return stage if stage.end == step else None
 
     def epoch_ends(self, step: int) -> bool:
-        """Whether `step` steps end an epoch or a stage; so it is at step 0."""
+        """Return whether an epoch or a stage ends after `step` steps. At step 0 this is True."""
         stage = self.before(step)
         return (step - stage.first) % stage.steps_per_epoch == 0 or step == stage.end
 
     def epochs_done(self, step: int) -> float:
-        """Passes over the rows of its stages after `step` steps, a fraction."""
+        """Return the number of passes over the rows of the stages after `step` steps, with decimals."""
         return sum(max(0, min(step, stage.end) - stage.first) / stage.steps_per_epoch for stage in self.stages)
 
     def epoch_of(self, step: int) -> int:
-        """Number of the epoch that step `step` is in or ends, from 1, over all stages."""
+        """Return the number of the epoch that step `step` belongs to, from 1, over all stages."""
         stage = self.before(step)
         return stage.first_epoch + max(1, math.ceil((step - stage.first) / stage.steps_per_epoch))
 
     def step_of_epoch(self, epoch: int) -> int:
-        """The step at which `epoch`, from 1, ends; of an epoch after the last one, where it would end."""
+        """Return the step at which `epoch`, from 1, ends, or would end if it is after the last one."""
         for stage in self.stages:
             end = stage.first + (epoch - stage.first_epoch) * stage.steps_per_epoch
             if epoch <= stage.first_epoch + stage.epochs:
@@ -206,21 +206,21 @@ class Plan:
 
 
 def tail_of(settings: TrainSettings) -> Tail:
-    """What becomes of the probability that truncated signals don't store."""
+    """Return what the objective does with the probability that truncated signals don't store."""
     return "bucket" if settings.tail == "auto" else settings.tail
 
 
 def rows_per_step(batch_tokens: int, row_length: int) -> int:
-    """Rows of so many positions; at least one."""
+    """Return the number of whole rows in `batch_tokens` positions, at least one."""
     return max(1, batch_tokens // row_length)
 
 
 def plan_run(settings: TrainSettings, dataset: PreparedDataset) -> Plan:
-    """The plan of a run: its strategy applied to its data. Nothing is written, no teacher is asked.
+    """Return the plan of a run: its strategy, applied to its data. This writes nothing and asks no teacher.
 
     Args:
-        settings: of the run.
-        dataset: that of --data, open.
+        settings: the settings of the run.
+        dataset: the open dataset of --data.
 
     Raises:
         UserError: the strategy is wrong, contradicts an option, or names a source that the data lack.
@@ -257,7 +257,7 @@ def _asked(settings: TrainSettings) -> int:
 
 
 def _ends_of_fractions(settings: TrainSettings, strategy: Strategy, dataset: PreparedDataset) -> list[int]:
-    """The step after each stage where stages are fractions of the run; nothing where they have their own lengths."""
+    """Return the step after each stage if stages are fractions of the run, or nothing if they have their own lengths."""
     fractions = [stage.fraction for stage in strategy.stages if stage.fraction is not None]
     rows = rows_per_step(settings.batch_tokens, dataset.row_length)
     steps = settings.epochs * steps_per_epoch(dataset.train.num_rows, rows)
@@ -281,10 +281,10 @@ def _other_dataset(spec: Stage, dataset: PreparedDataset) -> PreparedDataset:
 
 
 def _part_of_sources(spec: Stage, dataset: PreparedDataset) -> Split:
-    """What the stage trains on.
+    """Return the rows that the stage trains on.
 
     Raises:
-        UserError: a source that the dataset lacks, or has held out entirely.
+        UserError: the dataset lacks a source, or has no training row of the sources.
     """
     names = dataset.source_names
     if spec.sources == "all":

@@ -1,13 +1,13 @@
 """Resumes a run from a checkpoint, if the checkpoint belongs to the same run.
 
-A run may also resume with another length, with its optimiser and all:
+A run may also resume with another length. It keeps its optimiser's state:
 
     indra train --schedule constant --epochs 1 ...
     indra train --schedule constant --epochs 3 ...      the same command, longer
 
-The steps that are done must not depend on the run's length. So the schedule of the current stage must be constant, or
-wsd that has not begun to decay. The warm-up and the curves of the loss weights keep the length that the stage began
-with; the added steps have the last weight.
+The finished steps must not depend on the run's length. So the schedule of the current stage must be constant, or wsd
+that has not begun to decay. The warm-up and the curves of the loss weights keep the length that the stage began with.
+The added steps have the last weights of these curves.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ from indraquantum.training.plan import Plan, RunStage
 from indraquantum.training.run import BestHeldOut, Run, refuse_checkpoints, stage_identity
 from indraquantum.training.schedule import decay_begins
 
-# What the program did before it had an option, where that is not the option's default.
+# What the program did before it had an option, for options whose default is something else.
 BEFORE_THE_OPTION = {"tail": "none", "row_order": 1}
 LENGTHS = ("epochs", "max_steps", "steps")  # options
 STAGE_LENGTHS = ("steps", "planned_steps")  # in a stage's identity
 
 
 def resume(run: Run) -> bool:
-    """Restore `run` from the checkpoint that its settings ask for; False if there is none.
+    """Restore `run` from the checkpoint that its settings ask for. Return False if there is none.
 
     Raises:
-        UserError: that checkpoint is damaged or of a run with other settings, or the folder should hold none.
+        UserError: the checkpoint is damaged or comes from a run with other settings, or `--resume never` is given and
+            the folder holds one.
     """
     processes, read = run.processes, []
 
@@ -57,7 +58,7 @@ def resume(run: Run) -> bool:
     path = processes.first(choose)
     if path is None:
         return False
-    with processes.together():  # the others read and verify the file too
+    with processes.together():  # the other processes read and verify the file too
         field = "--output" if run.settings.resume == "auto" else "--resume"
         checkpoint = read[0].checkpoint if read else load_checkpoint(field, path)
         require_model_type(field, path, checkpoint, run.model.config.model_type)
@@ -73,7 +74,7 @@ def resume(run: Run) -> bool:
 
 
 def _wanted_checkpoint(run: Run) -> Found | None:
-    """The checkpoint that the settings ask for; None to start anew."""
+    """Return the checkpoint that the settings ask for, or None to begin a new run."""
     folder, wanted = run.folder, run.settings.resume
     if wanted == "never":
         refuse_checkpoints(run.folder, run.plan)
@@ -84,7 +85,7 @@ def _wanted_checkpoint(run: Run) -> Found | None:
 
 
 def _set_later_ones_aside(run: Run, used: Path) -> None:
-    """After a return to an earlier step on purpose: later checkpoints would be ahead of the metrics."""
+    """Set later checkpoints aside when a run goes back to an earlier one. They would be ahead of the metrics."""
     later = (
         path
         for step, path in checkpoints_in(run.folder, run.plan.step_of_epoch)
@@ -94,10 +95,12 @@ def _set_later_ones_aside(run: Run, used: Path) -> None:
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Give `run` the state of `checkpoint`; an option that the program did not have then counts as what it did then.
+    """Give `run` the state of `checkpoint`.
+
+    The checkpoint may be older than an option. The option then counts as what the program did before it had it.
 
     Raises:
-        UserError: the checkpoint is of a run with other settings; the first that differs is named.
+        UserError: the checkpoint comes from a run with other settings; the message names the first that differs.
     """
     before, kept = with_defaults(checkpoint.settings, run.identity, type(run.settings)), {}
     if "tail" in run.identity:
@@ -134,14 +137,14 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def _as_there(run: Run, then: Any) -> str:
-    """What an option must be for the run to resume from its checkpoint."""
+    """Say what an option must be, so that the run can resume from its checkpoint."""
     if run.settings.resume == "auto":
         return f"must be {then}, as in the run that {run.folder} holds, or give another --output"
     return f"must be {then}, as in the run of --resume {run.settings.resume}"
 
 
 def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -> UserError:
-    """The error for a run that can't have the requested length: why, and what to do instead."""
+    """Return the error for a run that can't have the requested length. It says why, and what to do instead."""
     settings = run.settings
     option, value, then = "--strategy", f"{run.total_steps:,} steps", "of the same length"
     for name in LENGTHS:
@@ -161,9 +164,9 @@ def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -
 def with_defaults(
     then: Mapping[str, Any], names: Iterable[str], options: type[Settings] = TrainSettings
 ) -> dict[str, Any]:
-    """What decided an earlier run, with what the program did for each option among `names` that it did not have then.
+    """Return what decided an earlier run, with a value for each option in `names` that is newer than the run.
 
-    That is the option's default, except where the default became another when the option came.
+    This value is the option's default, or what BEFORE_THE_OPTION says.
     """
     defaults = {name: field.default for name, field in options.model_fields.items()} | BEFORE_THE_OPTION
     return {name: defaults[name] for name in names if name in defaults} | dict(then)
@@ -172,12 +175,12 @@ def with_defaults(
 class Difference(NamedTuple):
     """Where two trees of plain values differ."""
 
-    path: tuple[str, ...]  # names on the way there
+    path: tuple[str, ...]  # the names that lead there
     now: Any
     then: Any
 
     def option_and_value(self) -> tuple[str, str]:
-        """The option that differs, and its value."""
+        """Return the option that differs, and its value."""
         name, *place = self.path
         if name == "stages":
             return "--strategy", f"{'.'.join(place)} {self.now}"
@@ -185,7 +188,7 @@ class Difference(NamedTuple):
 
 
 def first_difference(now: Any, then: Any, path: tuple[str, ...] = ()) -> Difference | None:
-    """Where `now` first differs from `then`; None where it does not."""
+    """Return where `now` first differs from `then`, or None if they are equal."""
     if isinstance(now, dict) and isinstance(then, dict):
         names = (*now, *(name for name in then if name not in now))
         found = (first_difference(now.get(name), then.get(name), (*path, name)) for name in names)
@@ -194,11 +197,11 @@ def first_difference(now: Any, then: Any, path: tuple[str, ...] = ()) -> Differe
 
 
 class NotExtensible(Exception):
-    """Why a run can't have another length, for a reader.
+    """A run can't have another length.
 
     Args:
-        why: a clause.
-        before: steps done until which it still could; 0 where it never could.
+        why: the reason, as a clause of the message.
+        before: the run could have another length until this step; 0 if it never could.
     """
 
     def __init__(self, why: str, before: int = 0) -> None:
@@ -207,7 +210,7 @@ class NotExtensible(Exception):
 
 
 def without_length(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a run apart from its length."""
+    """Return what decides a run, without its length."""
     stages = {
         name: {key: value for key, value in stage.items() if key not in STAGE_LENGTHS}
         for name, stage in identity["stages"].items()
@@ -216,15 +219,15 @@ def without_length(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def extended(plan: Plan, before: Mapping[str, Any], step: int) -> Plan:
-    """`plan` as what follows `step` steps of a run that was begun with another length, or the same.
+    """Return `plan` as the continuation of a run after `step` steps. The run may have begun with another length.
 
     Args:
-        plan: of the length that is asked for.
-        before: what decided the run so far, of the same stages.
-        step: optimiser steps done.
+        plan: a plan with the requested length.
+        before: what decided the run so far; it has the same stages.
+        step: the number of finished optimiser steps.
 
     Raises:
-        NotExtensible: the steps that are done would have been others with this length.
+        NotExtensible: with the requested length, the finished steps would have been different.
     """
     stages = []
     for stage in plan.stages:
@@ -232,7 +235,7 @@ def extended(plan: Plan, before: Mapping[str, Any], step: int) -> Plan:
         done = step - stage.first
         if done > 0 and then["steps"] != stage.steps:
             _check(stage, then["steps"], done)
-        # A stage that has not begun has the length that it is given now.
+        # A stage that has not begun takes the requested length.
         planned = then.get("planned_steps", then["steps"]) if done > 0 else None
         stages.append(replace(stage, planned_steps=None if planned == stage.steps else planned))
     return replace(plan, stages=tuple(stages))

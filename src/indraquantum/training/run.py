@@ -1,7 +1,7 @@
-"""A run: its parts at the first step, and everything that decides its result.
+"""A run: the parts that it needs, and everything that decides its result.
 
-`start_run` builds the run that `indra train` trains. `trial_run` builds the same run for a test: it creates no folder,
-asks no teacher and reads no checkpoint.
+`start_run` builds the run that `indra train` trains. `trial_run` builds the same run for a dry run or a range test: it
+creates no folder, asks no teacher and does not resume.
 """
 
 from __future__ import annotations
@@ -42,35 +42,35 @@ from indraquantum.training.plan import Plan, RunStage, plan_run, tail_of
 from indraquantum.training.schedule import ORDER
 from indraquantum.training.signals import find_signals, folder_of
 
-# What may change between two starts of one run without changing what it computes.
+# Settings that may change when a run resumes, because they do not change what it computes.
 FREE_SETTINGS = {
     "output", "logs", "device", "threads", "data", "signals", "teacher", "tokenizer",
     "save_every", "keep_last", "resume", "on_collapse", "dry_run", "parallel", "gradient_checkpointing", "keep_best",
     "log_to",
 }  # fmt: skip
 
-# What two models must share for the weights of one to fit the other: option, and its name in the model's configuration.
+# Options that must be equal for the weights of one model to fit another, with their names in the model's configuration.
 SHAPE = {
     "d-model": "d_model", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "mlp-width": "intermediate_size", "projector": "projector", "magnitude": "magnitude", "ends": "ends",
     "residual": "residual", "head": "head", "readout": "readout",
 }  # fmt: skip
 
-
-MOST_SHAPES = 256  # that compiled layers may meet: rows of micro-batches and evaluations, times layers
+# The most shapes that compiled layers may get: the numbers of rows in micro-batches and evaluations, times layers.
+MOST_SHAPES = 256
 
 
 @dataclass
 class BestHeldOut:
-    """What the evaluations have shown; plain values, so that a checkpoint can hold them."""
+    """The best evaluation so far. It consists of plain values, so that a checkpoint can hold it."""
 
     cross_entropy: float | None = None  # of all held-out text, nats per token
-    step: int = 0  # where it was
+    step: int = 0  # the step of this evaluation
     evaluations_since: int = 0
-    stopped: bool = False  # the run ends here
+    stopped: bool = False  # whether --patience ends the run
 
     def take(self, step: int, cross_entropy: float, patience: int) -> bool:
-        """Record an evaluation; True if it is the best so far. A patience of 0 never stops the run."""
+        """Record an evaluation and return whether it is the best so far. A patience of 0 never stops the run."""
         if self.cross_entropy is None or cross_entropy < self.cross_entropy:
             self.cross_entropy, self.step, self.evaluations_since = cross_entropy, step, 0
             return True
@@ -89,22 +89,22 @@ class Run:
     device: torch.device
     average: WeightAverage
     identity: dict[str, Any]  # what decides its result
-    folder: Path  # of its checkpoints
-    name: str = "train"  # of the progress bar
-    epoch_checkpoints: bool = True  # the end of each epoch is evaluated and leaves a checkpoint that stays
-    keep_best: bool = False  # the best checkpoint stays too
-    patience: int = 0  # evaluations without a better one after which the run stops; 0 never does
+    folder: Path  # the folder of its checkpoints
+    name: str = "train"  # the name in the progress bar
+    epoch_checkpoints: bool = True  # whether to evaluate at the end of each epoch and to keep a checkpoint of it
+    keep_best: bool = False  # whether to keep the best checkpoint too
+    patience: int = 0  # stop after this many evaluations without a better one; 0 never stops
     step: int = 0
     tokens: int = 0
-    held_out: dict[str, float] | None = None  # of the last evaluation
+    held_out: dict[str, float] | None = None  # the figures of the last evaluation
     pending: dict[str, Any] | None = None  # metrics of `step` that are not written yet
     best: BestHeldOut = field(default_factory=BestHeldOut)
     guard: CollapseGuard = field(default_factory=CollapseGuard)
-    saved: bool = False  # a checkpoint holds the run as it stands
+    saved: bool = False  # whether a checkpoint holds the present state of the run
 
     @property
     def parallel(self) -> SingleProcess:
-        """The model in the hands of this process and the others."""
+        """The model as this process and the others hold it."""
         return self.engine.parallel
 
     @property
@@ -114,22 +114,22 @@ class Run:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Of the model's weights."""
+        """The optimiser of the model's weights."""
         return self.engine.optimizer
 
     @property
     def processes(self) -> Processes:
-        """Those of the run, seen from here."""
+        """The processes of the run, as this one sees them."""
         return self.parallel.processes
 
     @property
     def dataset(self) -> PreparedDataset:
-        """The dataset of the run, whose validation side is held out."""
+        """The dataset of the run; its validation split is the held-out text."""
         return self.plan.dataset
 
     @property
     def stage(self) -> RunStage:
-        """The stage of the step that was done last."""
+        """The stage of the last finished step."""
         return self.plan.before(self.step)
 
     @property
@@ -139,29 +139,29 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done, or --patience stopped the run early."""
+        """Whether all steps are done, or --patience stopped the run early."""
         return self.step == self.total_steps or self.best.stopped
 
     @property
     def at_milestone(self) -> bool:
-        """Whether `step` is the first or last of the run, or the last of a stage or of an epoch, if those are saved."""
+        """Whether the run begins or ends at `step`, or a stage or an epoch ends there and is saved."""
         return self.finished or (self.plan.epoch_ends(self.step) if self.epoch_checkpoints else self.step == 0)
 
     @property
     def milestone_path(self) -> Path:
-        """Where the checkpoint of the milestone that `step` leads to stands."""
+        """The path of the checkpoint of the next milestone, which may be at `step`."""
         if self.epoch_checkpoints:
             return checkpoint_path(self.folder, self.plan.epoch_of(self.step))
         return self.step_path
 
     @property
     def step_path(self) -> Path:
-        """Where a checkpoint of `step` stands that is not a milestone's."""
+        """The path of a step checkpoint at `step`."""
         return step_checkpoint_path(self.folder, self.step)
 
 
 def start_run(settings: TrainSettings, plan: Plan, device: torch.device, processes: Processes = ALONE) -> Run:
-    """A run at its first step: seeded weights, fresh optimiser; the same in each of `processes`.
+    """Return a run at its first step, with seeded weights and a new optimiser. It is the same in all `processes`.
 
     Raises:
         UserError: settings contradict each other, or ask for a compiler where none works.
@@ -172,7 +172,7 @@ def start_run(settings: TrainSettings, plan: Plan, device: torch.device, process
     if weights is not None:
         model.load_state_dict(weights)
     accelerate(model, settings, device)
-    # Without signals nothing looks at the readout.
+    # A stage without signals does not use the readout.
     precision, unused = choose_precision(settings, device), any(stage.signals is None for stage in plan.stages)
     parallel = make_parallel(settings.parallel, model, processes, device, unused=unused, precision=precision)
     return Run(
@@ -189,10 +189,10 @@ def start_run(settings: TrainSettings, plan: Plan, device: torch.device, process
 
 
 def trial_run(settings: TrainSettings) -> Run:
-    """A run at its first step that leaves nothing behind; stages whose signals are not captured yet have none.
+    """Return a run at its first step that writes no files. If signals are not captured yet, its stages have none.
 
     Raises:
-        UserError: settings, data or signals that don't fit.
+        UserError: settings, data or signals don't fit.
     """
     device = choose_device(settings)
     put_in_force(way_for(device))
@@ -204,32 +204,32 @@ def trial_run(settings: TrainSettings) -> Run:
 
 
 def accelerate(model: IndraQuantumPhase2, settings: TrainSettings, device: torch.device) -> None:
-    """Apply what `settings` ask for to the layers of `model`, in place.
+    """Apply --gradient-checkpointing and --compile to the layers of `model`, in place.
 
     Raises:
-        UserError: layers are to be compiled and no compiler works here.
+        UserError: --compile is given, and no compiler works here.
     """
     if settings.gradient_checkpointing:
         model.backbone.activation_checkpointing_enable()
     if settings.compile:
         require_compiler(device)
-        # What is compiled for a shape must not depend on the shapes before it, or a resumed run would have other bits:
-        # so no shape is left open, and none is one too many (torch would then continue without compiling).
+        # The code for a shape must not depend on the shapes before it, or a resumed run would have other bits. So no
+        # shape is dynamic, and the limit is high: beyond it, torch would continue without compiling.
         torch.compiler.config.recompile_limit = MOST_SHAPES
-        for layer in model.backbone.layers:  # alike, so that one compilation serves all
+        for layer in model.backbone.layers:  # all layers are alike, so one compilation serves all
             layer.compile(dynamic=False)
 
 
 def require_compiler(device: torch.device) -> None:
-    """Compile something tiny, forward and backward.
+    """Check that torch.compile works here, with a tiny function and its gradient.
 
     Raises:
-        UserError: it fails; the reason is in the message.
+        UserError: it fails; the message gives the reason.
     """
     weight = torch.ones(3, device=device, requires_grad=True)
     try:
         torch.compile(lambda x: (x.sin() * x).sum())(weight).backward()
-    except Exception as error:  # whatever a compiler, a driver or a read-only cache may raise
+    except Exception as error:  # a compiler, a driver or a read-only cache may raise anything
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             "--compile", True, f"needs a working compiler, which is missing here ({reason}); leave it out"
@@ -237,7 +237,7 @@ def require_compiler(device: torch.device) -> None:
 
 
 def model_config(settings: TrainSettings, plan: Plan) -> IndraQuantumConfig:
-    """The model's configuration for the data of `plan`."""
+    """Return the model's configuration for the data of `plan`."""
     tokenizer = plan.dataset.tokenizer
     return IndraQuantumConfig.from_settings(
         settings,
@@ -252,7 +252,7 @@ def check_settings(settings: TrainSettings, plan: Plan, device: torch.device) ->
     """Check the settings before anything is written and before a teacher is asked.
 
     Raises:
-        UserError: settings that contradict each other, no compiler, or a checkpoint that is missing or does not fit.
+        UserError: settings contradict each other, a compiler is missing, or a checkpoint is missing or does not fit.
     """
     starting_weights(settings, plan)
     with torch.device("meta"):
@@ -264,10 +264,10 @@ def check_settings(settings: TrainSettings, plan: Plan, device: torch.device) ->
 
 
 def check_resume(resume: str, folder: Path, plan: Plan) -> None:
-    """Check, before a run begins, that what `--resume` asks for is there.
+    """Check before a run begins that it can do what `--resume` asks for.
 
     Raises:
-        UserError: it is not, or `folder` holds a checkpoint although none is wanted.
+        UserError: the checkpoint does not exist, or `--resume never` is given and `folder` holds a checkpoint.
     """
     if resume == "never":
         refuse_checkpoints(folder, plan)
@@ -276,10 +276,10 @@ def check_resume(resume: str, folder: Path, plan: Plan) -> None:
 
 
 def starting_weights(settings: TrainSettings, plan: Plan) -> dict[str, Tensor] | None:
-    """The weights of the checkpoint that the strategy starts from; None where it starts from none.
+    """Return the weights of the checkpoint that the strategy starts from, or None if it starts from none.
 
     Raises:
-        UserError: the checkpoint is damaged, or of a model of another shape or tokenizer.
+        UserError: the checkpoint is damaged, or its model has another shape or tokenizer.
     """
     path = plan.strategy.start_from
     if path is None:
@@ -308,11 +308,11 @@ def refuse_checkpoints(folder: Path, plan: Plan) -> None:
 
 
 def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
-    """What decides a run's result, as plain values: options, content of data and signals, the resolved strategy.
+    """Return what decides a run's result, as plain values: options, content of data and signals, resolved strategy.
 
-    A precision that the device chooses stands as "auto".
+    If the device chooses the precision, its value here is "auto".
     """
-    # In place of the strategy's and the checkpoint's names stands what they hold.
+    # The names of the strategy and of the checkpoint are replaced by their content.
     chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS | {"strategy", "start_from"})
     start = plan.strategy.start_from
     own = [stage.signals for stage in plan.stages if stage.dataset is plan.dataset and stage.signals is not None]
@@ -327,20 +327,20 @@ def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
 
 
 def computed_by(precision: Precision) -> dict[str, Any]:
-    """What else decides the bits of a run: number format, the rule for the order of rows, the products' way."""
+    """Return what else decides the bits of a run: number format, rule for the order of rows, way of the products."""
     return {"precision": precision.name, "row_order": ORDER, "products": str(in_force())}
 
 
 def _tail(settings: TrainSettings, plan: Plan) -> str:
-    """What becomes of the probability that truncated signals don't store."""
+    """Return what the objective does with the probability that truncated signals don't store."""
     if settings.tail == "auto" and not any(stage.has_truncated_signals for stage in plan.stages):
         return "none"
     return tail_of(settings)
 
 
 def stage_identity(stage: RunStage, plan: Plan) -> dict[str, Any]:
-    """What decides the steps of `stage`, as plain values."""
-    lengths = {"fraction", "epochs", "steps"}  # what came of them is `steps`
+    """Return what decides the steps of `stage`, as plain values."""
+    lengths = {"fraction", "epochs", "steps"}  # `steps` is the number of steps that results from them
     stated = stage.spec.model_dump(mode="json", exclude={"name", "only_from_scratch", "data", "signals", *lengths})
     if stage.dataset is not plan.dataset:
         signals = None if stage.signals is None else _signals_sha256(stage.signals)

@@ -1,7 +1,7 @@
-"""What changes over a run, each as a pure function of the step: the rows of a batch, learning rate, loss weights.
+"""The rows of a batch and the learning rate, as pure functions of the step.
 
-Nothing here has a state, so that resuming needs one integer, the step, and the number of workers changes nothing. What
-is kept from call to call, the order of an epoch, only saves time.
+Nothing here has a state, so a run needs only one integer to resume, its step, and the number of processes changes
+nothing. The cached order of an epoch only saves time.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Literal
 import numpy as np
 
 Schedule = Literal["cosine", "wsd", "constant"]
-# Which rule orders the rows of an epoch. 1, of runs begun before 2026-11-28: NumPy's `Generator.permutation`, which
-# another version of NumPy may change. 2: the raw numbers of its Philox, promised for good (NEP 19), in ascending order.
+# The rule that orders the rows of an epoch. Rule 1, of runs begun before 2026-11-28, is `Generator.permutation`, which
+# another version of NumPy may change. Rule 2 sorts raw numbers of NumPy's Philox, which never change (NEP 19).
 ORDER = 2
 
 
 def rows_of_step(
     num_rows: int, rows_per_step: int, seed: int, step: int, stage: int = 0, rule: int = ORDER
 ) -> np.ndarray:
-    """The rows of the batch at `step`, counted from 0 over all epochs of a stage.
+    """Return the rows of the batch at `step`, counted from 0 over all epochs of a stage.
 
-    Each epoch visits every row once, in an order that depends on (seed, stage, epoch) alone; its last batch may be
+    Each epoch uses every row once, in an order that depends only on seed, stage and epoch. Its last batch may be
     smaller.
 
     Args:
@@ -42,13 +42,13 @@ def rows_of_step(
     return order[step_in_epoch * rows_per_step : (step_in_epoch + 1) * rows_per_step].copy()
 
 
-@functools.lru_cache(maxsize=2)  # a run asks for the same epoch step by step, or for the last step again; 8 bytes a row
+@functools.lru_cache(maxsize=2)  # consecutive steps ask for the same epoch; it takes 8 bytes a row
 def _order(num_rows: int, seed: int, stream: int, rule: int) -> np.ndarray:
-    """A random order of range(num_rows), (num_rows,) int64, that key (seed, stream) decides."""
+    """Return a random order of range(num_rows), (num_rows,) int64, which the key (seed, stream) decides."""
     philox = np.random.Philox(key=[seed, stream])
     if rule == 1:
         return np.random.Generator(philox).permutation(num_rows)
-    # A row's number stands in the low bits of its random number: so no two are equal, and any sort gives one result.
+    # The low bits of a random number are replaced by the row's number. So no two are equal, and the order is unique.
     low = np.uint64(max(1, (num_rows - 1).bit_length()))
     numbers = philox.random_raw(num_rows) >> low << low | np.arange(num_rows, dtype=np.uint64)
     numbers.sort()
@@ -56,7 +56,7 @@ def _order(num_rows: int, seed: int, stream: int, rule: int) -> np.ndarray:
 
 
 def steps_per_epoch(num_rows: int, rows_per_step: int) -> int:
-    """Optimiser steps that visit every row once."""
+    """Return the number of optimiser steps in which every row is used once."""
     return math.ceil(num_rows / rows_per_step)
 
 
@@ -69,18 +69,19 @@ def learning_rate_factor(
     final_rate: float = 0.1,
     planned_steps: int | None = None,
 ) -> float:
-    """Multiple of the peak learning rate at `step`, counted from 0.
+    """Return the learning rate at `step` as a multiple of the peak rate.
 
     Args:
-        step: in [0, total_steps).
-        total_steps: of the run, or of the stage.
-        warmup_fraction: part of the steps over which it rises in a straight line to 1.
-        schedule: what follows. cosine: from 1 down to `final_rate`; wsd, warm-up, stable, decay (MiniCPM, arXiv
-            2404.06395): 1, then in a straight line down to `final_rate`; constant: 1.
-        decay_fraction: last part of the steps, over which wsd decays.
-        final_rate: where cosine and wsd would be at `total_steps`, the step after the last.
-        planned_steps: what `total_steps` was when the run was begun, which the warm-up is a part of; by default the
-            same.
+        step: the step, counted from 0, below `total_steps`.
+        total_steps: the number of steps of the run, or of the stage.
+        warmup_fraction: the fraction of the steps over which the rate rises in a straight line to 1.
+        schedule: what follows. With cosine, the rate falls from 1 to `final_rate`. With wsd (warm-up, stable, decay:
+            MiniCPM, arXiv 2404.06395), it stays at 1 and then falls in a straight line to `final_rate`. With constant,
+            it stays at 1.
+        decay_fraction: the last fraction of the steps, over which wsd decays.
+        final_rate: the value of cosine and wsd at `total_steps`, the step after the last.
+        planned_steps: the value of `total_steps` when the run began, which decides the length of the warm-up. By
+            default it is `total_steps`.
     """
     warmup_steps = max(1, round(warmup_fraction * (planned_steps or total_steps)))
     if step < warmup_steps:
@@ -95,5 +96,5 @@ def learning_rate_factor(
 
 
 def decay_begins(total_steps: int, decay_fraction: float) -> int:
-    """Steps of wsd before its decay, which are all at the peak but for the warm-up."""
+    """Return the number of steps before wsd begins to decay."""
     return total_steps - max(1, round(decay_fraction * total_steps))
