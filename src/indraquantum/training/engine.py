@@ -1,9 +1,9 @@
-"""The engine of every training here: one optimiser step of any learner, in one process or several.
+"""The engine of all training: it does one optimiser step of any learner, in one process or several.
 
     engine = Engine(SingleProcess(model), optimizer)
     result = engine.step(plan.step(n))
 
-`indra train`, `teacher`, `lr-test`, `train --dry-run` and the benchmarks all take their steps with it.
+`indra train`, `teacher`, `lr-test`, `train --dry-run` and the benchmarks all use it.
 
 Legend: N labelled tokens of a micro-batch, D real width, V vocabulary.
 """
@@ -56,8 +56,8 @@ class Engine:
     def step(self, step: StepInput) -> StepResult:
         """Accumulate the gradients of the step's rows over all processes and update the weights once.
 
-        The lifted table collects its gradient over the micro-batches, which then goes back through the projector once.
-        Every term is divided by the labelled tokens of the whole step.
+        The lifted table collects its gradient over the micro-batches. Then this gradient goes back through the
+        projector once. Every term is divided by the number of labelled tokens in the whole step.
 
         Raises:
             TrainingStopped: a weight, signal, loss or gradient is not finite; the weights are not changed.
@@ -65,14 +65,14 @@ class Engine:
         parallel, optimizer, objective = self.parallel, self.optimizer, self.objective(step)
         processes, own = parallel.processes, parallel.processes.share(step.rows)
         self._set_learning_rates(step)
-        # Dropout is the only randomness of a step: with a seed of each step and process, resuming is exact without
-        # any saved state.
+        # Dropout is the only randomness of a step. Each step and process has its own seed, so resuming is exact
+        # without any saved state.
         torch.manual_seed((step.seed * processes.world + processes.rank) % 2**64)
         with processes.together():
             require_finite_weights(optimizer.param_groups)
             size = step.micro_batch_rows
             work = [_work(step, own[i : i + size]) for i in range(0, len(own), size)]
-        # All take part equally often, for FSDP2 gathers the weights in each pass.
+        # All processes do the same number of passes, because FSDP2 gathers the weights in each pass.
         most = math.ceil(math.ceil(len(step.rows) / processes.world) / size)
         work += [_work(step, step.rows[:1], count_nothing=True)] * (most - len(work))
         tokens, labelled = processes.sums([sum(w.tokens for w in work), sum(w.labelled for w in work)])
@@ -94,13 +94,13 @@ class Engine:
         return StepResult(tokens=int(tokens), grad_norm=grad_norm, terms=terms, readout=readout)
 
     def _set_learning_rates(self, step: StepInput) -> None:
-        """Give each parameter group its multiple of the base rate."""
+        """Set the learning rate of each parameter group to its multiple of the base rate."""
         for group in self.optimizer.param_groups:
             rate = step.table_rate if group.get("name") == "table" else group.get("rate", 1.0)
             group["lr"] = step.learning_rate * rate
 
     def _guilty_rows(self, step: StepInput, objective: SemanticDistillationLoss, token_count: int) -> list[int]:
-        """The rows whose loss or gradient alone is not finite; all rows if none is, or if weights are sharded."""
+        """Return the rows whose own loss or gradient is not finite. If none is, or weights are sharded: all rows."""
         guilty, parallel = [], self.parallel
         for row in parallel.processes.share(step.rows) if parallel.rows_stand_alone else ():
             self.optimizer.zero_grad(set_to_none=True)
@@ -116,7 +116,7 @@ class Engine:
 def _passes(
     parallel: SingleProcess, objective: SemanticDistillationLoss, work: list[_Work], token_count: int
 ) -> Iterator[PassResult]:
-    """Forward and backward of each micro-batch; with the last one the gradients are those of all processes."""
+    """Do forward and backward of each micro-batch. After the last, the gradients are sums over all processes."""
     leaf_VD = parallel.lifted_leaf() if len(work) > 1 else None
     for part in work[:-1]:
         with parallel.part(last=False):
@@ -137,12 +137,12 @@ class _Work(NamedTuple):
 
     batch: Batch
     teacher: TeacherSignals | None
-    tokens: int  # real ones
+    tokens: int  # real tokens
     labelled: int
 
 
 def _work(step: StepInput, rows: np.ndarray, *, count_nothing: bool = False) -> _Work:
-    """The micro-batch of `rows`, or one of the same shape in which nothing counts."""
+    """Return the micro-batch of `rows`, or with `count_nothing` one of the same shape in which no token counts."""
     batch = step.split.batch(rows)
     if count_nothing:
         batch = idle(batch)
@@ -153,7 +153,7 @@ def _work(step: StepInput, rows: np.ndarray, *, count_nothing: bool = False) -> 
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
-    """Scale the gradients down to `max_grad_norm` together; return their norm before that, over all shards."""
+    """Scale all gradients down to the norm `max_grad_norm`. Return their norm before that, over all shards."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True))
     torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=True)
@@ -161,14 +161,14 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> fl
 
 
 class _Totals:
-    """Sums over the micro-batches: of the terms, and of the readouts' first two moments."""
+    """Sums over the micro-batches: the terms, and the first two moments of the readouts."""
 
     def __init__(self) -> None:
         self.terms: dict[str, float] = {}
         self.moments = [0.0] * 5  # positions; magnitudes, their squares; phases, their squares
 
     def add(self, result: PassResult) -> None:
-        """Take in one micro-batch."""
+        """Add one micro-batch."""
         for name in REPORTED_TERMS:
             value = result.terms.total if name == "loss" else getattr(result.terms, name)
             if value is not None:
@@ -180,7 +180,7 @@ class _Totals:
             self.moments = [a + b for a, b in zip(self.moments, [len(magnitude_N), *sums], strict=True)]
 
     def over(self, processes: Processes) -> tuple[dict[str, float | None], dict[str, float | None]]:
-        """Terms and readout statistics of the whole step."""
+        """Return the terms and the readout statistics of the whole step."""
         sums = processes.sums([*self.terms.values(), *self.moments])
         terms = dict(zip(self.terms, sums, strict=False))
         count, *moments = sums[len(self.terms) :]

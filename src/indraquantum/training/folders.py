@@ -1,7 +1,7 @@
-"""The folders of a run, which are held for one process, and its `run.json`.
+"""The folders of a run, which it locks against other runs, and its `run.json`.
 
-Writing to a removed file gives no error. So a run checks at each step that its folders are still those that it began
-with. If one is gone, the run saves what it can and stops.
+Writing to a removed file gives no error. So a run checks at each step that its folders are still the same. If one is
+gone, the run saves what it can and stops.
 
 `run.json` describes a run, so that `indra runs` can list and compare runs without reading checkpoints.
 """
@@ -28,7 +28,7 @@ class FolderRemoved(UserError):
 
 
 class HeldFolders:
-    """The output and the log folder of a run, kept from other runs for as long as `stack` is open.
+    """The output and the log folder of a run. They are locked against other runs as long as `stack` is open.
 
     Args:
         output: the folder for checkpoints.
@@ -56,7 +56,7 @@ class HeldFolders:
         """Check that the output folder, and the file that `log` writes to, are still there.
 
         Raises:
-            FolderRemoved: one is not.
+            FolderRemoved: one of them is gone.
         """
         if not self._is_there():
             raise FolderRemoved("--output", self._output, "was removed or replaced while the run wrote to it")
@@ -70,13 +70,13 @@ class HeldFolders:
             return False
 
     def make_again(self, log: MetricsLog) -> list[str]:
-        """Put back what was removed, but never overwrite what is there now.
+        """Restore what was removed, but never overwrite what is there now.
 
         Returns:
-            What became of the metrics, if they were concerned.
+            What happened to the metrics, if they were removed.
 
         Raises:
-            UserError: it can't be; the output folder is another run's now.
+            UserError: the output folder belongs to another run now.
         """
         said = []
         if not log.is_there():
@@ -91,19 +91,19 @@ class HeldFolders:
 
 
 def metrics_path_of(settings: TrainSettings | TeacherSettings) -> Path:
-    """The file for a run's metrics; run.json stands beside it."""
+    """Return the path of a run's metrics. run.json is in the same folder."""
     return settings.logs / settings.output.resolve().name / "metrics.jsonl"
 
 
 def folder_of_record(folder: Path) -> Path | None:
-    """The checkpoints' folder of the run that logs to `folder`; None if none does: no whole record, or a copied one."""
+    """Return the checkpoints' folder of the run that logs to `folder`, or None without a valid run.json made there."""
     try:
         record = read_record(folder) or {}
         settings = record["settings"]
         output, logs = Path(settings["output"]), Path(settings["logs"])
         here = (logs / output.resolve().name).resolve() == folder.resolve()
         checkpoints = Path(record.get("checkpoints", output))
-    except (UserError, OSError, ValueError, TypeError, KeyError, RuntimeError):  # the last one: links that form a loop
+    except (UserError, OSError, ValueError, TypeError, KeyError, RuntimeError):  # RuntimeError: links that form a loop
         return None
     return checkpoints if here else None
 
@@ -111,8 +111,8 @@ def folder_of_record(folder: Path) -> Path | None:
 def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
     """Rename the metrics at `path` if they belong to another run, so that `run` neither continues nor replaces them.
 
-    They are its own if run.json says so. Without a valid run.json, as in a copied folder, a resumed run recognises them
-    by the figures in its checkpoint: the best evaluation, or before the first one the tokens of its step.
+    The metrics belong to `run` if run.json says so. Without a valid run.json, as in a copied folder, a resumed run
+    compares them with figures in its checkpoint: the best evaluation, or the tokens of its step if there was none.
     """
     if not path.exists() or not path.stat().st_size:
         return
@@ -130,7 +130,7 @@ def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
 
 
 def _are_of(path: Path, run: Run) -> bool:
-    """Whether the metrics at `path` have the figures that the checkpoint of `run` holds."""
+    """Return whether the metrics at `path` have the figures that the checkpoint of `run` holds."""
     best = run.best.cross_entropy
     step = run.step if best is None else run.best.step
     for line in checked_lines(path):
@@ -149,9 +149,9 @@ def write_run_record(folder: Path, run: Run) -> None:
     Raises:
         UserError: it can't be written.
     """
-    for leftover in folder.glob(".*.tmp"):  # of a process that was killed: the folder is locked
+    for leftover in folder.glob(".*.tmp"):  # a killed process left it: we hold the folder's lock
         leftover.unlink()
-    # As typed they would mean others to a command in another folder.
+    # Relative paths would mean other folders to a command that runs elsewhere.
     settled = {name: str(getattr(run.settings, name).resolve()) for name in ("output", "logs")}
     settled |= {name: run.identity[name] for name in ("tail",) if name in run.identity}
     record = {

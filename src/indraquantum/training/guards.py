@@ -1,6 +1,6 @@
 """Guards that stop a run before something breaks it.
 
-A value that is not a number stops the run before the update that would spread it, and before it reaches the disk.
+If a value is not finite, the run stops before the update that would spread it, and before the value reaches the disk.
 
 Every PROBE_EVERY steps the guard measures a few rows, and compares the figures with the run's best so far. It reports a
 kind of collapse if two measurements in a row find it, so at most 2 * PROBE_EVERY steps after its beginning. The
@@ -38,7 +38,7 @@ def require_finite_weights(groups: Iterable[dict]) -> None:
     weights = [parameter.detach() for group in groups for parameter in group["params"]]
     if not math.isfinite(whole(torch.nn.utils.get_total_norm(weights)).item()):
         bad = sum(int((~whole(weight).isfinite()).sum()) for weight in weights)
-        if bad:  # the norm alone may overflow
+        if bad:  # the norm may overflow although all weights are finite
             raise TrainingStopped(f"{bad:,} weights are not finite, before any row is read")
 
 
@@ -65,12 +65,12 @@ def require_finite_signals(signals: TeacherSignals | None, rows_N: list[int]) ->
 
 
 def all_finite(loss: float, gradients: Iterable[Tensor | None]) -> bool:
-    """Whether a loss and its gradients are finite."""
+    """Return whether a loss and its gradients are finite."""
     return math.isfinite(loss) and all(bool(g.isfinite().all()) for g in gradients if g is not None)
 
 
 def require_finite_state(model: dict[str, Any], optimizer: dict[str, Any], step: int) -> None:
-    """Check the state_dicts that a checkpoint is to hold.
+    """Check the state_dicts that a checkpoint will hold.
 
     Raises:
         TrainingStopped: a weight or a tensor of the optimiser's state is NaN or infinite; it is named.
@@ -85,12 +85,12 @@ def require_finite_state(model: dict[str, Any], optimizer: dict[str, Any], step:
 
 PROBE_EVERY = 20  # optimiser steps
 PROBE_ROWS = 4
-LOOKS = 2  # looks in a row that must agree
+LOOKS = 2  # how many looks in a row must find a collapse to confirm it
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A figure has collapsed once it is below `fraction` of its best, if that has been `meaningful` at all."""
+    """A figure has collapsed if it is below `fraction` of its best value, and this value was at least `meaningful`."""
 
     fraction: float
     meaningful: float
@@ -106,13 +106,13 @@ THRESHOLDS = {
 
 @dataclass
 class CollapseGuard:
-    """What was seen so far; plain values, so that a checkpoint can hold them."""
+    """What the looks have found so far. It consists of plain values, so that a checkpoint can hold it."""
 
-    best: dict[str, float] = field(default_factory=dict)  # of each figure
-    found: dict[str, int] = field(default_factory=dict)  # looks in a row that found it
+    best: dict[str, float] = field(default_factory=dict)  # the best value of each figure
+    found: dict[str, int] = field(default_factory=dict)  # for each kind of collapse, how many looks in a row found it
 
     def look(self, figures: CollapseFigures, dead: list[str]) -> list[str]:
-        """Record one look; the kinds of collapse that it confirms."""
+        """Record one look and return the kinds of collapse that it confirms."""
         suspects = [f"dead_{term}" for term in dead]
         for name, threshold in THRESHOLDS.items():
             value = getattr(figures, name)
@@ -126,13 +126,13 @@ class CollapseGuard:
 
     @property
     def standing(self) -> list[str]:
-        """The kinds of collapse that are confirmed, now or by an earlier look."""
+        """The kinds of collapse that this look or an earlier one has confirmed."""
         return [name for name, looks in self.found.items() if looks >= LOOKS]
 
 
 @dataclass(frozen=True)
 class Look:
-    """The result of one look: figures for the metrics, kinds that it confirms, kinds that are confirmed by now."""
+    """The result of one look: figures for the metrics, kinds that it confirms, and all kinds confirmed so far."""
 
     figures: dict[str, Any]
     confirmed: list[str]
@@ -147,7 +147,7 @@ def probe(
     validation: Split,
     signals: SignalStore | None,
 ) -> Look:
-    """Measure `learner` on a few rows and tell `guard`; its mode and weights stay as they are."""
+    """Measure `learner` on a few rows and record the figures in `guard`. Its mode and weights do not change."""
     training = learner.training
     learner.eval()
     rows = np.arange(min(PROBE_ROWS, validation.num_rows))
@@ -159,7 +159,7 @@ def probe(
 
 
 def _dead_terms(learner: Learner, objective: SemanticDistillationLoss, train: Split, signals: SignalStore) -> list[str]:
-    """Dead terms on the first rows that have signals; on rows without any, all would be."""
+    """Return the dead terms on the first rows that have signals. Without signals, all terms would be dead."""
     first = min((entry.rows[0] for entry in signals.manifest.shards if entry.split == "train"), default=0)
     batch = train.batch(np.arange(first, min(first + PROBE_ROWS, train.num_rows)))
     with torch.enable_grad():

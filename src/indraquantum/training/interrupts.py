@@ -1,16 +1,16 @@
 """SIGTERM, SIGINT and SIGHUP: the first one asks the run to stop, a second SIGTERM or SIGINT ends it at once.
 
-    with Interrupts() as interrupts:        # a signal raises Interrupted where it strikes
-        with interrupts.deferred():         # ... but here it waits for `check`, so that a step or a save is not cut
+    with Interrupts() as interrupts:        # a signal raises Interrupted at once
+        with interrupts.deferred():         # here it waits for `check`, so that it can't interrupt a step or a save
             interrupts.check()
 
-Several processes of one run leave together: once they are joined, a signal to any of them waits for the next `check`,
-which all of them come to.
+The processes of one run end together. Once they are joined, a signal to any of them waits for the next `check`, which
+all of them call.
 
-A terminal that closes sends SIGHUP more than once (the shell to its jobs, then the kernel), so that no SIGHUP counts as
-a second signal. A signal that the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
+A terminal that closes sends SIGHUP more than once (the shell to its jobs, then the kernel). So a SIGHUP never counts as
+a second signal. If the process was started with a signal ignored, as `nohup` does with SIGHUP, it stays ignored.
 
-Imports nothing heavy: the command line installs it before torch is loaded.
+This module imports nothing heavy, because the command line uses it before torch is loaded.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def heeded(*numbers: signal.Signals) -> list[signal.Signals]:
-    """Those of `numbers` that this process does not ignore."""
+    """Return the signals in `numbers` that this process does not ignore."""
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class Interrupted(SystemExit):
-    """A signal asked to leave; the process then exits with 128 + its number."""
+    """A signal asked the process to end. Its exit status is 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.number, self.name = number, signal.Signals(number).name
 
     def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
-        """Cross to the other processes of a run."""
+        """Support pickling, so that it reaches the other processes of a run."""
         return type(self), (self.number,)
 
 
 class Interrupts:
-    """Turns signals into `Interrupted` while it is open; outside the main thread, where none arrive, does nothing."""
+    """Turns signals into `Interrupted` while it is open. Outside the main thread, where none arrive, it is idle."""
 
     def __init__(self) -> None:
         self._requested: int | None = None
-        self._urged = False  # by a signal of which a second one leaves at once
+        self._urged = False  # whether a SIGTERM or SIGINT came, so that a second one ends the process at once
         self._at_once = True
         self._largest: Callable[[int], int] | None = None
         self._before: dict[int, object] = {}
@@ -73,11 +73,11 @@ class Interrupts:
             raise Interrupted(number)
 
     def join(self, largest: Callable[[int], int]) -> None:
-        """Leave together with other processes, which `check` as often: `largest` gives the largest of their numbers."""
+        """End together with other processes, which `check` equally often. `largest` returns their largest number."""
         self._largest, self._at_once = largest, False
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come, to this process or to one that it is joined with."""
+        """Raise Interrupted if a signal has come to this process or to one that it is joined with."""
         requested = self._requested or 0
         if self._largest is not None:
             requested = self._largest(requested)
@@ -92,9 +92,9 @@ class Interrupts:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, also one that came before, a signal raises where it strikes: for what may be cut anywhere.
+        """Inside, a signal raises at once, also one that came before. This is for work that may stop anywhere.
 
-        Joined processes look on entry only: what is inside should `check` now and then.
+        Joined processes check for signals only on entry, so the work inside should call `check` now and then.
         """
         with self._mode(at_once=self._largest is None):
             self.check()

@@ -1,9 +1,9 @@
-"""The run: cross-entropy, distillation and phase/magnitude alignment, by default together from first step to last (v4).
+"""The training loop: it runs all steps of a plan, evaluates, logs metrics and writes checkpoints.
 
     indra train --data data/mixed_train --signals data/teacher_signals
 
-Each step is a pure function of the settings and its number (plan.py), so that a run that was stopped resumes from its
-newest checkpoint exactly as if it had not been.
+Each step is a pure function of the settings and of its number (plan.py). So a stopped run resumes from its newest
+checkpoint and ends exactly like a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from indraquantum.training.step import StepInput, StepResult
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run ended with."""
+    """The result of a run."""
 
     checkpoint: Path
     metrics: Path
@@ -59,19 +59,19 @@ class TrainReport:
 
 
 def train(settings: TrainSettings) -> TrainReport:
-    """Train by `settings`; resume if the output folder holds a checkpoint.
+    """Train with `settings`, or resume the run if the output folder holds a checkpoint of it.
 
-    A first SIGTERM, SIGINT or SIGHUP ends the run after the current step, with a checkpoint. A second SIGTERM or SIGINT
-    ends it at once.
+    After the first SIGTERM, SIGINT or SIGHUP, the run finishes the current step, writes a checkpoint and ends. A second
+    SIGTERM or SIGINT ends it at once.
 
     Returns:
-        Where the last checkpoint and the metrics are, and the held-out cross-entropy.
+        The paths of the last checkpoint and of the metrics, and the held-out cross-entropy.
 
     Raises:
-        UserError: settings, data or signals that don't fit, an output folder that holds another run or is in use, or a
-            folder that was removed under the run.
+        UserError: settings, data or signals don't fit, the output folder holds another run or is in use, or a folder
+            was removed during the run.
         TrainingStopped: the loss or a gradient is not finite.
-        Interrupted: by a signal.
+        Interrupted: a signal came.
     """
     metrics_path = metrics_path_of(settings)
     with Interrupts() as interrupts, joined_processes() as processes, contextlib.ExitStack() as stack:
@@ -95,16 +95,16 @@ def train(settings: TrainSettings) -> TrainReport:
 
 
 def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: HeldFolders | None) -> None:
-    """Take `run` from its newest checkpoint, or from its first step, to its end; metrics and run.json tell of it.
+    """Resume `run` from its newest checkpoint, or begin it, and complete it. Write its metrics and run.json.
 
     Args:
-        run: at its first step.
+        run: the run at its first step.
         metrics_path: the file for the metrics.
-        interrupts: ask the run to leave.
-        folders: where it writes; None in a process that writes nothing.
+        interrupts: the signals that may ask the run to stop.
+        folders: the folders that it writes to; None in a process that writes nothing.
 
     Raises:
-        Interrupted: a signal came; there is a checkpoint of the step that was done last.
+        Interrupted: a signal came; there is a checkpoint of the last finished step.
     """
     settings, processes = run.settings, run.processes
     resumed = resume(run)
@@ -139,13 +139,13 @@ def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: Held
 
 
 def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, folders: HeldFolders | None = None) -> None:
-    """Take the steps of `run` that are left, until its end or a signal, and leave a checkpoint there.
+    """Do the remaining steps of `run`, until its end or a signal, and write a checkpoint there.
 
     Args:
-        run: what to continue.
-        log: for the metrics.
-        interrupts: ask it to leave.
-        folders: where it writes; None in a process that writes nothing.
+        run: the run to continue.
+        log: the metrics.
+        interrupts: the signals that may ask the run to stop.
+        folders: the folders that it writes to; None in a process that writes nothing.
 
     Raises:
         Interrupted: a signal came.
@@ -192,7 +192,7 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
 
 
 def take_step(run: Run) -> dict[str, Any]:
-    """Take the next step of `run`; its metrics."""
+    """Do the next step of `run` and return its metrics."""
     step, stage = run.plan.step(run.step), run.plan.at(run.step)
     started = time.perf_counter()
     try:
@@ -208,10 +208,10 @@ def take_step(run: Run) -> dict[str, Any]:
 
 
 def watch_for_collapse(run: Run) -> str | None:
-    """Every PROBE_EVERY steps, look for collapse; the figures go to the metrics of the step.
+    """Look for collapse every PROBE_EVERY steps, and add the figures to the metrics of the step.
 
     Returns:
-        What to stop with, where a collapse is confirmed and the settings ask to stop there.
+        The message to stop with, if a collapse is confirmed and the settings ask to stop then; otherwise None.
 
     Raises:
         TrainingStopped: the model's predictions are not finite.
@@ -225,9 +225,9 @@ def watch_for_collapse(run: Run) -> str | None:
             look = probe(run.guard, run.model, objective, stage.dataset.train, held_out, stage.signals)
         except TrainingStopped as error:
             raise TrainingStopped(f"step {run.step}: {error}") from None
-    look = run.processes.gather(look)[0]  # they may differ in the last digit: the first one decides for all
+    look = run.processes.gather(look)[0]  # they may differ in the last digit, so the first process decides
     run.pending |= look.figures
-    stops = run.settings.on_collapse == "stop"  # also by what an earlier part of the run confirmed
+    stops = run.settings.on_collapse == "stop"  # an earlier part of the run may have confirmed it
     found = look.standing if stops else look.confirmed
     if not found:
         return None
@@ -238,8 +238,8 @@ def watch_for_collapse(run: Run) -> str | None:
 
 
 def metrics_of(run: Run, step: StepInput, result: StepResult, seconds: float) -> dict[str, Any]:
-    """The metrics line of `step`, which `run` has just done."""
-    # Truncated signals say nothing of the other tokens: the true divergence can't be estimated from them.
+    """Return the metrics of `step`, which `run` has just finished."""
+    # Truncated signals say nothing about the other tokens, so they can't give an estimate of the true divergence.
     no_estimate = {"kd_estimate": None} if run.stage.has_truncated_signals else {}
     return {
         "step": run.step,
@@ -259,18 +259,18 @@ def metrics_of(run: Run, step: StepInput, result: StepResult, seconds: float) ->
 
 
 def evaluate(run: Run, interrupts: Interrupts | None = None) -> dict[str, float]:
-    """Print and return the held-out cross-entropy now, of the averaged weights if the run keeps them.
+    """Measure, print and return the held-out cross-entropy. If the run keeps averaged weights, it uses these.
 
     Args:
         run: the run.
-        interrupts: what may cut the evaluation, but not the exchange of the weights.
+        interrupts: the signals that may interrupt the evaluation, but not the exchange of the weights.
 
     Raises:
         TrainingStopped: it is not finite.
-        Interrupted: by a signal.
+        Interrupted: a signal came.
     """
-    interrupts = interrupts or Interrupts()  # not open: no signal reaches it
-    # The weights are exchanged where they lie, in shards maybe, before they are gathered.
+    interrupts = interrupts or Interrupts()  # this one is not open, so no signal reaches it
+    # The weights, which may be sharded, are exchanged in place before they are gathered.
     with run.average.in_place_of(run.model), run.parallel.readable(), interrupts.at_once():
         figures = held_out_cross_entropy(run.model, run.dataset, run.device, run.processes, interrupts.check)
     run.held_out = figures
@@ -284,7 +284,7 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> dict[str, float]
 
 
 def note_evaluation(run: Run) -> bool:
-    """Record the evaluation that was just done; True if it is the best so far. It may end the run."""
+    """Record the last evaluation, which may end the run, and return whether it is the best so far."""
     best = run.best
     is_best = best.take(run.step, run.held_out["all"], run.patience)
     if best.stopped:
@@ -294,7 +294,7 @@ def note_evaluation(run: Run) -> bool:
 
 
 def save_where_due(run: Run, log: MetricsLog | NoLog) -> None:
-    """Write the checkpoint of a milestone, such as the end of an epoch, or that of the step if its turn has come."""
+    """Write a checkpoint if the run is at a milestone, such as the end of an epoch, or if a step checkpoint is due."""
     if run.step and run.at_milestone:
         if run.processes.largest(not (run.saved and run.milestone_path.exists())):
             save(run, run.milestone_path, log)
@@ -303,7 +303,7 @@ def save_where_due(run: Run, log: MetricsLog | NoLog) -> None:
 
 
 def _decay_begins(run: Run, step: int) -> bool:
-    """Whether wsd begins to decay after `step`. From there on, another length would be another run."""
+    """Return whether wsd begins to decay after `step`. After this step, the run can't have another length."""
     return run.plan.at(step).rate_decays_from(step)
 
 
@@ -320,9 +320,9 @@ def save(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
 
 
 def write_checkpoint(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
-    """Write a checkpoint of `run` as it stands, after the metrics up to it.
+    """Write a checkpoint of the present state of `run`, after its metrics are on disk.
 
-    Whatever the number of processes, the first one writes what one process would.
+    The first process writes it. The file does not depend on the number of processes.
 
     Raises:
         TrainingStopped: a weight or the optimiser's state is not finite; nothing is written.
@@ -339,7 +339,7 @@ def write_checkpoint(run: Run, path: Path, log: MetricsLog | NoLog) -> None:
 
 
 def checkpoint_of(run: Run) -> Checkpoint:
-    """All that `run` needs to resume, in the first process. All processes must call this together."""
+    """Return all that `run` needs to resume, in the first process. All processes must call this together."""
     tokenizer, state = run.dataset.tokenizer, run.parallel.whole_state(run.optimizer, run.average)
     return Checkpoint(
         model_config=run.model.config.to_dict(),
@@ -359,7 +359,7 @@ def checkpoint_of(run: Run) -> Checkpoint:
 
 
 def figures_of(metrics: dict[str, Any]) -> str:
-    """Loss terms, learning rate and speed of a step, for the progress line."""
+    """Return loss terms, learning rate and speed of a step as text for the progress line."""
     names = [name for name in ("ce", "kd", "phase", "magnitude") if metrics.get(name) is not None]
     terms = [f"{name} {metrics[name]:.3f}" for name in names]
     return ", ".join(

@@ -1,15 +1,15 @@
 """A model in training: its number format, the average of its weights, and the processes that share its work.
 
-Weights, lifted table, objective and optimiser are float32 in every number format; so are held-out figures.
+Weights, lifted table, objective, optimiser and held-out figures are float32 in every number format.
 
-DDP and FSDP2 reduce gradients in hooks of a module's forward and backward. What a step does to a model is several calls
-on one lifted table, so the pass as a whole is the module that they wrap (`MicroBatchPass`): one forward and one
-backward for each micro-batch, the reduction with the last one. That is their own documented way to accumulate
-gradients, and their buckets overlap with the backward. Gradients reduced by hand after the step would take some lines
-less, but could not shard, and would not overlap.
+DDP and FSDP2 reduce gradients in hooks of a module's forward and backward. A step calls the model several times on one
+lifted table, so we wrap a whole pass as the module (`MicroBatchPass`). Each micro-batch has one forward and one
+backward, and the reduction comes with the last one. This is the documented way to accumulate gradients, and the
+reduction overlaps with the backward. Reducing gradients by hand after the step would take fewer lines, but could not
+shard the weights and would not overlap.
 
-Gradients are summed, not averaged: each term is already divided by the labelled tokens of the whole global step. So
-ranks may have different shares, none at all included, which take part with an `idle` batch.
+Gradients are summed, not averaged, because each term is already divided by the labelled tokens of the whole step. So
+processes may have shares of different sizes. A process without any row takes part with an `idle` batch.
 
 Legend: B rows, T positions, N labelled tokens of a micro-batch, D real width, V vocabulary.
 """
@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Precision:
-    """A number format on a device, and its loss scale, which does nothing but for float16."""
+    """A number format on a device, and its loss scale, which only float16 uses."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
         self.dtype = dtype
@@ -45,24 +45,24 @@ class Precision:
         self.scaler = torch.amp.GradScaler(self._device_type, enabled=dtype is torch.float16)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Inside, the matrix products of the layers are computed in the format."""
+        """Inside, the layers compute their matrix products in this format."""
         if self.dtype is torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self._device_type, self.dtype)
 
     @property
     def name(self) -> str:
-        """As `--precision` spells it."""
+        """The name, as a value of `--precision`."""
         return next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
 
     @property
     def may_overflow(self) -> bool:
-        """Whether gradients that are not finite may be the loss scale's fault: it is halved then, down to 1."""
+        """Whether the loss scale may be the reason for gradients that are not finite. It is then halved, down to 1."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
 
 def choose_precision(settings: TrainSettings, device: torch.device) -> Precision:
-    """The format that `settings` ask for; auto takes 16 bits on CUDA, bfloat16 where the card has it, else float32."""
+    """Return the format of `settings`. auto takes bfloat16 or float16 on CUDA, as the card allows, else float32."""
     if settings.precision != "auto":
         return Precision(DTYPES[settings.precision], device)
     if device.type != "cuda":
@@ -71,7 +71,7 @@ def choose_precision(settings: TrainSettings, device: torch.device) -> Precision
 
 
 class WeightAverage:
-    """An exponential moving average of a model's trainable weights; with a decay of 0 it is empty and does nothing.
+    """An exponential moving average of a model's trainable weights. With a decay of 0 it is empty and does nothing.
 
     Args:
         model: whose weights to average, as it stands at its first step.
@@ -85,20 +85,20 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after `step` steps; the first steps count for more, so that the start is forgotten."""
+        """Add the weights after `step` steps. The first steps count for more, so that the initial weights fade."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, average in self.weights.items():
             average.lerp_(model.get_parameter(name), 1 - decay)
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Resume from the average of a checkpoint of the same run."""
+        """Restore the average from a checkpoint of the same run."""
         for name, average in self.weights.items():
             average.copy_(weights[name])
 
     @contextlib.contextmanager
     @torch.no_grad()
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
-        """Inside, `model` has the average for weights; must not be interrupted on the way in or out."""
+        """Inside, the weights of `model` are the average. Nothing may interrupt the exchange at entry and exit."""
         own = {name: model.get_parameter(name).detach().clone() for name in self.weights}
         _fill(model, self.weights)
         try:
@@ -114,10 +114,10 @@ def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 class PassResult(NamedTuple):
-    """What the pass of one micro-batch brings."""
+    """The result of the pass of one micro-batch."""
 
     terms: LossTerms  # its `total` carries the gradient
-    amplitude_N: Tensor | None  # complex readouts, detached; None where the model has none
+    amplitude_N: Tensor | None  # complex readouts, detached; None if the model has none
 
 
 class MicroBatchPass(nn.Module):
@@ -128,7 +128,7 @@ class MicroBatchPass(nn.Module):
         self.learner, self.precision = learner, precision
 
     def lift_table(self) -> Tensor:
-        """The lifted table (V, D), as the learner gives it."""
+        """Return the lifted table (V, D) of the learner."""
         return self.learner.lift_table()
 
     def forward(
@@ -153,7 +153,7 @@ class MicroBatchPass(nn.Module):
         """
         table_VD = self.lift_table() if leaf_VD is None else leaf_VD
         if collected_VD is not None:
-            table_VD = table_VD.view_as(table_VD)  # without a projector it is the weight itself, which keeps its hooks
+            table_VD = table_VD.view_as(table_VD)  # without a projector it is the weight itself, whose hooks must stay
             table_VD.register_hook(lambda gradient_VD: gradient_VD + collected_VD)
         with self.precision.autocast():
             states_BTD = self.learner.hidden_states(**to_tensors(batch, table_VD.device), table_VD=table_VD)
@@ -166,7 +166,7 @@ class MicroBatchPass(nn.Module):
 
 
 class WholeState(NamedTuple):
-    """What a checkpoint keeps of a model in training, as one process has it."""
+    """The part of a checkpoint that depends on the model, as one process has it."""
 
     model: dict[str, Tensor]
     average: dict[str, Tensor]
@@ -174,14 +174,14 @@ class WholeState(NamedTuple):
 
 
 def idle(batch: Batch) -> Batch:
-    """`batch` with nothing in it that counts: the share of a process that has no row."""
+    """Return `batch` without any token that counts, for a process that has no row."""
     return batch._replace(labels=np.full_like(batch.labels, -100), index=np.full_like(batch.index, -1))
 
 
 class SingleProcess:
-    """One process: nothing to share."""
+    """A model in one process, which shares nothing."""
 
-    rows_stand_alone = True  # whether one process may run a row by itself, to see what it does
+    rows_stand_alone = True  # whether one process may compute a row without the others
 
     def __init__(self, learner: Learner, processes: Processes = ALONE, precision: Precision | None = None) -> None:
         self.processes, self.precision = processes, precision or Precision()
@@ -191,20 +191,20 @@ class SingleProcess:
         self.run_pass: nn.Module = self.bare
 
     def lifted_leaf(self) -> Tensor:
-        """The lifted table as a leaf that collects gradients."""
+        """Return the lifted table as a leaf that collects gradients."""
         with torch.no_grad():
             return self.bare.lift_table().detach().requires_grad_()
 
     def part(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of one micro-batch; the gradients of all processes are summed with the last."""
+        """Wrap forward and backward of one micro-batch. With the last, the gradients of all processes are summed."""
         return contextlib.nullcontext()
 
     def readable(self) -> AbstractContextManager[None]:
-        """Inside, all weights of the model can be used outside of a step; all processes must do so together."""
+        """Inside, all weights of the model can be used outside of a step. All processes must enter it together."""
         return contextlib.nullcontext()
 
     def whole_state(self, optimizer: torch.optim.Optimizer, average: WeightAverage) -> WholeState:
-        """The state for a checkpoint; all processes must ask for it together, and the first one has it."""
+        """Return the state for a checkpoint, in the first process. All processes must call this together."""
         return WholeState(self.learner.state_dict(), average.weights, optimizer.state_dict())
 
 
@@ -228,7 +228,7 @@ def _sum_bucket(_, bucket):  # DDP refuses annotations that are strings, as they
 
 
 class FullyShardedParallel(SingleProcess):
-    """FSDP2: weights, gradients and optimiser state lie in shards; each layer is gathered where it is used."""
+    """FSDP2: weights, gradients and optimiser state are sharded, and each layer is gathered when it is needed."""
 
     rows_stand_alone = False
 
@@ -257,7 +257,7 @@ class FullyShardedParallel(SingleProcess):
 
     @contextlib.contextmanager
     def readable(self) -> Iterator[None]:
-        """As in `SingleProcess`; the layers are gathered as they are used."""
+        """As in `SingleProcess`. The layers are gathered when they are needed."""
         self.bare.unshard()
         try:
             yield
@@ -265,7 +265,7 @@ class FullyShardedParallel(SingleProcess):
             self.bare.reshard()
 
     def whole_state(self, optimizer: torch.optim.Optimizer, average: WeightAverage) -> WholeState:
-        """As in `SingleProcess`: gathered tensor by tensor onto the CPU of the first process; the others get {}."""
+        """As in `SingleProcess`. The first process gathers each tensor on its CPU; the others get {}."""
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
             get_model_state_dict,
@@ -292,7 +292,7 @@ def make_parallel(
     unused: bool,
     precision: Precision | None = None,
 ) -> SingleProcess:
-    """Share `learner` among `processes`; before its optimiser is made, which must hold the weights as they then are.
+    """Share `learner` among `processes`. Make its optimiser after this, because the weights may become shards.
 
     Args:
         kind: auto takes DDP; one process needs neither.
@@ -309,7 +309,7 @@ def make_parallel(
         return SingleProcess(learner, precision=precision)
     precision = precision or Precision()
     if kind == "fsdp2" and precision.scaler.is_enabled():
-        # Each process would see the overflow of its own shards only.
+        # Each process would see only the overflow of its own shards.
         raise UserError("--precision", "float16", "must be float32 or bfloat16 with --parallel fsdp2")
     if kind == "fsdp2":
         return FullyShardedParallel(learner, processes, precision, device)
@@ -317,23 +317,24 @@ def make_parallel(
 
 
 def _numbered(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state_dict by the names of parameters as torch.optim has it: by their numbers."""
+    """Return an optimiser's state_dict with numbers of parameters, as in torch.optim, instead of their names."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     number = {name: place for place, name in enumerate(names)}
     groups = [group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
     return {"state": {number[name]: entry for name, entry in state["state"].items()}, "param_groups": groups}
 
 
-# Saving under FSDP2 is torch.distributed.checkpoint's. Loading is not: its `set_optimizer_state_dict` takes a step of
-# zeros to make the states, must be told to pass over parameters that have none, such as a readout that no teacher has
-# reached, and knows nothing of averaged weights. Here each process cuts its shards out of the file that it verified.
+# Under FSDP2, torch.distributed.checkpoint gathers the state to save, but we do not load with it. Its
+# `set_optimizer_state_dict` does a step with zeros to make the states. It would need a list of the parameters without a
+# state, such as a readout that no teacher has trained, and it can't load averaged weights. So each process cuts its
+# shards out of the file that it verified.
 def scattered(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The shards of `state` that this process holds, laid out as the tensors of the same name in `like`."""
+    """Return this process's shards of `state`, with the layout of the tensors of the same name in `like`."""
     return {name: shard_like(value, like[name]) if name in like else value for name, value in state.items()}
 
 
 def scattered_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's state_dict, each tensor that has its parameter's shape sharded as that parameter is."""
+    """Return an optimiser's state_dict, in which each tensor of a parameter's shape is sharded like the parameter."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shards = {
         number: {

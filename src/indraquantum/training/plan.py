@@ -257,7 +257,7 @@ def _asked(settings: TrainSettings) -> int:
 
 
 def _ends_of_fractions(settings: TrainSettings, strategy: Strategy, dataset: PreparedDataset) -> list[int]:
-    """Return the step after each stage if stages are fractions of the run, or nothing if they have their own lengths."""
+    """Return the step after each stage if stages are fractions of the run. Return nothing if they have own lengths."""
     fractions = [stage.fraction for stage in strategy.stages if stage.fraction is not None]
     rows = rows_per_step(settings.batch_tokens, dataset.row_length)
     steps = settings.epochs * steps_per_epoch(dataset.train.num_rows, rows)

@@ -1,6 +1,6 @@
-"""The teacher's signals of a run's stages: find those that are there, capture the others.
+"""The teacher's signals for the stages of a run: this module finds those that exist and captures the others.
 
-A stage whose weights are all 0 needs none, and none are looked for.
+A stage whose weights are all 0 needs no signals.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from indraquantum.training.plan import Plan, RunStage
 
 
 def find_signals(plan: Plan, processes: Processes = ALONE, opened: SignalStore | None = None) -> Plan:
-    """`plan` with the signals that are already there; stages whose signals are still to be captured stay without.
+    """Return `plan` with the signals that exist already. Stages whose signals are not captured yet get none.
 
     Args:
         plan: the stages.
-        processes: those of the run, which all call this.
+        processes: the processes of the run; all of them call this.
         opened: the signals of the plan's own dataset, if they are open already.
 
     Raises:
-        UserError: signals are not where --signals says, are damaged, don't belong to their dataset, or can't give what
-            a stage needs.
+        UserError: signals are not in the folder of --signals, are damaged, belong to another dataset, or lack what a
+            stage needs.
     """
     found: dict[tuple[str, Path], SignalStore | None] = {}
     stages = []
@@ -47,10 +47,10 @@ def find_signals(plan: Plan, processes: Processes = ALONE, opened: SignalStore |
 
 
 def capture_signals(plan: Plan, processes: Processes = ALONE) -> Plan:
-    """`plan` with signals at every stage that needs them: the first process captures those that are missing.
+    """Return `plan` with signals for every stage that needs them. The first process captures missing signals.
 
     Raises:
-        UserError: there is no teacher, or the signals can't give what a stage needs.
+        UserError: there is no teacher, or the signals lack what a stage needs.
     """
     while (stage := next((stage for stage in plan.stages if stage.lacks_signals), None)) is not None:
         asked = _whose_temperature_counts(plan, stage)
@@ -60,10 +60,10 @@ def capture_signals(plan: Plan, processes: Processes = ALONE) -> Plan:
 
 
 def _whose_temperature_counts(plan: Plan, first: RunStage) -> RunStage:
-    """Of the stages that share the signals of `first`, one that states their temperature, or `first`.
+    """Return a stage that shares the signals of `first` and sets their temperature, or `first` if none sets it.
 
     Raises:
-        UserError: two state different ones.
+        UserError: two stages set different temperatures.
     """
     sharing = (stage for stage in plan.stages if _place(stage) == _place(first) and stage.spec.asks_the_teacher)
     stated = [stage for stage in sharing if stage.spec.temperature is not None]
@@ -75,15 +75,15 @@ def _whose_temperature_counts(plan: Plan, first: RunStage) -> RunStage:
 
 
 def _place(stage: RunStage) -> tuple[str, Path]:
-    """What stages have in common that share signals: the data, and the folder of the signals."""
+    """Return what is equal for stages that share signals: the data, and the folder of the signals."""
     return stage.dataset.content_sha256, folder_of(stage.settings).resolve()
 
 
 def check_folders(plan: Plan) -> None:
-    """Check, before a teacher is asked for hours, that each dataset has a folder of signals of its own.
+    """Check that each dataset has its own folder of signals. This comes before a capture, which may take hours.
 
     Raises:
-        UserError: two would be captured into one.
+        UserError: the signals of two datasets would go into one folder.
     """
     first: dict[Path, RunStage] = {}
     for stage in plan.stages:
@@ -96,7 +96,7 @@ def check_folders(plan: Plan) -> None:
 
 
 def _verified_signals(stage: RunStage, processes: Processes) -> SignalStore | None:
-    """The signals for the dataset of `stage`; None where they are still to be captured."""
+    """Return the signals for the dataset of `stage`, or None if they are not captured yet."""
     settings, folder = stage.settings, folder_of(stage.settings)
     if processes.first(lambda: settings.signals is None and not (folder / "manifest.json").exists()):
         return None
@@ -110,7 +110,7 @@ def _verified_signals(stage: RunStage, processes: Processes) -> SignalStore | No
 
 
 def folder_of(settings: TrainSettings) -> Path:
-    """Where the signals are, or will be."""
+    """Return the folder of the signals, which may not exist yet."""
     return settings.signals or settings.data.parent / "teacher_signals"
 
 

@@ -1,7 +1,7 @@
-"""An optimiser step as data: what it takes (`StepInput`) and what it brings (`StepResult`).
+"""An optimiser step as data: its input (`StepInput`) and its result (`StepResult`).
 
-A plan says what each step is (`Plan.step(n)`), an engine does it (`Engine.step`). Two steps with equal inputs, on
-models and optimisers in the same state, have the same result to the bit.
+A plan gives the input of each step (`Plan.step(n)`), and an engine does the step (`Engine.step`). Two steps with equal
+inputs, on models and optimisers in the same state, have the same result to the bit.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from indraquantum.loss_v2 import TeacherSignals
 
 
 class Signals(Protocol):
-    """Where a step finds the teacher's signals: a `SignalStore`, or anything with its `batch`."""
+    """The source of the teacher's signals for a step: a `SignalStore`, or another object with this method."""
 
     def batch(self, split: str, index_N: np.ndarray) -> TeacherSignals:
-        """The signals at the positions `index_N` of the split called `split`, on the CPU."""
+        """Return the signals at the positions `index_N` of the split with the name `split`, on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepInput:
-    """Everything that decides an optimiser step, apart from the state of the model and of its optimiser."""
+    """Everything that decides an optimiser step, except the state of the model and of its optimiser."""
 
     split: Split
     rows: np.ndarray  # numbers of the rows in `split`, for all processes together
@@ -37,9 +37,9 @@ class StepInput:
     kd_weight: float = 0.0
     phase_weight: float = 0.0
     magnitude_weight: float = 0.0
-    temperature: float = 1.0  # at which the signals were captured
-    tail: Tail = "none"  # what becomes of the probability that truncated signals don't store
-    seed: int = 0  # of dropout, the only randomness of a step
+    temperature: float = 1.0  # the temperature at which the signals were captured
+    tail: Tail = "none"  # what to do with the probability that truncated signals don't store
+    seed: int = 0  # the seed of dropout, the only randomness of a step
 
     def __str__(self) -> str:
         weights = f"kd {self.kd_weight:g}, phase {self.phase_weight:g}, magnitude {self.magnitude_weight:g}"
@@ -48,11 +48,11 @@ class StepInput:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step brought: the objective's terms averaged over its labelled tokens, and how the update went."""
+    """The result of a step: the objective's terms, averaged over the labelled tokens, and figures of the update."""
 
     tokens: int  # real tokens, labelled or not
-    grad_norm: float | None  # before clipping; None where float16 overflowed and the update was skipped
-    terms: dict[str, float | None]  # see REPORTED_TERMS; None where absent
+    grad_norm: float | None  # before clipping; None if float16 overflowed and the update was skipped
+    terms: dict[str, float | None]  # see REPORTED_TERMS; None for a term that does not exist
     readout: dict[str, float | None]  # mean and standard deviation of magnitude and phase
 
 
