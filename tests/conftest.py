@@ -40,7 +40,7 @@ SHARED = ROOT.parent / "shared"
 
 @pytest.fixture(autouse=True)
 def _same_threads():
-    """Each test begins with the number of threads that the suite was started with, whatever was set before."""
+    """Each test begins with the same number of threads, even if an earlier test changed it."""
     torch, threads = sys.modules.get("torch"), int(os.environ["OMP_NUM_THREADS"])
     if torch and torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
@@ -71,7 +71,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def without_package(monkeypatch):
-    """`without_package(name, error)`: importing that package fails, as where it is missing or its build is broken."""
+    """Return `without_package(name, error)`: importing this package then fails, as if it were missing or broken."""
 
     def block(package: str, error: Exception) -> None:
         class Broken(importlib.abc.MetaPathFinder):
@@ -106,7 +106,7 @@ PLACES = ("in the garden", "by the river", "under a tree", "on the hill", "at ni
 
 
 def sentence(draw: random.Random) -> str:
-    """A sentence whose next word is partly sure and partly open, so that there is something to learn."""
+    """Return a sentence in which some next words are certain and others are open, so a model can learn something."""
     return f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(SUBJECTS)} {draw.choice(PLACES)} ."
 
 

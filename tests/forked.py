@@ -1,4 +1,4 @@
-"""Several processes of one run, as torchrun would start them, but forked from this warm process: milliseconds each."""
+"""Several processes of one run, as torchrun would start them. Forking them from this one takes milliseconds."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def train_small(settings: TrainSettings):
 
 
 def quiet(said: Path | None = None) -> None:
-    """In a fork: what it prints goes to the file `said`, or nowhere; one thread, for OpenMP's don't survive a fork."""
+    """Run in a fork, with output to the file `said` or nowhere. Use one thread: OpenMP's don't survive a fork."""
     torch.set_num_threads(1)
     descriptor = os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)

@@ -82,7 +82,7 @@ def record(folder, name):
 
 
 def without_timing(path):
-    """The bytes of a run's JSON but for what may differ between two runs of the same thing."""
+    """Return a run's JSON without what may differ between two equal runs."""
     content = json.loads(path.read_text())
     kept = {name: value for name, value in content.items() if name not in ("timing", "command", "checkpoint_kept")}
     return json.dumps(kept)
@@ -300,7 +300,7 @@ def test_a_run_that_is_killed_is_said_to_be(world, tmp_path, capsys, monkeypatch
 
 
 def killed(task):
-    """What the kernel does where memory is short; as a module's function, for another process."""
+    """Do what the kernel does when memory runs out. It is a module's function, so that another process can call it."""
     log = processes.log_path(task)
     log.parent.mkdir(parents=True)
     log.write_text("wrote a checkpoint\n")
@@ -469,7 +469,7 @@ def test_a_plan_that_is_stopped_goes_on_to_the_same_bytes(world, finished, tmp_p
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 5):
         assert process.poll() is None
         time.sleep(0.005)
-    if number == signal.SIGHUP:  # a terminal that closes tells all of its processes
+    if number == signal.SIGHUP:  # a terminal that closes sends it to all of its processes
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)

@@ -193,7 +193,7 @@ def test_a_strategy_may_be_what_is_compared(world, tmp_path):
     text = markdown(report_blocks(plan, tmp_path / "results", runs, runs, {}))
     assert f"| gentle | stage2-v3 | wikitext | {curve[6]['held_out']['wikitext']:.4f} | {rise:+.4f} |" in text
     assert f"| gentle | stage1 | wikitext | {curve[3]['held_out']['wikitext']:.4f} |  |" in text
-    assert "| ce | unified" not in text  # one stage alone tells nothing of forgetting
+    assert "| ce | unified" not in text  # a single stage can't show forgetting
 
 
 def test_signals_are_needed_only_by_strategies_that_ask_the_teacher(world, tmp_path):

@@ -192,7 +192,7 @@ def options_in(message: str) -> list[str]:
 
 
 def messages() -> list[tuple[str, str]]:
-    """Every text in the package that names an option, with its place; what an f-string puts in stands as {}."""
+    """Return every text in the package that names an option, with its place. Values in f-strings become {}."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         inside = set()  # parts of an f-string, and docstrings

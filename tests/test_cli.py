@@ -43,7 +43,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def words(text: str) -> str:
-    """Text without blanks, line breaks and the help's frame, wherever a narrow terminal put them."""
+    """Return the text without blanks, line breaks and the frame of the help, so that its width does not matter."""
     return re.sub(r"[\s│╭╮╰╯─]+", "", text)
 
 

@@ -50,7 +50,7 @@ def healthy(world, tmp_path_factory):
 
 
 def going_on(healthy, world, folder):
-    """Settings of a run in `folder` that goes on from the healthy one's checkpoint."""
+    """Return the settings of a run in `folder` that resumes from the healthy run's checkpoint."""
     settings = survival.small_run(world, folder, **LONG, **WIDE, save_every=1000)
     shutil.copytree(healthy.output, settings.output)
     shutil.copytree(healthy.logs, settings.logs)

@@ -1,4 +1,4 @@
-"""What documents begin and end with, for the kinds of tokenizers that the hub holds; the whole way without BOS."""
+"""The tokens that begin and end documents, for all kinds of tokenizers on the hub. One without BOS trains a model."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_data_prepared_with_the_export_are_the_same_everywhere(qwen, checkpoint,
     )  # fmt: skip
     first, again = (open_dataset("--data", folder, verify=True) for folder in (qwen / "d", tmp_path / "again"))
     assert first.tokenizer.to_json() != again.tokenizer.to_json()  # transformers' post-processor
-    assert first.content_sha256 == again.content_sha256  # so that signals and runs are the same too
+    assert first.content_sha256 == again.content_sha256  # so signals and runs are the same too
     evaluate_checkpoint(checkpoint, EvalSettings(data=tmp_path / "again"))
     settings = TrainSettings(data=tmp_path / "again", output=tmp_path / "run", logs=tmp_path / "logs", threads=1,
                              d_model=8, layers=1, heads=2, mlp_width=14, batch_tokens=400, max_steps=1,

@@ -150,7 +150,7 @@ def test_a_write_that_fails_harms_nothing(world, run, tmp_path, owner, name, cod
         raise OSError(code, os.strerror(code))
 
     def failing():
-        # from the second checkpoint on, so that there is a whole one to harm
+        # from the second checkpoint on, so that a complete one exists
         strike = lambda: survival.at(owner, name, "before", occurrence, fail)  # noqa: E731
         survival.at(loop, "save", "before", 2, strike)
         survival.train_small(settings)
@@ -236,7 +236,7 @@ def test_a_hostile_checkpoint_runs_nothing(run, tmp_path, number):
     payload = hostile(canary)[number]
     source = newest_checkpoint(run.output, lambda epoch: epoch * 10**6).path
     with zipfile.ZipFile(source) as whole, zipfile.ZipFile(path, "w") as archive:
-        for part in whole.namelist():  # a real checkpoint but for its pickle
+        for part in whole.namelist():  # a real checkpoint with another pickle
             archive.writestr(part, payload if part.endswith("data.pkl") else whole.read(part))
     for with_manifest in (False, True):
         if with_manifest:  # which proves that the bytes are whole, not that they are good

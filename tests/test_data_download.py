@@ -244,7 +244,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_hub_download_goes_on_at_its_revision(tmp_path, monkeypatch):
-    """The hub's own library against a hub on loopback, in a process of its own: it reads its settings when imported."""
+    """Run the hub's library against a local hub, in another process, because it reads its settings at import."""
     path = tmp_path / "t.parquet"
     rows = [random.Random(n).randbytes(4000).hex() for n in range(3000)]  # 24 MB: the library resumes by 10 MiB
     pq.write_table(pa.table({"text": rows}), path, compression="none")

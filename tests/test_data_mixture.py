@@ -180,7 +180,7 @@ def test_no_paragraph_on_both_sides(documents, cut):
 
 @pytest.mark.parametrize("detokenize", [False, True])
 def test_held_out_articles_share_no_paragraph_with_training(tmp_path, detokenize):
-    """The part's heading and the line of a single sign, which all articles have, link none of them."""
+    """All articles have the same heading and a line of one character. These must not link the articles."""
     draw = random.Random(1)
     lines = []
     for number in range(200):

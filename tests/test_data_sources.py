@@ -139,7 +139,7 @@ def test_parquet_of_another_shape(tmp_path):
 
 
 def test_a_damaged_parquet_is_read_or_refused_in_one_line(tmp_path):
-    """One flipped bit anywhere, or a cut at any place: pages carry no checksum, so that some flips change text only."""
+    """Flip one bit anywhere, or cut anywhere. Pages have no checksum, so some flips only change the text."""
     rows = {"instruction": [f"Do {n}" for n in range(40)], "output": [f"Done {n * n}" for n in range(40)]}
     path, draw = tmp_path / "a.parquet", random.Random(0)
     pq.write_table(pa.table(rows), path)
@@ -265,7 +265,7 @@ def test_any_bytes_are_text_or_refused(tmp_path_factory, lines):
     ("name", "read", "field"), [("a.txt", read_wikitext, "--wikitext"), ("a.jsonl", read_alpaca, "--alpaca")]
 )
 def test_a_long_line_is_never_read_whole(tmp_path, name, read, field):
-    """A line of 1 GB (a sparse file) is refused in a moment, whatever follows."""
+    """A line of 1 GB (a sparse file) is refused quickly, and the rest of the file is not read."""
     path = tmp_path / name
     with open(path, "wb") as file:
         file.write(b'{"instruction": "a", "output": "b"}\n')

@@ -49,7 +49,7 @@ def test_the_next_preparation_clears_what_a_killed_one_left(tmp_path, owner, nam
         preparation.prepare(changed)
 
     assert survival.in_fork(killed) == -signal.SIGKILL
-    # What stands under its own name is whole, whatever the moment.
+    # A file under its final name is complete at every moment.
     lengths = []
     for path in (tmp_path / "out" / "mixed", tmp_path / "out" / "mixed.pkl"):
         if path.exists():
@@ -80,7 +80,7 @@ def interrupted(chosen):
 
 
 def test_files_of_a_living_preparation_stay_whatever_its_number(tmp_path):
-    """Two at once in one folder, one of them stopped while it writes; a number that is in use again misleads nobody."""
+    """Two processes write to one folder, and one is stopped. A reused process number must not mislead the next one."""
     chosen = settings(tmp_path)
     preparation.prepare(chosen)
     pid = os.fork()

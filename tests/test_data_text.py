@@ -126,7 +126,7 @@ LINES = ["", " = One = ", "a", " = = Part = = ", "b", "", " = Two = ", "c"]
 
 
 def test_two_shards_of_wikitexts_rows_are_its_lines(tmp_path):
-    """As WikiText-103 comes: a line a row, and an article goes on in the next shard."""
+    """WikiText-103 has a line in each row, and an article may continue in the next shard."""
     for n, part in enumerate((LINES[:4], LINES[4:])):
         pq.write_table(pa.table({"text": part}), tmp_path / f"train-0000{n}-of-00002.parquet")
     (tmp_path / "wiki.txt").write_text("\n".join(LINES))
@@ -161,7 +161,7 @@ def test_where_all_records_are_skipped_the_first_reason_is_told(tmp_path):
 
 
 def test_articles_end_at_separators_and_where_a_record_ends(tmp_path):
-    articles = [story.replace("\n\n", "\n") for story in STORIES]  # blank lines are none of theirs
+    articles = [story.replace("\n\n", "\n") for story in STORIES]  # blank lines don't belong to them
     write_every_kind(tmp_path, STORIES)
     for name in ("a.txt", "a.jsonl", "s.parquet"):
         assert read(tmp_path / name, documents="articles")[0] == articles
@@ -220,7 +220,7 @@ def test_a_document_that_is_too_long_is_refused_or_skipped(tmp_path, monkeypatch
     assert len(reading.skipped) == 1
 
 
-# The promise: a line from 40 characters on is in one part alone, whatever kind of source it comes from.
+# The promise: a line of 40 or more characters is in one split only, for all kinds of sources.
 
 POOL = [f"the line with number {n} is long enough to count here" for n in range(40)] + ["short", "= a heading =", " "]
 KINDS = ("lines.txt", "stories.txt", "rows.parquet", "records.jsonl", "shown.json", "instructions.json")

@@ -1,4 +1,4 @@
-"""The documentation site: every option is on its page, the tutorial runs, the pages build without warnings."""
+"""The documentation site: its page has every option, the tutorial runs, and the site builds without warnings."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def plain(text: str) -> str:
-    """Text without the signs and blanks that only lay it out."""
+    """Return the text without blanks and Markdown signs."""
     return re.sub(r"[\\`\s]+|\(FORMATS\.md\)|\[Formats\]|docs/FORMATS\.md", "", text)
 
 
 @pytest.fixture(scope="module")
 def options() -> dict[str, str]:
-    """The sections of the page of options by command."""
+    """Return the sections of the page of options, by command."""
     made = subprocess.run([sys.executable, TOOLS / "options_page.py"], capture_output=True, text=True, check=True)
     return dict(re.findall(r"^## indra (.*?)\n(.*?)(?=^## |\Z)", made.stdout, re.DOTALL | re.MULTILINE))
 
@@ -54,14 +54,14 @@ def test_the_page_says_what_is_allowed(options):
 
 
 def output_of(code: str, folder: Path, environment: dict[str, str]) -> str:
-    """What a piece of Python prints in `folder`."""
+    """Return what a piece of Python prints in `folder`."""
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path):
-    """Its commands and the README's Python, on a demo of toy size, in their order."""
+    """Run its commands and the README's Python in their order, on a demo of toy size."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     indra = [sys.executable, "-m", "indraquantum"]
     subprocess.run([*indra, "demo", "--tiny", "--output", "demo"], cwd=tmp_path, env=environment, check=True)

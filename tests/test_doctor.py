@@ -1,4 +1,4 @@
-"""`indra doctor` and `indra --version`: what a bug report needs, whatever is broken."""
+"""`indra doctor` and `indra --version` give what a bug report needs, even if something is broken."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_a_document_keeps_its_half_whatever_its_place(dataset):
     offsets = np.concatenate([[0], np.cumsum([len(d) for d in documents])]).astype(np.int64)
     split = packed_split(np.concatenate(documents), offsets, 48, data.tokenizer.eos_id)
     sources = data.validation.document_sources.copy()
-    sources[22] = sources[4]  # so that no order of the sources has a say
+    sources[22] = sources[4]  # so that the order of the sources does not matter
     before = documents_of_half(replace(data, validation=replace(data.validation, document_sources=sources)), "table")
     moved = replace(data, validation=replace(split, document_sources=sources[order]))
     assert documents_of_half(moved, "table").tolist() == before[order].tolist()

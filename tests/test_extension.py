@@ -1,4 +1,4 @@
-"""A finished run that is given more steps: the bits of the long run where its rate allows it, the way on elsewhere."""
+"""A finished run gets more steps. It ends in the bits of the long run, or an error says what else you can do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from indraquantum.metrics import read_metrics
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import load_checkpoint
 
-# Nothing rises with the progress, so that a run's first steps are those of a longer one.
+# Nothing depends on the progress, so the first steps of a short and of a long run are the same.
 PLAIN = {"no_teacher": True, "warmup_fraction": 0.0, "ema_decay": 0.9}
 
 

@@ -18,7 +18,7 @@ LIMIT = 47
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a byte, so that what a character outside ASCII does is seen."""
+    """Return a tokenizer with one token for each byte, which shows what happens to characters outside ASCII."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}
     backend = Tokenizer(models.BPE(vocabulary | {"<s>": BOS, "</s>": EOS}, merges=[]))

@@ -14,7 +14,7 @@ NAMES = ("states", "table", "bias", "scale")
 
 
 def make_case(rows):
-    """Row 3 has no label, row 5 no signals, each row a weight of its own; the numbers are doubles."""
+    """Row 3 has no label, row 5 has no signals, and each row has its own weight. The numbers are doubles."""
     generator = torch.Generator().manual_seed(11)
     case = {
         "states": torch.randn(rows, D, generator=generator, dtype=torch.float64),

@@ -42,7 +42,7 @@ def make_case(seed=0, num_rows=N, width=D, vocabulary=V, kept=K, size=1.0, top_k
 
 
 def evaluate(objective, case, options, dtype=torch.float64):
-    """Values and gradients of one implementation, in float64 whatever it computes in."""
+    """Return values and gradients of one implementation, converted to float64."""
     leaves = {name: None if case[name] is None else case[name].to(dtype).detach().requires_grad_() for name in INPUTS}
     inputs = check_inputs(
         leaves["states"], leaves["table"], case["labels"], bias_V=leaves["bias"], scale=leaves["scale"],

@@ -1,4 +1,4 @@
-"""How the CPU computes: the quickest exact way, measured once and kept, and a run that goes on computes as it began."""
+"""The quickest exact way to compute on the CPU is measured once and kept. A resumed run computes as before."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ NAMES = {own_name(path) for path in MODULES}
 
 
 def require_no_circle(part: Callable[[str], str]) -> None:
-    """Fail, naming it, where imports between parts of the package lead back to where they began."""
+    """Fail if imports between parts of the package form a circle, and name the circle."""
     graph: dict[str, set[str]] = {}
     for path in MODULES:
         own = part(own_name(path))

@@ -71,7 +71,7 @@ def test_terms_equal_the_plain_formulas(temperature):
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
 def test_the_tail_of_the_likeliest_tokens_is_one_more_outcome(temperature, implementation):
-    """By default: torch's own KL over K + 1 outcomes, whatever is missing; none leaves out the last one."""
+    """By default, it is torch's own KL over K + 1 outcomes, for any missing mass. `none` leaves out the last one."""
     states, table, labels, _, _ = make_case()
     teacher = (2 * torch.randn(N, V, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).softmax(1)
     teacher[2] = F.one_hot(torch.tensor(17), V)  # nothing is missing

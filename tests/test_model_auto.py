@@ -1,4 +1,4 @@
-"""`import indraquantum` tells transformers about the model, whichever comes first, and stays quick."""
+"""`import indraquantum` registers the model with transformers, in either order of imports, and stays quick."""
 
 import importlib
 import json

@@ -42,7 +42,7 @@ def last_of(settings, changes):
     return settings.output / checkpoint.BEST_NAME if changes is AVERAGED else max(settings.output.glob("*_epoch_*.pt"))
 
 
-@pytest.mark.filterwarnings("default")  # the compiler has some of its own
+@pytest.mark.filterwarnings("default")  # the compiler emits warnings
 @pytest.mark.parametrize(("kind", "changes", "near"), CASES)
 def test_an_option_does_what_it_does_in_one_process(world, tmp_path, kind, changes, near):
     one = survival.small_run(world, tmp_path / "one", **{**LENGTH, **changes})

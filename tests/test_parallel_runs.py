@@ -259,7 +259,7 @@ def test_other_commands_are_refused_under_torchrun(monkeypatch, capsys):
 def torchrun(settings, *options: str):
     """`torchrun ... -m indraquantum train ...` with these settings; what it says is in its attribute `said`."""
     given = settings.model_dump(exclude_unset=True, mode="json")
-    # The two dashes: torchrun would take `--logs` for an abbreviation of options of its own.
+    # Without the two dashes, torchrun would take `--logs` for an abbreviation of its own options.
     arguments = ["--", "train", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
     said = settings.output.parent / "torchrun.txt"

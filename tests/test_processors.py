@@ -48,7 +48,7 @@ def test_a_name_that_nothing_has_is_refused(sweep):
 
 
 def test_nothing_is_skipped_where_there_is_a_gpu(root):
-    """GPUs are hidden from the tests instead, so that they may fork."""
+    """GPUs are hidden from the tests, so that the tests may fork."""
     asked = "cuda." + "is_available"
     assert [path.name for path in (root / "tests").glob("*.py") if asked in path.read_text(encoding="utf-8")] == []
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

@@ -17,7 +17,7 @@ from indraquantum.training.pretrain_teacher import pretrain_teacher
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time, which stands still until it is set."""
+    """A clock that stands still until a test sets it."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now

@@ -1,4 +1,4 @@
-"""What README and the documentation say is so: folders are named, commands are commands, links lead somewhere."""
+"""What the README and the documentation say is true: they name all folders, their commands parse, and links work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGES = [
 ]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-# The log tells of commands as they were on their day.
+# The log has commands of earlier versions, so it is left out.
 BLOCKS = {
     page: [block for language, block in FENCED.findall(text) if not language]
     for page, text in TEXTS.items()
@@ -35,7 +35,7 @@ GENERATED = {"docs/options.md"}  # by docs/tools/options_page.py when the site i
 
 
 def commands_of(blocks: list[str]) -> list[str]:
-    """The lines of `blocks` that call `indra` or a script of ours, alone or under torchrun."""
+    """Return the lines of `blocks` that call `indra` or one of our scripts, also under torchrun."""
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", "").splitlines()]
     return [line for line in lines if re.match(r"([A-Z_]+=\S+ )*(indra|torchrun|python scripts/\S+)(\s|$)", line)]
 
@@ -44,7 +44,7 @@ COMMANDS = [(page, command) for page, blocks in BLOCKS.items() for command in co
 
 
 def arguments_of(command: str) -> list[str]:
-    """What `indra` gets of a line of a shell."""
+    """Return the arguments that `indra` gets from a line of a shell."""
     words = shlex.split(command, comments=True)
     place = next(i for i, word in enumerate(words) if word in ("indra", "indraquantum") or word.startswith("scripts/"))
     own = [SCRIPTS[Path(words[place]).name]] if words[place].startswith("scripts/") else []
@@ -52,7 +52,7 @@ def arguments_of(command: str) -> list[str]:
 
 
 def tree_of(text: str) -> set[str]:
-    """Folders that a tree names; two blanks indent what a folder holds."""
+    """Return the folders that a tree names. Two blanks indent the content of a folder."""
     folders, path = set(), []
     for line in text.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
@@ -117,7 +117,7 @@ def test_the_python_of_the_loss_prints_what_it_says():
 
 
 def anchors_of(text: str) -> set[str]:
-    """What GitHub, and the site, make of the headings: lower case, no punctuation, a hyphen for each blank."""
+    """Return the anchors that GitHub and the site make of headings: lower case, no punctuation, hyphens for blanks."""
     headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""The schedules are pure functions: every row once an epoch, the same whatever came before."""
+"""The schedules are pure functions. Each row comes once in an epoch, and earlier calls change nothing."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def philox(key: tuple[int, int], count: int) -> list[int]:
 
 @pytest.mark.parametrize(("num_rows", "seed", "epoch", "stage"), [(23, 7, 0, 0), (1000, 2**63 - 1, 3, 2), (1, 0, 0, 0)])
 def test_the_order_is_that_of_philox_by_hand(num_rows, seed, epoch, stage):
-    """Rows in the ascending order of their random numbers, whatever NumPy makes of them."""
+    """Rows are in the ascending order of their random numbers, in all versions of NumPy."""
     numbers = philox((seed, epoch + (stage << 32)), num_rows)
     expected = sorted(range(num_rows), key=lambda row: numbers[row])
     assert rows_of_step(num_rows, num_rows, seed, epoch, stage).tolist() == expected
 
 
 def test_the_order_is_frozen():
-    """Numbers of 2026-11-28. A run that has begun goes on by them, so that they may never change."""
+    """These numbers are from 2026-11-28. Runs that began with them resume with them, so they must never change."""
     assert rows_of_step(23, 12, 7, 5, 1).tolist() == [6, 19, 3, 10, 7, 15, 11, 1, 2, 12, 8]
     # rule 1, of the runs before: what NumPy 2.4's Generator.permutation gives
     assert rows_of_step(23, 12, 7, 5, 1, rule=1).tolist() == [10, 2, 15, 12, 22, 20, 14, 11, 7, 3, 21]
@@ -76,7 +76,7 @@ def test_an_epoch_is_ordered_once(monkeypatch):
     monkeypatch.setattr(np.random, "Philox", lambda **key: (made.append(key), bit_generator(**key))[1])
     rows = np.concatenate([rows_of_step(109, 10, 5, step) for step in range(22)])
     assert len(made) == 2
-    rows[:] = -1  # nobody's but the caller's
+    rows[:] = -1  # the array belongs to the caller
     assert sorted(np.concatenate([rows_of_step(109, 10, 5, step) for step in range(11, 22)])) == list(range(109))
 
 

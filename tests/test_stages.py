@@ -73,7 +73,7 @@ def test_every_shipped_strategy_runs_as_its_file_says(world, tmp_path, monkeypat
     said = capsys.readouterr()
     lines = metrics(settings)[1:]
     per_epoch = -(-dataset.train.num_rows // (settings.batch_tokens // 48))
-    assert len(lines) == len(seen) == 2 * per_epoch  # as many steps as --epochs of all rows are, whatever the strategy
+    assert len(lines) == len(seen) == 2 * per_epoch  # as many steps as --epochs over all rows, for every strategy
     assert list(dict.fromkeys(line["stage"] for line in lines)) == [stage for stage, *_ in SHIPPED[name]]
     for stage, sources, first, last in SHIPPED[name]:
         own = [number for number, line in enumerate(lines) if line["stage"] == stage]
@@ -90,7 +90,7 @@ def test_every_shipped_strategy_runs_as_its_file_says(world, tmp_path, monkeypat
         if len(SHIPPED[name]) > 1:
             figures = ", ".join(f"{source} {value:.4f}" for source, value in held_out.items())
             assert f"end of stage {stage}: held-out cross-entropy (nats/token) {figures}" in said.out + said.err
-        # each stage has a warm-up and a decay of its own
+        # each stage has its own warm-up and decay
         rates = [lines[number]["learning_rate"] for number in own]
         assert max(rates) == settings.learning_rate
         assert rates[-1] < 0.5 * settings.learning_rate

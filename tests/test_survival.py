@@ -110,7 +110,7 @@ def test_kill_9_in_the_middle_of_a_write(world, whole, tmp_path, name):
 
 def wait_for_steps(metrics, count, pid):
     """Until `metrics` has grown `count` times, or the process has ended."""
-    size, grown = 0, -1  # a run that goes on cuts it first, or finds it as it was
+    size, grown = 0, -1  # a resumed run cuts it first, or finds it unchanged
     while grown < count and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         now = metrics.stat().st_size if metrics.exists() else 0
         grown, size = grown + (now > size), now
@@ -220,7 +220,7 @@ STRIKES = {
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("where", STRIKES)
 def test_a_signal_leaves_after_the_step_in_hand(world, whole, tmp_path, where, number):
-    settings = survival.small_run(world, tmp_path, save_every=1000)  # so that only the signal saves inside an epoch
+    settings = survival.small_run(world, tmp_path, save_every=1000)  # only the signal saves inside an epoch
     log = settings.logs / "run" / "metrics.jsonl"
     owner, name, when, occurrence = STRIKES[where]
     steps = tmp_path / "steps"

@@ -92,7 +92,7 @@ SMALL = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads"
     ("kind", "packed"), [("gpt2", True), ("gpt_neox", True), ("qwen2", True), ("mistral", True), ("bloom", None)]
 )
 def test_other_architectures(folder, dataset, tmp_path, kind, packed):
-    """Whatever its architecture, each document counts alone; one that takes no such mask is found out."""
+    """With every architecture, documents don't influence each other. A model that ignores the mask is detected."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)

@@ -83,7 +83,7 @@ def test_hand_solved_draws():
 
 
 def test_tokens_without_probability_are_never_drawn():
-    """The ends of the unit interval, where rounding could step onto a neighbour of probability 0."""
+    """At the ends of the unit interval, rounding could choose a neighbour of probability 0."""
     logits_NV = torch.full((211, 997), -torch.inf)
     alive = torch.randint(0, 997, (211, 3), generator=torch.Generator().manual_seed(0))
     logits_NV.scatter_(1, alive, 1.0)
@@ -136,7 +136,7 @@ def test_uniforms_belong_to_seed_split_and_row():
     for other in [(2, "train", 2), (1, "validation", 2), (1, "train", 3)]:
         assert not np.intersect1d(first, row_uniforms(*other, 5, 7)).size
     assert row_uniforms(2**63 - 1, "validation", 2**40, 1, 1).shape == (1, 1)
-    # Frozen: a capture that goes on draws by the numbers that it began with.
+    # These numbers must never change: a resumed capture draws with the numbers that it began with.
     frozen = [[0.036904530468356844, 0.30931491118583454, 0.3569562367935075]]
     assert row_uniforms(1, "train", 2, 1, 3).tolist() == frozen
 

@@ -159,7 +159,7 @@ def test_a_server_that_goes_away_is_not_asked_again_for_what_it_gave(settings, s
     assert given > 30
     capture(once, None, SHARD)
     assert files_of(settings.output) == files_of(whole.output)
-    assert len(server.prompts) <= len(everything) + 6  # but for the row that failed
+    assert len(server.prompts) <= len(everything) + 6  # only the failed row is asked again
     assert sorted(set(server.prompts)) == sorted(set(everything))
 
 

@@ -235,7 +235,7 @@ def test_an_id_past_the_vocabulary_is_refused(tmp_path):
 
 
 def seal_again(folder):
-    """Make the manifest that of the files as they are: every hash is right, whatever they hold."""
+    """Write the manifest anew for the files, so that every hash is right for any content."""
     page = read_manifest("--signals", folder)
     paths = [folder / entry.file for entry in page.shards]
     facts = [{"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in paths]

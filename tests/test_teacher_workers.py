@@ -1,4 +1,4 @@
-"""Kills and workers: whatever dies and whoever does the work, the same bytes, and no question asked twice."""
+"""Kills and workers: the bytes are the same after any kill and with any workers, and no question is asked twice."""
 
 import multiprocessing
 import os

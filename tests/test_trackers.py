@@ -55,7 +55,7 @@ def test_a_run_is_tracked_line_by_line(world, tmp_path, monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])
 def test_after_a_kill_no_line_is_lost_and_none_is_there_twice(world, tmp_path, monkeypatch, kind):
-    """Two steps behind the checkpoint, a kill; what the tracker had by then is a run of its own, whole or not."""
+    """Kill a run two steps after its checkpoint. What the tracker has by then stays a separate run, complete or not."""
     calls: list = []
     monkeypatch.setitem(sys.modules, kind, fake_package(kind, calls))
     run = settings(world, tmp_path, log_to=kind, save_every=1)

@@ -120,7 +120,7 @@ def test_what_the_likeliest_tokens_lack_is_a_bucket_unless_told_otherwise(world,
 
 
 def test_a_run_of_before_there_was_a_tail_goes_on_without_one(world, tmp_path, likeliest):
-    """Whatever the option is by default, and after a second stop too: a run has one objective from start to end."""
+    """A run keeps its objective from start to end, whatever the default is by then, and after a second stop too."""
     without = settings(
         world, tmp_path, signals=likeliest, tail="none", kd_weight_start=1.0, max_steps=6, save_every=2, keep_last=9
     )

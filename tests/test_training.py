@@ -193,7 +193,7 @@ def test_a_run_from_before_the_order_was_fixed_keeps_its_order(world, tmp_path, 
         before.setattr(
             loop, "save_checkpoint", lambda path, checkpoint: save_checkpoint(path, without_order(checkpoint))
         )
-        # after the first epoch, so that the second one's order is drawn by the resumed run
+        # stop after the first epoch, so that the resumed run draws the order of the second
         before.setattr(loop, "take_step", interrupted_after(loop.take_step, whole.steps // 2))
         again = settings(world, tmp_path)
         with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""A tokenizer small enough to work out every id by hand: words and runs of punctuation, each an id of its own."""
+"""A tokenizer for which you can find every id by hand: each word and each run of punctuation has its own id."""
 
 from __future__ import annotations
 

@@ -61,18 +61,18 @@ def step_flops(model: IndraQuantumPhase2, size: StepSize) -> dict[str, int]:
         "objective": 2 * size.labelled * config.vocab_size * width * products_of_the_head(model),
         "readout": 2 * size.labelled * 2 * sum(p.numel() for p in model.readout.parameters()),
     }
-    # A frozen projector passes the gradient on to the table, but takes none itself.
+    # A frozen projector passes the gradient on to the table, but gets none itself.
     backward = {part: flops * 2 for part, flops in forward.items()}
     if not any(p.requires_grad for p in model.projector.parameters()):
         backward |= {part: forward[part] for part in ("lift", "inputs")}
-    if config.head == "born":  # its logits are built again
+    if config.head == "born":  # its logits are computed again in the backward pass
         backward["objective"] += forward["objective"]
     flops = {part: forward[part] + backward[part] for part in forward}
     return {**flops, "all": sum(flops.values())}
 
 
 def products_of_the_head(model: IndraQuantumPhase2) -> int:
-    """Products with the lifted table that logits take: one, and two for Born's rule."""
+    """Return how many products with the lifted table the logits need: one, or two with Born's rule."""
     return 2 if model.config.head == "born" else 1
 
 
@@ -81,7 +81,7 @@ def _matrix_elements(module: torch.nn.Module | None) -> int:
 
 
 def objective_bytes(model: IndraQuantumPhase2, labelled: int, device: torch.device) -> int:
-    """Bytes of the objective's buffer: the logits of one chunk, float32; by Born's rule all that autograd keeps."""
+    """Return the bytes of the objective's buffer: a chunk's logits, or with Born's rule all that autograd keeps."""
     vocabulary = model.config.vocab_size
     if model.config.head == "born":
         return min(BORN_ROWS, max(1, labelled)) * vocabulary * torch.float32.itemsize * BORN_KEPT

@@ -1,6 +1,6 @@
-"""Shows the cost of a run before it is started: the command `indra train --dry-run`.
+"""Shows the cost of a run before it begins: the command `indra train --dry-run`.
 
-The counts are exact. The seconds are measured on real steps that are thrown away. Nothing is written.
+The counts are exact. The times come from a few real steps, whose results are discarded. Nothing is written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from indraquantum.training.loop import take_step
 from indraquantum.training.plan import RunStage
 from indraquantum.training.run import Run, trial_run
 
-MEASURED_STEPS = 2  # of each stage: the first one also warms up, the last one is the figure
+MEASURED_STEPS = 2  # in each stage: the first one is the warm-up, and the last one is measured
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class DryRun:
     micro_batch_rows: int
     step_tokens: int  # real tokens of the first step
     total_steps: int
-    stages: tuple[str, ...]  # lines: each stage, and some of its steps
+    stages: tuple[str, ...]  # lines about each stage and some of its steps
     tensors: dict[str, tuple[tuple[int, ...], ...]]  # parameter shapes of each part
     parameters: dict[str, int]
     bytes: dict[str, int]
@@ -42,7 +42,7 @@ class DryRun:
 
 
 def dry_run(settings: TrainSettings) -> DryRun:
-    """Build the run of `settings`, take a few steps, and print its cost. Nothing is left behind.
+    """Build the run of `settings`, do a few steps, and print its cost. Nothing is saved.
 
     Raises:
         UserError: settings, data or signals don't fit.
@@ -77,13 +77,13 @@ def measure(run: Run) -> DryRun:
 
 
 def _lines_of(stage: RunStage) -> list[str]:
-    """The stage, and its first, middle and last step."""
+    """Return lines about the stage and its first, middle and last step."""
     numbers = dict.fromkeys((stage.first, stage.first + stage.steps // 2, stage.end - 1))
     return [str(stage), *(f"  step {number + 1:,}: {stage.step(number)}" for number in numbers)]
 
 
 def _step_seconds(run: Run, stage: RunStage) -> float:
-    """Seconds of the first step of `stage`."""
+    """Return the seconds that the first step of `stage` takes."""
     for _ in range(MEASURED_STEPS):
         run.step = stage.first
         started = time.perf_counter()
@@ -113,7 +113,7 @@ def activation_bytes(run: Run, rows: np.ndarray) -> int:
 
 
 def _memory(run: Run, size: StepSize, activations: int) -> dict[str, int]:
-    """Bytes by what they are for; the optimiser's are those that it holds after a step."""
+    """Return the bytes for each purpose. Those of the optimiser are what it holds after a step."""
     model = run.model
     state = [value for values in run.optimizer.state_dict()["state"].values() for value in values.values()]
     lifted = model.config.vocab_size * model.config.hidden_size * torch.float32.itemsize

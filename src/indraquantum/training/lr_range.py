@@ -1,9 +1,9 @@
-"""A learning-rate range test (Smith 2017, arXiv 1506.01186): the rate rises until the loss does; `indra lr-test`.
+"""The learning-rate range test (Smith 2017, arXiv 1506.01186) of `indra lr-test`: the rate rises until the loss does.
 
     indra lr-test --data data/mixed_train --steps 100
 
-Each step takes the next batch of the run that `indra train` would start, at the next of the exponentially rising
-rates. What is left is a picture and a suggestion: the rate at which the loss falls most steeply.
+Each step takes the next batch of the run that `indra train` would start. From step to step, the rate rises by the same
+factor. The test gives a picture and a suggestion: the rate at which the loss falls most steeply.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from indraquantum.training.run import Run, trial_run
 from indraquantum.training.step import StepInput
 
 SUFFIXES = (".png", ".pdf", ".svg")
-SMOOTHING = 0.8  # of the exponential mean over the steps' losses
-DIVERGED = 1.5  # times the first loss: the test ends there
+SMOOTHING = 0.8  # the weight of the past in the exponential mean of the losses
+DIVERGED = 1.5  # the test ends if the loss is this many times the first one
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What a range test found."""
+    """The result of a range test."""
 
-    rates: list[float]  # of the steps that were taken
+    rates: list[float]  # the rates of the steps
     losses: list[float]
     smoothed: list[float]
-    suggested: float | None  # None where no rate lowers the loss
+    suggested: float | None  # None if no rate lowers the loss
 
 
 def lr_range_test(settings: LrTestSettings) -> RangeTest:
-    """Run the test, print the suggestion, write the picture, leave no run behind.
+    """Run the test, print the suggestion and write the picture. No run is saved.
 
     Raises:
         UserError: settings, data or signals that don't fit, or a picture of no known kind.
@@ -63,12 +63,12 @@ def lr_range_test(settings: LrTestSettings) -> RangeTest:
 
 
 def rising_rates(lowest_rate: float, highest_rate: float, steps: int) -> list[float]:
-    """Rates from the lowest to the highest in equal ratios."""
+    """Return rates from the lowest to the highest, in equal ratios."""
     return np.geomspace(lowest_rate, highest_rate, steps).tolist()
 
 
 def climb(run: Run, rates: Sequence[float]) -> RangeTest:
-    """Take a step of `run` at each of `rates`, until the loss has clearly risen or is not finite.
+    """Do a step of `run` at each of `rates`, until the loss has clearly risen or is not finite.
 
     Rows come from the strategy's first stage; the weights stay as they are at its first step.
     """
@@ -88,7 +88,7 @@ def climb(run: Run, rates: Sequence[float]) -> RangeTest:
 
 
 def step_at(run: Run, number: int, rate: float) -> StepInput:
-    """The first step of `run`, with the rows of step `number` and at `rate`."""
+    """Return the first step of `run`, with the rows of step `number` and the learning rate `rate`."""
     stage = run.plan.at(0)
     return replace(stage.step(0), rows=stage.rows_of(number), learning_rate=rate, seed=run.settings.seed + number)
 
@@ -98,7 +98,7 @@ def _loss_of(run: Run, step: StepInput) -> float:
 
 
 def suggested_rate(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """The rate, before the lowest of `losses`, at which they fall most steeply over the rate's logarithm."""
+    """Return the rate, before the lowest loss, at which losses fall most steeply over the logarithm of the rate."""
     end = int(np.argmin(losses)) + 1 if losses else 0
     if end < 3:
         return None
@@ -108,7 +108,7 @@ def suggested_rate(rates: Sequence[float], losses: Sequence[float]) -> float | N
 
 
 def lowest(found: RangeTest) -> float:
-    """The rate at which the smoothed loss was lowest."""
+    """Return the rate at which the smoothed loss was lowest."""
     return found.rates[int(np.argmin(found.smoothed))]
 
 

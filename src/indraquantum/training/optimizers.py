@@ -2,10 +2,10 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) makes each matrix's momentum orthogonal before it
 is applied. Its updates are scaled to the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2),
-so that one learning rate serves both. At 3 or 4 times that rate it beats AdamW alone (docs/LOG.md, 2026-11-25).
+so one learning rate fits both. At 3 or 4 times that rate it is better than AdamW alone (docs/LOG.md, 2026-11-25).
 
-torch has a Muon too, and this one equals it to the bit in bfloat16, the only format that it computes in. Processors
-without units for it take 26 times as long over that as over float32 (docs/LOG.md, 2026-11-27).
+torch has a Muon too, but it computes only in bfloat16. There, this one gives the same bits. On processors without
+bfloat16 units, bfloat16 takes 26 times as long as float32 (docs/LOG.md, 2026-11-27), so this one also has float32.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from indraquantum.processes import ALONE, Processes, from_process, shard_like, w
 BETAS = (0.9, 0.95)
 MUON_GROUP = "layers"
 MOMENTUM = 0.95
-# The quintic a x + b x^3 + c x^5, five times over, takes singular values from 0.0015 on to between 0.68 and 1.21.
+# The polynomial a x + b x^3 + c x^5, applied five times, maps singular values above 0.0015 to between 0.68 and 1.21.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon and AdamW behind one list of groups and one state, so that one checkpoint entry holds both.
+    """Muon and AdamW as one optimiser with one list of groups and one state, so that one checkpoint entry holds both.
 
     Args:
-        groups: AdamW's parameter groups with names; those of the one named MUON_GROUP are matrices, for Muon.
-        processes: those of the run, which share out the matrices to be turned.
+        groups: parameter groups with names, as for AdamW. The group MUON_GROUP holds matrices, which Muon updates.
+        processes: the processes of the run, which share the work on the matrices.
     """
 
     def __init__(self, groups: list[dict[str, Any]], processes: Processes = ALONE) -> None:
@@ -46,19 +46,19 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient."""
-        # Loading a state replaces both: AdamW works on what this optimiser holds.
+        # Loading a state replaces `state` and `param_groups`, so AdamW gets the present ones.
         self._adamw.state = self.state
         self._adamw.param_groups = [g for g in self.param_groups if g["name"] != MUON_GROUP]
         self._adamw.step()
         for group in self.param_groups:
             if group["name"] == MUON_GROUP:
-                # By size, so that those which are turned at one time take about as long.
+                # Sorted by size, so that matrices that are updated at the same time take about equally long.
                 matrices = sorted((p for p in group["params"] if p.grad is not None), key=torch.numel)
                 for first in range(0, len(matrices), self._processes.world):
                     self._turn(matrices[first : first + self._processes.world], group["lr"], group["weight_decay"])
 
     def _turn(self, matrices: list[Tensor], learning_rate: float, weight_decay: float) -> None:
-        """Muon's update of as many matrices as there are processes, or fewer: each turns one, whole, for all."""
+        """Do Muon's update of at most one matrix per process. Each process makes one update orthogonal, for all."""
         updates = [whole(self._update(matrix)).contiguous() for matrix in matrices]
         if self._processes.rank < len(updates):
             own = updates[self._processes.rank]
@@ -69,7 +69,7 @@ class MuonAdamW(torch.optim.Optimizer):
             matrix.add_(shard_like(turned, matrix), alpha=-learning_rate * 0.2 * math.sqrt(max(turned.shape)))
 
     def _update(self, matrix: Tensor) -> Tensor:
-        """What Nesterov's momentum makes of the gradient."""
+        """Return the update that Nesterov's momentum gives."""
         state = self.state[matrix]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
@@ -79,7 +79,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """About U V^T of `matrix` = U S V^T, by Newton and Schulz's iteration in `dtype`, which is the result's."""
+    """Return about U V^T for `matrix` = U S V^T, by Newton and Schulz's iteration. It computes in `dtype`."""
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     turned = matrix.to(dtype, copy=True)
@@ -93,7 +93,7 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def turning_format(device_type: str) -> torch.dtype:
-    """bfloat16, as Muon's authors have it; float32 on processors that have no products in bfloat16."""
+    """Return bfloat16, as in Muon's paper, or float32 on processors without products in bfloat16."""
     if device_type != "cpu":
         return torch.bfloat16
     has = torch.cpu.get_capabilities()
@@ -101,10 +101,10 @@ def turning_format(device_type: str) -> torch.dtype:
 
 
 def check_rates(model: IndraQuantumPhase2, settings: TrainSettings) -> None:
-    """Check that what `settings` give rates for is there; `model` may be without memory.
+    """Check that the model has the parts that `settings` give learning rates for. `model` may be on the meta device.
 
     Raises:
-        UserError: it is not.
+        UserError: a part is missing.
     """
     given = settings.model_fields_set
     if settings.optimizer != "muon" and "muon_rate" in given and settings.muon_rate != 1:
@@ -128,10 +128,10 @@ def _groups(model: IndraQuantumPhase2, settings: TrainSettings) -> list[dict[str
 def new_optimizer(
     model: IndraQuantumPhase2, settings: TrainSettings, processes: Processes = ALONE
 ) -> torch.optim.Optimizer:
-    """A fresh optimiser of `model`, whose weights may lie in shards among `processes`.
+    """Return a new optimiser of `model`, whose weights `processes` may share in shards.
 
     Raises:
-        UserError: a rate is given for what is not there.
+        UserError: a learning rate is given for a part that the model lacks.
     """
     check_rates(model, settings)
     groups = _groups(model, settings)

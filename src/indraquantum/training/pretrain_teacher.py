@@ -1,9 +1,9 @@
-"""Trains a small Llama from scratch on a prepared dataset, to teach where no ready teacher shares the tokenizer.
+"""Trains a small Llama from scratch on a prepared dataset, as a teacher if no other has the dataset's tokenizer.
 
     indra teacher --data data/mixed_train --output checkpoints/teacher
 
-It is a run like that of the student, with the same engine, loop, checkpoints and metrics: cross-entropy alone, and Muon
-for the layers. At its end the teacher is saved in Hugging Face's format.
+It is a run like that of the student, with the same engine, loop, checkpoints and metrics. Its loss is only the
+cross-entropy, and it uses Muon for the layers. At its end the teacher is saved in Hugging Face's format.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherReport:
-    """What training a teacher ended with."""
+    """The result of training a teacher."""
 
     folder: Path
     parameters: int
@@ -52,7 +52,7 @@ class TeacherReport:
 
 
 class LlamaLearner(nn.Module):
-    """A tied Llama as a learner: its table is its output matrix, it has no bias, no scale and no readouts."""
+    """A Llama with tied embeddings as a learner. It has no bias, no scale and no readouts."""
 
     bias_V = None
     scale = None
@@ -73,7 +73,7 @@ class LlamaLearner(nn.Module):
     def hidden_states(
         self, input_ids_BT: Tensor, position_ids_BT: Tensor, segment_ids_BT: Tensor, table_VD: Tensor
     ) -> Tensor:
-        """States (B, T, D) after the last norm; documents of a packed row don't see each other."""
+        """Return the states (B, T, D) after the last norm. Documents of a packed row don't see each other."""
         return self.llama.model(
             inputs_embeds=nn.functional.embedding(input_ids_BT, table_VD),
             position_ids=position_ids_BT,
@@ -82,11 +82,11 @@ class LlamaLearner(nn.Module):
         ).last_hidden_state
 
     def logits(self, states: Tensor, table_VD: Tensor) -> Tensor:
-        """Logits (..., V) of `states` (..., D)."""
+        """Return the logits (..., V) of `states` (..., D)."""
         return nn.functional.linear(states, table_VD)
 
     def amplitude(self, states_ND: Tensor) -> None:
-        """A Llama has no readouts."""
+        """Return None, because a Llama has no readouts."""
 
 
 def check_heads(settings: TeacherSettings) -> None:
@@ -100,7 +100,7 @@ def check_heads(settings: TeacherSettings) -> None:
 
 
 def new_llama(settings: TeacherSettings, dataset: PreparedDataset) -> nn.Module:
-    """A freshly initialised tied LlamaForCausalLM for the dataset's vocabulary."""
+    """Return a new LlamaForCausalLM with tied embeddings for the dataset's vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = dataset.tokenizer
@@ -121,7 +121,7 @@ def new_llama(settings: TeacherSettings, dataset: PreparedDataset) -> nn.Module:
 
 
 def parameter_groups(learner: LlamaLearner, settings: TeacherSettings) -> list[dict]:
-    """Groups of the optimiser: the table and the matrices at rates of their own, matrices with decay."""
+    """Return the optimiser's groups. Table and matrices have their own rates, and matrices have weight decay."""
     table = learner.lift_table()
     rest = [p for p in learner.parameters() if p is not table]
     groups = {
@@ -136,7 +136,7 @@ def parameter_groups(learner: LlamaLearner, settings: TeacherSettings) -> list[d
 
 
 def teacher_plan(settings: TeacherSettings, dataset: PreparedDataset) -> Plan:
-    """The plan of a teacher's run: one stage over all rows, with cross-entropy alone."""
+    """Return the plan of a teacher's run: one stage over all rows, with only the cross-entropy."""
     spec = Stage(name="teacher", steps=settings.steps, **{name: getattr(settings, name) for name in RATES})
     stage = RunStage(
         number=0,
@@ -152,12 +152,12 @@ def teacher_plan(settings: TeacherSettings, dataset: PreparedDataset) -> Plan:
 
 
 def run_folder(settings: TeacherSettings) -> Path:
-    """Where the checkpoints of a teacher's run stand: beside the teacher, whose folder holds nothing else."""
+    """Return the folder for the run's checkpoints. It is beside the teacher's folder, which holds nothing else."""
     return settings.output.with_name(f"{settings.output.name}_run")
 
 
 def start_teacher(settings: TeacherSettings, plan: Plan, device: torch.device) -> Run:
-    """The run of a teacher at its first step: seeded weights, fresh optimiser."""
+    """Return the run of a teacher at its first step, with seeded weights and a new optimiser."""
     torch.manual_seed(settings.seed)
     learner = LlamaLearner(new_llama(settings, plan.dataset)).to(device).train()
     parallel = SingleProcess(learner)
@@ -172,20 +172,20 @@ def start_teacher(settings: TeacherSettings, plan: Plan, device: torch.device) -
         identity={**chosen, "data": plan.dataset.content_sha256, "stages": stages, **computed_by(parallel.precision)},
         folder=run_folder(settings),
         name="teacher",
-        epoch_checkpoints=False,  # rows are often seen many times
+        epoch_checkpoints=False,  # a teacher often sees its rows many times
     )
 
 
 def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
-    """Train a teacher by `settings`, or resume its run, and save it with its tokenizer.
+    """Train a teacher with `settings`, or resume its run, and save it with its tokenizer.
 
-    A first SIGTERM, SIGINT or SIGHUP ends the run after the current step, with a checkpoint. A second SIGTERM or SIGINT
-    ends it at once.
+    After the first SIGTERM, SIGINT or SIGHUP, the run finishes the current step, writes a checkpoint and ends. A second
+    SIGTERM or SIGINT ends it at once.
 
     Raises:
-        UserError: settings or data that don't fit, or folders that hold something else or are in use.
+        UserError: settings or data don't fit, or a folder holds something else or is in use.
         TrainingStopped: the loss or a gradient is not finite.
-        Interrupted: by a signal.
+        Interrupted: a signal came.
     """
     metrics_path = metrics_path_of(settings)
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
@@ -214,10 +214,10 @@ def pretrain_teacher(settings: TeacherSettings) -> TeacherReport:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Check that nothing but an earlier teacher is lost when a new one takes the place of `folder`.
+    """Check that a new teacher may replace `folder`: it must be new, empty, or hold an earlier teacher.
 
     Raises:
-        UserError: it is the working folder, a file, or holds something else.
+        UserError: it is the current folder, a file, or holds something else.
     """
     if folder.resolve() == Path.cwd():
         raise UserError("--output", folder, "must not be the current folder")
@@ -230,11 +230,11 @@ def check_replaceable(folder: Path) -> None:
 
 
 def save_teacher(learner: LlamaLearner, dataset: PreparedDataset, folder: Path) -> None:
-    """Save the Llama and its tokenizer so that AutoModelForCausalLM and AutoTokenizer read them."""
+    """Save the Llama and its tokenizer, so that AutoModelForCausalLM and AutoTokenizer can load them."""
     from transformers.utils.logging import disable_progress_bar
 
     with atomic_folder(folder) as temporary:
-        disable_progress_bar()  # transformers' bar for a single small file
+        disable_progress_bar()  # transformers would show a bar for a single small file
         learner.llama.save_pretrained(temporary)
         save_tokenizer(dataset.tokenizer, temporary)
         write_sums(temporary)
