@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "indraquantum"
 # A folder, or a module beside it, may import from those before its own line.
 LEVELS = (
-    {"errors", "memory"},
+    {"errors", "lazy_names", "memory"},
     {"files", "processes", "trackers", "progress", "smoothing", "tables", "versions"},
     {"config", "metrics", "yaml_settings"},
     {"device", "strategy", "kernels"},

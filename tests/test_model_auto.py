@@ -39,9 +39,9 @@ def test_the_auto_classes_know_the_model(order, tmp_path):
 
 
 def test_importing_it_after_transformers_registers_it_at_once(monkeypatch):
-    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "indraquantum", raising=False)
+    monkeypatch.delitem(CONFIG_MAPPING_NAMES, "indraquantum")
     assert "indraquantum" not in CONFIG_MAPPING
     importlib.reload(indraquantum)
     assert CONFIG_MAPPING["indraquantum"].model_type == "indraquantum"

@@ -11,10 +11,13 @@ imported first. Neither transformers nor torch is imported for that.
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from wrapt import LazyObjectProxy, when_imported
+from indraquantum.lazy_names import lazy_names
 
 if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from indraquantum.api import capture as capture
@@ -64,26 +67,39 @@ _HOMES = {
     "TrainReport": "training.loop",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    """Import the module that defines `name`."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    return value
+__getattr__ = lazy_names(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _configuration_class() -> type:
-    importlib.import_module("indraquantum.model.modeling")  # which registers the classes themselves
-    return importlib.import_module("indraquantum.model.configuration").IndraQuantumConfig
-
-
-@when_imported("transformers.models.auto.configuration_auto")
 def _register(auto: ModuleType) -> None:
-    # The class is not imported here: transformers loads this module while others of its own are half loaded.
-    auto.CONFIG_MAPPING.register("indraquantum", LazyObjectProxy(_configuration_class, interface=type))
+    """Tell transformers' Auto classes about the model as they know their own: by names, which cost no import."""
+    auto.CONFIG_MAPPING_NAMES["indraquantum"] = "IndraQuantumConfig"
+    sys.modules["transformers.models.indraquantum"] = importlib.import_module("indraquantum.model")
+
+
+class _AutoFinder:
+    """Finds the module of the Auto classes as Python does, and registers the model once it is loaded."""
+
+    module = "transformers.models.auto.configuration_auto"
+
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == cls.module else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if _AutoFinder.module in sys.modules:
+    _register(sys.modules[_AutoFinder.module])
+else:
+    sys.meta_path.insert(0, _AutoFinder)

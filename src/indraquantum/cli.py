@@ -48,7 +48,6 @@ from indraquantum.errors import IndraError, InvalidInput, UserError, refused_by_
 from indraquantum.files import atomic_file, check_new_file
 from indraquantum.progress import command_line
 from indraquantum.training.interrupts import heeded
-from indraquantum.yaml_settings import read_yaml
 
 # `*` lifts the fields of a settings class to options of the command; switches have no --no- twin.
 OPTIONS = Parameter(name="*", negative="")
@@ -86,6 +85,8 @@ def options_of(path: Path) -> Callable[[App, tuple[str, ...], ArgumentCollection
     Raises:
         UserError: the file can't be read, or is not a mapping.
     """
+    from indraquantum.yaml_settings import read_yaml
+
     content = read_yaml("--options", path, "options of the command, such as `epochs: 3`")
     for name in content:
         if not isinstance(name, str):
@@ -100,7 +101,7 @@ def options_of(path: Path) -> Callable[[App, tuple[str, ...], ArgumentCollection
 
 
 @app.command
-def demo(*, settings: Annotated[DemoSettings, OPTIONS] = DemoSettings()) -> None:
+def demo(*, settings: Annotated[DemoSettings, OPTIONS] = DemoSettings.model_construct()) -> None:
     """Run the whole pipeline offline on Python's own manual, from a corpus to a trained model that answers."""
     from indraquantum.demo import run_demo
 
@@ -108,7 +109,7 @@ def demo(*, settings: Annotated[DemoSettings, OPTIONS] = DemoSettings()) -> None
 
 
 @app.command
-def prepare(*, settings: Annotated[PrepareSettings, OPTIONS] = PrepareSettings()) -> None:
+def prepare(*, settings: Annotated[PrepareSettings, OPTIONS] = PrepareSettings.model_construct()) -> None:
     """Turn WikiText, Alpaca and your own text into training rows, as a packed dataset and as a pickle."""
     from indraquantum.data.prepare import prepare as run
     from indraquantum.monitor.summaries import prepare_summary
@@ -152,7 +153,10 @@ def verify(path: Path = Path("data/mixed_train"), /) -> None:
 
 @data.command
 def show(
-    path: Path = Path("data/mixed_train"), /, *, settings: Annotated[ShowSettings, OPTIONS] = ShowSettings()
+    path: Path = Path("data/mixed_train"),
+    /,
+    *,
+    settings: Annotated[ShowSettings, OPTIONS] = ShowSettings.model_construct(),
 ) -> None:
     """Print rows as text, and show where documents begin and end.
 
@@ -167,7 +171,7 @@ def show(
 
 
 @app.command
-def capture(*, settings: Annotated[CaptureSettings, OPTIONS] = CaptureSettings()) -> None:
+def capture(*, settings: Annotated[CaptureSettings, OPTIONS] = CaptureSettings.model_construct()) -> None:
     """Ask the teacher about every position of a dataset once, and store its signals."""
     from indraquantum.monitor.summaries import capture_summary
     from indraquantum.teacher.capture import capture as run
@@ -176,7 +180,7 @@ def capture(*, settings: Annotated[CaptureSettings, OPTIONS] = CaptureSettings()
 
 
 @app.command
-def teacher(*, settings: Annotated[TeacherSettings, OPTIONS] = TeacherSettings()) -> None:
+def teacher(*, settings: Annotated[TeacherSettings, OPTIONS] = TeacherSettings.model_construct()) -> None:
     """Train a small Llama teacher from scratch on a prepared dataset."""
     from indraquantum.training.interrupts import Interrupts
 
@@ -187,7 +191,7 @@ def teacher(*, settings: Annotated[TeacherSettings, OPTIONS] = TeacherSettings()
 
 
 @app.command
-def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings()) -> None:
+def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings.model_construct()) -> None:
     """Train IndraQuantumPhase2 by semantic distillation."""
     from indraquantum.training.interrupts import Interrupts
 
@@ -205,7 +209,7 @@ def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings()) -> N
 
 
 @app.command(name="lr-test")
-def lr_test(*, settings: Annotated[LrTestSettings, OPTIONS] = LrTestSettings()) -> None:
+def lr_test(*, settings: Annotated[LrTestSettings, OPTIONS] = LrTestSettings.model_construct()) -> None:
     """Find a learning rate: train with a rising rate, plot the loss, and discard the trained weights."""
     from indraquantum.training.lr_range import lr_range_test
 
@@ -213,7 +217,7 @@ def lr_test(*, settings: Annotated[LrTestSettings, OPTIONS] = LrTestSettings()) 
 
 
 @app.command
-def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = TestSettings()) -> None:
+def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = TestSettings.model_construct()) -> None:
     """Write text with a trained model.
 
     Parameters
@@ -228,7 +232,9 @@ def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = Te
 
 
 @app.command(name="eval")
-def evaluate(checkpoint: Path, /, *, settings: Annotated[EvalSettings, OPTIONS] = EvalSettings()) -> None:
+def evaluate(
+    checkpoint: Path, /, *, settings: Annotated[EvalSettings, OPTIONS] = EvalSettings.model_construct()
+) -> None:
     """Measure a model on held-out text: its loss, its calibration, and how well its state agrees with the teacher.
 
     Parameters
@@ -260,7 +266,7 @@ def export(checkpoint: Path, folder: Path, /) -> None:
 
 
 @app.command
-def ablate(plan: Path, /, *, settings: Annotated[AblateSettings, OPTIONS] = AblateSettings()) -> None:
+def ablate(plan: Path, /, *, settings: Annotated[AblateSettings, OPTIONS] = AblateSettings.model_construct()) -> None:
     """Train variants of a model on the same tokens with several seeds, and write a report that compares them.
 
     The same command again keeps finished runs and continues with the others.
@@ -281,7 +287,7 @@ def ablate(plan: Path, /, *, settings: Annotated[AblateSettings, OPTIONS] = Abla
 
 
 @app.command
-def bench(*, settings: Annotated[BenchSettings, OPTIONS] = BenchSettings()) -> None:
+def bench(*, settings: Annotated[BenchSettings, OPTIONS] = BenchSettings.model_construct()) -> None:
     """Measure the speed and memory of the objective and of the whole training step. Run it on an idle machine."""
     import torch
 
@@ -310,7 +316,7 @@ def bench(*, settings: Annotated[BenchSettings, OPTIONS] = BenchSettings()) -> N
 
 
 @app.command
-def doctor(*, settings: Annotated[DoctorSettings, OPTIONS] = DoctorSettings()) -> None:
+def doctor(*, settings: Annotated[DoctorSettings, OPTIONS] = DoctorSettings.model_construct()) -> None:
     """Print versions, devices, threads and caches, for a bug report."""
     from indraquantum.doctor import doctor as run
 
@@ -322,7 +328,7 @@ app.command(runs)
 
 
 @runs.default
-def list_(*, settings: Annotated[RunsSettings, OPTIONS] = RunsSettings()) -> None:
+def list_(*, settings: Annotated[RunsSettings, OPTIONS] = RunsSettings.model_construct()) -> None:
     """List runs with their state, steps, last loss, and last and best held-out cross-entropy of each source."""
     from indraquantum.monitor.run_table import list_runs
 
@@ -330,7 +336,9 @@ def list_(*, settings: Annotated[RunsSettings, OPTIONS] = RunsSettings()) -> Non
 
 
 @runs.command
-def compare(run: str, /, *others: str, settings: Annotated[RunsSettings, OPTIONS] = RunsSettings()) -> None:
+def compare(
+    run: str, /, *others: str, settings: Annotated[RunsSettings, OPTIONS] = RunsSettings.model_construct()
+) -> None:
     """Compare runs: show the settings in which they differ, and their held-out figures side by side.
 
     Parameters

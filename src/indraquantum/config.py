@@ -7,6 +7,11 @@ starts quickly.
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import itertools
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,18 +51,40 @@ class _OneFamily(ModelMetaclass):
             raise refused_setting(error, known=cls.model_fields) from None  # type: ignore[attr-defined]
 
 
-class Settings(BaseModel, metaclass=_OneFamily):
-    """The base of all settings: frozen, no unknown names, and a field's docstring is its help text."""
+@functools.cache
+def _help_texts(module: str) -> dict[tuple[str, str], str]:
+    """The docstring under each field of each class in `module`, each on one line.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    pydantic's own `use_attribute_docstrings` parses the source once for each class, which takes ten times as long.
+    """
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):  # a class of an interactive session has no source
+        return {}
+    return {
+        (parent.name, ast.unparse(field.target)): " ".join(ast.literal_eval(text.value).split())
+        for parent in tree.body
+        if isinstance(parent, ast.ClassDef)
+        for field, text in itertools.pairwise(parent.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+class Settings(BaseModel, metaclass=_OneFamily):
+    """The base of all settings: frozen, no unknown names, and a field's docstring is its help text.
+
+    A class checks values from its first use on (`defer_build`): a command uses a few of the many here.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Put each help text on one line, since the terminal decides where it breaks, and end it with the bounds."""
-        for field in cls.model_fields.values():
-            if field.description:
-                text, bounds = " ".join(field.description.split()), bounds_of(field)
-                field.description = text.removesuffix(bounds) + bounds  # an inherited text has its bounds already
+        """Give each field that the class declares its help text, which ends with its bounds."""
+        texts = _help_texts(cls.__module__)
+        for name in inspect.get_annotations(cls):
+            if (field := cls.model_fields.get(name)) and (text := texts.get((cls.__name__, name))):
+                field.description = text + bounds_of(field)
 
 
 def bounds_of(field: FieldInfo) -> str:

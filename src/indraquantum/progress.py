@@ -22,8 +22,6 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from tqdm import tqdm
-
 from indraquantum.errors import options_named, worded
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -49,6 +47,8 @@ class _Printer(logging.Handler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # here, because a command that prints nothing this way need not wait for its import
+
         if record.levelno >= logging.WARNING:
             tqdm.write(record.getMessage(), file=sys.stderr)
             return
@@ -96,6 +96,8 @@ class Progress:
     """
 
     def __init__(self, name: str, total: int | None, unit: str, *, done: int = 0, silent: bool = False) -> None:
+        from tqdm import tqdm
+
         silent = silent or not _LOGGER.isEnabledFor(logging.WARNING)
         # disable=None: no bar where there is no terminal
         self._bar = tqdm(

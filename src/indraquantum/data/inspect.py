@@ -29,11 +29,12 @@ def describe(path: Path, tokenizer: str | None = None) -> str:
     """
     dataset = open_dataset(FIELD, path, tokenizer)
     manifest = dataset.manifest
+    bos_id = dataset.tokenizer.bos_id  # its text would take loading the tokenizer
     lines = [
         f"{path}: {manifest['format']} {manifest.get('format_version', '')}".rstrip(),
         f"content {dataset.content_sha256}",
         f"tokenizer {manifest['tokenizer_sha256']}, {manifest['vocabulary_size']:,} tokens; documents begin with "
-        f"{dataset.tokenizer.beginning}",
+        f"{'their text' if bos_id is None else f'BOS, token {bos_id}'}",
     ]
     for name, split in dataset.splits.items():
         fill = split.num_tokens / (split.num_rows * split.row_length)

@@ -1,23 +1,10 @@
 """IndraQuantumPhase2: a language model whose tokens are states with magnitude and phase.
 
-The names below are loaded when they are first used, because torch and transformers take a second to import.
+The names below are imported when they are first used, because torch and transformers take a second to import. All come
+from `modeling`, which registers the model with transformers' Auto classes.
 """
 
-from __future__ import annotations
+from indraquantum.lazy_names import lazy_names
 
-import importlib
-
-_HOMES = {
-    "IndraQuantumConfig": "configuration",
-    "IndraQuantumPhase2": "modeling",
-    "IndraQuantumOutput": "output",
-}
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    """Import the module that defines `name`, and the model, which registers itself with transformers' Auto classes."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    importlib.import_module(f"{__name__}.modeling")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__all__ = ["IndraQuantumConfig", "IndraQuantumOutput", "IndraQuantumPhase2"]
+__getattr__ = lazy_names(__name__, dict.fromkeys(__all__, "modeling"))

@@ -6,7 +6,7 @@ It is a transformers config class, so that save_pretrained, from_pretrained and 
 from __future__ import annotations
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from indraquantum.config import ModelSettings
 from indraquantum.errors import UserError
@@ -98,6 +98,3 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,
         )
-
-
-AutoConfig.register(IndraQuantumConfig.model_type, IndraQuantumConfig, exist_ok=True)
