@@ -197,13 +197,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     If `path` is a symbolic link, its target is replaced.
     """
-    path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path, temporary = _with_temporary(path)
     try:
         yield temporary
-        _readable(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _on_disk(temporary)
         os.replace(temporary, path)
         fsync_folder(path.parent)
     finally:
@@ -216,18 +213,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     If `path` is a symbolic link, its target is replaced.
     """
-    path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path, temporary = _with_temporary(path)
+    replaced = temporary.with_suffix(".old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                _readable(file)
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
+                _on_disk(file)
         if path.exists():
             os.replace(path, replaced)
         os.replace(temporary, path)
@@ -239,9 +233,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _readable(path: Path) -> None:
-    """Let others read a file that a library wrote for its owner alone, as far as the umask allows."""
-    path.chmod(path.stat().st_mode | 0o666 & ~_UMASK)
+def _with_temporary(path: Path) -> tuple[Path, Path]:
+    """Return what `path` leads to, and a temporary path beside that."""
+    path = path.resolve()
+    return path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _on_disk(file: Path) -> None:
+    """Fsync `file`, and let others read what a library wrote for its owner alone, as far as the umask allows."""
+    file.chmod(file.stat().st_mode | 0o666 & ~_UMASK)
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

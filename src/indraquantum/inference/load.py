@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -23,7 +23,6 @@ from indraquantum.training.checkpoint import STUDENT_TYPE, Checkpoint, load_chec
 if TYPE_CHECKING:
     from indraquantum.model.modeling import IndraQuantumPhase2
 
-AnyModel = TypeVar("AnyModel")
 WhichWeights = Literal["auto", "ema", "last"]
 ALIGNED = "aligned_readouts"  # where an exported folder's config.json tells it
 
@@ -85,9 +84,7 @@ def load(path: Path, device: torch.device, weights: WhichWeights = "auto") -> Lo
     """
     if path.is_dir():
         return _load_folder(path, device, weights)
-    checkpoint = load_checkpoint("CHECKPOINT", path)
-    model, tokenizer = inference_model_of(path, checkpoint, device, weights)
-    return Loaded(model, tokenizer, checkpoint.model_config, frozenset(aligned_readouts(checkpoint)), path)
+    return _load_checkpoint(path, device, weights)
 
 
 def _load_folder(path: Path, device: torch.device, weights: WhichWeights) -> Loaded:
@@ -116,70 +113,28 @@ def _load_folder(path: Path, device: torch.device, weights: WhichWeights) -> Loa
 def load_model(
     path: Path, device: torch.device, weights: WhichWeights = "auto"
 ) -> tuple[IndraQuantumPhase2, TextTokenizer]:
-    """Load the model and the tokenizer of a checkpoint; the model works with transformers' classes.
+    """Do what `load` does, and return the model for transformers and the tokenizer."""
+    loaded = load(path, device, weights)
+    return loaded.model, loaded.tokenizer
 
-    Args:
-        path: the checkpoint.
-        device: where to put the model.
-        weights: the moving average or the last weights; auto takes the average if there is one.
 
-    Raises:
-        UserError: `path` is not a valid checkpoint, its weights don't fit its configuration, or it has no average.
-    """
-    from indraquantum.model.configuration import IndraQuantumConfig
-    from indraquantum.model.modeling import IndraQuantumPhase2
-
-    def build(state: dict[str, torch.Tensor]) -> IndraQuantumPhase2:
-        model = IndraQuantumPhase2(IndraQuantumConfig.from_dict(checkpoint.model_config))
-        model.load_state_dict(state)
-        return model.to(device).eval()
-
+def _load_checkpoint(path: Path, device: torch.device, weights: WhichWeights) -> Loaded:
+    """Load a checkpoint of a run."""
     checkpoint = load_checkpoint("CHECKPOINT", path)
-    return _built(path, checkpoint, weights, build)
-
-
-def load_inference_model(
-    path: Path, device: torch.device, weights: WhichWeights = "auto"
-) -> tuple[InferenceModel, TextTokenizer]:
-    """Do what `load_model` does, quicker, with a model that only writes and evaluates text."""
-    return inference_model_of(path, load_checkpoint("CHECKPOINT", path), device, weights)
-
-
-def inference_model_of(
-    path: Path, checkpoint: Checkpoint, device: torch.device, weights: WhichWeights = "auto"
-) -> tuple[InferenceModel, TextTokenizer]:
-    """Do what `load_inference_model` does with a checkpoint that was already read; `path` is for the message.
-
-    Raises:
-        UserError: its weights don't fit its configuration, or it has no average.
-    """
-
-    def build(state: dict[str, torch.Tensor]) -> InferenceModel:
-        return InferenceModel(ModelShape.from_values(checkpoint.model_config), state).to(device)
-
-    return _built(path, checkpoint, weights, build)
-
-
-def _built(
-    path: Path,
-    checkpoint: Checkpoint,
-    weights: WhichWeights,
-    build: Callable[[dict[str, torch.Tensor]], AnyModel],
-) -> tuple[AnyModel, TextTokenizer]:
-    """Return what `build` makes from the weights, and the tokenizer."""
     if weights == "ema" and not checkpoint.average:
         raise UserError("--weights", weights, "must be last or auto, because the checkpoint has no moving average")
     require_student("CHECKPOINT", path, checkpoint)
+    state = checkpoint.model if weights == "last" else checkpoint.model | checkpoint.average
     try:
-        model = build(checkpoint.model if weights == "last" else checkpoint.model | checkpoint.average)
+        model = InferenceModel(ModelShape.from_values(checkpoint.model_config), state).to(device)
     except RuntimeError as error:
         raise UserError(
             "CHECKPOINT", path, f"must hold weights that fit its own settings ({_mismatch(error)})"
         ) from None
     except ValueError as error:
         raise UserError("CHECKPOINT", path, f"must hold the settings of a model ({_in_one_line(error)})") from None
-    tokenizer = checkpoint.tokenizer
-    return model, TextTokenizer.from_json(tokenizer["json"], tokenizer["bos_id"], tokenizer["eos_id"])
+    tokenizer = TextTokenizer.from_json(*(checkpoint.tokenizer[part] for part in ("json", "bos_id", "eos_id")))
+    return Loaded(model, tokenizer, checkpoint.model_config, frozenset(aligned_readouts(checkpoint)), path)
 
 
 def aligned_readouts(checkpoint: Checkpoint) -> set[str]:

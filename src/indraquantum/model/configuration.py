@@ -19,7 +19,7 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
 
     model_type = "indraquantum"
     # What Trainer's compute_metrics gets is the logits alone, as of a Llama.
-    keys_to_ignore_at_inference = ["past_key_values", "magnitude", "phase", "terms"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "magnitude", "phase", "terms"]
 
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2

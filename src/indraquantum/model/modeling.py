@@ -34,7 +34,7 @@ from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.core import QuantumCore
 from indraquantum.model.head import InterferenceHead
 from indraquantum.model.masks import additive
-from indraquantum.model.output import PASSED_ON, IndraQuantumOutput, unknown_argument
+from indraquantum.model.output import CACHE, PASSED_ON, IndraQuantumOutput, unknown_argument
 from indraquantum.model.projector import LiftLinear, PhaseLinear, uniform_by_fan_in
 from indraquantum.model.readout import ReferenceReadout
 from indraquantum.model.vocabulary import LiftedVocabulary
@@ -126,8 +126,8 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
             ids_BT: (B, T) the beginning of the text, or with `past` the next token (B, 1).
             past: the cache from the last call; None at the beginning of a text.
         """
-        output = self(ids_BT, past_key_values=past, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1], output.past_key_values
+        output = self(ids_BT, cache=past, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1], output[CACHE]
 
     @can_return_tuple
     def forward(
@@ -145,6 +145,7 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
         segment_ids: Tensor | None = None,
         signals: TeacherSignals | Mapping[str, Tensor] | None = None,
         objective: SemanticDistillationLoss | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> IndraQuantumOutput:
         """Return logits and, with labels, the loss. The arguments have the same meaning as Llama's.
@@ -154,7 +155,7 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
             attention_mask: (B, all positions so far) 1 for real tokens, 0 for padding; or a 4-D mask as
                 transformers takes it.
             position_ids: (B, T) positions within each document.
-            past_key_values: the cache of earlier positions.
+            past_key_values: the cache of earlier positions, under transformers' name before 5.24.
             inputs_embeds: (B, T, d) instead of input_ids, as `get_input_embeddings()` gives them.
             labels: (B, T) usually a copy of input_ids. The model shifts them: position t learns labels[:, t + 1]; -100
                 is ignored. With segment_ids, position t learns nothing if t + 1 belongs to another document.
@@ -171,6 +172,7 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
                 position t are about the token after t, like logits[:, t] and shift_labels[:, t], and count if that
                 token is labelled.
             objective: the loss. By default it is CE alone or, with signals, has the weights at the end of v4.
+            cache: the cache of earlier positions.
             kwargs: `shift_labels` (B, T) instead of labels, already aligned: position t learns shift_labels[:, t];
                 output_hidden_states, output_attentions, return_dict. Others of TransformersKwargs go to the layers.
 
@@ -179,6 +181,8 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
             ValueError: segment_ids comes together with attention_mask or a cache, there is not exactly one of input_ids
                 and inputs_embeds, embeddings or labels have another shape, or the objective is for another head.
         """
+        if cache is None:
+            cache = past_key_values
         # Not a parameter: Trainer would take each one with "label" in its name for something that every batch has.
         shift_labels = kwargs.pop("shift_labels", None)
         if unknown := kwargs.keys() - PASSED_ON:
@@ -186,7 +190,7 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: must be given, or inputs_embeds in their place, and not both")
         if segment_ids is not None:
-            if attention_mask is not None or past_key_values is not None or use_cache:
+            if attention_mask is not None or cache is not None or use_cache:
                 raise ValueError("segment_ids: must not be given together with attention_mask or a cache")
             attention_mask = self._document_mask(segment_ids)
         if use_cache is None:
@@ -205,8 +209,8 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
             inputs_embeds=self._input_states(inputs_embeds),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
         states_BTD = outputs.last_hidden_state
@@ -225,7 +229,7 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
         return IndraQuantumOutput(
             loss=None if terms is None else terms.total,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             magnitude=amplitude_BT.abs(),

@@ -17,14 +17,16 @@ from transformers.utils.generic import TransformersKwargs
 
 # What transformers may pass to any model and what the Llama layers read; this model has no router.
 PASSED_ON = frozenset(TransformersKwargs.__annotations__) - {"output_router_logits"}
+# What transformers calls the cache of earlier positions: `past_key_values`, and from 5.24 on `cache`.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
 class IndraQuantumOutput(CausalLMOutputWithPast):
     """The output of Llama's forward, and the readouts. Fields that do not apply are None.
 
-    As a tuple (`return_dict=False`, or by index) it equals Llama's: loss, logits, past_key_values, hidden_states,
-    attentions. `hidden_states` begins with the lifted inputs and ends with the states psi, all (B, T, D).
+    As a tuple (`return_dict=False`, or by index) it equals Llama's: loss, logits, the cache, hidden_states, attentions.
+    `hidden_states` begins with the lifted inputs and ends with the states psi, all (B, T, D).
     """
 
     magnitude: Tensor | None = None  # (B, T) |c|, the state's own confidence
@@ -33,7 +35,7 @@ class IndraQuantumOutput(CausalLMOutputWithPast):
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return Llama's fields in Llama's order, without those that are None."""
-        fields = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
+        fields = ("loss", "logits", CACHE, "hidden_states", "attentions")
         return tuple(self[name] for name in fields if name in self)
 
 

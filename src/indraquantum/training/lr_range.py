@@ -88,9 +88,10 @@ def climb(run: Run, rates: Sequence[float]) -> RangeTest:
 
 
 def step_at(run: Run, number: int, rate: float) -> StepInput:
-    """Return the first step of `run`, with the rows of step `number` and the learning rate `rate`."""
+    """Return the first step of `run` at `rate`, with the rows and the dropout of step `number`."""
     stage = run.plan.at(0)
-    return replace(stage.step(0), rows=stage.rows_of(number), learning_rate=rate, seed=run.settings.seed + number)
+    own = stage.step(number)
+    return replace(stage.step(0), rows=own.rows, seed=own.seed, learning_rate=rate)
 
 
 def _loss_of(run: Run, step: StepInput) -> float:
