@@ -33,10 +33,11 @@ test: .venv/installed
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
-# The default suite with the oldest versions that pyproject.toml allows, in a venv of its own; uv resolves them.
+# The default suite with the oldest version of each dependency that pyproject.toml allows, in a venv of its own; uv finds
+# them. What these need in turn, and the tools of the tests, are as new as pip finds.
 test-oldest: .venv/installed
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --resolution lowest-direct --no-header --quiet -o build/oldest.txt
+	$(BIN)/uv pip compile pyproject.toml --no-deps --resolution lowest-direct --no-header --quiet -o build/oldest.txt
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c build/oldest.txt -e '.[dev]'
 	build/oldest/bin/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from indraquantum.bench import Shape, figures_json, figures_table, objective_memory, objective_speed
 from indraquantum.kernels.measured import quickest_way
 from indraquantum.kernels.ways import put_in_force
+from indraquantum.trials.bench import Shape, figures_json, figures_table, objective_memory, objective_speed
 
 
 def main() -> None:

@@ -20,11 +20,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from indraquantum.bench_step import StepShape, ours
 from indraquantum.teacher.manifest import Manifest, statistics_of, write_manifest
 from indraquantum.teacher.sampling import PositionSignals
 from indraquantum.teacher.shard import write_shard
 from indraquantum.teacher.signals import SignalStore, open_signals
+from indraquantum.trials.bench_step import StepShape, ours
 
 SHARDS, SHARD_ROWS, DRAWS, VOCABULARY = 145, 64, 50, 32_000
 SHA = "0" * 64

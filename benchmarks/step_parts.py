@@ -17,7 +17,6 @@ from unittest import mock
 import torch
 from matplotlib.figure import Figure
 
-from indraquantum.bench_step import StepShape, student, synthetic_split, taught_step
 from indraquantum.config import TrainSettings
 from indraquantum.kernels.measured import quickest_way
 from indraquantum.kernels.ways import put_in_force
@@ -25,6 +24,7 @@ from indraquantum.training import engine as engines
 from indraquantum.training import optimizers
 from indraquantum.training.engine import Engine
 from indraquantum.training.parallel import SingleProcess
+from indraquantum.trials.bench_step import StepShape, student, synthetic_split, taught_step
 
 CHOSEN = optimizers.turning_format("cpu")
 OTHER = torch.float32 if CHOSEN is torch.bfloat16 else torch.bfloat16

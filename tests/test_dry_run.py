@@ -14,10 +14,10 @@ from indraquantum.kernels.onednn import is_exact
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
-from indraquantum.training import dry_run as costly
-from indraquantum.training.costs import StepSize, parameter_counts, step_flops
-from indraquantum.training.dry_run import activation_bytes, dry_run, duration, measure
 from indraquantum.training.run import trial_run
+from indraquantum.trials import dry_run as costly
+from indraquantum.trials.costs import StepSize, parameter_counts, step_flops
+from indraquantum.trials.dry_run import activation_bytes, dry_run, duration, measure
 
 SMALL = {"d_model": 14, "layers": 3, "heads": 2, "mlp_width": 22, "batch_tokens": 480}
 

@@ -29,10 +29,10 @@ from indraquantum.inference.load import load_model
 from indraquantum.inference.report import evaluate_checkpoint
 from indraquantum.inference.write import write_text
 from indraquantum.teacher.capture import capture
-from indraquantum.training.dry_run import dry_run
 from indraquantum.training.loop import train
-from indraquantum.training.lr_range import lr_range_test
 from indraquantum.training.pretrain_teacher import pretrain_teacher
+from indraquantum.trials.dry_run import dry_run
+from indraquantum.trials.lr_range import lr_range_test
 from test_ablation import BASE, bench_of, folders, indra, record, write_plan
 
 SMALL = {"d_model": 6, "layers": 1, "heads": 2, "mlp_width": 10, "batch_tokens": 480, "max_steps": 2, "threads": 1}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from indraquantum import memory
-from indraquantum.bench import (
+from indraquantum.trials.bench import (
     Figure,
     Shape,
     figures_json,
@@ -95,7 +95,8 @@ def test_without_proc_memory_is_unknown_and_everything_else_is_measured(capfd, t
 def test_a_process_that_measures_and_dies_leaves_its_figure_unknown(capfd):
     (figure,) = objective_memory((31,), Shape(width=-1))
     assert figure.value is None
-    assert "warning: python -m indraquantum.bench ended with status 1; its memory is unknown" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "warning: python -m indraquantum.trials.bench ended with status 1; its memory is unknown" in said
 
 
 @pytest.mark.parametrize(("platform", "peak"), [("linux", None), ("darwin", 12345)])

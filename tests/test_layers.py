@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "indraquantum"
 # A folder, or a module beside it, may import from those before its own line.
 LEVELS = (
     {"errors", "lazy_names", "memory"},
-    {"files", "processes", "trackers", "progress", "smoothing", "tables", "versions"},
+    {"files", "interrupts", "processes", "trackers", "progress", "smoothing", "tables", "versions"},
     {"config", "metrics", "yaml_settings"},
     {"device", "strategy", "kernels"},
     {"loss_v2"},
@@ -21,8 +21,8 @@ LEVELS = (
     {"learner", "teacher"},
     {"evaluation", "monitor"},
     {"training"},
-    {"inference", "bench", "doctor"},
-    {"demo", "ablation", "bench_step", "api"},
+    {"inference", "trials", "doctor"},
+    {"demo", "ablation", "api"},
     {"cli", "__init__"},  # the package loads its names when they are first used
     {"__main__"},
 )

@@ -11,9 +11,9 @@ from indraquantum import cli
 from indraquantum.config import LrTestSettings
 from indraquantum.errors import TrainingStopped
 from indraquantum.smoothing import smoothed
-from indraquantum.training import lr_range
-from indraquantum.training.lr_range import lr_range_test, rising_rates, suggested_rate
 from indraquantum.training.run import trial_run
+from indraquantum.trials import lr_range
+from indraquantum.trials.lr_range import lr_range_test, rising_rates, suggested_rate
 
 
 def settings(world, tmp_path, **changes) -> LrTestSettings:

@@ -110,7 +110,7 @@ def test_a_teacher_is_logged_evaluated_and_listed_as_any_run(finished, capsys):
     assert lines[-1]["held_out"]["all"] < lines[0]["held_out"]["all"]
     with pytest.raises(SystemExit):
         cli.main(["runs", f"--logs={finished.logs}"])
-    assert re.search(r"^teacher\t.*finished\t7/7", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^teacher\tteacher\tfinished\t7/7", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

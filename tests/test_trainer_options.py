@@ -23,9 +23,9 @@ from indraquantum.teacher.capture import capture
 from indraquantum.training import loop, optimizers
 from indraquantum.training import run as training_run
 from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint, save_checkpoint
-from indraquantum.training.dry_run import activation_bytes
 from indraquantum.training.parallel import Precision, WeightAverage, choose_precision
 from indraquantum.training.run import BestHeldOut, trial_run
+from indraquantum.trials.dry_run import activation_bytes
 
 SMALL = {
     "d_model": 14, "layers": 2, "heads": 2, "mlp_width": 22, "batch_tokens": 480, "learning_rate": 5e-3, "epochs": 1,

@@ -42,7 +42,7 @@ S = TypeVar("S", bound=Settings)
 @contextlib.contextmanager
 def _one_family() -> Iterator[None]:
     """Inside, an error in the input is raised as an IndraError."""
-    from indraquantum.training.interrupts import Interrupted
+    from indraquantum.interrupts import Interrupted
 
     try:
         yield

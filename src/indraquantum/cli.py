@@ -46,8 +46,8 @@ from indraquantum.config import (
 )
 from indraquantum.errors import IndraError, InvalidInput, UserError, refused_by_system, refused_setting
 from indraquantum.files import atomic_file, check_new_file
+from indraquantum.interrupts import heeded
 from indraquantum.progress import command_line
-from indraquantum.training.interrupts import heeded
 
 # `*` lifts the fields of a settings class to options of the command; switches have no --no- twin.
 OPTIONS = Parameter(name="*", negative="")
@@ -182,7 +182,7 @@ def capture(*, settings: Annotated[CaptureSettings, OPTIONS] = CaptureSettings.m
 @app.command
 def teacher(*, settings: Annotated[TeacherSettings, OPTIONS] = TeacherSettings.model_construct()) -> None:
     """Train a small Llama teacher from scratch on a prepared dataset."""
-    from indraquantum.training.interrupts import Interrupts
+    from indraquantum.interrupts import Interrupts
 
     with Interrupts():  # before the imports that take a while
         from indraquantum.training.pretrain_teacher import pretrain_teacher
@@ -193,11 +193,11 @@ def teacher(*, settings: Annotated[TeacherSettings, OPTIONS] = TeacherSettings.m
 @app.command
 def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings.model_construct()) -> None:
     """Train IndraQuantumPhase2 by semantic distillation."""
-    from indraquantum.training.interrupts import Interrupts
+    from indraquantum.interrupts import Interrupts
 
     if settings.dry_run:
         require_one_process()
-        from indraquantum.training.dry_run import dry_run
+        from indraquantum.trials.dry_run import dry_run
 
         dry_run(settings)
         return
@@ -211,7 +211,7 @@ def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings.model_c
 @app.command(name="lr-test")
 def lr_test(*, settings: Annotated[LrTestSettings, OPTIONS] = LrTestSettings.model_construct()) -> None:
     """Find a learning rate: train with a rising rate, plot the loss, and discard the trained weights."""
-    from indraquantum.training.lr_range import lr_range_test
+    from indraquantum.trials.lr_range import lr_range_test
 
     lr_range_test(settings)
 
@@ -276,7 +276,7 @@ def ablate(plan: Path, /, *, settings: Annotated[AblateSettings, OPTIONS] = Abla
     plan:
         The plan, a YAML file. docs/FORMATS.md describes it, and configs/ablations holds examples.
     """
-    from indraquantum.training.interrupts import Interrupts
+    from indraquantum.interrupts import Interrupts
 
     with Interrupts():  # before the imports that take a while
         from indraquantum.ablation.ablate import ablate as run
@@ -291,10 +291,10 @@ def bench(*, settings: Annotated[BenchSettings, OPTIONS] = BenchSettings.model_c
     """Measure the speed and memory of the objective and of the whole training step. Run it on an idle machine."""
     import torch
 
-    from indraquantum.bench import Shape, figures_json, figures_table, objective_memory, objective_speed
-    from indraquantum.bench_step import StepShape, step_memory, step_speed
     from indraquantum.kernels.measured import quickest_way
     from indraquantum.kernels.ways import put_in_force
+    from indraquantum.trials.bench import Shape, figures_json, figures_table, objective_memory, objective_speed
+    from indraquantum.trials.bench_step import StepShape, step_memory, step_speed
 
     if settings.json_file:
         check_new_file("--json-file", settings.json_file)

@@ -24,8 +24,8 @@ from filelock import FileLock
 
 from indraquantum.ablation.tasks import Task
 from indraquantum.errors import UserError
+from indraquantum.interrupts import Interrupts
 from indraquantum.progress import command_line
-from indraquantum.training.interrupts import Interrupts
 
 PATIENCE = 120  # seconds that a process has to save a checkpoint and end after its parent was killed
 

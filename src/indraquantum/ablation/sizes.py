@@ -13,8 +13,8 @@ from indraquantum.config import TrainSettings
 from indraquantum.data.prepared import PreparedDataset
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
-from indraquantum.training.costs import products_of_the_head
 from indraquantum.training.plan import RunStage, plan_run
+from indraquantum.trials.costs import products_of_the_head
 
 FLOPS_FORMULA = (
     "6 (L (4 D² + 3 D m + T D) + V D + V P / B + I): forward and backward, a multiply-add is 2, for rows of T "

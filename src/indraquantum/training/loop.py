@@ -20,6 +20,7 @@ from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
 from indraquantum.errors import TrainingStopped
 from indraquantum.evaluation.held_out import held_out_cross_entropy
+from indraquantum.interrupts import Interrupted, Interrupts
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import using
 from indraquantum.metrics import MetricsLog, NoLog, metrics_up_to
@@ -40,7 +41,6 @@ from indraquantum.training.folders import (
     write_run_record,
 )
 from indraquantum.training.guards import PROBE_EVERY, probe, require_finite_state
-from indraquantum.training.interrupts import Interrupted, Interrupts
 from indraquantum.training.plan import plan_run
 from indraquantum.training.resume import resume
 from indraquantum.training.run import Run, check_settings, start_run

@@ -22,6 +22,7 @@ from indraquantum.data.fast_tokenizer import save_tokenizer
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_folder, write_sums
+from indraquantum.interrupts import Interrupts
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import using
 from indraquantum.model.masks import document_mask
@@ -30,7 +31,6 @@ from indraquantum.strategy import RATES, Stage, Strategy, check_decay
 from indraquantum.trackers import require_tracker
 from indraquantum.training.engine import Engine
 from indraquantum.training.folders import HeldFolders, metrics_path_of
-from indraquantum.training.interrupts import Interrupts
 from indraquantum.training.loop import complete, evaluate
 from indraquantum.training.optimizers import MUON_GROUP, MuonAdamW
 from indraquantum.training.parallel import SingleProcess, WeightAverage

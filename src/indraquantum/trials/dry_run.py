@@ -16,10 +16,10 @@ import torch
 from indraquantum.config import TrainSettings
 from indraquantum.learner import to_tensors
 from indraquantum.progress import duration
-from indraquantum.training.costs import StepSize, objective_bytes, parameter_counts, step_flops
 from indraquantum.training.loop import take_step
 from indraquantum.training.plan import RunStage
 from indraquantum.training.run import Run, trial_run
+from indraquantum.trials.costs import StepSize, objective_bytes, parameter_counts, step_flops
 
 MEASURED_STEPS = 2  # in each stage: the first one is the warm-up, and the last one is measured
 

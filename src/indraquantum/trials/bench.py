@@ -143,7 +143,7 @@ def objective_memory(rows: Sequence[int] = (512, 4096, 65_536), shape: Shape = S
     """Measure the memory beyond inputs and gradients for each number of rows, each in its own process."""
     figures = []
     for num_rows in rows:
-        extra = bytes_measured_by("indraquantum.bench", num_rows, shape.width, shape.vocabulary, shape.kept)
+        extra = bytes_measured_by("indraquantum.trials.bench", num_rows, shape.width, shape.vocabulary, shape.kept)
         detail = f"CE + KD forward and backward, N {num_rows}"
         value = None if extra is None else extra / MEBIBYTE
         figures.append(Figure(f"extra_memory_{num_rows}", value, "MiB", 64.0, True, detail))

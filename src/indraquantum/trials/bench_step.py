@@ -24,17 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indraquantum.bench import CUBE, MEBIBYTE, Figure, bytes_measured_by, interleaved_seconds
 from indraquantum.data.packing import packed_split
 from indraquantum.data.split import Split
 from indraquantum.loss_v2 import TeacherSignals
 from indraquantum.memory import peak_bytes
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
-from indraquantum.training.costs import StepSize, step_flops
 from indraquantum.training.engine import Engine
 from indraquantum.training.parallel import SingleProcess
 from indraquantum.training.step import StepInput
+from indraquantum.trials.bench import CUBE, MEBIBYTE, Figure, bytes_measured_by, interleaved_seconds
+from indraquantum.trials.costs import StepSize, step_flops
 
 LEARNING_RATE = 1e-3
 
@@ -256,7 +256,7 @@ def step_speed(shape: StepShape = StepShape(), repeats: int = 5) -> list[Figure]
 def step_memory(shape: StepShape = StepShape()) -> list[Figure]:
     """Return the peak memory of a step of ours and of the Llama's, each in its own process."""
     names, sizes = ("ours", "llama", "straightforward"), astuple(shape)
-    peak = {name: bytes_measured_by("indraquantum.bench_step", name, *sizes) for name in names}
+    peak = {name: bytes_measured_by("indraquantum.trials.bench_step", name, *sizes) for name in names}
     detail = ", ".join(f"{name} {'unknown' if x is None else f'{x / MEBIBYTE:.0f} MiB'}" for name, x in peak.items())
     ratio = peak["ours"] / peak["llama"] if peak["ours"] and peak["llama"] else None
     return [Figure("step_memory_against_llama", ratio, "x", 0.5, True, f"peak of a process: {detail}")]
