@@ -28,7 +28,7 @@ def _row(run: RunSummary, sources: list[str]) -> list[str]:
     total = NONE if run.total_steps is None else f"{run.total_steps:,}"
     return [
         run.name,
-        str(run.settings.get("strategy") or ", ".join(run.settings.get("stages", ())) or NONE),  # a teacher has none
+        str(run.settings.get("strategy", NONE)),
         run.state,
         f"{run.steps:,}/{total}",
         f"{run.tokens:,}",

@@ -155,7 +155,7 @@ def write_run_record(folder: Path, run: Run) -> None:
     settled = {name: str(getattr(run.settings, name).resolve()) for name in ("output", "logs")}
     settled |= {name: run.identity[name] for name in ("tail",) if name in run.identity}
     record = {
-        "settings": run.settings.model_dump(mode="json") | settled,
+        "settings": {"strategy": run.name} | run.settings.model_dump(mode="json") | settled,  # a teacher's have none
         "data": run.identity["data"],
         "signals": run.identity.get("signals"),
         "checkpoints": str(run.folder.resolve()),
