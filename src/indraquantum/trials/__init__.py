@@ -1,1 +1,1 @@
-"""What is measured without leaving a run behind: speed and memory, a dry run, a learning-rate test."""
+"""Measures without leaving a run behind: speed and memory, a dry run, a learning-rate test."""
