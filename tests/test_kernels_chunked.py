@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from indraquantum.kernels import ObjectiveOptions, fused_linear_objective
+from indraquantum.kernels import cpu as cpu_kernel
 from indraquantum.kernels.arguments import check_inputs
 from indraquantum.kernels.attach import differentiable_objective
-from indraquantum.kernels.cpu import cpu_plan
+from indraquantum.kernels.cpu import cpu_plan, rounded_plan
 from indraquantum.kernels.cuda import cuda_plan
 from indraquantum.kernels.lanes import Lanes
 from indraquantum.kernels.reference import reference_objective
@@ -269,6 +270,43 @@ def test_cuda_arithmetic_emulated():
         assert actual[value].item() == pytest.approx(expected[value].item(), rel=1e-3)
     full = evaluate(emulated, case, ALL_OPTIONS["kd"])
     assert_close(full, expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", ALL_OPTIONS)
+@pytest.mark.parametrize("size", [0.3, 1.0, 8.0])  # logits up to 1, 12 and 800
+def test_products_in_bfloat16_on_a_cpu(name, size):
+    """As near to the exact answer as rounding the operands and the exponentials allows, with and without keeping them.
+
+    Processors without units for bfloat16 multiply more exactly.
+    """
+    case = make_case(seed=13, top_k=True, size=size)
+    case |= {name: case[name].bfloat16().double() for name in INPUTS}
+    expected = evaluate(reference_objective, case, ALL_OPTIONS[name])
+
+    def rounded(inputs, options):
+        return differentiable_objective(inputs, options, rounded_plan(V, rows=6, tile=64, lanes=2))
+
+    actual = evaluate(rounded, case, ALL_OPTIONS[name], torch.bfloat16)
+    assert_close(actual, expected, 2e-2 if size < 8 else 0.2)
+    for value in {"total", "ce", "kd"} & expected.keys():
+        assert actual[value].item() == pytest.approx(expected[value].item(), rel=3e-3)
+
+
+@pytest.mark.parametrize(("units", "dtype", "rounds"), [
+    (True, torch.bfloat16, True), (True, torch.float32, False), (False, torch.bfloat16, False)
+])  # fmt: skip
+def test_bfloat16_states_ask_for_such_products_where_the_processor_has_them(monkeypatch, units, dtype, rounds):
+    monkeypatch.setattr(cpu_kernel, "has_16_bit_units", lambda: units)
+    case, seen = make_case(seed=14), []
+    original = cpu_kernel.differentiable_objective
+    monkeypatch.setattr(
+        cpu_kernel, "differentiable_objective",
+        lambda inputs, options, plan: (seen.append(plan), original(inputs, options, plan))[1],
+    )  # fmt: skip
+    fused_linear_objective(case["states"].to(dtype), case["table"].float(), case["labels"])
+    (plan,) = seen
+    assert (plan.kept is torch.bfloat16) == rounds
+    assert plan.dtype is torch.float32
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "reference"])

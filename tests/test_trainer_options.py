@@ -20,10 +20,11 @@ from indraquantum.inference.load import load_model
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher.capture import capture
-from indraquantum.training import loop, optimizers
+from indraquantum.training import loop, optimizers, parallel
 from indraquantum.training import run as training_run
 from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint, save_checkpoint
 from indraquantum.training.parallel import Precision, WeightAverage, choose_precision
+from indraquantum.training.resume import resume
 from indraquantum.training.run import BestHeldOut, trial_run
 from indraquantum.trials.dry_run import activation_bytes
 
@@ -57,7 +58,7 @@ def test_16_bits_stay_near_float32_and_weights_stay_float32(world, tmp_path, pre
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
-def test_only_the_layers_products_are_16_bits(world, tmp_path, name, dtype):
+def test_only_products_are_16_bits(world, tmp_path, name, dtype):
     run = trial_run(settings(world, tmp_path, precision=name))
     seen = {}
     run.model.backbone.layers[0].mlp.down_proj.register_forward_hook(lambda *call: seen.update(layer=call[2].dtype))
@@ -65,14 +66,33 @@ def test_only_the_layers_products_are_16_bits(world, tmp_path, name, dtype):
 
     def objective(self, states_ND, table_VD, *arguments, **options):
         seen.update(
-            table=table_VD.dtype, loss=(terms := original(self, states_ND, table_VD, *arguments, **options)).total.dtype
+            states=states_ND.dtype,
+            table=table_VD.dtype,
+            loss=(terms := original(self, states_ND, table_VD, *arguments, **options)).total.dtype,
         )
         return terms
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SemanticDistillationLoss, "__call__", objective)
         loop.take_step(run)
-    assert seen == {"layer": dtype, "table": torch.float32, "loss": torch.float32}
+    of_objective = torch.float32 if dtype is torch.float16 else dtype
+    assert seen == {"layer": dtype, "states": of_objective, "table": torch.float32, "loss": torch.float32}
+
+
+def test_a_run_of_before_keeps_its_objective_in_float32(world, tmp_path):
+    """A run begun when only the layers used bfloat16 resumes as it began."""
+    begun = settings(world, tmp_path, precision="bfloat16", max_steps=4, save_every=2, keep_last=9)
+    loop.train(begun)
+    (tmp_path / "run" / "checkpoint_v4_epoch_1.pt").unlink()
+    (tmp_path / "run" / "checkpoint_v4_step_4.pt").unlink(missing_ok=True)
+    before = tmp_path / "run" / "checkpoint_v4_step_2.pt"
+    checkpoint = load_checkpoint("", before)
+    assert checkpoint.settings.pop("objective_precision") == "bfloat16"
+    save_checkpoint(before, checkpoint)
+    run = trial_run(begun)
+    assert resume(run)
+    assert (run.parallel.precision.dtype, run.parallel.precision.objective) == (torch.bfloat16, torch.float32)
+    assert run.identity["objective_precision"] == "float32"
 
 
 def test_phases_of_the_inputs_own_projector_stay_float32(world, tmp_path):
@@ -82,9 +102,11 @@ def test_phases_of_the_inputs_own_projector_stay_float32(world, tmp_path):
     assert seen == [torch.float32]
 
 
-def test_auto_is_float32_on_a_cpu(world, tmp_path):
+@pytest.mark.parametrize(("units", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_auto_is_16_bits_on_a_cpu_that_has_units_for_them(world, tmp_path, monkeypatch, units, dtype):
+    monkeypatch.setattr(parallel, "has_16_bit_units", lambda: units)
     chosen = choose_precision(settings(world, tmp_path, precision="auto"), torch.device("cpu"))
-    assert (chosen.dtype, chosen.scaler.is_enabled(), chosen.may_overflow) == (torch.float32, False, False)
+    assert (chosen.dtype, chosen.scaler.is_enabled(), chosen.may_overflow) == (dtype, False, False)
 
 
 def test_what_auto_has_chosen_is_part_of_a_run(world, tmp_path, monkeypatch):

@@ -314,8 +314,9 @@ class TrainerSettings(Settings):
     table_weight_decay: float = Field(default=0.0, ge=0, le=10)
     """Decoupled weight decay of the embedding table."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Number format of the matrix products in the layers. Weights and objective stay float32. auto uses 16 bits on CUDA
-    and float32 elsewhere. 16 bits save memory, and time where the processor supports them."""
+    """Number format of the matrix products. bfloat16 is much faster on GPUs, and on CPUs that support it (AMX). float16
+    is for older GPUs, and only the layers use it. Weights and sums stay float32. auto uses 16 bits where the device
+    supports them, and float32 elsewhere."""
     gradient_checkpointing: bool = False
     """Keep only the input of each layer and compute the rest again in the backward pass. Use it if memory runs out; it
     costs a third more work."""

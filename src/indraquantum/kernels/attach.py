@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from indraquantum.kernels.arguments import LinearInputs, ObjectiveOptions, ObjectiveResult
 from indraquantum.kernels.chunked import ChunkedObjective, Outcome, Plan, Wanted
-from indraquantum.kernels.onednn import onednn_products
 
 _GRADIENTS_OF = ("states_ND", "table_VD", "bias_V", "scale")
 
@@ -24,7 +23,7 @@ def differentiable_objective(inputs: LinearInputs, options: ObjectiveOptions, pl
     def run(*inputs_again: Tensor | None) -> Outcome:
         again = inputs._replace(**dict(zip(_GRADIENTS_OF, inputs_again, strict=True)))
         # autocast would round some of the sums; the plan alone decides on precision
-        with torch.no_grad(), torch.autocast(again.states_ND.device.type, enabled=False), onednn_products():
+        with torch.no_grad(), torch.autocast(again.states_ND.device.type, enabled=False), plan.products.setting():
             return ChunkedObjective(again, options, plan, wanted).run()
 
     outcome = run(*tensors)

@@ -1,7 +1,8 @@
 """The objective and its gradients in one pass over chunks of rows; no tensor of N x V ever exists.
 
 A chunk's logits live in one buffer of V x n: first as logits, then as exp(logit), then, corrected at the few tokens
-that a row names, as the gradient. Cross-entropy and distillation at temperature 1 share the softmax:
+that a row names, as the gradient. A plan may keep the exponentials in 16 bits. Cross-entropy and distillation at
+temperature 1 share the softmax:
 `a * CE + b * KD = (a + b) * logsumexp(z) - sum_v w_v z_v + const`. Another temperature and the bucket tail
 take more passes over the buffer. Backward only scales what forward left.
 
@@ -11,6 +12,7 @@ that a row names (the label, then the teacher's K).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from torch import Tensor
 from indraquantum.kernels import softmax
 from indraquantum.kernels.arguments import LinearInputs, ObjectiveOptions, ObjectiveResult
 from indraquantum.kernels.lanes import Lanes, Tiles
+from indraquantum.kernels.onednn import onednn_products
 from indraquantum.kernels.targets import RowTargets, counted_rows, row_targets
 
 _SAFE_LOGIT = 40.0  # exp(+-40), summed over any vocabulary and divided by it, stays far inside float32's range
@@ -33,6 +36,10 @@ class Products:
         """Return the table in the format of the products; `dtype` is the plan's."""
         return tensor.to(dtype)
 
+    def setting(self) -> AbstractContextManager[None]:
+        """Inside, torch multiplies as this kind of products needs."""
+        return onednn_products()
+
     def into(self, out: Tensor, left: Tensor, right: Tensor) -> None:
         """`out = left @ right`."""
         torch.mm(left, right, out=out)
@@ -40,6 +47,10 @@ class Products:
     def added(self, out: Tensor, left: Tensor, right: Tensor) -> None:
         """`out += left @ right`."""
         out.addmm_(left, right)
+
+    def added_vector(self, out: Tensor, left: Tensor, right: Tensor) -> None:
+        """`out += left @ right` for vectors `out` and `right`."""
+        out.addmv_(left, right)
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Plan:
     lanes: int  # threads that share the vocabulary
     dtype: torch.dtype  # of the buffer, of every sum and of the collected gradients
     products: Products
+    kept: torch.dtype | None = None  # of the exponentials, where they can be kept in another format than `dtype`
 
 
 class Wanted(NamedTuple):
@@ -97,9 +109,9 @@ class ChunkedObjective:
         self.scale = None if inputs.scale is None else inputs.scale.detach().to(plan.dtype)
         self.vocabulary_size, width = self.table_VD.shape
         self.lanes = Lanes(self.vocabulary_size, plan.tile, plan.lanes)
-        has_signals = inputs.signal_ids_NK is not None
-        self.is_plain = not (has_signals and options.temperature != 1)
-        self.is_even = has_signals and options.tail == "uniform"
+        self.has_signals = inputs.signal_ids_NK is not None
+        self.is_plain = not (self.has_signals and options.temperature != 1)
+        self.is_even = self.has_signals and options.tail == "uniform"
         self.table_sum_D = self.table_VD.sum(dim=0, dtype=plan.dtype) if self.is_even else None
         make = self.table_VD.new_zeros
         self.gradients = Gradients(
@@ -117,8 +129,10 @@ class ChunkedObjective:
         num_rows = self.states_ND.shape[0] if rows_R is None else len(rows_R)
         is_bounded = self._is_bounded()
         step = self._even_step(num_rows)
-        buffer = self.table_VD.new_empty(self.vocabulary_size * min(step, num_rows), dtype=self.plan.dtype)
-        sums = buffer.new_zeros(3)
+        size, dtype = self.vocabulary_size * min(step, num_rows), self._buffer_dtype(is_bounded)
+        buffer = self.table_VD.new_empty(size, dtype=dtype)
+        self.factor_VD = self.table_VD if dtype == self.plan.dtype else self.table_VD.to(dtype)
+        sums = self.table_VD.new_zeros(3, dtype=self.plan.dtype)
         with self.lanes:
             for start in range(0, num_rows, step):
                 stop = min(start + step, num_rows)
@@ -150,6 +164,11 @@ class ChunkedObjective:
             bound = bound + self.bias_V.abs().max()
         return bool(bound <= _SAFE_LOGIT)
 
+    def _buffer_dtype(self, is_bounded: bool) -> torch.dtype:
+        """Return the format of the buffer. It is the plan's where logits, and not only exponentials, stand in it."""
+        can_be_kept = is_bounded and self.is_plain and not (self.has_signals and self.options.tail == "bucket")
+        return self.plan.kept if self.plan.kept is not None and can_be_kept else self.plan.dtype
+
     def _result(self, sums: Tensor) -> ObjectiveResult:
         ce, kd, kd_cross_entropy = sums.unbind()
         total = ce + self.options.kd_weight * kd
@@ -157,10 +176,10 @@ class ChunkedObjective:
             return ObjectiveResult(total, ce, None, None)
         return ObjectiveResult(total, ce, kd, kd_cross_entropy)
 
-    def _fill(self, buffer_Vn: Tensor, tile: slice, scaled_nD: Tensor) -> Tensor:
-        """Write one tile's logits and return its part of the buffer."""
-        self.plan.products.into(buffer_Vn[tile], self.table_VD[tile], scaled_nD.T)
-        return buffer_Vn[tile] if self.bias_V is None else buffer_Vn[tile].add_(self.bias_V[tile, None])
+    def _fill(self, out_vn: Tensor, tile: slice, scaled_nD: Tensor) -> Tensor:
+        """Write one tile's logits into `out_vn` and return it."""
+        self.plan.products.into(out_vn, self.table_VD[tile], scaled_nD.T)
+        return out_vn if self.bias_V is None else out_vn.add_(self.bias_V[tile, None])
 
     def _chunk(self, rows: slice | Tensor, buffer_Vn: Tensor, is_bounded: bool) -> softmax.ChunkTerms:
         """Compute the values of some rows, and add their gradients to the collected ones."""
@@ -196,14 +215,22 @@ class ChunkedObjective:
             shift_n = torch.zeros_like(targets.share_n)
 
             def exponentials(tiles: Tiles) -> Tensor:
-                return sum(self._fill(buffer_Vn, tile, scaled_nD).exp_().sum(dim=0) for tile in tiles)
+                if buffer_Vn.dtype == scaled_nD.dtype:
+                    return sum(self._fill(buffer_Vn[tile], tile, scaled_nD).exp_().sum(dim=0) for tile in tiles)
+                total_n = torch.zeros_like(targets.share_n)
+                scratch_vn = scaled_nD.new_empty(max(tile.stop - tile.start for tile in tiles), len(scaled_nD))
+                for tile in tiles:
+                    values_vn = self._fill(scratch_vn[: tile.stop - tile.start], tile, scaled_nD).exp_()
+                    total_n += values_vn.sum(dim=0)
+                    buffer_Vn[tile].copy_(values_vn)
+                return total_n
 
             total_n = sum(self.lanes.map(exponentials))
-            named_nJ = line.take(positions_nJ).log_()
+            named_nJ = line.take(positions_nJ).to(total_n.dtype).log_()
         else:
 
             def largest(tiles: Tiles) -> Tensor:
-                tops = [self._fill(buffer_Vn, tile, scaled_nD).amax(dim=0) for tile in tiles]
+                tops = [self._fill(buffer_Vn[tile], tile, scaled_nD).amax(dim=0) for tile in tiles]
                 return torch.stack(tops).amax(dim=0)
 
             shift_n = torch.stack(self.lanes.map(largest)).amax(dim=0)
@@ -222,14 +249,14 @@ class ChunkedObjective:
         if any(self.wanted):
             weights_nJ = softmax.named_weights(targets, self.options) / factor_n[:, None]
             # not put_, which has no fixed order on accelerators if a label is also a teacher's token
-            line.index_put_((positions_nJ,), weights_nJ.neg_(), accumulate=True)
+            line.index_put_((positions_nJ,), weights_nJ.neg_().to(line.dtype), accumulate=True)
         return _Step(terms, factor_n)
 
     def _general(
         self, targets: RowTargets, scaled_nD: Tensor, buffer_Vn: Tensor, means_n: Tensor, _is_bounded: bool
     ) -> _Step:
         """Compute with any options. The buffer becomes the gradient itself."""
-        self.lanes.map(lambda tiles: [self._fill(buffer_Vn, tile, scaled_nD) for tile in tiles])
+        self.lanes.map(lambda tiles: [self._fill(buffer_Vn[tile], tile, scaled_nD) for tile in tiles])
         positions_nJ, temperature = softmax.named_positions(targets), self.options.temperature
         named_nJ = buffer_Vn.view(-1).take(positions_nJ)
         log_total_n = log_warm_n = softmax.log_sum_exp(buffer_Vn, self.lanes, 1.0)
@@ -253,17 +280,21 @@ class ChunkedObjective:
         products, gradients = self.plan.products, self.gradients
         factor_nD = scaled_nD if factor_n is None else scaled_nD * factor_n[:, None]
         factor_n1 = states_nD.new_ones(len(states_nD), 1) if factor_n is None else factor_n[:, None]
+        if buffer_Vn.dtype == self.plan.dtype:
+            right_nD, right_n = factor_nD, factor_n1[:, 0]
+        else:
+            right_nD, right_n = factor_nD.to(buffer_Vn.dtype), factor_n1[:, 0].to(buffer_Vn.dtype)
 
         def carry(tiles: Tiles) -> Tensor:
             back_nD = torch.zeros_like(states_nD)
             for tile in tiles:
                 buffer_vn = buffer_Vn[tile]
                 if self.wanted.states or self.wanted.scale:
-                    products.added(back_nD, buffer_vn.T, self.table_VD[tile])
+                    products.added(back_nD, buffer_vn.T, self.factor_VD[tile])
                 if gradients.table_VD is not None:
-                    products.added(gradients.table_VD[tile], buffer_vn, factor_nD)
+                    products.added(gradients.table_VD[tile], buffer_vn, right_nD)
                 if gradients.bias_V is not None:
-                    gradients.bias_V[tile].addmv_(buffer_vn, factor_n1[:, 0])
+                    products.added_vector(gradients.bias_V[tile], buffer_vn, right_n)
             return back_nD
 
         back_nD = sum(self.lanes.map(carry)) * factor_n1

@@ -4,7 +4,7 @@ On AMD's AVX-512 cores they are faster; on Intel's they are about as fast or slo
 
 torch gives float32 products to oneDNN only if oneDNN may round their operands to bfloat16. Processors with AMX then do
 round. Other processors with AVX-512 multiply float32 operands exactly. A probe decides this once in each process, so
-that nothing is ever rounded.
+that nothing is rounded unless `--precision bfloat16` asks for it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _TOLERANCE = 2e-6  # relative; float32 sums stay below 1e-6, bfloat16 operands a
 @contextlib.contextmanager
 def onednn_products() -> Iterator[None]:
     """Inside, let oneDNN multiply on the CPU if the way in force says so and it is exact; also works as a decorator."""
-    with _allowed() if in_force().products == "onednn" and is_exact() else contextlib.nullcontext():
+    with rounding() if in_force().products == "onednn" and is_exact() else contextlib.nullcontext():
         yield
 
 
 @functools.cache
 def is_exact() -> bool:
     """Return whether oneDNN does not round float32 operands on this processor although it may."""
-    with _allowed():
+    with rounding():
         return agrees_with_float64(torch.mm)
 
 
@@ -48,8 +48,14 @@ def agrees_with_float64(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
     return True
 
 
+def has_16_bit_units() -> bool:
+    """Return whether oneDNN rounds float32 operands to bfloat16 here, as it does where that makes products faster."""
+    return not is_exact()
+
+
 @contextlib.contextmanager
-def _allowed() -> Iterator[None]:
+def rounding() -> Iterator[None]:
+    """Inside, oneDNN multiplies on the CPU and may round float32 operands to bfloat16; it sums in float32."""
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"

@@ -29,6 +29,7 @@ from indraquantum.config import TrainSettings
 from indraquantum.data.split import Batch
 from indraquantum.device import best_16_bits
 from indraquantum.errors import UserError
+from indraquantum.kernels.onednn import has_16_bit_units
 from indraquantum.learner import Learner, labelled_positions, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
 from indraquantum.processes import ALONE, Processes, shard_like
@@ -37,10 +38,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Precision:
-    """A number format on a device, and its loss scale, which only float16 uses."""
+    """A number format on a device, and its loss scale, which only float16 uses.
+
+    `objective` is the format of the objective's matrix products: bfloat16 if the layers use it, else float32. The range
+    of float16 is too small for it.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
         self.dtype = dtype
+        self.objective = dtype if dtype is torch.bfloat16 else torch.float32
         self._device_type = "cpu" if device is None else device.type
         self.scaler = torch.amp.GradScaler(self._device_type, enabled=dtype is torch.float16)
 
@@ -53,7 +59,12 @@ class Precision:
     @property
     def name(self) -> str:
         """The name, as a value of `--precision`."""
-        return next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
+        return _name(self.dtype)
+
+    @property
+    def name_of_objective(self) -> str:
+        """The format of the objective's products."""
+        return _name(self.objective)
 
     @property
     def may_overflow(self) -> bool:
@@ -61,13 +72,18 @@ class Precision:
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
 
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known is dtype)
+
+
 def choose_precision(settings: TrainSettings, device: torch.device) -> Precision:
-    """Return the format of `settings`. auto takes bfloat16 or float16 on CUDA, as the card allows, else float32."""
+    """Return the format of `settings`. auto takes 16 bits where the device supports them, else float32."""
     if settings.precision != "auto":
         return Precision(DTYPES[settings.precision], device)
-    if device.type != "cuda":
-        return Precision(torch.float32, device)
-    return Precision(best_16_bits(), device)
+    if device.type == "cuda":
+        return Precision(best_16_bits(), device)
+    has_units = device.type == "cpu" and has_16_bit_units()
+    return Precision(torch.bfloat16 if has_units else torch.float32, device)
 
 
 class WeightAverage:
@@ -160,6 +176,7 @@ class MicroBatchPass(nn.Module):
         states_ND, labels_N = labelled_positions(states_BTD, batch)
         teacher = None if teacher is None else teacher.to(table_VD.device)
         amplitude_N = self.learner.amplitude(states_ND)
+        states_ND = states_ND.to(self.precision.objective)
         bias_V, scale = self.learner.bias_V, self.learner.scale
         terms = objective(states_ND, table_VD, labels_N, bias_V, scale, teacher, amplitude_N, token_count=token_count)
         return PassResult(terms, None if amplitude_N is None else amplitude_N.detach())

@@ -31,13 +31,13 @@ from indraquantum.training.checkpoint import (
     set_aside,
 )
 from indraquantum.training.guards import CollapseGuard
-from indraquantum.training.parallel import scattered, scattered_optimizer
+from indraquantum.training.parallel import DTYPES, scattered, scattered_optimizer
 from indraquantum.training.plan import Plan, RunStage
 from indraquantum.training.run import BestHeldOut, Run, refuse_checkpoints, stage_identity
 from indraquantum.training.schedule import decay_begins
 
 # What the program did before it had an option, for options whose default is something else.
-BEFORE_THE_OPTION = {"tail": "none", "row_order": 1}
+BEFORE_THE_OPTION = {"tail": "none", "row_order": 1, "objective_precision": "float32"}
 LENGTHS = ("epochs", "max_steps", "steps")  # options
 STAGE_LENGTHS = ("steps", "planned_steps")  # in a stage's identity
 
@@ -107,7 +107,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         if run.settings.tail == "auto":
             run.identity["tail"] = before["tail"]
         kept["tail"] = run.identity["tail"]
-    run.identity["row_order"] = before["row_order"]
+    for name in ("row_order", "objective_precision"):
+        run.identity[name] = before[name]
     way = continued(before.get("products"), "--resume")
     put_in_force(way)
     run.identity["products"] = before["products"] = str(way)
@@ -133,6 +134,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True
     run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
     run.average.load(scattered(checkpoint.average, run.average.weights))
+    run.parallel.precision.objective = DTYPES[before["objective_precision"]]
     run.parallel.precision.scaler.load_state_dict(checkpoint.loss_scale)
 
 

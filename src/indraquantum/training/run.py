@@ -327,8 +327,13 @@ def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
 
 
 def computed_by(precision: Precision) -> dict[str, Any]:
-    """Return what else decides the bits of a run: number format, rule for the order of rows, way of the products."""
-    return {"precision": precision.name, "row_order": ORDER, "products": str(in_force())}
+    """Return what else decides the bits of a run: number formats, rule for the order of rows, way of the products."""
+    return {
+        "precision": precision.name,
+        "objective_precision": precision.name_of_objective,
+        "row_order": ORDER,
+        "products": str(in_force()),
+    }
 
 
 def _tail(settings: TrainSettings, plan: Plan) -> str:

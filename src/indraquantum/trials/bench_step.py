@@ -26,12 +26,13 @@ from torch import Tensor
 
 from indraquantum.data.packing import packed_split
 from indraquantum.data.split import Split
+from indraquantum.kernels.onednn import has_16_bit_units
 from indraquantum.loss_v2 import TeacherSignals
 from indraquantum.memory import peak_bytes
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.training.engine import Engine
-from indraquantum.training.parallel import SingleProcess
+from indraquantum.training.parallel import Precision, SingleProcess
 from indraquantum.training.step import StepInput
 from indraquantum.trials.bench import CUBE, MEBIBYTE, Figure, bytes_measured_by, interleaved_seconds
 from indraquantum.trials.costs import StepSize, step_flops
@@ -103,12 +104,13 @@ class Candidate:
     labelled: int  # of them, those with a label
 
 
-def ours(shape: StepShape) -> Candidate:
+def ours(shape: StepShape, precision: torch.dtype = torch.float32) -> Candidate:
     """The step of `indra train`."""
     split = synthetic_split(shape)
     model = student(shape)
     batch = split.batch(np.arange(shape.rows))
-    engine, step = Engine(SingleProcess(model), adamw(model)), taught_step(shape, split)
+    parallel = SingleProcess(model, precision=Precision(precision))
+    engine, step = Engine(parallel, adamw(model)), taught_step(shape, split)
     return Candidate(partial(engine.step, step), int((batch.index >= 0).sum()), int(batch.labelled.sum()))
 
 
@@ -231,6 +233,8 @@ def step_speed(shape: StepShape = StepShape(), repeats: int = 5) -> list[Figure]
     square = torch.randn(CUBE, CUBE)
     product = torch.empty_like(square)
     candidates = {name: make(shape) for name, make in CANDIDATES.items()}
+    if has_16_bit_units():
+        candidates["bfloat16"] = ours(shape, torch.bfloat16)
     work = {"matmul": lambda: torch.mm(square, square, out=product)}
     seconds = interleaved_seconds(work | {name: c.step for name, c in candidates.items()}, repeats)
     limit = 2 * CUBE**3 / seconds["matmul"]
@@ -239,7 +243,12 @@ def step_speed(shape: StepShape = StepShape(), repeats: int = 5) -> list[Figure]
     share = {name: matrix_flops(model, c) / seconds[name] / limit for name, c in candidates.items()}
     detail = f"medians of {repeats} rounds, {torch.get_num_threads()} threads, {shape}"
     filled = candidates["straightforward"].tokens / shape.step_tokens
+    rounded = []
+    if "bfloat16" in rate:
+        ratio, detail_16 = rate["bfloat16"] / rate["ours"], f"--precision bfloat16: {rate['bfloat16']:.0f} tokens/s"
+        rounded = [Figure("step_bfloat16_over_float32", ratio, "x", None, False, detail_16)]
     return [
+        *rounded,
         Figure("step_mfu", share["ours"], "", 0.60, False, f"{rate['ours']:.0f} tokens/s; {detail}"),
         Figure(
             "step_over_straightforward", rate["ours"] / rate["straightforward"], "x", 4.0, False,
