@@ -111,6 +111,7 @@ def test_auto_is_16_bits_on_a_cpu_that_has_units_for_them(world, tmp_path, monke
 
 def test_what_auto_has_chosen_is_part_of_a_run(world, tmp_path, monkeypatch):
     """Else a run begun on a CPU went on in 16 bits on a GPU."""
+    monkeypatch.setattr(parallel, "has_16_bit_units", lambda: False)
     run = settings(world, tmp_path, precision="auto", max_steps=2)
     assert loop.train(run).steps == 2
     assert loop.train(run.model_copy(update={"precision": "float32"})).steps == 2
