@@ -72,32 +72,49 @@ def convert(field: str, file: Path) -> Converted:
     ):
         if unfit:
             raise UserError(field, file, f"{what}, which is not supported; give a tokenizer.json instead")
+    normalizers = _normalizers(normalizer, charsmap)
+    return Converted(_description(pieces, kind, normalizers, bool(normalizer.get(3, 1))), control_tokens)
+
+
+def bpe_description(pieces: list[Piece], prefixed: bool) -> dict[str, Any]:
+    """Return the tokenizer.json of a BPE model whose pieces another kind of file holds, such as a GGUF file.
+
+    Args:
+        pieces: The vocabulary; the place is the id.
+        prefixed: Whether a space goes before every text.
+    """
+    return _description(pieces, BPE, _spaces(prefixed), prefixed)
+
+
+def _description(pieces: list[Piece], kind: int, normalizers: list[dict[str, Any]], prefixed: bool) -> dict[str, Any]:
     byte_fallback = any(piece.kind == BYTE for piece in pieces)
-    description = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(number, piece) for number, piece in enumerate(pieces) if _is_added(piece)],
-        "normalizer": _normalizer(normalizer, charsmap),
+        "added_tokens": [added_token(number, piece) for number, piece in enumerate(pieces) if _is_added(piece)],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
         "post_processor": None,
-        "decoder": _decoder(bool(normalizer.get(3, 1))),
+        "decoder": _decoder(prefixed),
         "model": _bpe(pieces, byte_fallback) if kind == BPE else _unigram(pieces, byte_fallback),
     }
-    return Converted(description, control_tokens)
 
 
 def _piece(content: bytes) -> Piece:
     fields = _last(content)
     (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
-    return Piece(fields[1].decode(), score, fields.get(3, NORMAL))
+    text, kind = fields[1].decode(), fields.get(3, NORMAL)
+    # The library looks for added tokens before it replaces the spaces of a text.
+    return Piece(text.replace(SPACE, " ") if kind == USER_DEFINED else text, score, kind)
 
 
 def _is_added(piece: Piece) -> bool:
     return piece.kind in (UNKNOWN, CONTROL, USER_DEFINED)
 
 
-def _added(number: int, piece: Piece) -> dict[str, Any]:
+def added_token(number: int, piece: Piece) -> dict[str, Any]:
+    """Return the entry of a piece that is found whole in a text, or never if it is a control token."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": piece.text, **flags, "special": piece.kind != USER_DEFINED}
 
@@ -115,7 +132,7 @@ def _bpe(pieces: list[Piece], byte_fallback: bool) -> dict[str, Any]:
     merges.sort(key=lambda merge: (-merge[0].score, -merge[1], merge[1] - len(merge[0].text)))
     return {
         "type": "BPE",
-        "unk_token": next(piece.text for piece in pieces if piece.kind == UNKNOWN),
+        "unk_token": next((piece.text for piece in pieces if piece.kind == UNKNOWN), None),
         "fuse_unk": True,
         "byte_fallback": byte_fallback,
         "vocab": {piece.text: number for number, piece in enumerate(pieces)},
@@ -144,17 +161,20 @@ def put_out_of_reach(vocabulary: list[list[Any]], numbers: set[int]) -> None:
         vocabulary[number][1] = (lowest - UNKNOWN_PENALTY) * (len(vocabulary[number][0]) + 1)
 
 
-def _normalizer(fields: dict[int, Any], charsmap: bytes) -> dict[str, Any]:
+def _normalizers(fields: dict[int, Any], charsmap: bytes) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
     if charsmap:
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
     if fields.get(4, 1):  # remove_extra_whitespaces
         replacements = ((r"\A +|[ ▁]+\z", ""), (" {2,}", " "))
         steps += [{"type": "Replace", "pattern": {"Regex": found}, "content": put} for found, put in replacements]
-    if fields.get(3, 1):  # add_dummy_prefix
-        steps.append({"type": "Prepend", "prepend": SPACE})
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
-    return {"type": "Sequence", "normalizers": steps}
+    return steps + _spaces(bool(fields.get(3, 1)))  # add_dummy_prefix
+
+
+def _spaces(prefixed: bool) -> list[dict[str, Any]]:
+    """Return the steps that write spaces as SentencePiece does."""
+    prefix: list[dict[str, Any]] = [{"type": "Prepend", "prepend": SPACE}] if prefixed else []
+    return [*prefix, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
 
 
 def _decoder(prefixed: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from indraquantum.data import sentencepiece_model
+from indraquantum.data import gguf_tokenizer, sentencepiece_model
 from indraquantum.data.control_tokens import (
     CONFIG,
     MAP,
@@ -28,6 +28,8 @@ from indraquantum.data.control_tokens import (
     choose_control_tokens,
     read_stated,
 )
+from indraquantum.data.gguf_file import SUFFIX, is_gguf, open_gguf
+from indraquantum.data.gguf_tokenizer import Described
 from indraquantum.data.sentencepiece_check import warn_of_difference
 from indraquantum.errors import UserError
 from indraquantum.files import NOT_ITS_SUM, damaged_file, read_json, sha256_of
@@ -186,11 +188,12 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
     """Load a tokenizer from a folder, a file, or the Hugging Face hub.
 
     A folder without tokenizer.json may hold a SentencePiece model, tokenizer.model, which is converted. If both are
-    there, tokenizer.json is used, and a line on stderr warns if the two give different ids.
+    there, tokenizer.json is used, and a line on stderr warns if the two give different ids. A GGUF file holds its
+    tokenizer, which is converted too.
 
     Args:
         field: The option to name in an error.
-        name: The folder, its tokenizer.json or tokenizer.model, or a hub id such as `owner/name`.
+        name: The folder, its tokenizer.json or tokenizer.model, a GGUF file, or a hub id such as `owner/name`.
         start: What documents begin with; see `choose_control_tokens`.
 
     Raises:
@@ -200,11 +203,7 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
     file = _tokenizer_file(field, name)
     if damaged_file(file.parent, [file.name]) is not None:
         raise UserError(field, file, NOT_ITS_SUM)
-    converted = None
-    if file.suffix == ".model":
-        converted = sentencepiece_model.convert(field, file)
-    description = converted.description if converted else read_json(field, file)
-    stated = read_stated(field, file.parent, converted.control_tokens if converted else {})
+    description, stated = _described(field, file)
     backend = _backend(field, file, description)
     control = choose_control_tokens(field, file, stated, backend, start)
     tokenizer = TextTokenizer(backend, *control)
@@ -216,10 +215,23 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
                 name,
                 f"turns the text {spelled!r} into a control token, so text could end a document; use another tokenizer",
             )
-    model = file if converted else file.with_name(SENTENCEPIECE_FILE)
-    if model.is_file():
+    model = file if file.suffix == ".model" else file.with_name(SENTENCEPIECE_FILE)
+    if model.is_file() and not is_gguf(file):
         warn_of_difference(field, file, model, tokenizer.backend)
     return tokenizer
+
+
+def _described(field: str, file: Path) -> Described:
+    """Return the content of a tokenizer.json, converted if `file` is of another kind, and its BOS and EOS.
+
+    A GGUF file names them itself. For other files, those beside them do.
+    """
+    if is_gguf(file):
+        return gguf_tokenizer.convert(field, open_gguf(field, file))
+    if file.suffix == ".model":
+        converted = sentencepiece_model.convert(field, file)
+        return Described(converted.description, read_stated(field, file.parent, converted.control_tokens))
+    return Described(read_json(field, file), read_stated(field, file.parent, {}))
 
 
 def _backend(field: str, file: Path, description: Any) -> Tokenizer:
@@ -273,7 +285,7 @@ def _tokenizer_file(field: str, name: str) -> Path:
     if not path.is_dir():
         if path.exists():
             return path
-        if not HUB_ID.fullmatch(name) or path.suffix in (".json", ".model"):
+        if not HUB_ID.fullmatch(name) or path.suffix in (".json", ".model", SUFFIX):
             raise UserError(field, name, f"does not exist; {REMEDY}")
         from indraquantum.data.download import hub_files
 
