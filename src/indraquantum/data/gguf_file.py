@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from indraquantum.errors import UserError, optional_package, reason
 from indraquantum.files import unreadable
 
@@ -95,3 +97,11 @@ def _check(field: str, file: GgufFile) -> None:
         raise UserError(field, file.path, "must name its architecture (general.architecture), but does not")
     if (kind := about.get("general.type", "model")) != "model":
         raise UserError(field, file.path, f"must hold a model, but holds a file of the type {kind}")
+
+
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """Return the float32 values of one tensor of a file that `open_gguf` has read."""
+    from gguf import GGUFReader, dequantize
+
+    (tensor,) = (tensor for tensor in GGUFReader(path).tensors if tensor.name == name)
+    return np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)

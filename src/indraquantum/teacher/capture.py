@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from indraquantum.config import CaptureSettings
+from indraquantum.data.gguf_file import GgufFile
 from indraquantum.errors import Unreachable, UserError
 from indraquantum.files import check_manifest_json, make_folder, sha256_of, try_lock
 from indraquantum.progress import Progress, warn
@@ -32,6 +33,7 @@ from indraquantum.teacher.manifest import (
     Manifest,
     ShardEntry,
     Statistics,
+    TeacherSource,
     read_manifest,
     statistics_of,
     write_manifest,
@@ -175,10 +177,18 @@ def _begin_or_continue(
         **identity.model_dump(),
         teacher=settings.teacher,
         teacher_revision=files.revision if files else None,
+        teacher_source=_source(files.gguf) if files and files.gguf else None,
         shards=(),
         complete=False,
         statistics=statistics_of(()),
     )
+
+
+def _source(file: GgufFile) -> TeacherSource:
+    """Return what a GGUF file says of itself."""
+    about = {name: value for name, value in file.metadata.items() if isinstance(value, str)}
+    facts = {name.removeprefix("general."): value for name, value in about.items() if name.startswith("general.")}
+    return TeacherSource(architecture=file.architecture, quantisation=file.quantisation, facts=facts)
 
 
 def _check_shards(path: Path, dataset: PreparedDataset, manifest: Manifest) -> None:

@@ -41,7 +41,7 @@ def open_data(settings: CaptureSettings, files: TeacherFiles | None, verify: boo
     from indraquantum.data.dataset import open_dataset
 
     return open_dataset(
-        "--data", settings.data, str(files.folder) if files and settings.data.is_file() else None, verify=verify
+        "--data", settings.data, files.tokenizer if files and settings.data.is_file() else None, verify=verify
     )
 
 

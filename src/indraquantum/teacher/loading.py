@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from indraquantum.errors import UserError
 from indraquantum.files import read_json
 from indraquantum.teacher.checks import is_causal, packs_right, telling_rows
+from indraquantum.teacher.gguf_teacher import apply_rope_factors, completed
 from indraquantum.teacher.refusals import quiet_transformers, refused_in_one_line
 from indraquantum.teacher.teacher_files import TeacherFiles
 from indraquantum.teacher.teacher_model import Teacher, pieces_of
@@ -38,12 +39,16 @@ def teacher_config(files: TeacherFiles) -> PretrainedConfig:
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    about = read_json(files.field, files.folder / "config.json")
+    about = None if files.gguf else read_json(files.field, files.folder / "config.json")
     if isinstance(about, dict) and about.get("auto_map") and about.get("model_type") not in CONFIG_MAPPING:
         allowed = f"must have an architecture that transformers knows; {about.get('model_type')} needs code of its own"
         raise UserError(files.field, files.name, f"{allowed}, which this program never runs")
     with refused_in_one_line(files), quiet_transformers():
-        config = AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            files.folder, local_files_only=True, trust_remote_code=False, **_gguf_option(files)
+        )
+        if files.gguf:
+            config = completed(files.gguf, config)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{config.model_type} is not a causal LM")
         if config.is_encoder_decoder:
@@ -111,9 +116,15 @@ def _check_answers(files: TeacherFiles, teacher: Teacher, rows: Batch) -> None:
 def _load_model(files: TeacherFiles, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
+    config = teacher_config(files)
     options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True, "trust_remote_code": False}
-    if getattr(teacher_config(files), "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None:
         options["device_map"] = {"": device}
+    if files.gguf:
+        from transformers import GgufConfig
+
+        # Without `dequantize` transformers counts the model as quantised and may keep the weights packed.
+        options |= {"config": config, "quantization_config": GgufConfig(dequantize=True), **_gguf_option(files)}
     with refused_in_one_line(files), quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(files.folder, attn_implementation="sdpa", **options)
@@ -122,4 +133,11 @@ def _load_model(files: TeacherFiles, dtype: torch.dtype, device: torch.device) -
     if missing := sorted(info["missing_keys"]):
         allowed = f"must have all of its weights, but {len(missing)} are missing, such as {missing[0]}"
         raise UserError(files.field, files.name, allowed)
+    if files.gguf:
+        apply_rope_factors(files.gguf, model)
     return model
+
+
+def _gguf_option(files: TeacherFiles) -> dict[str, str]:
+    """Return the option of transformers that names the file of a GGUF teacher."""
+    return {"gguf_file": files.gguf.path.name} if files.gguf else {}

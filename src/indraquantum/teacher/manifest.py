@@ -16,8 +16,9 @@ from indraquantum.errors import UserError, first_problem
 from indraquantum.files import SEAL, read_json, write_manifest_json
 
 FORMAT = "indraquantum-signals"
-FORMAT_VERSION = 3  # 2 added top-k, full and served signals, 3 the rows of a batch; older ones are read as they are
-_READABLE = (1, 2, 3)
+# 2 added top-k, full and served signals, 3 the rows of a batch, 4 the source of a GGUF file; all are read.
+FORMAT_VERSION = 4
+_READABLE = (1, 2, 3, 4)
 MANIFEST_NAME = "manifest.json"
 _SHA256 = r"^[0-9a-f]{64}$"
 
@@ -102,6 +103,17 @@ class Statistics(_Page):
     """The teacher's cross-entropy on the actual next tokens of each split, in nats. Look at this figure first."""
 
 
+class TeacherSource(_Page):
+    """What a teacher's GGUF file says of itself."""
+
+    format: Literal["gguf"] = "gguf"
+    architecture: str
+    quantisation: dict[str, int]
+    """How many tensors there are of each type, such as Q4_1. They were turned into floats before they were used."""
+    facts: dict[str, str]
+    """Its entries of the kind general.*, such as name, organization, license and base models."""
+
+
 class Manifest(Identity):
     """The whole manifest."""
 
@@ -109,6 +121,8 @@ class Manifest(Identity):
     format_version: int = FORMAT_VERSION
     teacher: str
     teacher_revision: str | None
+    teacher_source: TeacherSource | None = None
+    """Only for a GGUF file."""
     batch_rows: int | None = Field(default=None, ge=1)
     """Rows that the teacher read at once, which decides the last bits; None before version 3."""
     shards: tuple[ShardEntry, ...] = Field(strict=False)
@@ -161,7 +175,8 @@ def statistics_of(shards: tuple[ShardEntry, ...]) -> Statistics:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically."""
     fields = manifest.model_dump(mode="json")
-    first = {name: fields.pop(name) for name in ("format", "format_version", "teacher", "teacher_revision")}
+    names = ("format", "format_version", "teacher", "teacher_revision", "teacher_source")
+    first = {name: fields.pop(name) for name in names}
     write_manifest_json(folder / MANIFEST_NAME, first | fields)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 
+from indraquantum.data.gguf_file import INSTALL
 from indraquantum.errors import UserError
 from indraquantum.files import read_json
 from indraquantum.teacher.teacher_files import TeacherFiles
@@ -47,7 +49,9 @@ def refused_in_one_line(files: TeacherFiles) -> Iterator[None]:
 
 
 def _quantisation(files: TeacherFiles) -> str:
-    """Return how a quantised teacher's weights are stored, and the command that installs the packages to read them."""
+    """Return how a teacher's weights are stored, if not as plain numbers, and what to install to read them."""
+    if files.gguf:
+        return f": pip install '{INSTALL}'"
     about = read_json(files.field, files.folder / "config.json").get("quantization_config") or {}
     method = about.get("quant_method") or ("bitsandbytes" if about.keys() & {"load_in_8bit", "load_in_4bit"} else None)
     if method is None:
@@ -65,7 +69,8 @@ def quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # the bar for GGUF files can't be switched off
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

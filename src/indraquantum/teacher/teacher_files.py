@@ -1,4 +1,4 @@
-"""Finds a teacher's files: a folder, or a model of the Hugging Face hub, which is downloaded."""
+"""Finds a teacher's files: a folder, a GGUF file, or a model of the Hugging Face hub, which is downloaded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from indraquantum.data.gguf_file import SUFFIX, GgufFile, is_gguf, open_gguf
 from indraquantum.errors import UserError
 from indraquantum.files import NOT_ITS_SUM, damaged_file, read_json, read_sums, sha256_of
+from indraquantum.teacher.gguf_teacher import check_gguf
 
 if TYPE_CHECKING:
     from indraquantum.data.prepared import PreparedDataset
@@ -25,7 +27,13 @@ class TeacherFiles:
     field: str  # the option that named it
     name: str  # as given
     folder: Path
-    revision: str | None  # commit on the hub; None for a local folder
+    revision: str | None  # commit on the hub; None for local files
+    gguf: GgufFile | None = None  # if one file in the folder is the teacher
+
+    @property
+    def tokenizer(self) -> str:
+        """What to load its tokenizer from."""
+        return str(self.gguf.path if self.gguf else self.folder)
 
     def weight_files(self) -> list[Path]:
         """Return the files of weights: safetensors, or torch's own format if there are none.
@@ -41,9 +49,15 @@ class TeacherFiles:
     def sha256(self) -> str:
         """Return the hex SHA-256 over the configuration's values and every byte of the weights.
 
+        For a GGUF file it is the file's own.
+
         Raises:
             UserError: the configuration can't be read, or a file does not match SHA256SUMS beside it.
         """
+        if self.gguf:
+            if damaged_file(self.folder, [self.gguf.path.name]) is not None:
+                raise UserError(self.field, self.gguf.path, NOT_ITS_SUM)
+            return sha256_of(self.gguf.path)
         if (name := damaged_file(self.folder, ["config.json"])) is not None:
             raise UserError(self.field, self.folder / name, NOT_ITS_SUM)
         config = read_json(self.field, self.folder / "config.json")
@@ -62,15 +76,19 @@ def find_teacher(field: str, name: str) -> TeacherFiles:
 
     Args:
         field: the option to name in an error.
-        name: a folder in Hugging Face's format, or a hub id.
+        name: a folder in Hugging Face's format, a GGUF file, or a hub id.
 
     Raises:
-        UserError: there is no such folder, no network, or no model in it.
+        UserError: there is no such folder, no network, no model in it, or a GGUF file that can't be used.
     """
     folder, revision = Path(name), None
+    if is_gguf(name) and not folder.is_dir():
+        file = open_gguf(field, folder)
+        check_gguf(field, file)
+        return TeacherFiles(field, name, folder.parent, None, file)
     if not folder.is_dir():
         if folder.exists() or name.count("/") > 1 or name.startswith((".", "~", "/")):
-            raise UserError(field, name, f"must be a folder with a model, or a hub id; {_REMEDY}")
+            raise UserError(field, name, f"must be a folder with a model, a .gguf file, or a hub id; {_REMEDY}")
         from indraquantum.data.download import hub_files
 
         folder = hub_files(field, name, _FILES, "model", _REMEDY)
@@ -78,6 +96,8 @@ def find_teacher(field: str, name: str) -> TeacherFiles:
             folder = hub_files(field, name, [*_FILES, "*.bin"], "model", _REMEDY)
         revision = folder.name  # the hub's cache names a snapshot's folder by its commit
     if not (folder / "config.json").is_file():
+        if files := sorted(folder.glob(f"*{SUFFIX}")):
+            raise UserError(field, name, f"has no config.json; to use its GGUF file, give {files[0]}")
         raise UserError(field, name, f"has no config.json; {_REMEDY}")
     return TeacherFiles(field, name, folder, revision)
 
@@ -91,5 +111,5 @@ def check_tokenizer(files: TeacherFiles, dataset: PreparedDataset) -> None:
     from indraquantum.data.same_tokenizer import require_same_tokenizer
     from indraquantum.data.tokenizer import load_tokenizer
 
-    theirs = load_tokenizer(files.field, str(files.folder))
+    theirs = load_tokenizer(files.field, files.tokenizer)
     require_same_tokenizer(files.field, files.name, "must have the dataset's tokenizer", dataset.tokenizer, theirs)
