@@ -115,7 +115,7 @@ class PrepareSettings(Settings):
     #sha256=HEX to a URL to pin its content."""
     tokenizer: str = TINYLLAMA
     """The tokenizer, which must be the teacher's: a folder with tokenizer.json or tokenizer.model, one of these files,
-    or a hub id, with or without @revision."""
+    a GGUF file, or a hub id, with or without @revision."""
     document_start: Literal["auto", "bos", "eos", "none"] = "auto"
     """What each document begins with: the BOS token, the EOS token, or nothing. auto does what the tokenizer's own
     models expect. Choose another value to match a model that was trained differently."""
@@ -184,8 +184,8 @@ class CaptureSettings(DeviceSettings):
     data: Path = Path("data/mixed_train")
     """The prepared dataset: the packed folder, or a pickle."""
     teacher: str = TINYLLAMA
-    """The teacher: a folder or hub id (with or without @revision) of a causal language model, or the URL of a server.
-    It must have the dataset's tokenizer."""
+    """The teacher: a folder or hub id (with or without @revision) of a causal language model, a GGUF file
+    (pip install 'indraquantum[gguf]'), or the URL of a server. It must have the dataset's tokenizer."""
     served_model: str | None = None
     """The name of the model on the server. By default it is the first one that the server lists."""
     concurrency: int = Field(default=8, ge=1, le=1024)
@@ -372,7 +372,7 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettin
     signals: Path | None = None
     """The folder of the teacher's signals. By default it is teacher_signals beside the data."""
     teacher: str = TINYLLAMA
-    """The teacher to capture signals from if there are none yet: a folder or a hub id."""
+    """The teacher to capture signals from if there are none yet: a folder, a GGUF file or a hub id."""
     no_teacher: bool = False
     """Train on cross-entropy alone, without a teacher."""
     output: Path = Path("checkpoints/phase2_v4_unified")

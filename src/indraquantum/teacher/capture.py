@@ -186,8 +186,9 @@ def _begin_or_continue(
 
 def _source(file: GgufFile) -> TeacherSource:
     """Return what a GGUF file says of itself."""
-    about = {name: value for name, value in file.metadata.items() if isinstance(value, str)}
-    facts = {name.removeprefix("general."): value for name, value in about.items() if name.startswith("general.")}
+    texts = {name: value for name, value in file.metadata.items() if isinstance(value, str)}
+    facts = {name.removeprefix("general."): value for name, value in texts.items() if name.startswith("general.")}
+    del facts["architecture"]
     return TeacherSource(architecture=file.architecture, quantisation=file.quantisation, facts=facts)
 
 

@@ -197,7 +197,10 @@ class ServedAsker:
             vocabulary_size = self._dataset.tokenizer.vocabulary_size
             known = [_position(*pair, self._k, vocabulary_size) for pair in zip(entries[1:], prompt[1:], strict=True)]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            allowed = f"must return prompt_logprobs as vLLM does ({type(error).__name__}: {error})"
+            allowed = (
+                f"must return prompt_logprobs as vLLM does ({type(error).__name__}: {error}). The servers of llama.cpp "
+                "can't; if you have its GGUF file, give that as --teacher"
+            )
             raise UserError("--teacher", self._settings.teacher, allowed) from None
         ids_Tk, logprobs_Tk, label_T = (np.array(column) for column in zip(*known, strict=True))
         if start + length == end:
