@@ -16,6 +16,7 @@ from indraquantum.teacher import capture as capture_module
 from indraquantum.teacher.batch_size import choose_batch_rows, free_memory, teacher_size
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.loading import load_teacher
+from indraquantum.teacher.manifest import FORMAT_VERSION
 from indraquantum.teacher.teacher_files import find_teacher
 from indraquantum.teacher.teacher_model import Teacher
 from teacher_world import as_dataset, make_split, random_documents, write_tokenizer
@@ -177,7 +178,7 @@ def test_signals_of_version_2_go_on(settings, monkeypatch):
     write_manifest_json(path, page)
     capture(settings, None, SHARD)
     page = json.loads(path.read_text())
-    assert (page["format_version"], page["batch_rows"], page["complete"]) == (3, 2048 // 48, True)
+    assert (page["format_version"], page["batch_rows"], page["complete"]) == (FORMAT_VERSION, 2048 // 48, True)
     verify_signals("--signals", settings.output, open_dataset("--data", settings.data))
 
 

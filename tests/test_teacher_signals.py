@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from indraquantum.errors import UserError
 from indraquantum.files import sha256_of
-from indraquantum.teacher.manifest import Manifest, read_manifest, statistics_of, write_manifest
+from indraquantum.teacher.manifest import FORMAT_VERSION, Manifest, read_manifest, statistics_of, write_manifest
 from indraquantum.teacher.packing_bits import pack_bits, unpack_bits
 from indraquantum.teacher.sampling import PositionSignals
 from indraquantum.teacher.shard import entry_bits, write_shard
@@ -168,7 +168,7 @@ def change_manifest(folder, change):
     ("change", "message"),
     [
         (lambda page: page.update(format="else"), "format indraquantum-signals"),
-        (lambda page: page.update(format_version=4), "format_version 3 or lower, not 4"),
+        (lambda page: page.update(format_version=FORMAT_VERSION + 1), f"format_version {FORMAT_VERSION} or lower"),
         (lambda page: page.update(draws="many"), "damaged: draws"),
         (lambda page: page.pop("seed"), "damaged: seed"),
         (lambda page: page["shards"][0].update(file="../../etc/x.safetensors"), "damaged: shards.0.file"),
