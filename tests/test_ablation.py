@@ -327,7 +327,7 @@ def test_a_report_that_finds_no_room_leaves_the_pictures_of_before(finished, tmp
     assert indra("ablate", plan, "--output", tmp_path / "results", "--report-only") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "got No space left on device; must be a place with room" in error
+    assert "got No space left on device; must be on a writable disk with free space" in error
     assert {path.name: path.read_bytes() for path in (tmp_path / "results").glob("*report*")} == before
 
 

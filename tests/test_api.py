@@ -248,7 +248,9 @@ def test_the_system_s_refusal_belongs_to_the_family(trained, monkeypatch):
         raise OSError(28, "No space left on device", "disk")
 
     monkeypatch.setattr("indraquantum.inference.load.load", full)
-    with pytest.raises(InvalidInput, match="disk: got No space left on device; must be a place with room"):
+    with pytest.raises(
+        InvalidInput, match="disk: got No space left on device; must be on a writable disk with free space"
+    ):
         indraquantum.load(trained.checkpoint)
 
 

@@ -142,7 +142,8 @@ def test_a_wrong_file_of_options_is_one_line(capsys, tmp_path, content, field, s
 
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(errno.ENOSPC, "must be a place with room"), (errno.EACCES, "must be open to you; check its permissions"),
+    [(errno.ENOSPC, "must be on a writable disk with free space"),
+     (errno.EACCES, "must be accessible to you; check its permissions"),
      (errno.ENAMETOOLONG, "must be a shorter path")],
 )  # fmt: skip
 def test_what_the_system_refuses_is_one_line(capsys, number, said):

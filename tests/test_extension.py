@@ -72,7 +72,8 @@ def test_warm_up_and_weights_keep_to_the_length_that_the_run_was_begun_with(worl
     before = lines_of(short)
     capsys.readouterr()
     extended = trained(world, tmp_path, **options, epochs=3)
-    assert f"The run began with {steps} steps: warm-up and loss weights keep that length." in (capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert f"The run began with {steps} steps. Its warm-up and loss weights keep that length." in out
     lines = lines_of(extended)
     assert lines[: steps + 1] == before
     assert {line["learning_rate"] for line in lines[steps + 1 :]} == {extended.learning_rate}
@@ -95,8 +96,8 @@ def test_wsd_goes_on_from_before_its_decay(world, tmp_path):
         loop.train(wanted)
     assert str(refused.value) == (
         f"--epochs: got 3; must be 1, as in the run that {wanted.output} holds: its learning rate decays from step "
-        f"{begin} on. To train on, resume from before that with --resume {way}, or begin a new run from its weights "
-        f"with --start-from {wanted.output / 'checkpoint_v4_epoch_1.pt'} --output NEW"
+        f"{begin} on. To train it further, resume from before that with --resume {way}, or begin a new run from its "
+        f"weights with --start-from {wanted.output / 'checkpoint_v4_epoch_1.pt'} --output NEW"
     )
     loop.train(wanted.model_copy(update={"resume": str(way)}))
     assert survival.result(wanted) == survival.result(long)
@@ -149,7 +150,7 @@ def test_a_run_that_stopped_early_says_so_when_it_is_given_more_steps(world, tmp
     capsys.readouterr()
     longer = trained(world, tmp_path, **options, epochs=4)
     last = longer.output / "checkpoint_v4_epoch_1.pt"
-    said = f"--patience stopped this run early. To train on from its weights: --start-from {last} --output NEW\n"
+    said = f"--patience stopped this run early. To train it further, use --start-from {last} --output NEW\n"
     assert said in capsys.readouterr().out
 
 

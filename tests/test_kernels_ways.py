@@ -140,7 +140,7 @@ def test_a_run_goes_on_as_it_began_whatever_is_quickest_by_then(world, free, tmp
 
     monkeypatch.setenv(ways.VARIABLE, "torch:8x40")
     assert train_from(2) == ["torch:8x40"]
-    said = "From here on this computes by torch:8x40 instead of torch:32x100; the last bits may differ."
+    said = "From now on, products are computed with torch:8x40 instead of torch:32x100; the last bits may differ."
     assert said in capsys.readouterr().err
     monkeypatch.delenv(ways.VARIABLE)
 

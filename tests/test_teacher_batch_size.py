@@ -184,7 +184,7 @@ def test_signals_of_version_2_go_on(settings, monkeypatch):
 
 @pytest.mark.parametrize("value", [0, -3, "no", 1.5, True])
 def test_other_batches_are_refused(value):
-    with pytest.raises(ValueError, match=r"batch_tokens: got .*; must be auto, or a whole number from 1 on"):
+    with pytest.raises(ValueError, match=r"batch_tokens: got .*; must be auto, or a whole number of at least 1"):
         CaptureSettings(batch_tokens=value)
 
 

@@ -356,7 +356,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(world):
     with torch.no_grad():
         model.embedding.weight[:] = float("nan")
     before = {name: p.clone() for name, p in model.named_parameters() if "embedding" not in name}
-    with pytest.raises(TrainingStopped, match="weights are not finite, before any row is read"):
+    with pytest.raises(TrainingStopped, match="weights are not finite before the step begins"):
         Engine(SingleProcess(model), optimizer).step(
             StepInput(dataset.train, np.arange(3), 3, learning_rate=1e-3, signals=signals, kd_weight=0.05)
         )

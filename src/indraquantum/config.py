@@ -224,7 +224,7 @@ class CaptureSettings(DeviceSettings):
     def _auto_or_positive(cls, value: object) -> object:
         if value == "auto" or (str(value).isdecimal() and int(str(value)) > 0):
             return value
-        raise ValueError("must be auto, or a whole number from 1 on")
+        raise ValueError("must be auto, or a whole number of at least 1")
 
 
 class ModelSettings(Settings):

@@ -24,8 +24,10 @@ _SHOWN_IN_CAPITALS = {"CHECKPOINT": "checkpoint", "FOLDER": "folder"}  # argumen
 _options_are_named = False
 
 # What the system may refuse for any file, and what the message then asks for.
-_REFUSALS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS), "must be a place with room to write")
-_REFUSALS |= dict.fromkeys((errno.EACCES, errno.EPERM), "must be open to you; check its permissions")
+_REFUSALS = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS), "must be on a writable disk with free space"
+)
+_REFUSALS |= dict.fromkeys((errno.EACCES, errno.EPERM), "must be accessible to you; check its permissions")
 _REFUSALS[errno.ENAMETOOLONG] = "must be a shorter path"
 
 

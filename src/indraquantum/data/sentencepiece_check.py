@@ -56,7 +56,7 @@ def warn_of_difference(field: str, file: Path, model: Path, tokenizer: Tokenizer
         if theirs != ours:
             warn(
                 f"warning: {file} and SentencePiece's {model.name} differ: {text!r} becomes {_short(ours)} and "
-                f"{_short(theirs)}; train and use a model with the same one of them"
+                f"{_short(theirs)}; use the same one to train a model and to use it"
             )
             return
 

@@ -93,7 +93,7 @@ def _load_folder(path: Path, device: torch.device, weights: WhichWeights) -> Loa
     from safetensors.torch import load_file
 
     if weights != "auto":
-        raise UserError("--weights", weights, "must be auto: an exported folder holds one set of weights")
+        raise UserError("--weights", weights, "must be auto, because an exported folder holds one set of weights")
     about = read_json("CHECKPOINT", path / "config.json") if (path / "config.json").is_file() else None
     if not isinstance(about, dict) or about.get("model_type") != STUDENT_TYPE:
         raise UserError("CHECKPOINT", path, "must be a checkpoint, or a folder that `indra export` wrote")

@@ -131,7 +131,7 @@ def check_signals(ids_NK: Tensor, probs_NK: Tensor, num_rows: int, vocabulary_si
         require(False, "probs_NK", known_NK[wrong_NK][0].item(), "a probability in [0, 1]")
     sums_N = known_NK.float().sum(dim=1)
     if num_rows and (largest := sums_N.max().item()) > 1 + ROW_SUM_TOLERANCE:
-        allowed = f"at most 1 a row, to {ROW_SUM_TOLERANCE}"
+        allowed = f"at most 1 for each row, within {ROW_SUM_TOLERANCE}"
         require(False, "probs_NK", f"a row that sums to {largest:.6g}", allowed)
 
 

@@ -91,5 +91,5 @@ def continued(began: str | None, field: str) -> Way:
     way = USUAL if began is None else parsed(field, began)
     asked = asked_for() or way
     if asked != way:
-        warn(f"From here on this computes by {asked} instead of {way}; the last bits may differ.")
+        warn(f"From now on, products are computed with {asked} instead of {way}; the last bits may differ.")
     return asked

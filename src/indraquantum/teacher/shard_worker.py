@@ -96,8 +96,8 @@ class ShardWorker:
             self._asker = self._load()
             if self._asker.packed is False:
                 warn(
-                    "capture: this teacher does not keep the documents of a row apart; it is asked one document at a "
-                    "time, which is slower"
+                    "capture: this teacher does not keep the documents of a row apart, so it is asked about one "
+                    "document at a time, which is slower"
                 )
         return self._asker
 

@@ -39,7 +39,7 @@ def require_finite_weights(groups: Iterable[dict]) -> None:
     if not math.isfinite(whole(torch.nn.utils.get_total_norm(weights)).item()):
         bad = sum(int((~whole(weight).isfinite()).sum()) for weight in weights)
         if bad:  # the norm may overflow although all weights are finite
-            raise TrainingStopped(f"{bad:,} weights are not finite, before any row is read")
+            raise TrainingStopped(f"{bad:,} weights are not finite before the step begins")
 
 
 def require_finite_signals(signals: TeacherSignals | None, rows_N: list[int]) -> None:

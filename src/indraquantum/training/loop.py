@@ -169,7 +169,7 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
                         is_best = note_evaluation(run)
                     log.write(run.pending)
                     if collapsed:
-                        raise TrainingStopped(f"{collapsed}; continue with --on-collapse warn")
+                        raise TrainingStopped(f"{collapsed}; to continue, use --on-collapse warn")
                 run.pending = None
                 if is_best and run.step and run.keep_best:  # before the one to resume from, which is never ahead
                     write_checkpoint(run, run.folder / BEST_NAME, log)

@@ -67,9 +67,9 @@ def resume(run: Run) -> bool:
     if not run.finished:
         tell(f"Resuming from step {run.step} of {run.total_steps}.")
     elif run.step < run.total_steps:
-        tell(f"--patience stopped this run early. To train on from its weights: --start-from {path} --output NEW")
+        tell(f"--patience stopped this run early. To train it further, use --start-from {path} --output NEW")
     if run.total_steps != run.plan.planned_steps:
-        tell(f"The run began with {run.plan.planned_steps} steps: warm-up and loss weights keep that length.")
+        tell(f"The run began with {run.plan.planned_steps} steps. Its warm-up and loss weights keep that length.")
     return True
 
 
@@ -158,7 +158,7 @@ def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -
     ways = [f"resume from before that with --resume {early[0]}"] if early else []
     if "start_from" in type(settings).model_fields:
         ways.append(f"begin a new run from its weights with --start-from {newest} --output NEW")
-    way_out = f". To train on, {', or '.join(ways)}" if ways else ""
+    way_out = f". To train it further, {', or '.join(ways)}" if ways else ""
     which = f"the run that {run.folder} holds" if settings.resume == "auto" else "the run of --resume"
     return UserError(option, value, f"must be {then}, as in {which}: {error.why}{way_out}")
 

@@ -303,7 +303,7 @@ def refuse_checkpoints(folder: Path, plan: Plan) -> None:
         UserError: it holds one.
     """
     if there := checkpoints_in(folder, plan.step_of_epoch):
-        allowed = f"must be auto: {folder} holds {there[0][1].name}; or give another --output"
+        allowed = f"must be auto, because {folder} holds {there[0][1].name}; or give another --output"
         raise UserError("--resume", "never", allowed)
 
 
