@@ -6,15 +6,15 @@
     report = indraquantum.train(data="data/notes", no_teacher=True, epochs=3)
     print(indraquantum.load(report.checkpoint).generate("Once upon a time").text)
 
-Each takes its options as keyword arguments, or a settings object of `indraquantum.config` that holds them; both have
-the names of the command's options, with _ for -. Each returns a dataclass with the results.
+Each function takes its options as keyword arguments, or as one settings object of `indraquantum.config`. Both use the
+names of the command's options, with _ instead of -. Each function returns a dataclass with the results.
 
-Errors. What is wrong with an argument, a setting or a file raises `InvalidInput`, which names the argument, its value
-and what is allowed. It belongs to `IndraError`, the base of every error that is documented here. A failure of the
-system that no argument can mend, such as a broken disk, raises `OSError`.
+Errors. If an argument, a setting or a file is wrong, the function raises `InvalidInput`, which names the argument, its
+value and what is allowed. `InvalidInput` is an `IndraError`, like every error that is documented here. If the system
+fails in a way that no argument can change, such as a broken disk, the function raises `OSError`.
 
-Output. Nothing is printed. Notes go to the logger `indraquantum`: warnings are shown by default, and
-`logging.basicConfig(level=logging.INFO)` shows the others too. Long work shows a bar where stderr is a terminal.
+Output. The functions print nothing. Notes go to the logger `indraquantum`. By default you see its warnings, and
+`logging.basicConfig(level=logging.INFO)` shows the other notes too. Long work shows a bar if stderr is a terminal.
 `logging.getLogger("indraquantum").setLevel(logging.ERROR)` silences notes, warnings and bars.
 """
 
@@ -67,15 +67,15 @@ def _settings(kind: type[S], settings: S | None, options: dict[str, Any]) -> S:
 
 @_one_family()
 def prepare(settings: PrepareSettings | None = None, **options: Any) -> PrepareReport:
-    """Turn texts and instructions into training rows: a pickle, and the packed dataset beside it.
+    """Turn texts and instructions into training rows, and write them as a packed dataset and as a pickle.
 
     Args:
-        settings: all options in one object.
-        options: or those of `PrepareSettings` that differ from their defaults, such as `text`, `instructions`,
+        settings: all options as one object, instead of keyword arguments.
+        options: the options of `PrepareSettings` that differ from their defaults, such as `text`, `instructions`,
             `tokenizer`, `max_length` and `output`.
 
     Returns:
-        Where the two layouts are (`pickle`, `folder`) and what is in them.
+        The paths of the two layouts (`pickle`, `folder`), and what is in them.
 
     Raises:
         InvalidInput: an option or a source is wrong; nothing was written.
@@ -90,15 +90,15 @@ def prepare(settings: PrepareSettings | None = None, **options: Any) -> PrepareR
 def capture(settings: CaptureSettings | None = None, **options: Any) -> CaptureReport:
     """Ask the teacher once about every position of a prepared dataset and store its signals.
 
-    A capture that was stopped resumes: the same call asks for what is missing.
+    The same call resumes a stopped capture.
 
     Args:
-        settings: all options in one object.
-        options: or those of `CaptureSettings` that differ from their defaults, such as `data`, `teacher`, `output`,
+        settings: all options as one object, instead of keyword arguments.
+        options: the options of `CaptureSettings` that differ from their defaults, such as `data`, `teacher`, `output`,
             `draws` and `device`.
 
     Returns:
-        Where the signals are, and statistics of them.
+        The path of the signals, and statistics about them.
 
     Raises:
         InvalidInput: an option, the teacher or the dataset is wrong, or `output` holds other signals.
@@ -113,17 +113,18 @@ def capture(settings: CaptureSettings | None = None, **options: Any) -> CaptureR
 def train(settings: TrainSettings | None = None, **options: Any) -> TrainReport:
     """Train IndraQuantumPhase2 by semantic distillation, or resume the run in the folder `output`.
 
-    Without signals of a teacher in `signals`, the teacher is asked first, as `capture` does; `no_teacher=True` trains
-    on cross-entropy alone. While it runs in the main thread, SIGINT (Ctrl-C), SIGTERM and SIGHUP wait for the end of
-    the step and a checkpoint.
+    If `signals` holds no signals of a teacher yet, this function first asks the teacher, as `capture` does.
+    `no_teacher=True` trains on cross-entropy alone. In the main thread, SIGINT (Ctrl-C), SIGTERM and SIGHUP stop the
+    run after the current step and a checkpoint.
 
     Args:
-        settings: all options in one object.
-        options: or those of `TrainSettings` that differ from their defaults, such as `data`, `signals`, `output`,
+        settings: all options as one object, instead of keyword arguments.
+        options: the options of `TrainSettings` that differ from their defaults, such as `data`, `signals`, `output`,
             `epochs`, `batch_tokens` and `device`.
 
     Returns:
-        Where the last checkpoint and the metrics are, the steps, and the held-out cross-entropy of each source.
+        The paths of the last checkpoint and of the metrics, the number of steps, and the held-out cross-entropy of
+        each source.
 
     Raises:
         InvalidInput: an option, the data or the signals are wrong, or `output` holds another run or is in use.
@@ -148,11 +149,11 @@ def load(checkpoint: str | Path, **options: Any) -> Loaded:
             checkpoint: ema, the moving average; last; or auto, which takes the average if there is one.
 
     Returns:
-        Its tokenizer, which readouts a teacher aligned, and the model twice with the same weights: `model`, an
+        The tokenizer, the names of the aligned readouts, and the model twice with the same weights: `model`, an
         `IndraQuantumPhase2` for transformers, and `inference_model`, which loads and writes without transformers.
 
     Raises:
-        InvalidInput: `checkpoint` is neither, or is damaged; or an option is wrong.
+        InvalidInput: `checkpoint` is not one of these, or is damaged, or an option is wrong.
     """
     from indraquantum.device import choose_device
     from indraquantum.inference.load import load as run
@@ -187,8 +188,8 @@ def evaluate(model: Loaded | str | Path, settings: EvalSettings | None = None, *
 
     Args:
         model: what `load` returned, or the path of a checkpoint or an exported folder.
-        settings: all options in one object.
-        options: or those of `EvalSettings` that differ from their defaults: `data`, a prepared dataset, or `text`, a
+        settings: all options as one object, instead of keyword arguments.
+        options: the options of `EvalSettings` that differ from their defaults: `data`, a prepared dataset, or `text`, a
             file; `split`, `signals`, `row_length`.
 
     Returns:

@@ -73,10 +73,10 @@ class SemanticDistillationLoss:
             phase_weight: weight of the phase term.
             magnitude_weight: weight of the magnitude term.
             temperature: tau of the distillation term, which is multiplied by tau^2.
-            tail: how to treat the probability that the signals do not hold, as with the likeliest tokens only.
-                `bucket` compares it as one lump with all that the student gives to the other tokens. `uniform` spreads
-                it evenly over them. `none` leaves it out, which pulls the student towards giving them nothing. Signals
-                whose rows sum to 1 have no tail, and all three are equally fast for them.
+            tail: what to do with the probability that the signals do not hold, for example if they hold only the
+                likeliest tokens. `bucket` treats all other tokens as one outcome. `uniform` spreads the probability
+                evenly over them. `none` leaves it out, which teaches the student to give them nothing. Signals whose
+                rows sum to 1 have no tail, and all three are equally fast for them.
             head: how logits are made from states and table: interference, which is fused, or born, which is dense.
             implementation: "auto" picks the kernel by the device. Give "reference" to compare a result with the plain
                 formulas, which build the whole N x V logits.
