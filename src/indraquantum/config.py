@@ -237,9 +237,9 @@ class ModelSettings(Settings):
     """Number of transformer layers. A deeper model can learn more, and costs more time and memory."""
     heads: int = Field(default=4, ge=1, le=1024)
     """Attention heads of each layer. Their number must divide the transformer's width, and the width of each head must
-    be even."""
+    be even. You rarely need to change it."""
     mlp_width: int = Field(default=688, ge=1)
-    """Inner width of the gated MLP in each layer."""
+    """Inner width of the gated MLP in each layer. A wider MLP can learn more, and costs more time and memory."""
     projector: Literal["quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none"] = "quantum"
     """How token embeddings become quantum states. quantum is the model of this project. The other kinds are controls:
     use them to see what the projector contributes."""
@@ -254,8 +254,8 @@ class ModelSettings(Settings):
     phase_spread: float = Field(default=0.02, ge=0, le=100)
     """Standard deviation of the initial phases, in radians. Small values learned better in our measurements."""
     table_std: float | None = Field(default=None, gt=0, le=100)
-    """Standard deviation of the initial embedding table. By default it is 1, or 0.5 for the projectors linear and
-    none."""
+    """Standard deviation of the initial embedding table. By default it is 1, or 0.5 for the projectors linear and none.
+    You rarely need to change it."""
     residual: bool = False
     """Add the embedding to the real part of its state. This is a control for comparison."""
     ends: Literal["shared", "separate"] = "separate"
@@ -280,11 +280,13 @@ class OptimizerSettings(Settings):
     """The peak learning rate. `indra lr-test` suggests one for your data. Long runs need a lower rate than short
     ones."""
     table_rate: float = Field(default=50.0, gt=0, le=1000)
-    """The embedding table's learning rate, as a multiple of --learning-rate."""
+    """The embedding table's learning rate, as a multiple of --learning-rate. You rarely need to change it."""
     muon_rate: float = Field(default=2.0, gt=0, le=1000)
-    """Muon's learning rate, as a multiple of --learning-rate. Muon's updates are scaled to the size of AdamW's."""
+    """Muon's learning rate, as a multiple of --learning-rate. Muon's updates are scaled to the size of AdamW's. You
+    rarely need to change it."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Fraction of the run, or of a strategy's stage, over which the learning rate rises from 0."""
+    """Fraction of the run, or of a strategy's stage, over which the learning rate rises from 0. Raise it if the loss
+    jumps at the beginning."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """How the learning rate continues after the warm-up. With cosine it falls until the end. With wsd it stays at the
     peak and falls in a straight line at the end. With constant it stays at the peak, and you can extend the run at any
@@ -292,9 +294,10 @@ class OptimizerSettings(Settings):
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """Fraction of the run, or of a strategy's stage, over which wsd decays at the end."""
     final_rate: float = Field(default=0.1, ge=0, le=1)
-    """The learning rate at the end of cosine and wsd, as a fraction of the peak."""
+    """The learning rate at the end of cosine and wsd, as a fraction of the peak. You rarely need to change it."""
     weight_decay: float = Field(default=0.3, ge=0, le=10)
-    """Decoupled weight decay of all matrices except the embedding table. Biases and norms have none."""
+    """Decoupled weight decay of all matrices except the embedding table. Biases and norms have none. Raise it if the
+    held-out loss rises while the training loss still falls."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger global norm are scaled down to this norm. Lower it if single batches make the loss
     jump."""
@@ -310,9 +313,9 @@ class TrainerSettings(Settings):
     """muon uses Muon for the matrices of the layers and AdamW for everything else. adamw uses AdamW for everything;
     with several processes it sends less data between them."""
     projector_rate: float = Field(default=0.4, gt=0, le=1000)
-    """The projector's learning rate, as a multiple of --learning-rate."""
+    """The projector's learning rate, as a multiple of --learning-rate. You rarely need to change it."""
     table_weight_decay: float = Field(default=0.0, ge=0, le=10)
-    """Decoupled weight decay of the embedding table."""
+    """Decoupled weight decay of the embedding table. You rarely need to change it."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Number format of the matrix products. bfloat16 is much faster on GPUs, and on CPUs that support it (AMX). float16
     is for older GPUs, and only the layers use it. Weights and sums stay float32. auto uses 16 bits where the device
@@ -343,7 +346,8 @@ class RunSettings(Settings):
     evaluate_every: int = Field(default=200, ge=1)
     """Optimiser steps between two evaluations on held-out text. Raise it if evaluations take too much of the time."""
     save_every: int = Field(default=200, ge=1)
-    """Optimiser steps between two step checkpoints (checkpoint_v4_step_S.pt). A crash loses at most this many steps."""
+    """Optimiser steps between two step checkpoints (checkpoint_v4_step_S.pt). A crash loses at most this many steps.
+    Lower it if you expect stops; each checkpoint takes time to write."""
     keep_last: int = Field(default=2, ge=1)
     """How many step checkpoints are kept. Older ones are removed."""
     on_collapse: Literal["warn", "stop", "ignore"] = "warn"
@@ -427,7 +431,7 @@ class TeacherSettings(OptimizerSettings, RunSettings, DeviceSettings):
     learning_rate: float = Field(default=3e-3, gt=0, le=10)
     """The peak learning rate, which is reached after the warm-up."""
     table_rate: float = Field(default=10.0, gt=0, le=1000)
-    """The embedding table's learning rate, as a multiple of --learning-rate."""
+    """The embedding table's learning rate, as a multiple of --learning-rate. You rarely need to change it."""
     data: Path = Path("data/mixed_train")
     """The packed dataset to train on."""
     output: Path = Path("checkpoints/teacher")
@@ -435,9 +439,10 @@ class TeacherSettings(OptimizerSettings, RunSettings, DeviceSettings):
     width: int = Field(default=256, ge=2)
     """Width of the Llama's embeddings and layers. A wider teacher can learn more, and costs more time and memory."""
     layers: int = Field(default=6, ge=1)
-    """Number of transformer layers."""
+    """Number of transformer layers. A deeper teacher can learn more, and costs more time and memory."""
     heads: int = Field(default=4, ge=1)
-    """Attention heads of each layer. Their number must divide the width, and the width of each head must be even."""
+    """Attention heads of each layer. Their number must divide the width, and the width of each head must be even. You
+    rarely need to change it."""
     steps: int = Field(default=1000, ge=1)
     """Number of optimiser steps. More steps make a better teacher, as long as its held-out loss falls."""
 
