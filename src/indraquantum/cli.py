@@ -132,7 +132,8 @@ def info(path: Path = Path("data/mixed_train"), /, *, tokenizer: str | None = No
     tokenizer:
         The tokenizer of a pickle: a folder, a file or a hub id. A packed folder has its own.
     """
-    from indraquantum.data.inspect import describe
+    with quick_import():
+        from indraquantum.data.inspect import describe
 
     print(describe(path, tokenizer))
 
