@@ -93,10 +93,13 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def turning_format(device_type: str) -> torch.dtype:
-    """Return bfloat16, as in Muon's paper, or float32 on processors without products in bfloat16."""
+    """Return bfloat16, as in Muon's paper, or float32 on processors without products in bfloat16.
+
+    torch 2.10 does not tell what a processor has. There it is float32, which is slower.
+    """
     if device_type != "cpu":
         return torch.bfloat16
-    has = torch.cpu.get_capabilities()
+    has = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
 
 
