@@ -9,8 +9,8 @@ V, D_MODEL, HEADS, LAYERS, MLP = 53, 20, 2, 3, 31
 
 
 def make(seed=0, attention="sdpa", **options):
-    sizes = {"d_model": D_MODEL, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "intermediate_size": MLP}
-    config = IndraQuantumConfig(vocab_size=V, attn_implementation=attention, **{**sizes, **options})
+    sizes = {"vocab_size": V, "d_model": D_MODEL, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS}
+    config = IndraQuantumConfig(attn_implementation=attention, **{**sizes, "intermediate_size": MLP, **options})
     torch.manual_seed(seed)
     return IndraQuantumPhase2(config).eval()
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +20,11 @@ import torch.nn.functional as F
 from indraquantum import cli
 from indraquantum.config import TrainSettings
 from indraquantum.inference.load import load_model
+from indraquantum.monitor.runs import summarise
+from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
 from indraquantum.training.loop import train
 
-TEXTS = ["the cat sees a dog", "", "Who <s> hears </s> my bird?", " at  night\n\n"]
+TEXTS = ["the cat sees a dog", "", "Who hears my bird?", " at  night\n\n"]
 
 
 def indra(*arguments) -> int:
@@ -61,13 +71,14 @@ def test_its_tokenizer_gives_the_ids_of_training(exported, text):
     assert again(text)["input_ids"] == tokenizer.encode_prompt(text)
     assert again.decode(tokenizer.encode_prompt(text), skip_special_tokens=True) == text
     assert (again.bos_token_id, again.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    spelled = f"{text} <s> {text} </s>"
+    assert again(spelled, split_special_tokens=True)["input_ids"] == tokenizer.encode_prompt(spelled)
 
 
 def test_a_pipeline_writes_for_a_batch_what_it_writes_for_each(exported, monkeypatch):
     from transformers import AutoTokenizer, pipeline
 
     tokenizer = AutoTokenizer.from_pretrained(exported[1])
-    tokenizer.pad_token = tokenizer.eos_token  # as for a Llama
     write = pipeline("text-generation", model=str(exported[1]), tokenizer=tokenizer, device="cpu")
     with torch.no_grad():
         write.model.head.scale_1.mul_(20)  # choices far from rounding
@@ -97,7 +108,6 @@ def test_trainer_with_the_usual_collator_learns_the_next_token(exported, tmp_pat
     )
 
     model, tokenizer = (each.from_pretrained(exported[1]) for each in (AutoModelForCausalLM, AutoTokenizer))
-    tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"  # on the left, padding would be taught to be followed by BOS, as in a Llama
     texts = [
         "the cat sees a dog in the garden .",
@@ -143,6 +153,148 @@ def test_nothing_is_replaced_and_a_bad_checkpoint_is_one_line(exported, tmp_path
     assert indra("export", tmp_path / "nowhere.pt", tmp_path / "new") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+ALONE = """
+import sys
+sys.modules["indraquantum"] = None  # cannot be imported
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+folder, out = sys.argv[1:]
+asked = torch.load(f"{out}/asked.pt")
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+ids = asked["ids"]
+with torch.no_grad():
+    output = model(ids)
+answer = {"logits": output.logits, "magnitude": output.magnitude, "phase": output.phase}
+answer["written"] = model.generate(ids[:1], do_sample=False, max_new_tokens=5)
+answer["chat"] = tokenizer.apply_chat_template(asked["chat"], add_generation_prompt=True)["input_ids"]
+answer["length"] = tokenizer.model_max_length
+batch = tokenizer(["the cat", "a dog sees the fish"], padding=True)
+answer["mask"] = batch["attention_mask"]
+answer["pad"] = (tokenizer.pad_token_id, model.config.pad_token_id, model.generation_config.pad_token_id)
+model.train()
+loss = model(ids, labels=ids).loss
+loss.backward()
+answer["loss"] = loss.detach()
+answer["gradients"] = {name: parameter.grad for name, parameter in model.named_parameters()}
+model.resize_token_embeddings(model.config.vocab_size + 3)
+model.save_pretrained(f"{out}/again")
+again = AutoModelForCausalLM.from_pretrained(f"{out}/again", trust_remote_code=True)
+with torch.no_grad():
+    answer["grown"] = again(ids).logits[..., :-3]
+try:
+    model(ids, labels=ids, signals={})
+except ValueError as error:
+    answer["refused"] = str(error)
+torch.save(answer, f"{out}/answer.pt")
+"""
+
+
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
+def test_it_loads_without_this_package_and_gives_the_same_bits(exported, tmp_path):
+    checkpoint, folder = exported
+    model, tokenizer = load_model(checkpoint, torch.device("cpu"))
+    ids = torch.tensor([tokenizer.encode_prompt("the cat sees a dog"), tokenizer.encode_prompt("a dog hears a cat")])
+    chat = [{"role": "system", "content": "Say it."}, {"role": "user", "content": "a cat"}]
+    torch.save({"ids": ids, "chat": chat}, tmp_path / "asked.pt")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", ALONE, folder, tmp_path], check=True, env=environment
+    )
+    answer = torch.load(tmp_path / "answer.pt")
+    with torch.no_grad():
+        ours = model(ids)
+    assert torch.equal(answer["logits"], ours.logits)
+    assert torch.equal(answer["magnitude"], ours.magnitude)
+    assert torch.equal(answer["phase"], ours.phase)
+    assert torch.equal(answer["written"], model.generate(ids[:1], do_sample=False, max_new_tokens=5))
+    assert torch.equal(answer["grown"], ours.logits)
+    asked = "### Instruction:\nSay it.\n\n### Input:\na cat\n\n### Response:\n"
+    assert answer["chat"] == tokenizer.encode_prompt(asked)
+    assert answer["length"] == 2048
+    assert answer["mask"][0][0] == 0  # padding on the left
+    assert answer["mask"][1] == [1] * len(answer["mask"][1])
+    assert len(set(answer["pad"])) == 1
+    assert answer["pad"][0] is not None
+    loss = model.train()(ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(answer["loss"], loss.detach())
+    for name, parameter in model.named_parameters():
+        given = answer["gradients"][name]
+        assert (given is None) == (parameter.grad is None), name
+        if given is not None:
+            torch.testing.assert_close(given, parameter.grad, msg=name)
+    assert "need the package indraquantum" in answer["refused"]
+
+
+def test_its_code_is_one_readable_file(exported):
+    code = exported[1] / "modeling_indraquantum.py"
+    text = code.read_text()
+    assert not re.search(r"^\s*(from|import) indraquantum", text, re.MULTILINE)
+    config = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    for command in (["check"], ["format", "--check"]):
+        subprocess.run([sys.executable, "-m", "ruff", *command, "-q", "--config", config, code], check=True)
+    tree = ast.parse(text)
+    defined = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    assert len(set(defined)) == len(defined)
+    imported = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert len(set(imported)) == len(imported)
+
+
+def test_the_class_of_this_package_goes_before_the_code_of_the_folder(exported, monkeypatch, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
+
+    for trust in (None, True):
+        model = AutoModelForCausalLM.from_pretrained(exported[1], trust_remote_code=trust)
+        assert type(model) is IndraQuantumPhase2
+        assert type(AutoConfig.from_pretrained(exported[1], trust_remote_code=trust)) is IndraQuantumConfig
+    model.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())  # its code is not there
+
+
+def test_the_card_says_where_the_model_comes_from(world, exported, tmp_path, capsys):
+    checkpoint, folder = exported
+    unknown = (folder / "README.md").read_text()
+    assert "does not know its data, its teacher and its figures: the records" in unknown
+    assert indra("export", checkpoint, tmp_path / "model", "--logs", checkpoint.parent.parent / "logs") == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "does not know" not in card
+    held_out = summarise(checkpoint.parent.parent / "logs" / "run" / "metrics.jsonl", tmp_path.parent).last_held_out
+    for part in [
+        'license: "cc-by-nc-4.0"', "non-commercial", "Steps: 3", str(world.teacher), "CC BY-SA", "@software",
+        f"| alpaca | {held_out['alpaca']:.3f} |", "rows of 48 tokens", "phase",
+    ]:  # fmt: skip
+        assert part in card, part
+
+
+@pytest.mark.parametrize("tokenizer", [{}, {"json": "{}", "bos_id": 0, "eos_id": 1}])
+@pytest.mark.parametrize("as_", ["transformers", "llama", "gguf"])
+def test_a_checkpoint_without_a_tokenizer_is_one_line(exported, tmp_path, capsys, tokenizer, as_):
+    whole = load_checkpoint("CHECKPOINT", exported[0])
+    save_checkpoint(tmp_path / "bare.pt", replace(whole, tokenizer=tokenizer))
+    assert indra("export", tmp_path / "bare.pt", tmp_path / "new", "--as", as_) == 2
+    said = capsys.readouterr().err
+    assert "bare.pt; must hold the tokenizer that it was trained with" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_another_model_is_one_line(exported, tmp_path, capsys):
+    assert indra("export", exported[0], tmp_path / "llama", "--as", "llama") == 0
+    capsys.readouterr()
+    for command in (["test", "--prompt", "a"], ["eval"]):
+        assert indra(command[0], tmp_path / "llama", *command[1:]) == 2
+        said = capsys.readouterr().err
+        assert "must be a checkpoint, or a folder that `indra export` wrote as transformers" in said
+        assert said.count("\n") == 1
+    assert indra("export", tmp_path / "llama", tmp_path / "new") == 2
+    assert "must be a checkpoint, not a folder" in capsys.readouterr().err
 
 
 def flip(path):

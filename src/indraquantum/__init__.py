@@ -1,6 +1,6 @@
 """IndraQuantum phase 2: a small language model with a quantum projector, and the complete system that trains it.
 
-    from indraquantum import prepare, capture, train, load, generate, evaluate
+    from indraquantum import prepare, capture, train, load, generate, evaluate, export
 
 The names below are loaded when they are first used, because torch and transformers take seconds to import.
 
@@ -22,12 +22,14 @@ from indraquantum.lazy_names import lazy_names
 if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from indraquantum.api import capture as capture
     from indraquantum.api import evaluate as evaluate
+    from indraquantum.api import export as export
     from indraquantum.api import generate as generate
     from indraquantum.api import load as load
     from indraquantum.api import prepare as prepare
     from indraquantum.api import train as train
     from indraquantum.config import CaptureSettings as CaptureSettings
     from indraquantum.config import EvalSettings as EvalSettings
+    from indraquantum.config import ExportSettings as ExportSettings
     from indraquantum.config import LoadSettings as LoadSettings
     from indraquantum.config import PrepareSettings as PrepareSettings
     from indraquantum.config import TestSettings as TestSettings
@@ -39,6 +41,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from indraquantum.errors import TrainingStopped as TrainingStopped
     from indraquantum.errors import Unreachable as Unreachable
     from indraquantum.evaluation.figures import Evaluation as Evaluation
+    from indraquantum.inference.export import ExportReport as ExportReport
     from indraquantum.inference.generate import GeneratedText as GeneratedText
     from indraquantum.inference.load import Loaded as Loaded
     from indraquantum.loss_v2 import LossTerms as LossTerms
@@ -53,13 +56,14 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
 __version__ = "0.1.0"
 
 _HOMES = {
-    **dict.fromkeys(("capture", "evaluate", "generate", "load", "prepare", "train"), "api"),
+    **dict.fromkeys(("capture", "evaluate", "export", "generate", "load", "prepare", "train"), "api"),
     **dict.fromkeys(("IndraError", "InvalidInput", "TrainingInterrupted", "TrainingStopped", "Unreachable"), "errors"),
     **dict.fromkeys(("IndraQuantumConfig", "IndraQuantumPhase2"), "model"),
     **dict.fromkeys(("LossTerms", "SemanticDistillationLoss", "TeacherSignals"), "loss_v2"),
-    **{f"{kind}Settings": "config" for kind in ("Capture", "Eval", "Load", "Prepare", "Test", "Train")},
+    **{f"{kind}Settings": "config" for kind in ("Capture", "Eval", "Export", "Load", "Prepare", "Test", "Train")},
     "CaptureReport": "teacher.capture",
     "Evaluation": "evaluation.figures",
+    "ExportReport": "inference.export",
     "GeneratedText": "inference.generate",
     "Loaded": "inference.load",
     "PrepareReport": "data.prepare",

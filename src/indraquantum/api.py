@@ -1,4 +1,4 @@
-"""The package's functions for Python: prepare, capture, train, load, generate, evaluate.
+"""The package's functions for Python: prepare, capture, train, load, generate, evaluate, export.
 
     import indraquantum
 
@@ -25,12 +25,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from indraquantum.config import CaptureSettings, EvalSettings, LoadSettings, PrepareSettings, Settings, TrainSettings
+from indraquantum.config import (
+    CaptureSettings,
+    EvalSettings,
+    ExportSettings,
+    LoadSettings,
+    PrepareSettings,
+    Settings,
+    TrainSettings,
+)
 from indraquantum.errors import InvalidInput, TrainingInterrupted, refused_by_system
 
 if TYPE_CHECKING:
     from indraquantum.data.prepare import PrepareReport
     from indraquantum.evaluation.figures import Evaluation
+    from indraquantum.inference.export import ExportReport
     from indraquantum.inference.generate import GeneratedText
     from indraquantum.inference.load import Loaded
     from indraquantum.teacher.capture import CaptureReport
@@ -209,6 +218,30 @@ def evaluate(model: Loaded | str | Path, settings: EvalSettings | None = None, *
     loaded = _loaded(model, {name: getattr(settings, name) for name in given})
     with using(way_for(loaded.inference_model.device)):
         return measure(loaded, settings, f"indraquantum.evaluate({str(loaded.path)!r})")
+
+
+@_one_family()
+def export(
+    checkpoint: str | Path, folder: str | Path, settings: ExportSettings | None = None, **options: Any
+) -> ExportReport:
+    """Write a trained model for other programs: transformers, llama.cpp, and what reads a Llama.
+
+    Args:
+        checkpoint: a checkpoint that `train` wrote.
+        folder: the folder to write; it must be new or empty.
+        settings: all options in one object.
+        options: or those of `ExportSettings` that differ from their defaults, such as `as_` (`transformers`, `llama` or
+            `gguf`), `outtype` and `push`.
+
+    Returns:
+        The folder, a sentence that says how to use it, and the address if it was uploaded.
+
+    Raises:
+        InvalidInput: `checkpoint` is damaged, `folder` is not empty, the model has no such form, or the hub refused.
+    """
+    from indraquantum.inference.export import export_checkpoint as run
+
+    return run(Path(checkpoint), Path(folder), _settings(ExportSettings, settings, options))
 
 
 def _loaded(model: Loaded | str | Path, options: dict[str, Any]) -> Loaded:

@@ -36,6 +36,7 @@ from indraquantum.config import (
     DemoSettings,
     DoctorSettings,
     EvalSettings,
+    ExportSettings,
     LrTestSettings,
     PrepareSettings,
     RunsSettings,
@@ -250,8 +251,14 @@ def evaluate(
 
 
 @app.command
-def export(checkpoint: Path, folder: Path, /) -> None:
-    """Write a checkpoint as a folder that transformers can load, with its tokenizer.
+def export(
+    checkpoint: Path,
+    folder: Path,
+    /,
+    *,
+    settings: Annotated[ExportSettings, OPTIONS] = ExportSettings.model_construct(),
+) -> None:
+    """Write a trained model for other programs: transformers, llama.cpp, and what reads a Llama.
 
     Parameters
     ----------
@@ -262,8 +269,7 @@ def export(checkpoint: Path, folder: Path, /) -> None:
     """
     from indraquantum.inference.export import export_checkpoint
 
-    export_checkpoint(checkpoint, folder)
-    print(f"The model is in {folder}. After `import indraquantum`, AutoModelForCausalLM.from_pretrained loads it.")
+    print(export_checkpoint(checkpoint, folder, settings))
 
 
 @app.command

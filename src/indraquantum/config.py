@@ -245,6 +245,9 @@ class ModelSettings(Settings):
     use them to see what the projector contributes."""
     head: Literal["interference", "born"] = "interference"
     """How a state becomes logits. born uses Born's rule. It is slow and only meant for study."""
+    bias: Literal["learned", "none"] = "learned"
+    """Whether the output head adds a learned number to the logit of each token. A model without it folds into a plain
+    Llama of the same width and depth (`indra export --as llama`)."""
     readout: Literal["reference", "mean"] = "reference"
     """How magnitude and phase are read from a state: against learned reference states, or as a mean over all
     dimensions. In our measurements, mean knows less of the teacher."""
@@ -483,6 +486,24 @@ class TestSettings(WeightsSettings, DeviceSettings):
     show_state: bool = False
     """Print the confidence and the uncertainty of each token, read from the model's state. They mean something only if
     training aligned the state with a teacher."""
+
+
+class ExportSettings(WeightsSettings):
+    """Writes a trained model for other programs."""
+
+    as_: Literal["transformers", "llama", "gguf"] = "transformers"
+    """What to write. transformers is the model itself, with its code, for AutoModelForCausalLM. llama folds it into a
+    plain Llama, which every runtime knows. gguf is a file for llama.cpp and Ollama (pip install
+    'indraquantum[gguf]')."""
+    outtype: Literal["f32", "f16", "q8_0"] = "f16"
+    """The number format of the matrices in a GGUF file, as llama.cpp names it."""
+    logs: Path = Path("logs")
+    """The folder of the logs. The model card takes data, teacher and figures from <logs>/<name of the run>."""
+    push: str | None = None
+    """Also upload the folder to this repository of the Hugging Face hub, such as you/name. Log in first with `hf auth
+    login`, or set HF_TOKEN."""
+    private: bool = False
+    """Create the repository of --push as a private one."""
 
 
 class EvalSettings(WeightsSettings, DeviceSettings):

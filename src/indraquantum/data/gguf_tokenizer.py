@@ -29,13 +29,13 @@ from indraquantum.errors import UserError
 KEY = "tokenizer.ggml."
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
 # The published patterns of these tokenizers.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_DIGIT = r"\p{N}"
+DIGIT_PATTERN = r"\p{N}"
 
 
 class _Cut(NamedTuple):
@@ -47,13 +47,13 @@ class _Cut(NamedTuple):
     composes: bool = False  # a text is put into Unicode's form NFC first
 
 
-_LIKE_GPT2 = _Cut((_GPT2,))
-_DIGITS_APART = _Cut((_DIGIT, _GPT2))
+_LIKE_GPT2 = _Cut((GPT2_PATTERN,))
+_DIGITS_APART = _Cut((DIGIT_PATTERN, GPT2_PATTERN))
 _LIKE_LLAMA3 = _Cut((_LLAMA3,), whole_words=True, begins=True)
 _LIKE_QWEN2 = _Cut((_QWEN2,), composes=True)
 # llama.cpp's own way for files that don't say: no model was trained with it.
-_DEFAULT = _Cut((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))
-_CUTS = {
+_DEFAULT = _Cut((r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", r"[0-9][0-9][0-9]"))
+CUTS = {
     "default": _DEFAULT,
     "gpt-2": _LIKE_GPT2,
     "phi-2": _LIKE_GPT2,
@@ -100,11 +100,11 @@ def convert(field: str, file: GgufFile) -> Described:
 
 def _cut(field: str, file: GgufFile) -> _Cut:
     name = file.metadata.get(f"{KEY}pre", "default")
-    if name not in _CUTS:
-        known = ", ".join(_CUTS)
+    if name not in CUTS:
+        known = ", ".join(CUTS)
         allowed = f"cuts texts in a way that is not supported ({KEY}pre {name}); supported are {known}"
         raise UserError(field, file.path, allowed)
-    return _CUTS[name]
+    return CUTS[name]
 
 
 def _pieces(field: str, file: GgufFile) -> list[Piece]:

@@ -84,7 +84,7 @@ def load(path: Path, device: torch.device, weights: WhichWeights = "auto") -> Lo
     """
     if path.is_dir():
         return _load_folder(path, device, weights)
-    return _load_checkpoint(path, device, weights)
+    return loaded_from(path, load_checkpoint("CHECKPOINT", path), device, weights)
 
 
 def _load_folder(path: Path, device: torch.device, weights: WhichWeights) -> Loaded:
@@ -96,7 +96,9 @@ def _load_folder(path: Path, device: torch.device, weights: WhichWeights) -> Loa
         raise UserError("--weights", weights, "must be auto, because an exported folder holds one set of weights")
     about = read_json("CHECKPOINT", path / "config.json") if (path / "config.json").is_file() else None
     if not isinstance(about, dict) or about.get("model_type") != STUDENT_TYPE:
-        raise UserError("CHECKPOINT", path, "must be a checkpoint, or a folder that `indra export` wrote")
+        raise UserError(
+            "CHECKPOINT", path, "must be a checkpoint, or a folder that `indra export` wrote as transformers"
+        )
     files = sorted(path.glob("*.safetensors"))
     if (damaged := damaged_file(path, ["config.json", *(file.name for file in files)])) is not None:
         raise UserError("CHECKPOINT", path / damaged, NOT_ITS_SUM)
@@ -118,9 +120,8 @@ def load_model(
     return loaded.model, loaded.tokenizer
 
 
-def _load_checkpoint(path: Path, device: torch.device, weights: WhichWeights) -> Loaded:
-    """Load a checkpoint of a run."""
-    checkpoint = load_checkpoint("CHECKPOINT", path)
+def loaded_from(path: Path, checkpoint: Checkpoint, device: torch.device, weights: WhichWeights) -> Loaded:
+    """Do what `load` does with a checkpoint that was already read; `path` is for messages."""
     if weights == "ema" and not checkpoint.average:
         raise UserError("--weights", weights, "must be last or auto, because the checkpoint has no moving average")
     require_student("CHECKPOINT", path, checkpoint)
@@ -133,8 +134,22 @@ def _load_checkpoint(path: Path, device: torch.device, weights: WhichWeights) ->
         ) from None
     except ValueError as error:
         raise UserError("CHECKPOINT", path, f"must hold the settings of a model ({_in_one_line(error)})") from None
-    tokenizer = TextTokenizer.from_json(*(checkpoint.tokenizer[part] for part in ("json", "bos_id", "eos_id")))
-    return Loaded(model, tokenizer, checkpoint.model_config, frozenset(aligned_readouts(checkpoint)), path)
+    aligned = frozenset(aligned_readouts(checkpoint))
+    return Loaded(model, _tokenizer_of(path, checkpoint), checkpoint.model_config, aligned, path)
+
+
+def _tokenizer_of(path: Path, checkpoint: Checkpoint) -> TextTokenizer:
+    """Return the tokenizer that the checkpoint at `path` holds.
+
+    Raises:
+        UserError: it holds none, or one that can't be read.
+    """
+    parts = checkpoint.tokenizer
+    try:
+        return TextTokenizer.from_json(parts["json"], parts["bos_id"], parts["eos_id"])
+    except Exception as error:  # the tokenizers library raises Exception itself
+        allowed = f"must hold the tokenizer that it was trained with ({type(error).__name__}: {_in_one_line(error)})"
+        raise UserError("CHECKPOINT", path, allowed) from None
 
 
 def aligned_readouts(checkpoint: Checkpoint) -> set[str]:

@@ -89,6 +89,7 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
             attention_dropout=settings.dropout,
             projector=settings.projector,
             head=settings.head,
+            bias=settings.bias,
             readout=settings.readout,
             phase_spread=settings.phase_spread,
             magnitude=settings.magnitude,

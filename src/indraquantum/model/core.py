@@ -40,8 +40,8 @@ class QuantumCore:
         raise NotImplementedError
 
     @property
-    def bias_V(self) -> Tensor:
-        """The head's bias (V,)."""
+    def bias_V(self) -> Tensor | None:
+        """The head's bias (V,); None if it has none."""
         return self.head.bias_V
 
     @property
@@ -60,6 +60,10 @@ class QuantumCore:
         with torch.autocast(embeddings.device.type, enabled=False):
             states = projector(embeddings)
             return states + F.pad(embeddings, (0, embeddings.shape[-1])) if self.config.residual else states
+
+    def input_table(self) -> Tensor:
+        """Return the inputs' states (V, D) of all tokens."""
+        return self._input_states(self.embedding.weight)
 
     def lift_table(self) -> Tensor:
         """Return the states (V, D) of all tokens: the projector applied to the whole table."""

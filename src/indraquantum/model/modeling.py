@@ -14,18 +14,16 @@ Legend: B batch, T positions, N = B*T, d complex width, D real width (2d), V voc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import init  # transformers guards it where a checkpoint has brought the weights
 from transformers import AutoModelForCausalLM, GenerationMixin, LlamaConfig, LlamaModel, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
@@ -34,13 +32,11 @@ from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.core import QuantumCore
 from indraquantum.model.head import InterferenceHead
 from indraquantum.model.masks import additive
+from indraquantum.model.objective import Objective, Signals, TrainingLoss
 from indraquantum.model.output import CACHE, PASSED_ON, IndraQuantumOutput, unknown_argument
 from indraquantum.model.projector import LiftLinear, PhaseLinear, uniform_by_fan_in
 from indraquantum.model.readout import ReferenceReadout
 from indraquantum.model.vocabulary import LiftedVocabulary
-
-if TYPE_CHECKING:
-    from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 
 
 class Backbone(LlamaModel):
@@ -69,6 +65,17 @@ def _has_restarts(position_ids: Tensor | None) -> bool:
     return position_ids is not None and find_packed_sequence_indices(position_ids) is not None
 
 
+def _kept(states_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Return the states of the last positions, or of those that a tensor names for all rows, for each, or as a mask."""
+    if isinstance(logits_to_keep, int):
+        return states_BTD[:, -logits_to_keep:]
+    if logits_to_keep.ndim < 2:
+        return states_BTD[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return states_BTD[logits_to_keep]
+    return states_BTD.take_along_dim(logits_to_keep[..., None], dim=1)
+
+
 def _shifted(labels_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
     """Return the labels of the next positions, (B, T); -100 at the row's end and where another document begins."""
     shifted_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
@@ -78,7 +85,7 @@ def _shifted(labels_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
     return shifted_BT.masked_fill((following_BT != segment_ids_BT) | (segment_ids_BT < 0), -100)
 
 
-class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, GenerationMixin):
+class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrainedModel, GenerationMixin):
     """A causal language model whose tokens are states with magnitude and phase.
 
     Args:
@@ -143,8 +150,8 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
         num_items_in_batch: float | Tensor | None = None,
         skip_logits: bool | None = None,
         segment_ids: Tensor | None = None,
-        signals: TeacherSignals | Mapping[str, Tensor] | None = None,
-        objective: SemanticDistillationLoss | None = None,
+        signals: Signals | None = None,
+        objective: Objective | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> IndraQuantumOutput:
@@ -219,13 +226,16 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
             shift_labels = _shifted(labels, segment_ids)
         terms = logits = None
         if shift_labels is not None:
+            if shift_labels.shape != amplitude_BT.shape:
+                shape, expected = tuple(shift_labels.shape), tuple(amplitude_BT.shape)
+                raise ValueError(f"labels: got shape {shape}; must be (B, T) = {expected}")
             terms = self._terms(
                 states_BTD, table_VD, amplitude_BT, shift_labels, signals, objective, num_items_in_batch
             )
         if skip_logits is None:
             skip_logits = self.training and terms is not None
         if not skip_logits:
-            logits = self.logits(slice_logits_to_keep(states_BTD, logits_to_keep), table_VD)
+            logits = self.logits(_kept(states_BTD, logits_to_keep), table_VD)
         return IndraQuantumOutput(
             loss=None if terms is None else terms.total,
             logits=logits,
@@ -235,41 +245,6 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
             magnitude=amplitude_BT.abs(),
             phase=amplitude_BT.angle(),
             terms=terms,
-        )
-
-    def _terms(
-        self,
-        states_BTD: Tensor,
-        table_VD: Tensor,
-        amplitude_BT: Tensor,
-        shift_labels_BT: Tensor,
-        signals: TeacherSignals | Mapping[str, Tensor] | None,
-        objective: SemanticDistillationLoss | None,
-        num_items_in_batch: float | Tensor | None,
-    ) -> Any:
-        from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
-
-        if isinstance(signals, Mapping):  # Trainer moves a dict to its device, but no NamedTuple
-            signals = TeacherSignals(**signals)
-
-        if shift_labels_BT.shape != amplitude_BT.shape:
-            got, must = tuple(shift_labels_BT.shape), tuple(amplitude_BT.shape)
-            raise ValueError(f"labels: got shape {got}; must be (B, T) = {must}")
-        if objective is None:
-            weights = (0.0, 0.0, 0.0) if signals is None else (0.05, 0.1, 0.1)
-            objective = SemanticDistillationLoss(*weights, head=self.config.head)
-        if objective.head != self.config.head:
-            raise ValueError(f"objective: its head is {objective.head}; must be the model's, {self.config.head}")
-        return objective(
-            states_BTD.flatten(0, 1),
-            table_VD,
-            shift_labels_BT.flatten().to(states_BTD.device),
-            bias_V=self.bias_V,
-            scale=self.scale,
-            signals=signals,
-            amplitude_N=amplitude_BT.flatten(),
-            # A step without any label has a loss of 0, here as elsewhere.
-            token_count=None if num_items_in_batch is None else max(1.0, float(num_items_in_batch)),
         )
 
     @classmethod
@@ -286,6 +261,8 @@ class IndraQuantumPhase2(LiftedVocabulary, QuantumCore, PreTrainedModel, Generat
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, and remove the SHA256SUMS of earlier files."""
+        if self._auto_class is None:  # transformers copies the code that config.json names only for code of a folder
+            self.config.__dict__.pop("auto_map", None)
         super().save_pretrained(save_directory, *args, **kwargs)
         Path(save_directory).joinpath(SUMS_NAME).unlink(missing_ok=True)
 

@@ -35,8 +35,8 @@ class IndraQuantumOutput(CausalLMOutputWithPast):
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return Llama's fields in Llama's order, without those that are None."""
-        fields = ("loss", "logits", CACHE, "hidden_states", "attentions")
-        return tuple(self[name] for name in fields if name in self)
+        names = ("loss", "logits", CACHE, "hidden_states", "attentions")
+        return tuple(self[name] for name in names if name in self)
 
 
 def unknown_argument(name: str, function: Callable[..., Any]) -> TypeError:

@@ -29,6 +29,7 @@ class ModelShape:
     attention_dropout: float = 0.0
     projector: Literal["quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none"] = "quantum"
     head: Literal["interference", "born"] = "interference"
+    bias: Literal["learned", "none"] = "learned"
     readout: Literal["reference", "mean"] = "reference"
     readout_references: int = 1
     phase_spread: float = 0.02

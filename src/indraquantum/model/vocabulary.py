@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from indraquantum.model.kept_table import KeptTable
 
+OWN_MODULES = __name__.removesuffix("model.vocabulary")  # `indraquantum.`; in an exported folder, that file itself
+
 
 class LiftedVocabulary:
     """A base class of IndraQuantumPhase2, which comes before QuantumCore and PreTrainedModel."""
@@ -69,8 +71,9 @@ class LiftedVocabulary:
         Returns:
             The embedding.
         """
+        before = self.config.vocab_size
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if self.config.vocab_size != len(self.bias_V):
+        if self.config.vocab_size != before:
             # transformers changed the parameter in place; a graph or gradient of the old size may still cling to it.
             embedding.weight = nn.Parameter(embedding.weight.detach(), requires_grad=embedding.weight.requires_grad)
             self.head.resize(self.config.vocab_size, mean_resizing)
@@ -81,7 +84,7 @@ class LiftedVocabulary:
         if _is_plain(self.embedding):
             return super().lift_table()
         # An adapter around the embedding, for example, adds to what its weight alone would give.
-        ids_V = torch.arange(self.config.vocab_size, device=self.bias_V.device)
+        ids_V = torch.arange(self.config.vocab_size, device=self.scale.device)
         return self._lift(self.projector, self.embedding(ids_V))
 
     @contextlib.contextmanager
@@ -119,5 +122,5 @@ class LiftedVocabulary:
 
 def _is_plain(module: nn.Module) -> bool:
     """Return whether `module` is unchanged: no adapter is around it, and its forward is not replaced."""
-    of_class = type(module).__module__.startswith(("torch.nn.modules.", "indraquantum."))
+    of_class = type(module).__module__.startswith(("torch.nn.modules.", OWN_MODULES))
     return of_class and "forward" not in vars(module)

@@ -53,7 +53,7 @@ FREE_SETTINGS = {
 SHAPE = {
     "d-model": "d_model", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "mlp-width": "intermediate_size", "projector": "projector", "magnitude": "magnitude", "ends": "ends",
-    "residual": "residual", "head": "head", "readout": "readout",
+    "residual": "residual", "head": "head", "bias": "bias", "readout": "readout",
 }  # fmt: skip
 
 # The most shapes that compiled layers may get: the numbers of rows in micro-batches and evaluations, times layers.

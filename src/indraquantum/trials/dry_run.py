@@ -15,6 +15,7 @@ import torch
 
 from indraquantum.config import TrainSettings
 from indraquantum.learner import to_tensors
+from indraquantum.model.exports import exports_of
 from indraquantum.progress import duration
 from indraquantum.training.loop import take_step
 from indraquantum.training.plan import RunStage
@@ -38,6 +39,7 @@ class DryRun:
     bytes: dict[str, int]
     flops: dict[str, int]  # of one optimiser step
     seconds_per_step: float  # of the first stage
+    exports: str  # what `indra export --as` can write
     seconds_to_finish: float  # all steps and evaluations; no checkpoint, no capture
 
 
@@ -72,6 +74,7 @@ def measure(run: Run) -> DryRun:
         bytes=_memory(run, size, activations),
         flops=step_flops(run.model, size),
         seconds_per_step=seconds[0],
+        exports=exports_of(run.model.config),
         seconds_to_finish=steps_seconds + _evaluation_seconds(run, size, seconds[0]),
     )
 
@@ -157,6 +160,7 @@ def report(found: DryRun) -> str:
         f"FLOPs a token: {found.flops['all'] / found.step_tokens / 1e6:,.3f} M",
         f"time: {found.seconds_per_step:.3f} s a step ({found.step_tokens / found.seconds_per_step:,.0f} tokens/s), "
         f"about {duration(found.seconds_to_finish)} to finish with evaluations",
+        f"exports: {found.exports}",
         "Nothing was written.",
     ]
     return "\n".join(lines)

@@ -1,0 +1,244 @@
+"""The model card (README.md) of an exported model, written from what the run has recorded.
+
+A checkpoint knows its settings. `run.json` beside the metrics says where its data and signals were; their manifests say
+what they hold, and the metrics have the figures. The card says what it could not find.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from indraquantum import __version__
+from indraquantum.config import ALPACA, WIKITEXT
+from indraquantum.data.dataset_manifest import read_dataset_manifest
+from indraquantum.errors import UserError
+from indraquantum.inference.load import Loaded
+from indraquantum.metrics import RECORD_NAME, read_record
+from indraquantum.monitor.runs import summarise
+from indraquantum.progress import tell
+from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest
+from indraquantum.training.checkpoint import Checkpoint
+
+NON_COMMERCIAL = "cc-by-nc-4.0"
+LICENCES = {
+    "wikitext": "WikiText-103, from Wikipedia: CC BY-SA 3.0 and GFDL",
+    "alpaca": "Stanford Alpaca, written by OpenAI's text-davinci-003: CC BY-NC 4.0, so for non-commercial use only",
+    "python": "Python's manual and docstrings: PSF licence",
+}
+CITATION = """@software{indraquantum,
+  title = {IndraQuantum: a small language model with a quantum projector, trained by semantic distillation},
+  author = {{IndraQuantum developers}},
+  year = {2026},
+}"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an exporter says about what it wrote."""
+
+    use: str  # one line: how to use the folder
+    example: str  # the same as code, in Markdown
+    notes: tuple[str, ...] = ()  # what differs from the model in this package
+    library: str = "transformers"  # as the hub calls it
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known about a run."""
+
+    steps: int
+    tokens: int
+    settings: Mapping[str, Any]  # what decided it
+    sources: tuple[Mapping[str, Any], ...] = ()  # of the dataset's manifest
+    options: Mapping[str, Any] = field(default_factory=dict)  # of `indra prepare`
+    teacher: str | None = None
+    held_out: Mapping[str, float] = field(default_factory=dict)  # nats per token
+    missing: tuple[str, ...] = ()  # what was not found
+
+    @classmethod
+    def find(cls, path: Path, checkpoint: Checkpoint, logs: Path) -> RunFacts:
+        """Gather what is recorded about the run of the checkpoint at `path`; what is missing is no error."""
+        known = {"steps": checkpoint.step, "tokens": checkpoint.tokens, "settings": checkpoint.settings}
+        folder = logs / path.resolve().parent.name
+        try:
+            record = read_record(folder)
+            if record is None or Path(record.get("checkpoints", "")).resolve() != path.resolve().parent:
+                raise UserError("--logs", folder, f"holds no {RECORD_NAME} of this run")
+            known["held_out"] = _held_out(folder)
+        except UserError as error:
+            tell(f"The model card says less: {error}.")
+            teacher = ["its teacher"] if checkpoint.settings.get("signals") else []
+            return cls(**known, missing=("its data", *teacher, "its figures"))
+        missing, settings = [] if known["held_out"] else ["its figures"], record["settings"] or {}
+        if (manifest := _manifest(Path(settings.get("data", "")), checkpoint.settings.get("data"))) is not None:
+            known |= {"sources": tuple(manifest["sources"]), "options": manifest["options"]}
+        else:
+            missing.append("its data")
+        if checkpoint.settings.get("signals"):
+            known["teacher"] = _teacher(settings)
+            missing += [] if known["teacher"] else ["its teacher"]
+        return cls(**known, missing=tuple(missing))
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The names of the sources, from the manifest or from the figures."""
+        names = [source["name"] for source in self.sources] or [name for name in self.held_out if name != "all"]
+        return tuple(names)
+
+    @property
+    def non_commercial(self) -> bool:
+        """Whether Alpaca was among the data, or may have been."""
+        return any("alpaca" in name.lower() for name in self.source_names) or not self.source_names
+
+
+def _held_out(folder: Path) -> Mapping[str, float]:
+    metrics = folder / "metrics.jsonl"
+    return summarise(metrics, folder.parent).last_held_out if metrics.is_file() else {}
+
+
+def _manifest(folder: Path, content_sha256: str | None) -> dict[str, Any] | None:
+    """Return the manifest of the dataset in `folder`, if it is still the one that the run saw."""
+    try:
+        manifest = read_dataset_manifest("--data", folder)
+    except UserError:
+        return None
+    return manifest if manifest["content_sha256"] == content_sha256 else None
+
+
+def _teacher(settings: Mapping[str, Any]) -> str | None:
+    """Return the teacher of the run's signals, if they are still there."""
+    folder = Path(settings.get("signals") or Path(settings.get("data", "")).parent / "teacher_signals")
+    try:
+        return read_manifest("--signals", folder).teacher if (folder / MANIFEST_NAME).is_file() else None
+    except UserError:
+        return None
+
+
+def model_card(name: str, loaded: Loaded, facts: RunFacts, exported: Exported) -> str:
+    """Return the text of README.md for the model called `name`."""
+    header = {
+        "library_name": exported.library,
+        "pipeline_tag": "text-generation",
+        "license": NON_COMMERCIAL if facts.non_commercial else "other",
+        "language": ["en"],
+        "tags": ["indraquantum", "distillation", *(["non-commercial"] if facts.non_commercial else [])],
+        "datasets": _hub_datasets(facts),
+    }
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in header.items() if value),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"{_about(loaded)} It was written by `indra export`, IndraQuantum {__version__}.",
+        "",
+        "## Use it",
+        "",
+        exported.example,
+        "",
+        *(f"- {note}" for note in exported.notes),
+        *([""] if exported.notes else []),
+        "## Data and licence",
+        "",
+        *_data(facts),
+        "",
+        "## Training",
+        "",
+        *_training(loaded, facts),
+        "",
+        "## Figures",
+        "",
+        *_figures(facts),
+        "",
+        "## Limits",
+        "",
+        "- The model is small. It writes fluent text with wrong facts, and repeats what its data say, biases included.",
+        "- Use it for research and teaching, not for advice or decisions.",
+        f"- It was trained on rows of {_row_length(facts)} tokens; further back its memory is untested.",
+        "- Its language is that of its data.",
+        *([f"- This card does not know {_list(facts.missing)}: the records were not found."] if facts.missing else []),
+        "",
+        "## How to cite",
+        "",
+        "```bibtex",
+        CITATION,
+        "```",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _about(loaded: Loaded) -> str:
+    shape = loaded.inference_model.config
+    parameters = sum(parameter.numel() for parameter in loaded.inference_model.parameters())
+    return (
+        f"A small language model of {parameters:,} parameters ({shape.num_hidden_layers} layers of width "
+        f"{shape.hidden_size}, {shape.vocab_size:,} tokens, projector {shape.projector}), trained from scratch."
+    )
+
+
+def _data(facts: RunFacts) -> list[str]:
+    lines = [
+        f"- {source['name']}: {source.get('documents') or 0:,} documents, {source.get('tokens') or 0:,} tokens. "
+        f"{_licence(source['name'])}."
+        for source in facts.sources
+    ] or [f"- {name}. {_licence(name)}." for name in facts.source_names]
+    if not lines:
+        lines = ["- The data are not recorded here. Ask whoever trained the model before you use it commercially."]
+    if facts.non_commercial and facts.source_names:
+        lines += ["", "Alpaca was among the data, so this model is for **non-commercial** use only."]
+    if dataset := facts.settings.get("data"):
+        lines += ["", f"SHA-256 of the prepared dataset: `{dataset}`."]
+    return lines
+
+
+def _licence(name: str) -> str:
+    known = next((text for key, text in LICENCES.items() if key in name.lower()), None)
+    return known or "Its licence is the one of that text"
+
+
+def _hub_datasets(facts: RunFacts) -> list[str]:
+    """Return the data that came from the hub under their names there."""
+    found = []
+    if facts.options.get("wikitext") == WIKITEXT:
+        found.append(WIKITEXT)
+    if facts.options.get("alpaca") == ALPACA:
+        found.append("tatsu-lab/alpaca")
+    return found
+
+
+def _training(loaded: Loaded, facts: RunFacts) -> list[str]:
+    stages = ", ".join(facts.settings.get("stages", {}))
+    aligned = _list(sorted(loaded.aligned or ())) or "none"
+    if facts.teacher is not None:
+        teacher = f"{facts.teacher}, asked once; its signals are stored"
+    else:
+        teacher = "not recorded here" if facts.settings.get("signals") else "none, cross-entropy alone"
+    return [
+        f"- Steps: {facts.steps:,}, {facts.tokens:,} tokens, seed {facts.settings.get('seed', 'unknown')}.",
+        f"- Stages of the strategy: {stages or 'not recorded'}.",
+        f"- Teacher: {teacher}.",
+        f"- Readouts that the teacher aligned: {aligned}.",
+    ]
+
+
+def _figures(facts: RunFacts) -> list[str]:
+    if not facts.held_out:
+        return ["Not recorded here. `indra eval` measures a checkpoint."]
+    rows = [f"| {name} | {nats:.3f} |" for name, nats in facts.held_out.items()]
+    about = "Cross-entropy of held-out text at the run's last evaluation:"
+    return [about, "", "| source | nats per token |", "|---|---|", *rows]
+
+
+def _row_length(facts: RunFacts) -> str:
+    return f"{facts.options['max_length']:,}" if "max_length" in facts.options else "a few hundred"
+
+
+def _list(names: Any) -> str:
+    *first, last = list(names) or [""]
+    return f"{', '.join(first)} and {last}" if first else last
