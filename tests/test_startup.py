@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 
 from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
@@ -73,7 +74,10 @@ def test_writing_and_evaluating_text_import_no_transformers(checkpoint, tmp_path
     text.write_text("a b c d\ne f g h\n" * 20, encoding="utf-8")
     write = ("test", checkpoint, "--prompt", "a", "--max-new-tokens", 3)
     evaluate = ("eval", checkpoint, "--text", text, "--row-length", 8)
-    assert heavy_imports_of(write, evaluate) == {"torch", "numpy", "tokenizers"}
+    found = heavy_imports_of(write, evaluate)
+    if torch.__version__ < (2, 13):
+        found.discard("sympy")  # torch 2.10 imports it for a random tensor on the meta device
+    assert found == {"torch", "numpy", "tokenizers"}
 
 
 def test_help_and_lists_of_runs_import_nothing_heavy(tmp_path):
