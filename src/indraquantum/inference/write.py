@@ -11,6 +11,12 @@ from indraquantum.inference.generate import GeneratedText, generate_text, prompt
 from indraquantum.inference.load import load
 
 
+def continued(path: Path, settings: TestSettings) -> GeneratedText:
+    """Load the checkpoint or the exported folder at `path`, and return what it writes after the prompt."""
+    loaded = load(path, choose_device(settings), settings.weights)
+    return generate_text(loaded.inference_model, loaded.tokenizer, settings, prompt_text(settings))
+
+
 def write_text(path: Path, settings: TestSettings) -> GeneratedText:
     """Load the checkpoint or the exported folder at `path`, continue the prompt and print the result."""
     text = prompt_text(settings)

@@ -9,6 +9,7 @@ so that the teacher answers nothing twice.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import time
 from collections.abc import Iterator
@@ -119,12 +120,13 @@ def capture(
     folder = make_folder("--output", settings.output)
     with _only_writer(folder, new=not (folder / MANIFEST_NAME).is_file()):
         manifest = _verified(folder, manifest)
-        jobs = _jobs(dataset, manifest)
+        missing = _jobs(dataset, manifest)
+        jobs = _wanted(settings, dataset, manifest, missing)
         asked, packed, began = 0, None, time.perf_counter()
         if jobs:
             manifest = _with_batch(settings, files, dataset, manifest)
             try:
-                manifest, asked, packed = _capture(settings, files, dataset, manifest, jobs, folder)
+                manifest, asked, packed = _capture(settings, files, dataset, manifest, jobs, folder, len(missing))
             except FileNotFoundError:
                 if folder.is_dir():
                     raise
@@ -274,6 +276,14 @@ def _jobs(dataset: PreparedDataset, manifest: Manifest) -> list[Job]:
     return [job for job in _all_jobs(dataset, manifest) if job.file not in done]
 
 
+def _wanted(settings: CaptureSettings, dataset: PreparedDataset, manifest: Manifest, jobs: list[Job]) -> list[Job]:
+    """Return the first of `jobs`, until the signals have `--max-positions`."""
+    if settings.max_positions is None:
+        return jobs
+    before = itertools.accumulate((_positions(dataset, job) for job in jobs), initial=manifest.statistics.positions)
+    return [job for job, positions in zip(jobs, before, strict=False) if positions < settings.max_positions]
+
+
 def _all_jobs(dataset: PreparedDataset, manifest: Manifest) -> list[Job]:
     """Return every shard of a whole capture, in the order in which they are captured."""
     jobs = []
@@ -312,8 +322,9 @@ def _capture(
     manifest: Manifest,
     jobs: list[Job],
     folder: Path,
+    missing: int,
 ) -> _Outcome:
-    """Let the engine do the jobs, and put each shard into the manifest before the next one."""
+    """Let the engine do the jobs, of `missing` ones, and put each shard into the manifest before the next one."""
     total = sum(_positions(dataset, job) for job in jobs)
     largest = max(_positions(dataset, job) for job in jobs)
     plan = Plan(settings, folder, manifest, total, min(total, largest * settings.workers), jobs[0].file)
@@ -322,7 +333,7 @@ def _capture(
     try:
         with Progress("capture", total, "tokens") as progress:
             for done, result in enumerate(run_jobs(plan, files, dataset, jobs, progress.update), 1):
-                manifest = _with_shards(manifest, [*manifest.shards, result.entry], complete=done == len(jobs))
+                manifest = _with_shards(manifest, [*manifest.shards, result.entry], complete=done == missing)
                 write_manifest(folder, manifest)
                 journal_path(folder, result.entry.file).unlink(missing_ok=True)
                 asked += result.positions_asked

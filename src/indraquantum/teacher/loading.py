@@ -72,7 +72,7 @@ def load_teacher(
         UserError: it is not a causal LM, lacks weights, has fewer tokens than the dataset, or too short a context.
     """
     dtype = compute_dtype(device, precision)
-    model = _load_model(files, dtype, device)
+    model = load_model(files, dtype, device)
     longest = max(int(split.pieces[:, 1].max()) for split in (dataset.train, dataset.validation))
     _check_sizes(files, model.config, dataset, longest)
     with refused_in_one_line(files):
@@ -113,7 +113,12 @@ def _check_answers(files: TeacherFiles, teacher: Teacher, rows: Batch) -> None:
     teacher.packed = False
 
 
-def _load_model(files: TeacherFiles, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def load_model(files: TeacherFiles, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """Load the teacher's model as it is, without a dataset.
+
+    Raises:
+        UserError: transformers can't load it, or it lacks weights.
+    """
     from transformers import AutoModelForCausalLM
 
     config = teacher_config(files)
