@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -156,6 +158,36 @@ def test_a_capture_says_what_the_file_is(tmp_path, write, dataset):
 def rows(folder, dataset, split):
     """The bytes of all shards of a split."""
     return [np.frombuffer(file.read_bytes(), np.uint8) for file in sorted(folder.glob(f"{split}-*.safetensors"))]
+
+
+def test_a_table_larger_than_the_tokenizer_is_cut(tmp_path, folder, dataset):
+    model = random_model(vocab_size=VOCABULARY + 2)
+    entries = gguf_world.byte_level_of(folder)
+    filled = {
+        "tokenizer__ggml__tokens": [*entries["tokenizer.ggml.tokens"], "[PAD263]", "[PAD264]"],
+        "tokenizer__ggml__token_type": [*entries["tokenizer.ggml.token_type"], 5, 5],
+    }
+    path, ids = gguf_world.write_model(tmp_path / "model.gguf", model, folder, **filled), document()
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(ids)[None]).logits[0, :, :VOCABULARY]
+    torch.testing.assert_close(load(path, dataset).alone(ids), expected)
+    settings = CaptureSettings(data=tmp_path / "data", teacher=str(path), output=tmp_path / "signals", threads=1)
+    assert capture(settings, dataset).coverage == {"train": 1.0, "validation": 1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_safetensors_of_16_bits_teach_as_the_floats_that_they_hold(tmp_path, llama, dataset, dtype):
+    write_tokenizer(tmp_path)
+    half = copy.deepcopy(llama).to(dtype)
+    half.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    teacher, ids = load(tmp_path, dataset), document()
+    assert teacher.precision == "float32"
+    rounded = copy.deepcopy(llama)  # its rotary frequencies were never rounded
+    rounded.load_state_dict(half.state_dict())
+    with torch.inference_mode():
+        expected = rounded(torch.from_numpy(ids)[None]).logits[0]
+    torch.testing.assert_close(teacher.alone(ids), expected)
 
 
 def rewritten(path, **metadata):

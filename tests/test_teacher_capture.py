@@ -361,6 +361,21 @@ def test_a_teacher_of_nan_is_refused_and_nothing_is_stored(settings, dataset, fo
     assert files_of(settings.output) == {}
 
 
+def test_a_part_is_captured_and_the_same_command_captures_the_rest(settings, dataset, tmp_path):
+    part = changed(settings, max_positions=60)
+    report = capture(part, dataset, shard_positions=26)
+    manifest = read_manifest("", settings.output)
+    assert 60 <= report.statistics.positions < 60 + 26
+    assert 0 < report.coverage["train"] < report.coverage["validation"] == 1.0
+    assert not manifest.complete
+    again = capture(part, dataset, shard_positions=26)
+    assert (again.positions_asked, again.statistics) == (0, report.statistics)
+    assert read_manifest("", settings.output) == manifest
+    capture(settings, dataset)
+    capture(changed(settings, output=tmp_path / "whole"), dataset, shard_positions=26)
+    assert read_manifest("", settings.output) == read_manifest("", tmp_path / "whole")
+
+
 def test_padded_vocabulary_is_renormalised(settings, dataset, folder, tmp_path):
     wide = shutil.copytree(folder, tmp_path / "wide")
     model = write_teacher(wide, vocabulary=VOCABULARY + 50)
