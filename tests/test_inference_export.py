@@ -231,6 +231,7 @@ def test_it_loads_without_this_package_and_gives_the_same_bits(exported, tmp_pat
     assert "need the package indraquantum" in answer["refused"]
 
 
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_its_code_is_one_readable_file(exported):
     code = exported[1] / "modeling_indraquantum.py"
     text = code.read_text()
@@ -258,6 +259,7 @@ def test_the_class_of_this_package_goes_before_the_code_of_the_folder(exported, 
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())  # its code is not there
 
 
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_the_card_says_where_the_model_comes_from(world, exported, tmp_path, capsys):
     checkpoint, folder = exported
     unknown = (folder / "README.md").read_text()
@@ -274,17 +276,18 @@ def test_the_card_says_where_the_model_comes_from(world, exported, tmp_path, cap
 
 
 @pytest.mark.parametrize("tokenizer", [{}, {"json": "{}", "bos_id": 0, "eos_id": 1}])
-@pytest.mark.parametrize("as_", ["transformers", "llama", "gguf"])
-def test_a_checkpoint_without_a_tokenizer_is_one_line(exported, tmp_path, capsys, tokenizer, as_):
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
+def test_a_checkpoint_without_a_tokenizer_is_one_line(exported, tmp_path, capsys, tokenizer):
     whole = load_checkpoint("CHECKPOINT", exported[0])
     save_checkpoint(tmp_path / "bare.pt", replace(whole, tokenizer=tokenizer))
-    assert indra("export", tmp_path / "bare.pt", tmp_path / "new", "--as", as_) == 2
+    assert indra("export", tmp_path / "bare.pt", tmp_path / "new") == 2
     said = capsys.readouterr().err
     assert "bare.pt; must hold the tokenizer that it was trained with" in said
     assert said.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_a_folder_of_another_model_is_one_line(exported, tmp_path, capsys):
     assert indra("export", exported[0], tmp_path / "llama", "--as", "llama") == 0
     capsys.readouterr()

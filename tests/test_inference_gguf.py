@@ -43,8 +43,14 @@ def loaded_of(tokenizer, **options):
     return model, Loaded(plain, tokenizer, model.config.to_dict(), None, None)
 
 
-@pytest.mark.parametrize("options", [{"bias": "none"}, {}, {"bias": "none", "num_key_value_heads": 1}], ids=str)
-@pytest.mark.parametrize(("outtype", "within"), [("f32", 1e-4), ("f16", 0.1), ("q8_0", 1.0)])
+@pytest.mark.parametrize(
+    ("options", "outtype", "within"),
+    [
+        ({"bias": "none"}, "f32", 1e-4), ({}, "f32", 1e-4), ({"bias": "none", "num_key_value_heads": 1}, "f32", 1e-4),
+        ({}, "f16", 0.1), ({"bias": "none"}, "q8_0", 1.0),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_another_reader_finds_the_model(tokenizer, tmp_path, options, outtype, within):
     model, loaded = loaded_of(tokenizer, **options)
     write(loaded, tmp_path, ExportSettings(as_="gguf", outtype=outtype))
@@ -114,8 +120,8 @@ def test_scores_merge_as_the_real_tokenizer_does(shared):
     assert fields.tokens[-1] == "[PAD32002]"
     assert fields.types[-1] == TokenType.UNUSED
     samples = json.loads((shared / "data" / "alpaca" / "alpaca_data.json").read_text())
-    texts = [format_alpaca(**sample)[:160] for sample in random.Random(0).sample(samples, 60)]
-    texts += [f"a{' ' * n}b{' ' * (n // 2)}" for n in range(1, 40)] + [
+    texts = [format_alpaca(**sample)[:160] for sample in random.Random(0).sample(samples, 20)]
+    texts += [f"a{' ' * n}b{' ' * (n // 2)}" for n in range(1, 40, 3)] + [
         "  x",
         "\n\n \n",
         "caf\u00e9 \u4f60\u597d \U0001f600",
@@ -136,8 +142,6 @@ def test_the_real_tokenizer_in_its_form_for_chats(shared, tmp_path):
     both = theirs.apply_chat_template(chat)["input_ids"]
     assert both == [*tokenizer.encode_prompt(format_alpaca("Hi <unk>", "", "Ho.")), tokenizer.eos_id]
     assert (theirs.pad_token, theirs.pad_token_id) == ("<0x00>", 3)
-    again = load_tokenizer("--tokenizer", str(tmp_path))
-    require_same_tokenizer("--tokenizer", tmp_path, "must be the same", tokenizer, again)
 
 
 def refused(tokenizer):
