@@ -92,7 +92,7 @@ def hub(monkeypatch):
 
     def start(**options):
         server = Hub(**options)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         for module in (constants, hf_api):
             for name, value in {
