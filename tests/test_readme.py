@@ -124,7 +124,11 @@ def anchors_of(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", TEXTS[page]):
+    text = TEXTS[page]
+    definitions = dict(re.findall(r"^\[([\w-]+)\]: (\S+)$", text, re.MULTILINE))
+    assert set(re.findall(r"\]\[([\w-]+)\]", FENCED.sub("", text))) == definitions.keys()
+    links = [f"({target})" for target in definitions.values()] + re.findall(r"\](\([^)\s]*\))", text)
+    for target, anchor in re.findall(r"\(([^)#\s]*)#?([^)\s]*)\)", " ".join(links)):
         path = (ROOT / page).parent.joinpath(target).resolve() if target else ROOT / page
         if "://" in target or path.relative_to(ROOT).as_posix() in GENERATED:
             continue
