@@ -211,9 +211,11 @@ class CaptureSettings(DeviceSettings):
     batch_tokens: int | Literal["auto"] = "auto"
     """Tokens in one forward pass of the teacher: whole rows, and at least one. auto takes as many as fit into memory
     and make it faster. Give a number if memory runs out."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The number format in which the teacher computes. auto takes bfloat16 on CUDA (float16 on old cards) and float32
-    elsewhere. bfloat16 halves the memory for the teacher's weights."""
+    precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
+    """The number format in which the teacher computes. mixed rounds products and attention to bfloat16 and keeps all
+    else in float32. bfloat16 rounds everything and halves the memory for the weights. auto takes bfloat16 on CUDA
+    (float16 on old cards) and float32 elsewhere, with one exception: for a long capture on a CPU with 16-bit units it
+    takes mixed if that is faster and agrees with float32 on held-out rows. A resumed capture keeps its format."""
     workers: int = Field(default=1, ge=1, le=1024)
     """How many processes ask the teacher, each with its own copy of it. Raise it for several GPUs, or if one process
     does not use all cores. For the same --threads, any number of workers gives the same signals."""

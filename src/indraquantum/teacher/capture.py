@@ -27,6 +27,7 @@ from indraquantum.progress import Progress, warn
 from indraquantum.teacher.batch_size import choose_batch_rows
 from indraquantum.teacher.engines import open_data, run_jobs
 from indraquantum.teacher.journal import SUFFIX, journal_path
+from indraquantum.teacher.loading import precision_name
 from indraquantum.teacher.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -39,6 +40,7 @@ from indraquantum.teacher.manifest import (
     statistics_of,
     write_manifest,
 )
+from indraquantum.teacher.precision import Choice, choose_precision
 from indraquantum.teacher.served import check_served, is_served, served_identity
 from indraquantum.teacher.shard import Shard
 from indraquantum.teacher.shard_worker import Job, Plan
@@ -124,6 +126,9 @@ def capture(
         jobs = _wanted(settings, dataset, manifest, missing)
         asked, packed, began = 0, None, time.perf_counter()
         if jobs:
+            if files:
+                manifest = _with_precision(settings, files, dataset, manifest, jobs)
+                settings = settings.model_copy(update={"precision": manifest.precision})
             manifest = _with_batch(settings, files, dataset, manifest)
             try:
                 manifest, asked, packed = _capture(settings, files, dataset, manifest, jobs, folder, len(missing))
@@ -173,6 +178,10 @@ def _begin_or_continue(
                 given = {"--teacher": settings.teacher, "--data": settings.data}.get(option, ours)
                 allowed = f"the signals in {settings.output} have {name} {theirs}, not {ours}; give another --output"
                 raise UserError(option, given, allowed)
+        known = existing.known_precision
+        if files and known and settings.precision not in ("auto", known):
+            allowed = f"the signals in {settings.output} are in {known}, which is kept; give another --output"
+            raise UserError("--precision", settings.precision, allowed)
         _check_shards(settings.output / MANIFEST_NAME, dataset, existing)
         return existing
     return Manifest(
@@ -204,6 +213,22 @@ def _check_shards(path: Path, dataset: PreparedDataset, manifest: Manifest) -> N
                 f"lists {entry.file} with rows {list(entry.rows)} of {entry.split}, which is not a shard of --data"
             )
             raise UserError("--output", path, allowed)
+
+
+def _with_precision(
+    settings: CaptureSettings, files: TeacherFiles, dataset: PreparedDataset, manifest: Manifest, jobs: list[Job]
+) -> Manifest:
+    """Return the manifest with the teacher's number format: the one of its signals, or one that is chosen now."""
+    if manifest.precision:
+        return manifest
+    if manifest.batch_rows or manifest.shards:  # begun by an earlier version, which measured nothing
+        from indraquantum.device import choose_device
+
+        usual = precision_name(choose_device(settings), settings.precision)
+        choice = Choice(manifest.known_precision or usual, None)
+    else:
+        choice = choose_precision(settings, files, dataset, sum(_positions(dataset, job) for job in jobs))
+    return manifest.model_copy(update=choice._asdict())
 
 
 def _with_batch(

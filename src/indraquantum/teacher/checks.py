@@ -35,6 +35,7 @@ _ROUNDING = {
     "float32": _Rounding(1, 1e-3, 2e-5),
     "bfloat16": _Rounding(8, 0.1, 0.05),
     "float16": _Rounding(8, 0.05, 0.02),
+    "mixed": _Rounding(8, 0.1, 0.05),
 }
 
 

@@ -10,7 +10,7 @@ from indraquantum.teacher.checks import is_causal, packs_right, telling_rows
 from indraquantum.teacher.gguf_teacher import apply_rope_factors, completed
 from indraquantum.teacher.refusals import quiet_transformers, refused_in_one_line
 from indraquantum.teacher.teacher_files import TeacherFiles
-from indraquantum.teacher.teacher_model import Teacher, pieces_of
+from indraquantum.teacher.teacher_model import Teacher, keep_weights_rounded, pieces_of
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +21,19 @@ if TYPE_CHECKING:
 
 
 def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Return the number format that `--precision` means on a device; see `load_teacher`."""
+    """Return the format of the weights that `--precision` means on a device; see `load_teacher`."""
     import torch
 
     from indraquantum.device import best_16_bits
 
     if device.type == "cuda" and precision == "auto":
         return best_16_bits()
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
+
+
+def precision_name(device: torch.device, precision: str) -> str:
+    """Return the precision that `--precision` means on a device, without auto; see `load_teacher`."""
+    return "mixed" if precision == "mixed" else str(compute_dtype(device, precision)).removeprefix("torch.")
 
 
 def teacher_config(files: TeacherFiles) -> PretrainedConfig:
@@ -65,8 +70,8 @@ def load_teacher(
         files: from `find_teacher`.
         dataset: the dataset that it is to teach.
         device: the device on which it computes.
-        precision: float32, bfloat16, or auto: float32 on the CPU, whatever format it was saved in; bfloat16 (float16
-            on old cards) on CUDA.
+        precision: float32, bfloat16, float16, mixed (see `Teacher`), or auto: float32 on the CPU, whatever format it
+            was saved in; bfloat16 (float16 on old cards) on CUDA.
 
     Raises:
         UserError: it is not a causal LM, lacks weights, has fewer tokens than the dataset, or too short a context.
@@ -79,7 +84,10 @@ def load_teacher(
         if getattr(model.config, "quantization_config", None) is None:  # a quantised model stays where it was loaded
             model = model.to(device)
         model = model.eval().requires_grad_(False)
-        teacher = Teacher(model, device, str(dtype).removeprefix("torch."), dataset.tokenizer.vocabulary_size)
+        if precision == "mixed":
+            keep_weights_rounded(model)
+        name = precision_name(device, precision)
+        teacher = Teacher(model, device, name, dataset.tokenizer.vocabulary_size)
         _check_answers(files, teacher, telling_rows(dataset))
     return teacher
 

@@ -80,7 +80,7 @@ class ShardEntry(_Page):
     sha256: str = Field(pattern=_SHA256)
     bytes: int = Field(ge=0)
     precision: str
-    """The number format in which the teacher computed. It may differ, because another device may resume a capture."""
+    """The number format in which the teacher computed. Earlier versions could mix two, as in bfloat16+float32."""
     sums: Sums
 
     @model_validator(mode="after")
@@ -114,6 +114,19 @@ class TeacherSource(_Page):
     """Its entries of the kind general.*, such as name, organization, license and base models."""
 
 
+class Agreement(_Page):
+    """How mixed precision compared with float32 on held-out positions before the first row was captured."""
+
+    positions: int = Field(ge=1)
+    kl_nats: float
+    """Mean KL divergence of mixed precision's distributions from float32's."""
+    largest_kl_nats: float
+    entropy_difference_nats: float
+    """Mean entropy in mixed precision minus the mean entropy in float32."""
+    speedup: float = Field(gt=0)
+    """CPU seconds of float32 divided by those of mixed precision."""
+
+
 class Manifest(Identity):
     """The whole manifest."""
 
@@ -125,6 +138,11 @@ class Manifest(Identity):
     """Only for a GGUF file."""
     batch_rows: int | None = Field(default=None, ge=1)
     """Rows that the teacher read at once, which decides the last bits; None before version 3."""
+    precision: str | None = None
+    """The number format in which the teacher computes: float32, mixed, bfloat16 or float16. None before version 4, and
+    for a server."""
+    agreement: Agreement | None = None
+    """The measurement by which auto chose the precision; None if none was needed."""
     shards: tuple[ShardEntry, ...] = Field(strict=False)
     complete: bool
     statistics: Statistics
@@ -139,6 +157,13 @@ class Manifest(Identity):
         if len(set(files)) < len(files):
             raise ValueError("two shards name the same file")
         return self
+
+    @property
+    def known_precision(self) -> str | None:
+        """The number format of the signals; None if no shard tells it, or an earlier version mixed several."""
+        formats = {entry.precision for entry in self.shards}
+        only = formats.pop() if len(formats) == 1 else None
+        return self.precision or (None if only and "+" in only else only)
 
     @property
     def identity(self) -> Identity:

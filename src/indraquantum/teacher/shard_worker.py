@@ -1,8 +1,8 @@
 """Captures one shard at a time: the part of `indra capture` that runs in one process or in many.
 
-A shard depends only on the manifest's identity, its `batch_rows` and `--threads`. Batches never cross the ends of a
-shard, and the shard's journal keeps what a stopped worker has captured. So any worker can capture any shard, even
-twice, with the same bytes.
+A shard depends only on the manifest's identity, its `precision` and `batch_rows`, and on `--threads`. Batches never
+cross the ends of a shard, and the shard's journal keeps what a stopped worker has captured. So any worker can capture
+any shard, even twice, with the same bytes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Plan:
 
     settings: CaptureSettings
     folder: Path
-    manifest: Manifest  # its identity and batch_rows are used
+    manifest: Manifest  # its identity and batch_rows are used; the settings have its precision
     positions: int  # of all jobs, for the estimate
     positions_at_once: int  # at most, of the shards captured at the same time, whose journals are on the disk
     first_file: str  # the shard whose first batch is timed for the estimate

@@ -30,7 +30,7 @@ class Teacher:
     """A loaded teacher.
 
     Attributes:
-        precision: the number format in which it computes.
+        precision: the number format in which it computes; mixed is float32 with products and attention in bfloat16.
         vocabulary_size: number of the dataset's tokens; the teacher's own may be padded to more.
         packed: whether a row may hold several documents; False for a teacher that would mix them.
         layered: whether some layers see only a part of the earlier positions (windows, chunks), so that packed rows
@@ -59,7 +59,7 @@ class Teacher:
         import torch
 
         positions_BT = torch.from_numpy(batch.positions).to(self.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._mixing():
             return self.model(
                 input_ids=torch.from_numpy(batch.input_ids).to(self.device),
                 attention_mask=self._layer_masks(positions_BT) if self.layered else self._mask(batch),
@@ -102,8 +102,26 @@ class Teacher:
     def _alone(self, ids_T: np.ndarray) -> torch.Tensor:
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), self._mixing():
             return self.model(input_ids=torch.from_numpy(ids_T)[None].to(self.device), use_cache=False).logits[0]
+
+    def _mixing(self) -> torch.autocast:
+        """Return a context in which products and attention round to bfloat16 if the precision is mixed."""
+        import torch
+
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "mixed")
+
+
+def keep_weights_rounded(model: torch.nn.Module) -> None:
+    """Keep the weights of linear layers in bfloat16, which autocast would round again in each pass.
+
+    A head that shares its weights with the embedding gets a rounded copy; the embedding stays as it is.
+    """
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(module.weight.to(torch.bfloat16), requires_grad=False)
 
 
 def _is_layered(config: PretrainedConfig) -> bool:
