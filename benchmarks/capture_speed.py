@@ -247,11 +247,8 @@ def main() -> None:
     for number in range(options.rounds):
         for passes in all_passes:
             passes.round(number)
-            clocks = passes.rounds[-1]
-            print(
-                f"  {passes.teacher.precision}: bare {clocks[0].wall:.2f} s, captured {clocks[1].wall:.2f} s",
-                flush=True,
-            )
+            bare, captured = (clock.wall for clock in passes.rounds[-1])
+            print(f"  {passes.teacher.precision}: bare {bare:.2f} s, captured {captured:.2f} s", flush=True)
     print(f"{options.teacher or f'{options.layers} layers'}, {device}, {options.threads} threads,"
           f" {all_passes[0].tokens} tokens a pass, {options.batch_tokens} a batch")  # fmt: skip
     for passes in all_passes:

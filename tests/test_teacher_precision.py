@@ -170,11 +170,13 @@ def test_a_resumed_capture_keeps_its_format(settings, dataset, monkeypatch):
     assert {entry["precision"] for entry in page_of(settings)["shards"]} == {"bfloat16"}
 
 
-def test_mixed_precision_keeps_the_residual_stream_in_float32(settings, dataset):
+@pytest.mark.parametrize("tied", [False, True])
+def test_mixed_precision_keeps_the_residual_stream_in_float32(dataset, tmp_path, tied):
     from indraquantum.teacher.loading import load_teacher
     from indraquantum.teacher.teacher_files import find_teacher
 
-    files, cpu = find_teacher("--teacher", settings.teacher), torch.device("cpu")
+    write_teacher(write_tokenizer(tmp_path), tie_word_embeddings=tied)
+    files, cpu = find_teacher("--teacher", str(tmp_path)), torch.device("cpu")
     rows, found = dataset.validation.batch(np.arange(3)), {}
     for name in ("float32", "mixed", "bfloat16"):
         teacher = load_teacher(files, dataset, cpu, name)
