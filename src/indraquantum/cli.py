@@ -194,7 +194,7 @@ def teacher(*, settings: Annotated[TeacherSettings, OPTIONS] = TeacherSettings.m
 
 @app.command
 def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings.model_construct()) -> None:
-    """Train IndraQuantumPhase2 by semantic distillation."""
+    """Train IndraQuantumPhase2 on text and on a teacher's signals (semantic distillation)."""
     from indraquantum.interrupts import Interrupts
 
     if settings.dry_run:

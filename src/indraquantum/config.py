@@ -254,8 +254,8 @@ class ModelSettings(Settings):
     """Whether the output head adds a learned number to the logit of each token. A model without it folds into a plain
     Llama of the same width and depth (`indra export --as llama`)."""
     readout: Literal["reference", "mean"] = "reference"
-    """How magnitude and phase are read from a state: against learned reference states, or as a mean over all
-    dimensions. In our measurements, mean knows less of the teacher."""
+    """How magnitude and phase are read from a state: by comparing it with a learned reference state, or as a mean over
+    all dimensions. In our measurements, mean agrees less with the teacher."""
     magnitude: Literal["softplus", "exp", "linear"] = "linear"
     """How the projector makes a magnitude from its linear map. linear allows negative values, which turn the phase by
     pi. softplus and exp are always positive."""
@@ -392,7 +392,7 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettin
     from the newest one."""
     epochs: int = Field(default=3, ge=1, le=100_000)
     """Passes over the training rows. To extend a finished run, give more epochs. This works if its schedule is
-    constant, or wsd and has not begun to decay."""
+    constant. If it is wsd, also give --resume a checkpoint from before the decay."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimiser steps; the schedules then end there. To extend the run later, raise it under the
     same conditions as --epochs."""
