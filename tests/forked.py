@@ -92,4 +92,9 @@ def values(world: int, action: Callable[[Processes], Any], folder: Path) -> list
 
 def said(folder: Path) -> str:
     """All that the processes printed."""
-    return "\n".join(path.read_text() for path in sorted(folder.glob("said.*")))
+    return "\n".join(said_by(path) for path in sorted(folder.glob("said.*")))
+
+
+def said_by(path: Path) -> str:
+    """What one process printed, without the lines in which Gloo of torch 2.10 tells of its connections."""
+    return "".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith("[Gloo]"))
