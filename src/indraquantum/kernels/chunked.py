@@ -280,10 +280,7 @@ class ChunkedObjective:
         products, gradients = self.plan.products, self.gradients
         factor_nD = scaled_nD if factor_n is None else scaled_nD * factor_n[:, None]
         factor_n1 = states_nD.new_ones(len(states_nD), 1) if factor_n is None else factor_n[:, None]
-        if buffer_Vn.dtype == self.plan.dtype:
-            right_nD, right_n = factor_nD, factor_n1[:, 0]
-        else:
-            right_nD, right_n = factor_nD.to(buffer_Vn.dtype), factor_n1[:, 0].to(buffer_Vn.dtype)
+        right_nD, right_n = factor_nD.to(buffer_Vn.dtype), factor_n1[:, 0].to(buffer_Vn.dtype)
 
         def carry(tiles: Tiles) -> Tensor:
             back_nD = torch.zeros_like(states_nD)

@@ -51,8 +51,7 @@ def cpu_plan(
     """Divide the work as the way in force says, with a buffer of at most 32 MiB. The other arguments override it."""
     way = in_force()
     if rows is None:
-        rows = max(1, min(way.rows, _BUFFER_BYTES // (vocabulary_size * dtype.itemsize)))
-        rows = rows // 16 * 16 or rows
+        rows = _rows_of_chunk(way.rows, vocabulary_size, dtype)
     if lanes is None:
         lanes = max(1, min(torch.get_num_threads(), vocabulary_size // _LEAST_LANE))
     return Plan(rows, tile or way.tile, lanes, dtype, Products())
@@ -63,10 +62,15 @@ def rounded_plan(
 ) -> Plan:
     """Divide the work for products in bfloat16. Their buffer is half as large, so a chunk has more rows."""
     if rows is None:
-        rows = max(1, min(ROUNDED_ROWS, _BUFFER_BYTES // (2 * vocabulary_size)))
-        rows = rows // 16 * 16 or rows
+        rows = _rows_of_chunk(ROUNDED_ROWS, vocabulary_size, torch.bfloat16)
     plan = cpu_plan(vocabulary_size, torch.float32, rows, tile or ROUNDED_TILE, lanes)
     return replace(plan, products=RoundedProducts(), kept=torch.bfloat16)
+
+
+def _rows_of_chunk(most: int, vocabulary_size: int, dtype: torch.dtype) -> int:
+    """Return how many rows of logits in `dtype` the buffer holds, but at most `most`: a multiple of 16 if possible."""
+    rows = max(1, min(most, _BUFFER_BYTES // (vocabulary_size * dtype.itemsize)))
+    return rows // 16 * 16 or rows
 
 
 def cpu_objective(inputs: LinearInputs, options: ObjectiveOptions) -> ObjectiveResult:
