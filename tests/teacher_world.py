@@ -4,11 +4,13 @@ import json
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 
 from indraquantum.data.prepared import PreparedDataset, content_hash
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import load_tokenizer
+from indraquantum.teacher import capture as capture_module
 
 VOCABULARY = 263  # 2 control tokens, 256 bytes, 5 merges
 ROW = 13
@@ -93,3 +95,18 @@ def write_teacher(folder, seed=0, vocabulary=VOCABULARY, **changes):
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def stop_after_a_shard(settings, dataset, shard_tokens):
+    """Capture, and interrupt it as soon as the manifest lists a shard."""
+    write = capture_module.write_manifest
+
+    def stopping(folder, manifest):
+        write(folder, manifest)
+        if manifest.shards:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture_module, "write_manifest", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            capture_module.capture(settings, dataset, shard_tokens)

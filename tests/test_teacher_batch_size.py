@@ -12,14 +12,13 @@ from indraquantum.config import CaptureSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
 from indraquantum.teacher import batch_size
-from indraquantum.teacher import capture as capture_module
 from indraquantum.teacher.batch_size import choose_batch_rows, free_memory, teacher_size
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.loading import load_teacher
 from indraquantum.teacher.manifest import FORMAT_VERSION
 from indraquantum.teacher.teacher_files import find_teacher
 from indraquantum.teacher.teacher_model import Teacher
-from teacher_world import as_dataset, make_split, random_documents, write_tokenizer
+from teacher_world import as_dataset, make_split, random_documents, stop_after_a_shard, write_tokenizer
 
 SHARD = 480  # ten rows of 48
 
@@ -126,20 +125,6 @@ def asked(monkeypatch):
     return rows
 
 
-def stop_after_a_shard(settings, monkeypatch):
-    with monkeypatch.context() as context:
-        write = capture_module.write_manifest
-
-        def stopping(folder, manifest):
-            write(folder, manifest)
-            if manifest.shards:
-                raise KeyboardInterrupt
-
-        context.setattr(capture_module, "write_manifest", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            capture(settings, None, SHARD)
-
-
 def test_a_capture_that_goes_on_keeps_its_batch_whatever_memory_is_free(settings, monkeypatch, asked, tmp_path):
     size = teacher_size(find_teacher("--teacher", settings.teacher), 4)
     monkeypatch.setattr(batch_size, "free_memory", lambda: size.weights + 2 * 3 * 48 * size.token)
@@ -147,17 +132,17 @@ def test_a_capture_that_goes_on_keeps_its_batch_whatever_memory_is_free(settings
     capture(whole, None, SHARD)
     assert set(asked) <= {1, 2, 3}
     assert json.loads((whole.output / "manifest.json").read_text())["batch_rows"] == 3
-    stop_after_a_shard(settings, monkeypatch)
+    stop_after_a_shard(settings, None, SHARD)
     monkeypatch.setattr(batch_size, "free_memory", lambda: 1 << 50)
     capture(settings, None, SHARD)
     assert set(asked) <= {1, 2, 3}
     assert files_of(settings.output) == files_of(whole.output)
 
 
-def test_another_batch_may_be_asked_for_and_is_said(settings, monkeypatch, asked, capsys):
+def test_another_batch_may_be_asked_for_and_is_said(settings, asked, capsys):
     """A batch that the memory does not hold must not bind a capture for good."""
     settings = changed(settings, batch_tokens=48 * 5)
-    stop_after_a_shard(settings, monkeypatch)
+    stop_after_a_shard(settings, None, SHARD)
     asked.clear()
     capture(changed(settings, batch_tokens=48 * 2), None, SHARD)
     assert max(asked) == 2
@@ -166,11 +151,11 @@ def test_another_batch_may_be_asked_for_and_is_said(settings, monkeypatch, asked
     assert (page["batch_rows"], page["complete"]) == (2, True)
 
 
-def test_signals_of_version_2_go_on(settings, monkeypatch):
+def test_signals_of_version_2_go_on(settings):
     from indraquantum.files import write_manifest_json
     from indraquantum.teacher.signals import verify_signals
 
-    stop_after_a_shard(settings, monkeypatch)
+    stop_after_a_shard(settings, None, SHARD)
     path = settings.output / "manifest.json"
     page = {name: value for name, value in json.loads(path.read_text()).items() if name != "manifest_sha256"}
     page["format_version"] = 2

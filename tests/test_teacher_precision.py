@@ -11,12 +11,11 @@ from indraquantum.config import CaptureSettings
 from indraquantum.errors import UserError
 from indraquantum.files import write_manifest_json
 from indraquantum.kernels import onednn
-from indraquantum.teacher import capture as capture_module
 from indraquantum.teacher import precision
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.manifest import Agreement
 from indraquantum.teacher.precision import compare, is_good
-from teacher_world import make_dataset, write_teacher, write_tokenizer
+from teacher_world import make_dataset, stop_after_a_shard, write_teacher, write_tokenizer
 
 SHARD = 40  # three rows of 13
 
@@ -56,20 +55,6 @@ def page_of(settings):
 
 def shards_of(settings):
     return {path.name: path.read_bytes() for path in settings.output.glob("*.safetensors")}
-
-
-def stop_after_a_shard(settings, dataset, monkeypatch):
-    with monkeypatch.context() as context:
-        write = capture_module.write_manifest
-
-        def stopping(folder, manifest):
-            write(folder, manifest)
-            if manifest.shards:
-                raise KeyboardInterrupt
-
-        context.setattr(capture_module, "write_manifest", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            capture(settings, dataset, SHARD)
 
 
 def as_version_3(settings, **changes):
@@ -160,11 +145,11 @@ def test_a_short_capture_and_another_processor_are_not_measured(settings, datase
     assert (page_of(settings)["precision"], page_of(settings)["agreement"]) == ("float32", None)
 
 
-def test_a_resumed_capture_keeps_its_format(settings, dataset, monkeypatch):
+def test_a_resumed_capture_keeps_its_format(settings, dataset):
     whole = changed(settings, output=settings.output.parent / "whole", precision="bfloat16")
     capture(whole, dataset, SHARD)
     begun = changed(settings, precision="bfloat16")
-    stop_after_a_shard(begun, dataset, monkeypatch)
+    stop_after_a_shard(begun, dataset, SHARD)
     capture(settings, dataset, SHARD)  # auto
     assert shards_of(settings) == shards_of(whole)
     assert {entry["precision"] for entry in page_of(settings)["shards"]} == {"bfloat16"}
@@ -194,11 +179,11 @@ def test_mixed_precision_keeps_the_residual_stream_in_float32(dataset, tmp_path,
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_formats_are_never_mixed(settings, dataset, monkeypatch, finished):
+def test_formats_are_never_mixed(settings, dataset, finished):
     if finished:
         capture(settings, dataset, SHARD)
     else:
-        stop_after_a_shard(settings, dataset, monkeypatch)
+        stop_after_a_shard(settings, dataset, SHARD)
     before = shards_of(settings)
     with pytest.raises(UserError, match=r"--precision.*bfloat16.*are in float32, which is kept; give another --output"):
         capture(changed(settings, precision="bfloat16"), dataset, SHARD)
@@ -207,7 +192,7 @@ def test_formats_are_never_mixed(settings, dataset, monkeypatch, finished):
 
 def test_signals_of_an_earlier_version_keep_the_format_of_their_shards(settings, dataset, eager, monkeypatch):
     monkeypatch.setattr(precision, "_ask", None)  # a resumed capture measures nothing
-    stop_after_a_shard(changed(settings, precision="bfloat16"), dataset, monkeypatch)
+    stop_after_a_shard(changed(settings, precision="bfloat16"), dataset, SHARD)
     as_version_3(settings)
     with pytest.raises(UserError, match=r"--precision.*float32.*are in bfloat16"):
         capture(changed(settings, precision="float32"), dataset, SHARD)
@@ -216,8 +201,8 @@ def test_signals_of_an_earlier_version_keep_the_format_of_their_shards(settings,
     assert page_of(settings)["precision"] == "bfloat16"
 
 
-def test_signals_of_an_earlier_version_may_have_two_formats(settings, dataset, monkeypatch):
-    stop_after_a_shard(settings, dataset, monkeypatch)
+def test_signals_of_an_earlier_version_may_have_two_formats(settings, dataset):
+    stop_after_a_shard(settings, dataset, SHARD)
     [shard] = page_of(settings)["shards"]
     as_version_3(settings, shards=[shard | {"precision": "a+b"}])
     capture(settings, dataset, SHARD)
