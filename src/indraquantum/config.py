@@ -496,12 +496,13 @@ class TestSettings(WeightsSettings, DeviceSettings):
 class ExportSettings(WeightsSettings):
     """Writes a trained model for other programs."""
 
-    as_: Literal["transformers", "llama", "gguf"] = "transformers"
+    as_: Literal["transformers", "llama", "gguf", "onnx"] = "transformers"
     """What to write. transformers is the model itself, with its code, for AutoModelForCausalLM. llama folds it into a
     plain Llama, which every runtime knows. gguf is a file for llama.cpp and Ollama (pip install
-    'indraquantum[gguf]')."""
-    outtype: Literal["f32", "f16", "q8_0"] = "f16"
-    """The number format of the matrices in a GGUF file, as llama.cpp names it."""
+    'indraquantum[gguf]'). onnx is a graph for onnxruntime and transformers.js (pip install 'indraquantum[onnx]')."""
+    outtype: Literal["f32", "f16", "q8_0", "int8"] | None = None
+    """The number format of the matrices. For gguf, as llama.cpp names it: f32, f16 (its default) or q8_0. For onnx: f32
+    (its default) or int8, which is a quarter of the size. The other forms ignore it."""
     logs: Path = Path("logs")
     """The folder of the logs. The model card takes data, teacher and figures from <logs>/<name of the run>."""
     push: str | None = None

@@ -55,16 +55,19 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Exported:
         from gguf import GGUFWriter
 
     folded = fold(loaded.inference_model)
-    if settings.outtype == "q8_0" and folded.width % BLOCK:
+    outtype = settings.outtype or "f16"
+    if outtype not in FILE_TYPES:
+        raise UserError("--outtype", outtype, "must be f32, f16 or q8_0 for --as gguf")
+    if outtype == "q8_0" and folded.width % BLOCK:
         allowed = f"must be f32 or f16: the width {folded.width} is not a multiple of {BLOCK}"
-        raise UserError("--outtype", settings.outtype, allowed)
-    name = f"model-{settings.outtype}.gguf"
+        raise UserError("--outtype", outtype, allowed)
+    name = f"model-{outtype}.gguf"
     architecture = "llama" if folded.bias_V is None else "qwen2"
     writer = GGUFWriter(folder / name, architecture)
-    write_sizes(writer, folded, settings)
+    write_sizes(writer, folded, outtype)
     write_tokenizer(writer, loaded, folded.vocab_size)
     for tensor, value in tensors(folded, architecture):
-        _add(writer, tensor, value, settings.outtype)
+        _add(writer, tensor, value, outtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -77,10 +80,10 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Exported:
     )
 
 
-def write_sizes(writer: GGUFWriter, folded: FoldedModel, settings: ExportSettings) -> None:
+def write_sizes(writer: GGUFWriter, folded: FoldedModel, outtype: str) -> None:
     """Write the fields that describe the model."""
     writer.add_name("IndraQuantum")
-    writer.add_file_type(FILE_TYPES[settings.outtype])
+    writer.add_file_type(FILE_TYPES[outtype])
     writer.add_quantization_version(2)
     writer.add_vocab_size(folded.vocab_size)
     writer.add_context_length(folded.context)

@@ -49,7 +49,7 @@ class QuantumCore:
         """The head's scale, a differentiable scalar."""
         return self.head.scale_1[0]
 
-    def _input_states(self, embeddings: Tensor) -> Tensor:
+    def input_states(self, embeddings: Tensor) -> Tensor:
         """Return the states (..., D) of the inputs' embeddings (..., d), which may have their own projector."""
         projector = self.projector if self.input_projector is None else self.input_projector
         return self._lift(projector, embeddings)
@@ -63,7 +63,7 @@ class QuantumCore:
 
     def input_table(self) -> Tensor:
         """Return the inputs' states (V, D) of all tokens."""
-        return self._input_states(self.embedding.weight)
+        return self.input_states(self.embedding.weight)
 
     def lift_table(self) -> Tensor:
         """Return the states (V, D) of all tokens: the projector applied to the whole table."""
@@ -94,7 +94,7 @@ class QuantumCore:
             (B, T, D) the states psi.
         """
         if table_VD is None or self.input_projector is not None:
-            states_BTD = self._input_states(self.embedding(input_ids_BT))
+            states_BTD = self.input_states(self.embedding(input_ids_BT))
         else:
             states_BTD = F.embedding(input_ids_BT, table_VD)
         mask = None if segment_ids_BT is None else self._document_mask(segment_ids_BT)

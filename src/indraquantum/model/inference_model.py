@@ -182,7 +182,7 @@ class InferenceModel(QuantumCore, nn.Module):
         """
         first = past[0][0].shape[2] if past else 0
         position_ids_BT = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)[None]
-        states_BTD, memories = self.backbone(self._input_states(self.embedding(ids_BT)), position_ids_BT, None, past)
+        states_BTD, memories = self.backbone(self.input_states(self.embedding(ids_BT)), position_ids_BT, None, past)
         table_VD = self.lift_table() if self._table_VD is None else self._table_VD
         return self.logits(states_BTD[:, -1], table_VD), memories
 

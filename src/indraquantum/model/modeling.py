@@ -213,7 +213,7 @@ class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrained
                 kwargs[name] = getattr(self.config, name)
         table_VD = self._table(use_cache)
         outputs = self.backbone(
-            inputs_embeds=self._input_states(inputs_embeds),
+            inputs_embeds=self.input_states(inputs_embeds),
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
