@@ -46,6 +46,7 @@ class BothTables(onnx_graph.Graph):
         self.register_buffer("inputs_VD", model.input_table().detach().clone())
 
     def input_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the states of token ids."""
         return F.embedding(ids, self.inputs_VD)
 
 
@@ -53,6 +54,7 @@ class NoTable(onnx_graph.Graph):
     """The graph lifts the vocabulary itself."""
 
     def output_table(self) -> torch.Tensor:
+        """Return the lifted table, computed at each call."""
         return self.model.lift_table()
 
 
