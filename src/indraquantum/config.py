@@ -411,6 +411,10 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettin
     """What the objective does with the probability that top-k signals do not store. bucket treats all other tokens as
     one outcome, uniform spreads the probability over them, and none ignores it. auto means bucket. A resumed run keeps
     its value."""
+    unseen_tokens: Literal["separate", "share"] = "separate"
+    """What to do with tokens that occur nowhere in the training text, which real text has many of. With share, all of
+    them have one embedding, so a step needs less arithmetic. With separate, each has its own. share has no effect with
+    a teacher or --start-from, because then any token may matter."""
     dry_run: bool = False
     """Print shapes, parameters, memory, FLOPs and the time to finish, and write nothing. The times come from a few real
     steps."""

@@ -42,8 +42,8 @@ class Learner(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         """What an optimiser changes."""
 
-    def lift_table(self) -> Tensor:
-        """Return the output table (V, D)."""
+    def lift_table(self, ids_R: Tensor | None = None) -> Tensor:
+        """Return the output table (V, D), or its rows (R, D) of the tokens `ids_R`."""
 
     def hidden_states(
         self, input_ids_BT: Tensor, position_ids_BT: Tensor, segment_ids_BT: Tensor, table_VD: Tensor

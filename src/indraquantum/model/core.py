@@ -65,9 +65,10 @@ class QuantumCore:
         """Return the inputs' states (V, D) of all tokens."""
         return self.input_states(self.embedding.weight)
 
-    def lift_table(self) -> Tensor:
-        """Return the states (V, D) of all tokens: the projector applied to the whole table."""
-        return self._lift(self.projector, self.embedding.weight)
+    def lift_table(self, ids_R: Tensor | None = None) -> Tensor:
+        """Return the states (V, D) of all tokens, or (R, D) of the tokens `ids_R`: the projector of the embeddings."""
+        weight = self.embedding.weight
+        return self._lift(self.projector, weight if ids_R is None else F.embedding(ids_R, weight))
 
     def _document_mask(self, segment_ids_BT: Tensor) -> Tensor:
         return document_mask(segment_ids_BT)

@@ -79,13 +79,14 @@ class LiftedVocabulary:
             self.head.resize(self.config.vocab_size, mean_resizing)
         return embedding
 
-    def lift_table(self) -> Tensor:
-        """Return the states (V, D) of all tokens: the projector applied to the whole table."""
+    def lift_table(self, ids_R: Tensor | None = None) -> Tensor:
+        """Return the states (V, D) of all tokens, or (R, D) of the tokens `ids_R`: the projector of the embeddings."""
         if _is_plain(self.embedding):
-            return super().lift_table()
+            return super().lift_table(ids_R)
         # An adapter around the embedding, for example, adds to what its weight alone would give.
-        ids_V = torch.arange(self.config.vocab_size, device=self.scale.device)
-        return self._lift(self.projector, self.embedding(ids_V))
+        if ids_R is None:
+            ids_R = torch.arange(self.config.vocab_size, device=self.scale.device)
+        return self._lift(self.projector, self.embedding(ids_R))
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:

@@ -90,6 +90,7 @@ class Engine:
             raise TrainingStopped(f"{found}; the weights were not updated")
         parallel.precision.scaler.step(optimizer)  # does not change the weights if a gradient overflowed
         parallel.precision.scaler.update()
+        parallel.share_unseen()
         grad_norm = grad_norm if math.isfinite(grad_norm) else None
         return StepResult(tokens=int(tokens), grad_norm=grad_norm, terms=terms, readout=readout)
 

@@ -33,6 +33,7 @@ from indraquantum.kernels.onednn import has_16_bit_units
 from indraquantum.learner import Learner, labelled_positions, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
 from indraquantum.processes import ALONE, Processes, shard_like
+from indraquantum.training.unseen_tokens import UnseenTokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -139,13 +140,13 @@ class PassResult(NamedTuple):
 class MicroBatchPass(nn.Module):
     """The objective on one micro-batch, from rows to terms."""
 
-    def __init__(self, learner: Learner, precision: Precision) -> None:
+    def __init__(self, learner: Learner, precision: Precision, unseen: UnseenTokens | None = None) -> None:
         super().__init__()
-        self.learner, self.precision = learner, precision
+        self.learner, self.precision, self.unseen = learner, precision, unseen
 
     def lift_table(self) -> Tensor:
-        """Return the lifted table (V, D) of the learner."""
-        return self.learner.lift_table()
+        """Return the lifted table of the learner: (V, D), or (R, D) if unseen tokens share a row."""
+        return self.learner.lift_table() if self.unseen is None else self.learner.lift_table(self.unseen.ids_R)
 
     def forward(
         self,
@@ -172,12 +173,16 @@ class MicroBatchPass(nn.Module):
             table_VD = table_VD.view_as(table_VD)  # without a projector it is the weight itself, whose hooks must stay
             table_VD.register_hook(lambda gradient_VD: gradient_VD + collected_VD)
         with self.precision.autocast():
-            states_BTD = self.learner.hidden_states(**to_tensors(batch, table_VD.device), table_VD=table_VD)
+            inputs = to_tensors(batch, table_VD.device)
+            whole_VD = table_VD if self.unseen is None else None
+            states_BTD = self.learner.hidden_states(**inputs, table_VD=whole_VD)
         states_ND, labels_N = labelled_positions(states_BTD, batch)
+        bias_V, scale = self.learner.bias_V, self.learner.scale
+        if self.unseen is not None:
+            labels_N, bias_V = self.unseen.place_V[labels_N], self.unseen.bias_R(bias_V, table_VD)
         teacher = None if teacher is None else teacher.to(table_VD.device)
         amplitude_N = self.learner.amplitude(states_ND)
         states_ND = states_ND.to(self.precision.objective)
-        bias_V, scale = self.learner.bias_V, self.learner.scale
         terms = objective(states_ND, table_VD, labels_N, bias_V, scale, teacher, amplitude_N, token_count=token_count)
         return PassResult(terms, None if amplitude_N is None else amplitude_N.detach())
 
@@ -200,11 +205,19 @@ class SingleProcess:
 
     rows_stand_alone = True  # whether one process may compute a row without the others
 
-    def __init__(self, learner: Learner, processes: Processes = ALONE, precision: Precision | None = None) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        processes: Processes = ALONE,
+        precision: Precision | None = None,
+        unseen: UnseenTokens | None = None,
+    ) -> None:
         self.processes, self.precision = processes, precision or Precision()
         self.device = next(learner.parameters()).device
         self.learner = learner
-        self.bare = MicroBatchPass(learner, self.precision)
+        self.unseen = unseen and unseen.to(self.device)
+        self.bare = MicroBatchPass(learner, self.precision, self.unseen)
+        self.share_unseen()
         self.run_pass: nn.Module = self.bare
 
     def lifted_leaf(self) -> Tensor:
@@ -215,6 +228,13 @@ class SingleProcess:
     def part(self, *, last: bool) -> AbstractContextManager[None]:
         """Wrap forward and backward of one micro-batch. With the last, the gradients of all processes are summed."""
         return contextlib.nullcontext()
+
+    def share_unseen(self) -> None:
+        """Give all unseen tokens the same embedding and bias again, after an update of the weights."""
+        if self.unseen is not None:
+            for parameter in (self.learner.embedding.weight, self.learner.bias_V):
+                if parameter is not None:
+                    self.unseen.share(parameter)
 
     def readable(self) -> AbstractContextManager[None]:
         """Inside, all weights of the model can be used outside of a step. All processes must enter it together."""
@@ -228,8 +248,10 @@ class SingleProcess:
 class DataParallel(SingleProcess):
     """DDP: each process holds the whole model."""
 
-    def __init__(self, learner: Learner, processes: Processes, precision: Precision, *, unused: bool) -> None:
-        super().__init__(learner, processes, precision)
+    def __init__(
+        self, learner: Learner, processes: Processes, precision: Precision, unseen: UnseenTokens | None, *, unused: bool
+    ) -> None:
+        super().__init__(learner, processes, precision, unseen)
         self.run_pass = nn.parallel.DistributedDataParallel(self.bare, find_unused_parameters=unused)
         self.run_pass.register_comm_hook(None, _sum_bucket)
 
@@ -249,11 +271,18 @@ class FullyShardedParallel(SingleProcess):
 
     rows_stand_alone = False
 
-    def __init__(self, learner: Learner, processes: Processes, precision: Precision, device: torch.device) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        processes: Processes,
+        precision: Precision,
+        unseen: UnseenTokens | None,
+        device: torch.device,
+    ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-        super().__init__(learner, processes, precision)
+        super().__init__(learner, processes, precision, unseen)
         mesh = init_device_mesh(device.type, (processes.world,))
         for layer in learner.backbone.layers:
             fully_shard(layer, mesh=mesh)
@@ -308,6 +337,7 @@ def make_parallel(
     *,
     unused: bool,
     precision: Precision | None = None,
+    unseen: UnseenTokens | None = None,
 ) -> SingleProcess:
     """Share `learner` among `processes`. Make its optimiser after this, because the weights may become shards.
 
@@ -318,19 +348,20 @@ def make_parallel(
         device: this process's.
         unused: some weights get no gradient.
         precision: of the layers; float32 by default.
+        unseen: tokens that share an embedding; None if none do.
 
     Raises:
         UserError: FSDP2 is to work with a loss scale.
     """
     if processes.alone:
-        return SingleProcess(learner, precision=precision)
+        return SingleProcess(learner, precision=precision, unseen=unseen)
     precision = precision or Precision()
     if kind == "fsdp2" and precision.scaler.is_enabled():
         # Each process would see only the overflow of its own shards.
         raise UserError("--precision", "float16", "must be float32 or bfloat16 with --parallel fsdp2")
     if kind == "fsdp2":
-        return FullyShardedParallel(learner, processes, precision, device)
-    return DataParallel(learner, processes, precision, unused=unused)
+        return FullyShardedParallel(learner, processes, precision, unseen, device)
+    return DataParallel(learner, processes, precision, unseen, unused=unused)
 
 
 def _numbered(state: dict[str, Any]) -> dict[str, Any]:

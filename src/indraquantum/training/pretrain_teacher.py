@@ -66,9 +66,10 @@ class LlamaLearner(nn.Module):
         """The Llama's configuration."""
         return self.llama.config
 
-    def lift_table(self) -> Tensor:
-        """The embedding table (V, D)."""
-        return self.llama.get_input_embeddings().weight
+    def lift_table(self, ids_R: Tensor | None = None) -> Tensor:
+        """The embedding table (V, D), or its rows (R, D) of the tokens `ids_R`."""
+        weight = self.llama.get_input_embeddings().weight
+        return weight if ids_R is None else nn.functional.embedding(ids_R, weight)
 
     def hidden_states(
         self, input_ids_BT: Tensor, position_ids_BT: Tensor, segment_ids_BT: Tensor, table_VD: Tensor

@@ -41,6 +41,7 @@ from indraquantum.training.parallel import Precision, SingleProcess, WeightAvera
 from indraquantum.training.plan import Plan, RunStage, plan_run, tail_of
 from indraquantum.training.schedule import ORDER
 from indraquantum.training.signals import find_signals, folder_of
+from indraquantum.training.unseen_tokens import unseen_tokens
 
 # Settings that may change when a run resumes, because they do not change what it computes.
 FREE_SETTINGS = {
@@ -174,7 +175,9 @@ def start_run(settings: TrainSettings, plan: Plan, device: torch.device, process
     accelerate(model, settings, device)
     # A stage without signals does not use the readout.
     precision, unused = choose_precision(settings, device), any(stage.signals is None for stage in plan.stages)
-    parallel = make_parallel(settings.parallel, model, processes, device, unused=unused, precision=precision)
+    parallel = make_parallel(
+        settings.parallel, model, processes, device, unused=unused, precision=precision, unseen=unseen_tokens(plan)
+    )
     return Run(
         settings=settings,
         plan=plan,
