@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "indraquantum"
 # A folder, or a module beside it, may import from those before its own line.
 LEVELS = (
     {"errors", "lazy_names", "memory"},
-    {"files", "interrupts", "processes", "trackers", "progress", "smoothing", "tables", "versions"},
+    {"files", "interrupts", "processes", "trackers", "progress", "smoothing", "tables", "thresholds", "versions", "web"},
     {"config", "metrics", "yaml_settings"},
     {"device", "strategy", "kernels"},
     {"loss_v2"},
@@ -22,7 +22,7 @@ LEVELS = (
     {"evaluation", "monitor"},
     {"training"},
     {"inference", "trials", "doctor"},
-    {"demo", "ablation", "api"},
+    {"demo", "ablation", "api", "live"},
     {"cli", "__init__"},  # the package loads its names when they are first used
     {"__main__"},
 )

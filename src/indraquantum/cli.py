@@ -38,6 +38,7 @@ from indraquantum.config import (
     EvalSettings,
     ExportSettings,
     LrTestSettings,
+    MonitorSettings,
     PrepareSettings,
     RunsSettings,
     ShowSettings,
@@ -358,6 +359,22 @@ def compare(
     from indraquantum.monitor.run_table import compare_runs
 
     compare_runs(settings.logs, (run, *others))
+
+
+@app.command
+def monitor(
+    logs: Path = Path("logs"), /, *, settings: Annotated[MonitorSettings, OPTIONS] = MonitorSettings.model_construct()
+) -> None:
+    """Show runs in your browser while they train: their curves, what they wrote, and the state of their models.
+
+    Parameters
+    ----------
+    logs:
+        The folder of the logs. Every folder below it with a metrics.jsonl is a run.
+    """
+    from indraquantum.live.monitor import monitor as run
+
+    run(logs, settings)
 
 
 @contextlib.contextmanager

@@ -571,6 +571,18 @@ class RunsSettings(Settings):
     """The folder of the logs. Every folder below it with a metrics.jsonl is a run."""
 
 
+class MonitorSettings(Settings):
+    """Where the monitor's page is served."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, max_length=255)
+    """The address to listen on. The default is reached from this machine alone. With another one, such as 0.0.0.0,
+    everyone who can reach it can read your runs and use your models."""
+    port: int = Field(default=7860, ge=0, le=65_535)
+    """The port of the page; 0 takes a free one."""
+    open: bool = False
+    """Open the page in your browser."""
+
+
 class BenchSettings(Settings):
     """Measures speed and memory beside the machine's own limits."""
 

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, not_written, read_json
@@ -43,6 +43,8 @@ FIELDS = {
     "magnitude_std": "standard deviation of this magnitude over the batch",
     "phase_mean": "mean phase of the readout over the batch, radians in (-pi/2, 3pi/2]",
     "phase_std": "standard deviation of this phase over the batch",
+    "phase_circular_variance": "circular variance of this phase: 0 if all phases are equal, 1 if they cancel out. "
+    "Unlike phase_std, it does not depend on where the circle is cut. Earlier versions did not write it",
     "learning_rate": "learning rate of the backbone at this step",
     "grad_norm": "global norm of the gradients before clipping; null where float16 skipped the update",
     "tokens_per_second": "real tokens per second of this step",
@@ -215,6 +217,27 @@ class Line(NamedTuple):
             raise self.damaged(f"has an unknown key, {ascii(min(unknown))[:40]}")
         return metrics
 
+    def check(self, shapes: set[bytes]) -> None:
+        """Check the line against its checksum.
+
+        A line of an earlier version has no checksum and is parsed, unless it has one of the `shapes` of parsed lines,
+        which this method collects. Only digits can differ between lines of the same shape.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        if self.content[-_CHECKSUM_BYTES : -_CHECKSUM_BYTES + 10] == CHECKSUM[:10]:
+            if not _fits(self.content):
+                raise self.damaged("does not match its checksum")
+        elif self.content.endswith(b"\n"):
+            shape = self.content.translate(None, _FIGURES)
+            if shape not in shapes:
+                self.parse()
+                if len(shapes) < 1000:
+                    shapes.add(shape)
+        else:
+            raise self.damaged("is longer than any line of a run")
+
     def damaged(self, how: str) -> UserError:
         """Return the error that says so."""
         return UserError("--logs", self.path, f"is damaged: its line {self.number} {how}; remove that line")
@@ -233,27 +256,19 @@ def checked_lines(path: Path) -> Iterator[Line]:
         return
     shapes: set[bytes] = set()
     with path.open("rb", buffering=_LONGEST) as file:
-        for number, content in enumerate(iter(partial(file.readline, _LONGEST), b""), start=1):
-            line = Line(path, number, content)
-            if content[-_CHECKSUM_BYTES : -_CHECKSUM_BYTES + 10] == CHECKSUM[:10]:
-                if not _fits(content):
-                    raise line.damaged("does not match its checksum")
-            elif content.endswith(b"\n"):
-                _check_unsigned(line, shapes)
-            elif len(content) < _LONGEST:
-                return  # it is incomplete: still being written, or cut off when the process was killed
-            else:
-                raise line.damaged("is longer than any line of a run")
+        for line in raw_lines(file, path):
+            line.check(shapes)
             yield line
 
 
-def _check_unsigned(line: Line, shapes: set[bytes]) -> None:
-    """Check a line without a checksum, which is of an earlier version or damaged; `shapes` collects known shapes."""
-    shape = line.content.translate(None, _FIGURES)
-    if shape not in shapes:
-        line.parse()
-        if len(shapes) < 1000:
-            shapes.add(shape)
+def raw_lines(file: BinaryIO, path: Path, before: int = 0) -> Iterator[Line]:
+    """Yield the lines of an open metrics file from its present position on, unchecked. `before` lines are before it.
+
+    A last line that is incomplete is left out: it is still being written, or was cut off when the process was killed.
+    """
+    for number, content in enumerate(iter(partial(file.readline, _LONGEST), b""), start=before + 1):
+        if content.endswith(b"\n") or len(content) == _LONGEST:
+            yield Line(path, number, content)
 
 
 def _fits(content: bytes) -> bool:

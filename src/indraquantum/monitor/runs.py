@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from indraquantum.errors import UserError
-from indraquantum.files import is_locked
+from indraquantum.files import HELD, is_locked
 from indraquantum.metrics import Line, checked_lines, read_record
 
 
@@ -23,15 +23,22 @@ def find_run(*roots: str | Path) -> Path:
         if not Path(chosen).is_file() or not Path(chosen).stat().st_size:
             raise UserError("INDRA_METRICS", chosen, "must be the metrics.jsonl of a run with at least one step")
         return Path(chosen)
-    found = [path for root in roots for path in _metrics_files(Path(root)) if path.stat().st_size]
+    found = [path for root in roots for path in metrics_files(Path(root)) if path.stat().st_size]
     if not found:
         searched = ", ".join(map(str, roots))
         raise UserError("logs", searched, "holds no run with a step; train first, or set INDRA_METRICS")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def _metrics_files(root: Path) -> list[Path]:
+def metrics_files(root: Path) -> list[Path]:
+    """Return the metrics files below `root`, sorted."""
     return sorted(path for path in root.rglob("metrics.jsonl") if path.is_file())
+
+
+def name_of(metrics_path: Path, root: Path) -> str:
+    """Return the name of the run with these metrics: its folder below `root`."""
+    folder = metrics_path.parent
+    return str(folder.relative_to(root)) if folder != root else folder.resolve().name
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class RunSummary:
     """The settings, state and figures of a run."""
 
     name: str  # its folder, below the logs
-    state: str  # finished, running, stopped, or damaged with the reason
+    state: str  # see `state_of`; or damaged, with the reason
     steps: int = 0  # done
     total_steps: int | None = None  # None if it is not known
     tokens: int = 0
@@ -53,16 +60,36 @@ class RunSummary:
 
 def summarise(metrics_path: Path, root: Path) -> RunSummary:
     """Read a run's metrics, and its run.json if there is one. If a file is damaged, the state says so."""
-    folder = metrics_path.parent
-    name = str(folder.relative_to(root)) if folder != root else folder.name
+    folder, name = metrics_path.parent, name_of(metrics_path, root)
     try:
         record, figures = read_record(folder) or {}, _figures(metrics_path)
     except UserError as error:
         reason = error.allowed.removeprefix("is damaged: ")
         return RunSummary(name, f"damaged: {Path(error.value).name}: {reason}")
-    state = "finished" if record.get("finished") else "running" if is_locked(folder) else "stopped"
+    collapse = figures.pop("collapse", None)
+    state = state_of(folder, record, collapse)
     settings = record.get("settings", {}) | {key: record[key] for key in ("data", "signals") if key in record}
     return RunSummary(name, state, total_steps=record.get("total_steps"), settings=settings, **figures)
+
+
+def state_of(folder: Path, record: dict[str, Any], collapse: object) -> str:
+    """Return the state of the run that logs to `folder`.
+
+    Args:
+        folder: the folder of its metrics.
+        record: its run.json; empty without one.
+        collapse: the kinds of collapse that the last look suspected, if any.
+
+    Returns:
+        finished; running; collapsed if it ended with a suspected collapse; died if its process was killed; or stopped.
+    """
+    if record.get("finished"):
+        return "finished"
+    if is_locked(folder):
+        return "running"
+    if collapse:
+        return "collapsed"
+    return "died" if (folder / HELD).exists() else "stopped"  # a run that ends by itself removes that file
 
 
 def _figures(path: Path) -> dict[str, Any]:
@@ -71,12 +98,16 @@ def _figures(path: Path) -> dict[str, Any]:
     Raises:
         UserError: a line is damaged.
     """
-    last, best, held_out = None, {}, {}
+    last, looked, best, held_out = None, None, {}, {}
     try:
         for last in checked_lines(path):
             if not last.lacks("held_out") and (found := _held_out(last)):
                 held_out = found
                 best = min(best or found, found, key=lambda figures: figures["all"])
+            if not last.lacks("collapse"):
+                looked = last
+            elif looked and not last.lacks("context_divergence"):
+                looked = None
     except OSError as error:
         raise UserError("--logs", path, f"can't be read: {error.strerror}") from None
     if last is None:
@@ -87,6 +118,7 @@ def _figures(path: Path) -> dict[str, Any]:
         "loss": _figure(last, "loss", int | float),
         "last_held_out": held_out,
         "best_held_out": best,
+        "collapse": looked and looked.parse().get("collapse"),
     }
 
 
@@ -115,7 +147,7 @@ def all_runs(root: Path) -> list[RunSummary]:
     Raises:
         UserError: there is no run.
     """
-    found = _metrics_files(root)
+    found = metrics_files(root)
     if not found:
         raise UserError("--logs", root, "must hold runs: folders with a metrics.jsonl, as `indra train` writes them")
     return [summarise(path, root) for path in found]
@@ -132,7 +164,7 @@ def named_runs(root: Path, names: tuple[str, ...]) -> list[RunSummary]:
         paths = [folder / "metrics.jsonl" for folder in (root / name, Path(name))]
         there = next((path for path in paths if path.is_file()), None)
         if there is None:
-            known = ", ".join(str(path.parent.relative_to(root)) for path in _metrics_files(root))
+            known = ", ".join(str(path.parent.relative_to(root)) for path in metrics_files(root))
             raise UserError(
                 "RUNS", name, f"must be a run below {root} ({known or 'it holds none'}) or the folder of a run"
             )

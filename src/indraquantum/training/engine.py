@@ -162,11 +162,11 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> fl
 
 
 class _Totals:
-    """Sums over the micro-batches: the terms, and the first two moments of the readouts."""
+    """Sums over the micro-batches: the terms, and what the statistics of the readouts are made of."""
 
     def __init__(self) -> None:
         self.terms: dict[str, float] = {}
-        self.moments = [0.0] * 5  # positions; magnitudes, their squares; phases, their squares
+        self.moments = [0.0] * 7  # positions; magnitudes, their squares; phases, their squares, cosines and sines
 
     def add(self, result: PassResult) -> None:
         """Add one micro-batch."""
@@ -177,7 +177,8 @@ class _Totals:
         if result.amplitude_N is not None:
             magnitude_N = result.amplitude_N.abs().cpu().double()  # MPS has no float64
             phase_N = wrapped_phase(result.amplitude_N.angle()).cpu().double()
-            sums = [part.sum().item() for x_N in (magnitude_N, phase_N) for part in (x_N, x_N.square())]
+            parts = (magnitude_N, magnitude_N.square(), phase_N, phase_N.square(), phase_N.cos(), phase_N.sin())
+            sums = [part.sum().item() for part in parts]
             self.moments = [a + b for a, b in zip(self.moments, [len(magnitude_N), *sums], strict=True)]
 
     def over(self, processes: Processes) -> tuple[dict[str, float | None], dict[str, float | None]]:
@@ -185,9 +186,12 @@ class _Totals:
         sums = processes.sums([*self.terms.values(), *self.moments])
         terms = dict(zip(self.terms, sums, strict=False))
         count, *moments = sums[len(self.terms) :]
-        readout = dict.fromkeys(("magnitude_mean", "magnitude_std", "phase_mean", "phase_std"))
+        readout = dict.fromkeys(
+            ("magnitude_mean", "magnitude_std", "phase_mean", "phase_std", "phase_circular_variance")
+        )
         if count:
-            for name, (first, second) in zip(("magnitude", "phase"), (moments[:2], moments[2:]), strict=True):
+            for name, (first, second) in zip(("magnitude", "phase"), (moments[:2], moments[2:4]), strict=True):
                 mean = first / count
                 readout |= {f"{name}_mean": mean, f"{name}_std": math.sqrt(max(0.0, second / count - mean**2))}
+            readout["phase_circular_variance"] = 1 - math.hypot(*moments[4:]) / count
         return {name: terms.get(name) for name in REPORTED_TERMS}, readout

@@ -27,6 +27,7 @@ from indraquantum.learner import Learner
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.processes import whole
 from indraquantum.teacher.signals import SignalStore
+from indraquantum.thresholds import THRESHOLDS
 
 
 def require_finite_weights(groups: Iterable[dict]) -> None:
@@ -86,22 +87,6 @@ def require_finite_state(model: dict[str, Any], optimizer: dict[str, Any], step:
 PROBE_EVERY = 20  # optimiser steps
 PROBE_ROWS = 4
 LOOKS = 2  # how many looks in a row must find a collapse to confirm it
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """A figure has collapsed if it is below `fraction` of its best value, and this value was at least `meaningful`."""
-
-    fraction: float
-    meaningful: float
-
-
-THRESHOLDS = {
-    "context_divergence": Threshold(fraction=0.25, meaningful=0.2),
-    "phase_rise": Threshold(fraction=0.1, meaningful=0.3),
-    "magnitude_rise": Threshold(fraction=0.1, meaningful=0.2),
-    "effective_rank": Threshold(fraction=0.1, meaningful=4.0),
-}
 
 
 @dataclass

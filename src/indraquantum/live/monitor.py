@@ -1,0 +1,79 @@
+"""The command `indra monitor`: a page on this machine that follows runs while they train.
+
+    indra monitor logs
+
+trackio's and Gradio's dashboards are made for this field, and we weighed them. Both bring a web framework, pandas and
+megabytes of scripts of their own; Gradio's page asks other servers for fonts and sends usage data unless told not to.
+trackio reads its own database, so that each run would be stored twice, and its lines can get lost when a process is
+killed (docs/FORMATS.md). Neither knows thresholds of a collapse or a state with a phase. This page needs only curves
+and one table, so it is small and our own: uPlot draws the curves (50 kB, MIT, no dependencies, kept in web/vendor), and
+http.server serves it.
+"""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+from indraquantum.config import MonitorSettings
+from indraquantum.live.details import details_of, differences_of
+from indraquantum.live.server import Answer, PageServer, Query, Refused, Site
+from indraquantum.live.watched import Watched
+from indraquantum.progress import tell, warn
+from indraquantum.web import asset
+
+KINDS = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
+FILES = (
+    "monitor.css", "monitor.js", "charts.js", "state.css", "state.js", "vendor/uPlot.iife.min.js",
+    "vendor/uPlot.min.css", "icon.svg",
+)  # fmt: skip
+MOST_AT_ONCE = 20  # runs that are compared
+
+
+def monitor(logs: Path, settings: MonitorSettings) -> None:
+    """Serve the page for the runs below `logs` until the command is interrupted.
+
+    Raises:
+        UserError: the address can't be used.
+    """
+    with PageServer(settings.host, settings.port, site_of(logs)) as server:
+        tell(f"The monitor of {logs} is at {server.url} (stop it with Ctrl-C)")
+        if not server.is_local:
+            warn("warning: everyone who can reach this address can read your runs and use your models.")
+        if settings.open:
+            webbrowser.open(server.url)
+        server.serve_forever()
+
+
+def site_of(logs: Path) -> Site:
+    """Return what the server answers for the runs below `logs`."""
+    watched = Watched(logs)
+    files = {f"/{name}": _file(name) for name in FILES} | {"/": _file("monitor.html")}
+
+    def runs(_: Query) -> dict[str, Any]:
+        return {"logs": str(logs), "runs": watched.overviews()}
+
+    def curves(query: Query) -> dict[str, Any]:
+        first = int(_one(query, "first", "0"))
+        return watched.curves(_one(query, "run"), _one(query, "key", ""), first, _one(query, "series", "").split(","))
+
+    def details(query: Query) -> dict[str, Any]:
+        return details_of(watched.path(_one(query, "run")))
+
+    def differences(query: Query) -> dict[str, Any]:
+        return differences_of([watched.path(run) for run in query.get("run", [])[:MOST_AT_ONCE]], watched.root)
+
+    get = {"/api/runs": runs, "/api/curves": curves, "/api/details": details, "/api/differences": differences}
+    return Site(files, get, {})
+
+
+def _file(name: str) -> Answer:
+    return Answer(asset(name), f"{KINDS[Path(name).suffix]}; charset=utf-8")
+
+
+def _one(query: Query, name: str, default: str | None = None) -> str:
+    found = query.get(name, [] if default is None else [default])
+    if len(found) != 1:
+        raise Refused(400, f"the request must give {name} once")
+    return found[0]
