@@ -13,7 +13,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "indraquantum"
 # A folder, or a module beside it, may import from those before its own line.
 LEVELS = (
     {"errors", "lazy_names", "memory"},
-    {"files", "interrupts", "processes", "trackers", "progress", "smoothing", "tables", "thresholds", "versions", "web"},
+    {
+        "files",
+        "interrupts",
+        "processes",
+        "trackers",
+        "progress",
+        "smoothing",
+        "tables",
+        "thresholds",
+        "versions",
+        "web",
+    },
     {"config", "metrics", "yaml_settings"},
     {"device", "strategy", "kernels"},
     {"loss_v2"},

@@ -226,7 +226,7 @@ class Line(NamedTuple):
         Raises:
             UserError: it is damaged.
         """
-        if self.content[-_CHECKSUM_BYTES : -_CHECKSUM_BYTES + 10] == CHECKSUM[:10]:
+        if _has_checksum(self.content):
             if not _fits(self.content):
                 raise self.damaged("does not match its checksum")
         elif self.content.endswith(b"\n"):
@@ -267,8 +267,13 @@ def raw_lines(file: BinaryIO, path: Path, before: int = 0) -> Iterator[Line]:
     A last line that is incomplete is left out: it is still being written, or was cut off when the process was killed.
     """
     for number, content in enumerate(iter(partial(file.readline, _LONGEST), b""), start=before + 1):
-        if content.endswith(b"\n") or len(content) == _LONGEST:
+        if content.endswith(b"\n") or len(content) == _LONGEST or _has_checksum(content):
             yield Line(path, number, content)
+
+
+def _has_checksum(content: bytes) -> bool:
+    """Return whether a line has a checksum where it ends, right or wrong."""
+    return content[-_CHECKSUM_BYTES : -_CHECKSUM_BYTES + 10] == CHECKSUM[:10]
 
 
 def _fits(content: bytes) -> bool:

@@ -1,1 +1,1 @@
-"""The page of `indra monitor`: a local server, what it answers, and the state explorer. web/ has what the browser gets."""
+"""The page of `indra monitor`: a local server and what it answers. The folder web has what the browser gets."""

@@ -51,9 +51,8 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         step = json.loads(path.with_suffix(".json").read_bytes())["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         step = None  # without a manifest, only the name tells
-    return {
-        "name": path.name, "bytes": about.st_size, "written": about.st_mtime, "step": step if type(step) is int else None,
-    }  # fmt: skip
+    step = step if type(step) is int else None
+    return {"name": path.name, "bytes": about.st_size, "written": about.st_mtime, "step": step}
 
 
 def differences_of(paths: list[Path], root: Path) -> dict[str, Any]:

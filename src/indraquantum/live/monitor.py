@@ -2,12 +2,11 @@
 
     indra monitor logs
 
-trackio's and Gradio's dashboards are made for this field, and we weighed them. Both bring a web framework, pandas and
-megabytes of scripts of their own; Gradio's page asks other servers for fonts and sends usage data unless told not to.
-trackio reads its own database, so that each run would be stored twice, and its lines can get lost when a process is
-killed (docs/FORMATS.md). Neither knows thresholds of a collapse or a state with a phase. This page needs only curves
-and one table, so it is small and our own: uPlot draws the curves (50 kB, MIT, no dependencies, kept in web/vendor), and
-http.server serves it.
+trackio's and Gradio's dashboards are made for this field; we looked at trackio 0.43.0 and Gradio 6.31.0. trackio shows
+its own database: each run would be stored twice, and lines can get lost when a process is killed (docs/FORMATS.md).
+Gradio is a package of 31 MB that needs pandas and FastAPI. Neither knows thresholds of a collapse, or a state with a
+phase. This page is a list and curves, so it is small and our own: uPlot draws the curves (50 kB, MIT, no dependencies,
+kept in web/vendor), and http.server serves it.
 """
 
 from __future__ import annotations

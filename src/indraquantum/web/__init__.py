@@ -1,6 +1,7 @@
 """What a browser gets: pages, styles and scripts. The page of `indra monitor` and exported pages share them.
 
-No file names another server. vendor/ holds uPlot 1.6.32 (https://github.com/leeoniya/uPlot) unchanged, with its licence.
+They load nothing from other servers. The folder vendor holds uPlot 1.6.32 (https://github.com/leeoniya/uPlot) with its
+licence, unchanged.
 """
 
 from __future__ import annotations

@@ -1,0 +1,234 @@
+"""The server of `indra monitor`: what it answers, and what it refuses."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import threading
+
+import pytest
+
+from indraquantum import cli
+from indraquantum.config import MonitorSettings
+from indraquantum.errors import UserError
+from indraquantum.live.monitor import FILES, monitor, site_of
+from indraquantum.live.server import MOST_BYTES, PageServer, Site
+from indraquantum.metrics import FIELDS, _line
+from indraquantum.web import FOLDER, asset
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def write_run(folder, steps=5, **settings) -> None:
+    folder.mkdir(parents=True)
+    lines = [_line(dict.fromkeys(FIELDS) | {"step": n, "tokens": n, "loss": 5.0 - n}) for n in range(steps)]
+    (folder / "metrics.jsonl").write_bytes(b"".join(lines))
+    (folder / "run.json").write_text(json.dumps({"settings": {"output": str(folder), **settings}, "total_steps": 9}))
+
+
+@pytest.fixture
+def logs(tmp_path):
+    write_run(tmp_path / "logs" / "one", seed=1)
+    write_run(tmp_path / "logs" / HOSTILE, seed=2)
+    write_run(tmp_path / "outside")
+    return tmp_path / "logs"
+
+
+@pytest.fixture
+def serve():
+    """Return a function that serves a site until the test ends."""
+    servers = []
+
+    def start(site: Site, host: str = "127.0.0.1") -> PageServer:
+        server = PageServer(host, 0, site)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        servers.append((server, thread))
+        return server
+
+    yield start
+    for server, thread in servers:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def ask(server, path, method="GET", body=None, **headers) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    try:
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        return answer.status, dict(answer.headers), answer.read()
+    finally:
+        connection.close()
+
+
+def told(server, path, **headers):
+    status, _, content = ask(server, path, **headers)
+    assert status == 200, content
+    return json.loads(content)
+
+
+def test_runs_curves_and_details_are_those_of_the_files(logs, serve):
+    server = serve(site_of(logs))
+    runs = {run["name"]: run for run in told(server, "/api/runs")["runs"]}
+    assert set(runs) == {"one", HOSTILE}
+    assert (runs["one"]["steps"], runs["one"]["total_steps"], runs["one"]["loss"]) == (4, 9, 1.0)
+    run = runs["one"]["id"]
+    curves = told(server, f"/api/curves?run={run}&series=loss,nonsense,kd")
+    assert (curves["steps"], curves["series"]) == ([0, 1, 2, 3, 4], {"loss": [5, 4, 3, 2, 1]})
+    with (logs / "one" / "metrics.jsonl").open("ab") as file:
+        file.write(_line(dict.fromkeys(FIELDS) | {"step": 5, "loss": 0.1234567891}))
+    later = told(server, f"/api/curves?run={run}&series=loss&key={curves['key']}&first={curves['complete']}")
+    assert (later["first"], later["steps"], later["series"]) == (5, [5], {"loss": [0.1234568]})
+    assert told(server, f"/api/details?run={run}")["settings"]["--seed"] == "1"
+    ids = "&".join(f"run={found['id']}" for found in runs.values())
+    assert [row[0] for row in told(server, f"/api/differences?{ids}")["rows"]] == ["--seed"]
+
+
+def test_a_run_that_appears_and_one_that_is_removed(logs, serve, monkeypatch):
+    monkeypatch.setattr("indraquantum.live.watched.SECONDS_BETWEEN_LISTS", 0)
+    server = serve(site_of(logs))
+    write_run(logs / "deep" / "new")
+    runs = {run["name"]: run["id"] for run in told(server, "/api/runs")["runs"]}
+    assert "deep/new" in runs
+    (logs / "deep" / "new" / "metrics.jsonl").unlink()
+    assert ask(server, f"/api/curves?run={runs['deep/new']}")[0] == 404
+    assert len(told(server, "/api/runs")["runs"]) == 2
+
+
+def test_names_that_no_url_can_carry(logs, serve):
+    write_run(logs / os.fsdecode(b"\xff\xfe"))
+    server = serve(site_of(logs))
+    run = next(run for run in told(server, "/api/runs")["runs"] if "\udcff" in run["name"])
+    assert told(server, f"/api/curves?run={run['id']}&series=loss")["series"]["loss"][0] == 5
+
+
+def test_checkpoints_are_listed_with_the_steps_of_their_manifests(logs, serve):
+    for name, step in (("checkpoint_v4_epoch_1", 7), ("checkpoint_v4_step_3", None), ("other", 1)):
+        (logs / "one" / f"{name}.pt").write_bytes(b"12345")
+        if step:
+            (logs / "one" / f"{name}.json").write_text(json.dumps({"step": step}))
+    server = serve(site_of(logs))
+    run = next(run["id"] for run in told(server, "/api/runs")["runs"] if run["name"] == "one")
+    found = told(server, f"/api/details?run={run}")["checkpoints"]
+    assert {(one["name"], one["step"], one["bytes"]) for one in found} == {
+        ("checkpoint_v4_epoch_1.pt", 7, 5), ("checkpoint_v4_step_3.pt", None, 5),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [
+    "/../run.json", "/%2e%2e/run.json", "/..%2f..%2fetc%2fpasswd", "//etc/passwd", "/vendor/../monitor.js",
+    "/__init__.py", "/vendor/", "/api/", "/api/curves/../runs", "/%00", "/monitor.js%00.html", "/etc/passwd",
+    "http://127.0.0.1/etc/passwd",
+])  # fmt: skip
+def test_there_is_nothing_at_paths_that_lead_elsewhere(logs, serve, path):
+    assert ask(serve(site_of(logs)), path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    "run", ["../outside", "one", "%2e%2e%2foutside", "", "0" * 16, "one%00", "%ff", "a&run=b"], ids=repr
+)
+def test_a_run_is_no_path(logs, serve, run):
+    server = serve(site_of(logs))
+    for what in ("curves", "details"):
+        assert ask(server, f"/api/{what}?run={run}")[0] in (400, 404)
+    assert ask(server, f"/api/differences?run={run or 1}")[0] == 404
+
+
+@pytest.mark.parametrize("query", ["first=x", "first=-1", "first=9999", "first=1&first=2", "key=x&first=3"])
+def test_questions_that_make_no_sense_harm_nothing(logs, serve, query):
+    server = serve(site_of(logs))
+    run = told(server, "/api/runs")["runs"][0]["id"]
+    assert ask(server, f"/api/curves?run={run}&series=loss&{query}")[0] in (200, 400)
+    assert told(server, f"/api/curves?run={run}&series=loss")["first"] == 0
+
+
+ALLOWED_HOSTS = ["localhost", "localhost:9999", "127.0.0.1:1", "[::1]:80", "LOCALHOST"]
+REFUSED_HOSTS = ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "localhost@evil.example", "192.0.2.1",
+                 "localhost.", "[::1", "127.1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", ALLOWED_HOSTS + REFUSED_HOSTS)
+def test_only_names_of_this_machine_are_answered(logs, serve, host):
+    server = serve(site_of(logs))
+    for path in ("/", "/monitor.js", "/api/runs"):
+        status = ask(server, path, Host=host)[0]
+        assert status == (200 if host in ALLOWED_HOSTS else 403)
+
+
+def raw(server, request: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
+        connection.sendall(request)
+        return connection.recv(1 << 16)
+
+
+def test_no_host_and_two_hosts_are_refused(logs, serve):
+    server = serve(site_of(logs))
+    assert b" 403 " in raw(server, b"GET / HTTP/1.1\r\n\r\n")
+    assert b" 403 " in raw(server, b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n")
+    assert b" 400 " in raw(server, b"GET / nonsense\r\n\r\n")
+    assert b" 414 " in raw(server, b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n")
+    assert b" 501 " in raw(server, b"DELETE / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://localhost:1234"}, 200), ({"Sec_Fetch_Site": "same-origin"}, 200),
+        ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
+        ({"Origin": "https://localhost:1234"}, 403),
+        ({"Origin": "http://localhost:1235"}, 403), ({"Sec_Fetch_Site": "cross-site"}, 403),
+        ({"Sec_Fetch_Site": "same-site"}, 403),
+    ],
+)  # fmt: skip
+def test_other_sites_can_ask_nothing(logs, serve, headers, status):
+    assert ask(serve(site_of(logs)), "/api/runs", Host="localhost:1234", **headers)[0] == status
+
+
+def test_what_a_body_may_be(serve):
+    got = []
+    server = serve(Site({}, {}, {"/api/x": lambda body: got.append(body) or {"ok": True}}))
+    json_type = {"Content_Type": "application/json"}
+    assert ask(server, "/api/x", "POST", b'{"a": 1}', **json_type)[0] == 200
+    assert ask(server, "/api/x", "POST", b'{"a": 1}')[0] == 415  # as a form of another site could send it
+    assert ask(server, "/api/x", "POST", b'{"a": 1}', Content_Type="text/plain")[0] == 415
+    for body in (b"[1]", b"{", b"\xff", b"[" * 60_000):
+        assert ask(server, "/api/x", "POST", body, **json_type)[0] == 400
+    assert ask(server, "/api/x", "POST", b" " * (MOST_BYTES + 1), **json_type)[0] == 413
+    assert ask(server, "/api/x", "POST", b"{}", Content_Length="-1", **json_type)[0] == 411
+    assert ask(server, "/api/x")[0] == 405
+    assert ask(server, "/api/y", "POST", b"{}", **json_type)[0] == 404
+    assert got == [{"a": 1}]
+
+
+def test_headers_let_a_browser_load_nothing_from_elsewhere(logs, serve):
+    _, headers, content = ask(serve(site_of(logs)), "/")
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert b"<script>" not in content
+    for name in [*FILES, "monitor.html"]:
+        if not name.startswith("vendor/"):
+            own = asset(name).decode().replace("http://www.w3.org/2000/svg", "")
+            assert "http://" not in own
+            assert "https://" not in own
+    assert (FOLDER / "vendor" / "uPlot.LICENSE").is_file()
+
+
+def test_an_address_that_is_taken_is_one_line(logs, serve, capsys):
+    server = serve(site_of(logs))
+    with pytest.raises(UserError, match="must be a free port"):
+        monitor(logs, MonitorSettings(port=server.server_port))
+    with pytest.raises(SystemExit) as left:
+        cli.main(["monitor", str(logs), "--port", str(server.server_port)])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_without_runs_waits_for_the_first(tmp_path, serve):
+    server = serve(site_of(tmp_path / "nothing"))
+    assert told(server, "/api/runs")["runs"] == []
