@@ -126,7 +126,7 @@ def test_python_exports_and_prints_nothing(checkpoints, tmp_path, capsys):
 @pytest.mark.parametrize("as_", ["llama", "gguf"])
 def test_born_is_refused_and_nothing_is_written(checkpoints, tmp_path, capsys, as_):
     assert indra("export", checkpoints["born"], tmp_path / "new", "--as", as_) == 2
-    assert "must be transformers or onnx for a model with --head born" in capsys.readouterr().err
+    assert "must be transformers, onnx or page for a model with --head born" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
@@ -142,10 +142,11 @@ def test_a_run_without_bias_resumes_and_is_not_one_with_it(checkpoints, world, c
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "transformers, onnx, llama (4 layers of width 64 to hold the bias; 3 of 40 with --bias none), gguf (f32, "
-         "f16; q8_0 only in widths that 32 divides; K formats only in widths that 256 divides)"),
-        ({"bias": "none", "d_model": 128}, "transformers, onnx, llama, gguf (f32, f16, q8_0, K formats)"),
-        ({"head": "born"}, "transformers, onnx; not llama and gguf, whose logits are linear, because of --head born"),
+        ({}, "transformers, onnx, page, llama (4 layers of width 64 to hold the bias; 3 of 40 with --bias none), gguf "
+         "(f32, f16; q8_0 only in widths that 32 divides; K formats only in widths that 256 divides)"),
+        ({"bias": "none", "d_model": 128}, "transformers, onnx, page, llama, gguf (f32, f16, q8_0, K formats)"),
+        ({"head": "born"}, "transformers, onnx, page; not llama and gguf, whose logits are linear, because of --head "
+         "born"),
     ],
 )  # fmt: skip
 def test_a_shape_says_which_exports_it_allows(options, said):
@@ -159,4 +160,4 @@ def test_a_shape_says_which_exports_it_allows(options, said):
 def test_the_dry_run_prints_it(world, tmp_path, capsys):
     options = ["--d-model", 16, "--layers", 1, "--heads", 2, "--mlp-width", 10, "--max-steps", 1, "--batch-tokens", 96]
     assert indra("train", "--dry-run", "--data", world.data, "--no-teacher", "--bias", "none", *options) == 0
-    assert "exports: transformers, onnx, llama, gguf (f32, f16, q8_0; K formats only" in capsys.readouterr().out
+    assert "exports: transformers, onnx, page, llama, gguf (f32, f16, q8_0; K formats only" in capsys.readouterr().out

@@ -259,7 +259,7 @@ def export(
     *,
     settings: Annotated[ExportSettings, OPTIONS] = ExportSettings.model_construct(),
 ) -> None:
-    """Write a trained model for other programs: transformers, llama.cpp, onnxruntime, and what reads a Llama.
+    """Write a trained model for other programs: transformers, llama.cpp, onnxruntime, a browser.
 
     Parameters
     ----------

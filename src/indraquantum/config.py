@@ -500,13 +500,18 @@ class TestSettings(WeightsSettings, DeviceSettings):
 class ExportSettings(WeightsSettings):
     """Writes a trained model for other programs."""
 
-    as_: Literal["transformers", "llama", "gguf", "onnx"] = "transformers"
+    as_: Literal["transformers", "llama", "gguf", "onnx", "page"] = "transformers"
     """What to write. transformers is the model itself, with its code, for AutoModelForCausalLM. llama folds it into a
     plain Llama, which every runtime knows. gguf is a file for llama.cpp and Ollama (pip install
-    'indraquantum[gguf]'). onnx is a graph for onnxruntime and transformers.js (pip install 'indraquantum[onnx]')."""
+    'indraquantum[gguf]'). onnx is a graph for onnxruntime and transformers.js (pip install 'indraquantum[onnx]').
+    page is a static web page that runs the model in the browser; it needs the same packages, and npm or --runtime."""
     outtype: Literal["f32", "f16", "q8_0", "int8"] | None = None
     """The number format of the matrices. For gguf, as llama.cpp names it: f32, f16 (its default) or q8_0. For onnx: f32
-    (its default) or int8, which is a quarter of the size. The other forms ignore it."""
+    (its default) or int8, which is a quarter of the size; so for page, whose default is int8. The other forms ignore
+    it."""
+    runtime: Path | None = None
+    """For page: a folder with the npm packages that run the model in a browser, as `npm pack` writes them. By default
+    npm downloads them once, 33 MB, into the cache folder. Give it where there is no npm or no network."""
     logs: Path = Path("logs")
     """The folder of the logs. The model card takes data, teacher and figures from <logs>/<name of the run>."""
     push: str | None = None

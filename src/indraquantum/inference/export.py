@@ -1,8 +1,8 @@
 """Writes a trained model for other programs: the command `indra export`.
 
-Each form is a module of its own with a function `write`: export_transformers, export_llama, export_gguf, export_onnx.
-A folder gets the model, a model card (README.md) and checksums (SHA256SUMS), completely or not at all. It can be
-uploaded to the Hugging Face hub.
+Each form is a module of its own with a function `write`: export_transformers, export_llama, export_gguf, export_onnx,
+export_page. A folder gets the model, a model card (README.md) and checksums (SHA256SUMS), completely or not at all. It
+can be uploaded to the Hugging Face hub.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def fold(model: InferenceModel) -> FoldedModel:
     """
     shape = model.config
     if shape.head != "interference":
-        raise UserError("--as", "llama or gguf", f"must be transformers or onnx for a model with --head {shape.head}")
+        allowed = f"must be transformers, onnx or page for a model with --head {shape.head}"
+        raise UserError("--as", "llama or gguf", allowed)
     weights = {f"model.{name}": value for name, value in model.backbone.state_dict().items() if name != "frequencies"}
     with torch.no_grad():
         weights["model.embed_tokens.weight"] = model.input_table()

@@ -21,7 +21,7 @@ def folded_width(width: int, heads: int, has_bias: bool) -> int:
 def exports_of(shape: ModelShape) -> str:
     """Return in one line which values of `indra export --as` a model of this shape allows."""
     if shape.head != "interference":
-        return f"transformers, onnx; not llama and gguf, whose logits are linear, because of --head {shape.head}"
+        return f"transformers, onnx, page; not llama and gguf, whose logits are linear, because of --head {shape.head}"
     width, layers = shape.hidden_size, shape.num_hidden_layers
     llama = "llama"
     if shape.bias == "learned":
@@ -32,4 +32,5 @@ def exports_of(shape: ModelShape) -> str:
     for name, block in (("q8_0", BLOCK), ("K formats", K_BLOCK)):
         fits = width % block == 0
         (formats if fits else missing).append(name if fits else f"{name} only in widths that {block} divides")
-    return f"transformers, onnx, {llama}, gguf ({', '.join(formats)}{'; ' if missing else ''}{'; '.join(missing)})"
+    of_gguf = "; ".join([", ".join(formats), *missing])
+    return f"transformers, onnx, page, {llama}, gguf ({of_gguf})"
