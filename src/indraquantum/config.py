@@ -576,9 +576,12 @@ class RunsSettings(Settings):
     """The folder of the logs. Every folder below it with a metrics.jsonl is a run."""
 
 
-class MonitorSettings(Settings):
-    """Where the monitor's page is served."""
+class MonitorSettings(DeviceSettings):
+    """Where the monitor's page is served, and where its state explorer computes."""
 
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
+    """Where the state explorer computes. The default leaves the GPU to training. auto takes CUDA if there is one, else
+    MPS, else the CPU."""
     host: str = Field(default="127.0.0.1", min_length=1, max_length=255)
     """The address to listen on. The default is reached from this machine alone. With another one, such as 0.0.0.0,
     everyone who can reach it can read your runs and use your models."""

@@ -74,6 +74,7 @@ class GeneratedText:
 
     text: str  # without the prompt and without control tokens
     tokens: list[TokenState]  # one per written token, only with show_state
+    ids: tuple[int, ...] = ()  # of prompt and text, with control tokens
 
 
 def uncertainty_nats(phase: Tensor, vocabulary_size: int) -> Tensor:
@@ -128,7 +129,7 @@ def generate_text(model: Writer, tokenizer: TextTokenizer, settings: TestSetting
         ids_1T = _continued(model, ids_1T, settings, tokenizer.eos_id)
     texts = _token_texts(tokenizer, prompt_ids, ids_1T[0, len(prompt_ids) :].tolist())
     tokens = _read_states(model, ids_1T, texts) if settings.show_state else []
-    return GeneratedText("".join(texts), tokens)
+    return GeneratedText("".join(texts), tokens, tuple(ids_1T[0].tolist()))
 
 
 def _check_length(prompt_tokens: int, limit: int, settings: TestSettings) -> None:

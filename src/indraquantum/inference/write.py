@@ -7,7 +7,7 @@ from pathlib import Path
 
 from indraquantum.config import TestSettings
 from indraquantum.device import choose_device
-from indraquantum.inference.generate import GeneratedText, generate_text, prompt_text
+from indraquantum.inference.generate import GeneratedText, TokenState, generate_text, prompt_text
 from indraquantum.inference.load import load
 
 
@@ -29,6 +29,16 @@ def write_text(path: Path, settings: TestSettings) -> GeneratedText:
     return generated
 
 
+def state_figures(token: TokenState, aligned: set[str], highest_nats: float) -> dict[str, str]:
+    """Return the figures of a token as text. See `print_states`."""
+    figures = {"probability": f"{token.probability:.3f}"}
+    if "magnitude" in aligned:
+        figures["confidence |c|"] = f"{token.confidence:.3f}"
+    if "phase" in aligned:
+        figures["uncertainty (nats)"] = f"{min(max(0.0, token.uncertainty_nats), highest_nats):.2f}"
+    return figures
+
+
 def print_states(generated: GeneratedText, aligned: set[str], highest_nats: float) -> None:
     """A table with a line per written token: its probability and the model's own reading of its state.
 
@@ -41,14 +51,10 @@ def print_states(generated: GeneratedText, aligned: set[str], highest_nats: floa
     from rich.console import Console
     from rich.table import Table
 
-    columns = {"probability": lambda token: f"{token.probability:.3f}"}
-    if "magnitude" in aligned:
-        columns["confidence |c|"] = lambda token: f"{token.confidence:.3f}"
-    if "phase" in aligned:
-        columns["uncertainty (nats)"] = lambda token: f"{min(max(0.0, token.uncertainty_nats), highest_nats):.2f}"
+    columns = state_figures(TokenState("", 0.0, 0.0, 0.0), aligned, highest_nats)
     table = Table("token", *columns, title="state at each token of the text")
     for token in generated.tokens:
-        table.add_row(repr(token.text), *(show(token) for show in columns.values()))
+        table.add_row(repr(token.text), *state_figures(token, aligned, highest_nats).values())
     Console().print(table)
     if "phase" in aligned:
         print(f"Uncertainty lies between 0 and ln V = {highest_nats:.2f} nats.")

@@ -17,6 +17,7 @@ from typing import Any
 
 from indraquantum.config import MonitorSettings
 from indraquantum.live.details import details_of, differences_of
+from indraquantum.live.explorer import Explorer
 from indraquantum.live.server import Answer, PageServer, Query, Refused, Site
 from indraquantum.live.watched import Watched
 from indraquantum.progress import tell, warn
@@ -24,7 +25,7 @@ from indraquantum.web import asset
 
 KINDS = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
 FILES = (
-    "monitor.css", "monitor.js", "charts.js", "state.css", "state.js", "vendor/uPlot.iife.min.js",
+    "monitor.css", "monitor.js", "charts.js", "explorer.js", "state.css", "state.js", "vendor/uPlot.iife.min.js",
     "vendor/uPlot.min.css", "icon.svg",
 )  # fmt: skip
 MOST_AT_ONCE = 20  # runs that are compared
@@ -36,7 +37,7 @@ def monitor(logs: Path, settings: MonitorSettings) -> None:
     Raises:
         UserError: the address can't be used.
     """
-    with PageServer(settings.host, settings.port, site_of(logs)) as server:
+    with PageServer(settings.host, settings.port, site_of(logs, settings)) as server:
         tell(f"The monitor of {logs} is at {server.url} (stop it with Ctrl-C)")
         if not server.is_local:
             warn("warning: everyone who can reach this address can read your runs and use your models.")
@@ -45,9 +46,10 @@ def monitor(logs: Path, settings: MonitorSettings) -> None:
         server.serve_forever()
 
 
-def site_of(logs: Path) -> Site:
+def site_of(logs: Path, settings: MonitorSettings | None = None) -> Site:
     """Return what the server answers for the runs below `logs`."""
     watched = Watched(logs)
+    explorer = Explorer(watched, settings or MonitorSettings())
     files = {f"/{name}": _file(name) for name in FILES} | {"/": _file("monitor.html")}
 
     def runs(_: Query) -> dict[str, Any]:
@@ -64,7 +66,8 @@ def site_of(logs: Path) -> Site:
         return differences_of([watched.path(run) for run in query.get("run", [])[:MOST_AT_ONCE]], watched.root)
 
     get = {"/api/runs": runs, "/api/curves": curves, "/api/details": details, "/api/differences": differences}
-    return Site(files, get, {})
+    get |= {"/api/vocabulary": explorer.vocabulary}
+    return Site(files, get, {"/api/write": explorer.write, "/api/row": explorer.row})
 
 
 def _file(name: str) -> Answer:

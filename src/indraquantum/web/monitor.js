@@ -5,7 +5,7 @@
   const { CHARTS, Chart, seriesOf, colour, shown } = IndraCharts;
   const find = (id) => document.getElementById(id);
   const SECOND = 1000, MOST_CHOSEN = 12;
-  const VIEWS = { curves: "Curves", comparison: "Comparison", files: "Checkpoints and samples" };
+  const VIEWS = { curves: "Curves", comparison: "Comparison", files: "Checkpoints and samples", state: "State explorer" };
   const page = { runs: [], chosen: [], view: "curves", decay: "0.9", range: [null, null], data: new Map(), charts: [], list: "" };
 
   async function ask(path, parameters = {}, body = null) {
@@ -221,7 +221,8 @@
     if (page.view === "files") panel.replaceChildren(...parts);
   }
 
-  const views = { curves: curvesView, comparison: comparisonView, files: filesView };
+  const stateView = () => IndraExplorer.open(find("panel"), ask, chosenRuns());
+  const views = { curves: curvesView, comparison: comparisonView, files: filesView, state: stateView };
 
   function buildTabs() {
     const names = Object.keys(VIEWS);
@@ -260,7 +261,7 @@
         page.chosen = page.chosen.filter((id) => page.runs.some((run) => run.id === id));
         if (first && !page.chosen.length && page.runs.length) {
           page.chosen = [page.runs.reduce((newest, run) => (run.seconds_since < newest.seconds_since ? run : newest)).id];
-          if (page.view === "files") setTimeout(show, 0);
+          if (page.view === "files" || page.view === "state") setTimeout(show, 0);
         }
         drawList();
         if (page.view === "curves") {
