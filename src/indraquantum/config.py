@@ -415,6 +415,12 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettin
     """What to do with tokens that occur nowhere in the training text, which real text has many of. With share, all of
     them have one embedding, so a step needs less arithmetic. With separate, each has its own. share has no effect with
     a teacher or --start-from, because then any token may matter."""
+    sample_every: int = Field(default=0, ge=0)
+    """Optimiser steps between two samples of text, which go to samples.jsonl beside the metrics; `indra monitor` shows
+    them. They take time but change nothing in the run. 0 writes none."""
+    sample_prompt: tuple[str, ...] | None = None
+    """A prompt for --sample-every. Repeat the option for several prompts. By default the beginning of a held-out
+    document of each source is continued."""
     dry_run: bool = False
     """Print shapes, parameters, memory, FLOPs and the time to finish, and write nothing. The times come from a few real
     steps."""

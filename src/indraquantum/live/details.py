@@ -12,6 +12,8 @@ from indraquantum.monitor.run_table import differences
 from indraquantum.monitor.runs import RunSummary, name_of
 
 MOST_CHECKPOINTS = 200
+MOST_SAMPLES = 60
+SAMPLE_BYTES = 1 << 18
 
 
 def details_of(metrics_path: Path) -> dict[str, Any]:
@@ -22,6 +24,7 @@ def details_of(metrics_path: Path) -> dict[str, Any]:
     return {
         "settings": shown | {name: _word(record[name]) for name in ("data", "signals") if record.get(name)},
         "folder": str(checkpoint_folder(record) or ""),
+        "samples": _samples(metrics_path.with_name("samples.jsonl")),
         "checkpoints": [_checkpoint(path) for path in checkpoints_of(record)],
     }
 
@@ -53,6 +56,27 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         step = None  # without a manifest, only the name tells
     step = step if type(step) is int else None
     return {"name": path.name, "bytes": about.st_size, "written": about.st_mtime, "step": step}
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    """Return the last samples that training wrote, the newest first, without damaged lines."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - SAMPLE_BYTES))
+            lines = file.read(SAMPLE_BYTES).split(b"\n")[:-1]
+    except OSError:
+        return []
+    found = []
+    for line in reversed(lines[-MOST_SAMPLES:]):
+        try:
+            sample = json.loads(line)
+            fits = isinstance(sample, dict) and type(sample["step"]) is int
+            fits = fits and all(isinstance(sample[name], str) for name in ("prompt", "text"))
+        except (ValueError, KeyError, RecursionError):
+            continue
+        if fits:
+            found.append({name: sample[name] for name in ("step", "prompt", "text")})
+    return found
 
 
 def differences_of(paths: list[Path], root: Path) -> dict[str, Any]:

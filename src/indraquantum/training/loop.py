@@ -44,6 +44,7 @@ from indraquantum.training.guards import PROBE_EVERY, probe, require_finite_stat
 from indraquantum.training.plan import plan_run
 from indraquantum.training.resume import resume
 from indraquantum.training.run import Run, check_settings, start_run
+from indraquantum.training.samples import check_samples, samples_of
 from indraquantum.training.signals import capture_signals, check_folders, find_signals
 from indraquantum.training.step import StepInput, StepResult
 
@@ -83,6 +84,7 @@ def train(settings: TrainSettings) -> TrainReport:
         folders = None
         with processes.together():
             check_settings(settings, plan, device)
+            check_samples(settings)
             check_folders(plan)
             if processes.is_first:
                 folders = HeldFolders(settings.output, metrics_path.parent, stack)
@@ -118,6 +120,8 @@ def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: Held
         if processes.is_first:
             set_others_metrics_aside(metrics_path, run, resumed)
             kept = last_written if resumed else None
+            if not run.finished:
+                run.after_step = samples_of(run, metrics_path.parent, kept)
             history = metrics_up_to(metrics_path, kept)
             tracked = "none" if run.finished else settings.log_to
             tracker = open_tracker(tracked, metrics_path.parent, run.identity, kept, history)
@@ -171,6 +175,8 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
                     if collapsed:
                         raise TrainingStopped(f"{collapsed}; to continue, use --on-collapse warn")
                 run.pending = None
+                if run.after_step is not None:
+                    run.after_step(run)
                 if is_best and run.step and run.keep_best:  # before the one to resume from, which is never ahead
                     write_checkpoint(run, run.folder / BEST_NAME, log)
                 save_where_due(run, log)

@@ -6,6 +6,7 @@ creates no folder, asks no teacher and does not resume.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from indraquantum.training.unseen_tokens import unseen_tokens
 FREE_SETTINGS = {
     "output", "logs", "device", "threads", "data", "signals", "teacher", "tokenizer",
     "save_every", "keep_last", "resume", "on_collapse", "dry_run", "parallel", "gradient_checkpointing", "keep_best",
-    "log_to",
+    "log_to", "sample_every", "sample_prompt",
 }  # fmt: skip
 
 # Options that must be equal for the weights of one model to fit another, with their names in the model's configuration.
@@ -101,6 +102,7 @@ class Run:
     pending: dict[str, Any] | None = None  # metrics of `step` that are not written yet
     best: BestHeldOut = field(default_factory=BestHeldOut)
     guard: CollapseGuard = field(default_factory=CollapseGuard)
+    after_step: Callable[[Run], None] | None = None  # called after the metrics of each step, in the first process
     saved: bool = False  # whether a checkpoint holds the present state of the run
 
     @property

@@ -203,6 +203,13 @@
   }
 
   // ---- checkpoints and samples
+  function samplesOf(samples) {
+    if (!samples.length) return [element("p", { class: "quiet" }, "There are no samples. `indra train --sample-every 200` writes some every 200 steps.")];
+    const rows = samples.map((sample) => element("tr", {}, element("td", {}, sample.step.toLocaleString("en")),
+      element("td", { class: "left" }, element("pre", {}, element("span", { class: "quiet" }, sample.prompt), sample.text))));
+    return [element("h3", {}, "Samples, the newest first"), element("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": "samples" }, element("table", { class: "samples" }, element("tbody", {}, ...rows)))];
+  }
+
   async function filesView() {
     const panel = find("panel"), runs = chosenRuns();
     if (!runs.length) { panel.replaceChildren(element("p", { class: "none" }, "Choose a run in the list above.")); return; }
@@ -216,9 +223,17 @@
       const settings = Object.entries(details.settings).map(([name, value]) => element("tr", {}, element("td", {}, name), element("td", { class: "left" }, value)));
       return element("div", { class: "card" }, element("h3", {}, run.name), element("p", { class: "quiet" }, details.folder ? `in ${details.folder}` : "There is no run.json, so the checkpoints are not known."),
         rows.length ? element("div", { class: "wide" }, element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows))) : element("p", {}, "There is no checkpoint yet."),
+        ...samplesOf(details.samples),
         element("details", {}, element("summary", {}, "All settings"), element("div", {}, element("table", {}, element("tbody", {}, ...settings)))));
     }));
     if (page.view === "files") panel.replaceChildren(...parts);
+  }
+
+  // New checkpoints and samples appear by themselves, but only when something changed, so that an open list stays open.
+  let shownFiles = "";
+  async function refreshFiles() {
+    const found = JSON.stringify(await Promise.all(chosenRuns().map((run) => ask("/api/details", { run: run.id }))));
+    if (found !== shownFiles) { shownFiles = found; await filesView(); }
   }
 
   const stateView = () => IndraExplorer.open(find("panel"), ask, chosenRuns());
@@ -268,6 +283,7 @@
           if (await updateCurves()) wait = Math.min(wait, 50 * page.chosen.length);
           drawCharts(false);
         } else if (page.view === "comparison") await comparisonView();
+        else if (page.view === "files") await refreshFiles();
       }
       find("connection").textContent = "";
     } catch (error) {

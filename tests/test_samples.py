@@ -1,0 +1,96 @@
+"""`--sample-every`: samples of a run are those of its checkpoints, and change nothing in the run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from indraquantum.config import TestSettings, TrainSettings
+from indraquantum.data.dataset import open_dataset
+from indraquantum.errors import UserError
+from indraquantum.inference.write import continued
+from indraquantum.live.details import details_of
+from indraquantum.training import loop
+from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training.samples import held_out_prompts
+
+PROMPTS = ("the cat", "a dog")
+
+
+def settings(world, folder, **changes) -> TrainSettings:
+    return TrainSettings(
+        **{"data": world.data, "output": folder / "run", "logs": folder / "logs", "threads": 1, "d_model": 6,
+           "layers": 1, "heads": 2, "mlp_width": 10, "batch_tokens": 480, "max_steps": 7, "no_teacher": True,
+           "save_every": 2, "keep_last": 9, "dropout": 0.1, "schedule": "constant", **changes},
+    )  # fmt: skip
+
+
+def samples_in(report) -> list[dict]:
+    return [json.loads(line) for line in report.metrics.with_name("samples.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sampled(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampled")
+    return loop.train(settings(world, folder, sample_every=2, sample_prompt=PROMPTS))
+
+
+def test_samples_are_what_the_checkpoints_write(sampled):
+    found = samples_in(sampled)
+    assert [(one["step"], one["prompt"]) for one in found] == [(step, p) for step in (2, 4, 6, 7) for p in PROMPTS]
+    for one in found:
+        path = sampled.checkpoint.with_name(f"checkpoint_v4_step_{one['step']}.pt")
+        path = path if one["step"] < 7 else sampled.checkpoint
+        assert continued(path, TestSettings(prompt=one["prompt"], device="cpu")).text == one["text"]
+    assert len({one["text"] for one in found}) > 2
+
+
+def test_the_run_is_the_same_to_the_bit_without_samples(world, tmp_path, sampled):
+    plain = loop.train(settings(world, tmp_path))
+    assert not plain.metrics.with_name("samples.jsonl").exists()
+    assert details_of(plain.metrics)["samples"] == []
+    ours, theirs = (load_checkpoint("", report.checkpoint) for report in (plain, sampled))
+    assert all((value == theirs.model[name]).all() for name, value in ours.model.items())
+    assert ours.settings == theirs.settings
+
+    def without_speed(report):
+        lines = [json.loads(line) for line in report.metrics.read_text().splitlines()]
+        return [{name: v for name, v in line.items() if name not in ("tokens_per_second", "crc")} for line in lines]
+
+    assert without_speed(plain) == without_speed(sampled)
+
+
+def test_a_resumed_run_has_the_samples_of_one_that_was_never_stopped(world, tmp_path, sampled):
+    loop.train(settings(world, tmp_path, sample_every=2, sample_prompt=PROMPTS, max_steps=5))
+    (tmp_path / "run" / "checkpoint_v4_epoch_1.pt").unlink()  # resume at step 4; steps 5 and later come again
+    with (tmp_path / "logs" / "run" / "samples.jsonl").open("a") as file:
+        file.write('{"step": 6, "prompt"\n{"step": 6, "prompt": "x", "text": "of a later step"}\n{"half')
+    report = loop.train(settings(world, tmp_path, sample_every=2, sample_prompt=PROMPTS))
+    assert samples_in(report) == samples_in(sampled)
+    assert details_of(report.metrics)["samples"] == samples_in(sampled)[::-1]
+
+
+def test_the_prompts_are_held_out_and_leave_out_the_answer(world):
+    dataset = open_dataset("--data", world.data)
+    wiki, alpaca = held_out_prompts(dataset)
+    split = dataset.validation
+    texts = [
+        dataset.tokenizer.decode(split.tokens[begin:end].tolist())
+        for begin, end in zip(split.document_offsets, split.document_offsets[1:], strict=False)
+    ]
+    assert any(text.startswith(wiki) and len(wiki) < len(text) for text in texts)
+    assert alpaca.endswith("### Response:\n")
+    assert any(text.startswith(alpaca) and len(alpaca) < len(text) for text in texts)
+
+
+def test_averaged_weights_are_sampled_and_put_back(world, tmp_path):
+    report = loop.train(settings(world, tmp_path, sample_every=7, sample_prompt=PROMPTS, ema_decay=0.9))
+    for one in samples_in(report):
+        assert continued(report.checkpoint, TestSettings(prompt=one["prompt"], device="cpu")).text == one["text"]
+
+
+def test_a_model_that_no_process_holds_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match="--sample-every: got 2; must be 0 with --parallel fsdp2"):
+        loop.train(settings(world, tmp_path, sample_every=2, parallel="fsdp2"))
+    assert not (tmp_path / "run").exists()
