@@ -31,6 +31,8 @@ COMMANDS = {
     "runs compare": config.RunsSettings,
     "train": config.TrainSettings,
     "test": config.TestSettings,
+    "chat": config.ChatSettings,
+    "serve": config.ServeSettings,
     "eval": config.EvalSettings,
 }
 

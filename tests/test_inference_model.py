@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models
 
 from indraquantum.config import TestSettings
 from indraquantum.data.tokenizer import TextTokenizer
-from indraquantum.inference.generate import _choose, generate_text
+from indraquantum.inference.generate import choose, generate_text
 from indraquantum.model.inference_model import InferenceModel
 from indraquantum.model.shape import ModelShape
 from small_model import make, tokens
@@ -82,7 +82,7 @@ def test_text_is_what_transformers_generate_writes(settings):
 def test_top_p_keeps_the_likeliest_up_to_the_mass_and_top_k_that_many():
     logits_1V = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     drawn = {
-        name: {_choose(logits_1V, TestSettings(temperature=1.0, **chosen)).item() for _ in range(60)}
+        name: {choose(logits_1V, TestSettings(temperature=1.0, **chosen)).item() for _ in range(60)}
         for name, chosen in {"p": {"top_p": 0.7, "top_k": 0}, "k": {"top_p": 1.0, "top_k": 3}}.items()
     }
     assert drawn == {"p": {0, 1}, "k": {0, 1, 2}}

@@ -33,7 +33,7 @@ LEVELS = (
     {"evaluation", "monitor"},
     {"training"},
     {"inference", "trials", "doctor"},
-    {"demo", "ablation", "api", "live"},
+    {"demo", "ablation", "api", "live", "serving"},
     {"cli", "__init__"},  # the package loads its names when they are first used
     {"__main__"},
 )

@@ -1,7 +1,7 @@
 """The command `indra`: each subcommand is one function that takes one settings class of config.py.
 
-    indra prepare | data | capture | teacher | train | lr-test | test | eval | export | ablate | bench | runs | doctor |
-          demo
+    indra prepare | data | capture | teacher | train | lr-test | test | chat | serve | eval | export | ablate | bench |
+          runs | doctor | demo
 
 An error in what you typed or in your files is one line on stderr, with exit status 2. Each command imports what it
 needs when it runs, so that `indra --help` starts quickly.
@@ -33,6 +33,7 @@ from indraquantum.config import (
     AblateSettings,
     BenchSettings,
     CaptureSettings,
+    ChatSettings,
     DemoSettings,
     DoctorSettings,
     EvalSettings,
@@ -41,6 +42,7 @@ from indraquantum.config import (
     MonitorSettings,
     PrepareSettings,
     RunsSettings,
+    ServeSettings,
     ShowSettings,
     TeacherSettings,
     TestSettings,
@@ -232,6 +234,37 @@ def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = Te
         from indraquantum.inference.write import write_text
 
     write_text(checkpoint, settings)
+
+
+@app.command
+def chat(checkpoint: Path, /, *, settings: Annotated[ChatSettings, OPTIONS] = ChatSettings.model_construct()) -> None:
+    """Talk with a trained model in the terminal; or pipe a question to it, and it prints the answer alone.
+
+    Parameters
+    ----------
+    checkpoint:
+        A checkpoint that training wrote, or a folder that indra export wrote.
+    """
+    with quick_import():
+        from indraquantum.inference.chat import run_chat
+
+    run_chat(checkpoint, settings)
+
+
+@app.command
+def serve(
+    checkpoint: Path, /, *, settings: Annotated[ServeSettings, OPTIONS] = ServeSettings.model_construct()
+) -> None:
+    """Serve a trained model over HTTP: OpenAI's API, with the log-probabilities that `indra capture` asks for.
+
+    Parameters
+    ----------
+    checkpoint:
+        A checkpoint that training wrote, or a folder that indra export wrote.
+    """
+    from indraquantum.serving.server import serve_checkpoint
+
+    serve_checkpoint(checkpoint, settings)
 
 
 @app.command(name="eval")

@@ -477,17 +477,9 @@ class LoadSettings(WeightsSettings, DeviceSettings):
     """How a trained model is loaded from Python."""
 
 
-class TestSettings(WeightsSettings, DeviceSettings):
-    """Writes text with a trained model."""
+class SamplingSettings(WeightsSettings, DeviceSettings):
+    """How a trained model chooses the tokens that it writes."""
 
-    __test__ = False  # not a test class, whatever pytest thinks of the name
-
-    prompt: str | None = None
-    """The text to continue. Give this or --instruction."""
-    instruction: str | None = None
-    """An instruction to answer. The program puts it into the Alpaca prompt that the model was trained on."""
-    input: str | None = None
-    """The input that belongs to the instruction, if there is one."""
     max_new_tokens: int = Field(default=64, ge=1, le=100_000)
     """The most tokens to write."""
     temperature: float = Field(default=0.8, ge=0, le=100)
@@ -498,9 +490,53 @@ class TestSettings(WeightsSettings, DeviceSettings):
     """Sample only from this many of the likeliest tokens; 0 keeps all."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides which tokens are sampled. Equal seeds give equal text."""
+
+
+class TestSettings(SamplingSettings):
+    """Writes text with a trained model."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of the name
+
+    prompt: str | None = None
+    """The text to continue. Give this or --instruction."""
+    instruction: str | None = None
+    """An instruction to answer. The program puts it into the Alpaca prompt that the model was trained on."""
+    input: str | None = None
+    """The input that belongs to the instruction, if there is one."""
     show_state: bool = False
     """Print the confidence and the uncertainty of each token, read from the model's state. They mean something only if
     training aligned the state with a teacher."""
+
+
+class ChatSettings(SamplingSettings):
+    """Talks with a trained model in the terminal."""
+
+    max_new_tokens: int = Field(default=256, ge=1, le=100_000)
+    """The most tokens of an answer."""
+    history: int = Field(default=4, ge=0, le=10_000)
+    """How many earlier questions and answers the model sees, the latest ones. It was trained on single questions, so
+    earlier ones may disturb it; 0 asks each question alone."""
+
+
+class ServeSettings(WeightsSettings, DeviceSettings):
+    """Serves a trained model over HTTP, as OpenAI's API does."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """The address to listen at. The default serves this machine alone; 0.0.0.0 serves every machine that can reach
+    this one. Set --api-key too then."""
+    port: int = Field(default=8000, ge=0, le=65_535)
+    """The port to listen at; 0 takes a free one."""
+    name: str | None = Field(default=None, min_length=1)
+    """The model's name, as requests give it. By default it is the folder and the name of the checkpoint."""
+    api_key: str | None = Field(default=None, min_length=1)
+    """The key that each request must have as its bearer token. Other users of this machine can see it in the list of
+    processes, so rather put it into the environment variable INDRA_API_KEY."""
+    slots: int = Field(default=16, ge=1, le=1024)
+    """The most texts to write at once. They share each pass of the model. Each takes memory for its keys and values."""
+    queue: int = Field(default=256, ge=1, le=100_000)
+    """The most texts that wait for a slot. A request beyond them is refused with status 429."""
+    max_body: int = Field(default=4, ge=1, le=1024)
+    """The largest body of a request, in MiB. A larger one is refused with status 413."""
 
 
 class ExportSettings(WeightsSettings):

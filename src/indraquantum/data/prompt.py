@@ -1,6 +1,11 @@
-"""The Alpaca prompt: one function builds it for training documents and for `indra test --instruction`."""
+"""The Alpaca prompt: one function builds it for training documents, for `indra test --instruction` and for chats."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from indraquantum.data.tokenizer import TextTokenizer
 
 
 def format_alpaca(instruction: str, input: str, output: str = "") -> str:
@@ -16,3 +21,52 @@ def format_alpaca(instruction: str, input: str, output: str = "") -> str:
     """
     block = f"### Input:\n{input}\n\n" if input else ""
     return f"### Instruction:\n{instruction}\n\n{block}### Response:\n{output}"
+
+
+class Message(NamedTuple):
+    """One message of a chat."""
+
+    role: str  # system, user or assistant
+    content: str
+
+
+class Exchange(NamedTuple):
+    """A question in Alpaca's form and its answer, or None where the model is to answer."""
+
+    prompt: str
+    answer: str | None
+
+
+def exchanges(messages: Iterable[Message]) -> list[Exchange]:
+    """Return a chat as documents in Alpaca's form, as the chat template of an exported model does.
+
+    A system message is the instruction of the questions after it, and their text is the input. Each question with its
+    answer is a document of its own, as in training.
+
+    Raises:
+        ValueError: the messages are not questions and answers in turn, with a question at the end.
+    """
+    found: list[Exchange] = []
+    system = ""
+    for role, content in messages:
+        if role == "system":
+            system = content
+        elif role == "user" and (not found or found[-1].answer is not None):
+            found.append(Exchange(format_alpaca(system, content) if system else format_alpaca(content, ""), None))
+        elif role == "assistant" and found and found[-1].answer is None:
+            found[-1] = Exchange(found[-1].prompt, content)
+        else:
+            raise ValueError("must be messages of user and assistant in turn, beginning with user")
+    if not found or found[-1].answer is not None:
+        raise ValueError("must end with a message of user")
+    return found
+
+
+def chat_ids(tokenizer: TextTokenizer, chat: Iterable[Exchange]) -> list[int]:
+    """Return the token ids of a chat: each exchange as a training document, the last one without its end."""
+    ids: list[int] = []
+    for prompt, answer in chat:
+        ids += tokenizer.encode_prompt(prompt + (answer or ""))
+        if answer is not None:
+            ids.append(tokenizer.eos_id)
+    return ids

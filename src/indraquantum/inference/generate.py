@@ -1,8 +1,8 @@
 """Writes text with a model, and reads from the model's state how sure it was of each token.
 
-Tokens are drawn as transformers' generate draws them, to the same bits. The loop is our own, because importing
-transformers takes longer than writing a short text. The module also reads the confidence |c| and the uncertainty
-phase/pi * ln V of the state that each token was drawn from.
+Tokens are drawn as transformers' generate draws them: equal logits and seeds give equal tokens. The loop is our own,
+because importing transformers takes longer than writing a short text. The module also reads the confidence |c| and the
+uncertainty phase/pi * ln V of the state that each token was drawn from.
 
 Legend: T positions of prompt and written text, W written tokens, D real width, V vocabulary.
 """
@@ -18,16 +18,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from indraquantum.config import TestSettings
+from indraquantum.config import SamplingSettings, TestSettings
 from indraquantum.data.prompt import format_alpaca
 from indraquantum.data.records import is_text
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
+from indraquantum.inference.token_texts import token_texts
 from indraquantum.model.readout import wrapped_phase
 from indraquantum.model.shape import ModelShape
 
 GREEDY_BELOW = 1e-6  # at lower temperatures the likeliest token is certain, and logits / temperature may overflow
-UNFINISHED = "\ufffd"  # what a decoder shows for the bytes of an incomplete character
 
 
 class Writer(Protocol):
@@ -127,7 +127,7 @@ def generate_text(model: Writer, tokenizer: TextTokenizer, settings: TestSetting
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         ids_1T = _continued(model, ids_1T, settings, tokenizer.eos_id)
-    texts = _token_texts(tokenizer, prompt_ids, ids_1T[0, len(prompt_ids) :].tolist())
+    texts = token_texts(tokenizer, prompt_ids, ids_1T[0, len(prompt_ids) :].tolist())
     tokens = _read_states(model, ids_1T, texts) if settings.show_state else []
     return GeneratedText("".join(texts), tokens, tuple(ids_1T[0].tolist()))
 
@@ -149,15 +149,18 @@ def _continued(model: Writer, ids_1T: Tensor, settings: TestSettings, eos_id: in
     with model.lifted():
         for _ in range(settings.max_new_tokens):
             logits_1V, past = model.next_logits(read_1T, past)
-            read_1T = _choose(logits_1V.float(), settings)
+            read_1T = choose(logits_1V.float(), settings)
             ids_1T = torch.cat([ids_1T, read_1T], dim=1)
             if read_1T.item() == eos_id:
                 break
     return ids_1T
 
 
-def _choose(logits_1V: Tensor, settings: TestSettings) -> Tensor:
-    """The next token (1, 1): drawn from what temperature, top-k and top-p leave, in this order, or the likeliest."""
+def choose(logits_1V: Tensor, settings: SamplingSettings) -> Tensor:
+    """Return the next token (1, 1): the likeliest, or drawn from what temperature, top-k and top-p leave in turn.
+
+    It is drawn from torch's global generator.
+    """
     if settings.temperature < GREEDY_BELOW:
         return logits_1V.argmax(dim=-1, keepdim=True)
     logits_1V = logits_1V / settings.temperature
@@ -165,28 +168,15 @@ def _choose(logits_1V: Tensor, settings: TestSettings) -> Tensor:
         least = logits_1V.topk(min(settings.top_k, logits_1V.shape[-1])).values[:, -1:]
         logits_1V = logits_1V.masked_fill(logits_1V < least, -math.inf)
     if settings.top_p < 1:
-        sorted_1V, order_1V = logits_1V.sort()
+        # Of the others, top-k has left nothing. To sort all would take as long as all the rest of a step.
+        kept = min(settings.top_k or logits_1V.shape[-1], logits_1V.shape[-1])
+        sorted_1V, order_1V = logits_1V.topk(kept) if kept < logits_1V.shape[-1] else logits_1V.sort(descending=True)
+        sorted_1V, order_1V = sorted_1V.flip(-1), order_1V.flip(-1)
         unlikely_1V = sorted_1V.softmax(dim=-1).cumsum(dim=-1) <= 1 - settings.top_p
         unlikely_1V[:, -1] = False  # the likeliest always stays
-        logits_1V = logits_1V.masked_fill(unlikely_1V.scatter(1, order_1V, unlikely_1V), -math.inf)
+        left_out_1V = torch.zeros_like(logits_1V, dtype=torch.bool).scatter_(1, order_1V, unlikely_1V)
+        logits_1V = logits_1V.masked_fill(left_out_1V, -math.inf)
     return torch.multinomial(logits_1V.softmax(dim=-1), num_samples=1)
-
-
-def _token_texts(tokenizer: TextTokenizer, prompt_ids: Sequence[int], written_ids: Sequence[int]) -> list[str]:
-    """Return each written token's share of the text.
-
-    A token can't be decoded alone: decoders drop a leading space, and a character may take several tokens. So the text
-    up to each token is decoded, and what is new is the token's share.
-    """
-    texts, shown = [], tokenizer.decode(prompt_ids)
-    for count in range(1, len(written_ids) + 1):
-        whole = tokenizer.decode([*prompt_ids, *written_ids[:count]])
-        if whole.endswith(UNFINISHED) and count < len(written_ids):
-            texts.append("")
-            continue
-        texts.append(whole[len(shown) :])
-        shown = whole
-    return texts
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 Importing transformers takes longer than writing a short text. So Llama's layers are repeated here in a few lines, with
 the names of transformers' parameters and its operations in the same order. The numbers are the same to the bit;
-tests/test_inference_model.py compares both. Use IndraQuantumPhase2 itself for training, export and adapters.
+tests/test_inference_model.py compares both. Text is written by a Decoder, whose logits agree up to rounding. Use
+IndraQuantumPhase2 itself for training, export and adapters.
 
 Legend: B batch, T positions, D real width, H heads, V vocabulary.
 """
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indraquantum.model.core import QuantumCore
+from indraquantum.model.decoder import Decoder, PackedModel
 from indraquantum.model.shape import ModelShape
 
 Memory = tuple[Tensor, Tensor]  # keys and values (B, H, positions so far, width of a head) of one layer
@@ -149,7 +151,7 @@ class InferenceModel(QuantumCore, nn.Module):
             self._add_parts(shape, embedding, lambda: Layers(shape))
         self.load_state_dict(weights, assign=True)
         self.requires_grad_(False).eval()
-        self._table_VD: Tensor | None = None
+        self._packed: PackedModel | None = None
 
     @property
     def device(self) -> torch.device:
@@ -166,25 +168,26 @@ class InferenceModel(QuantumCore, nn.Module):
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
-        """Inside, lift the table once for all calls of `next_logits`."""
-        self._table_VD = self.lift_table()
+        """Inside, lift the table and pack the weights once for all calls of `next_logits`."""
+        self._packed = PackedModel(self)
         try:
             yield
         finally:
-            self._table_VD = None
+            self._packed = None
 
-    def next_logits(self, ids_BT: Tensor, past: list[Memory] | None = None) -> tuple[Tensor, list[Memory]]:
-        """Return the logits (B, V) of the token after `ids_BT`, and the keys and values to pass together with it.
+    def next_logits(self, ids_BT: Tensor, past: Decoder | None = None) -> tuple[Tensor, Decoder]:
+        """Return the logits (B, V) of the token after `ids_BT`, and what to pass together with that token.
 
         Args:
-            ids_BT: (B, T) the beginning of the text, or with `past` the next token (B, 1).
-            past: the keys and values from the last call; None at the beginning of a text.
+            ids_BT: (B, T) the beginnings of B texts, or with `past` the next token (B, 1) of each.
+            past: what the last call returned, which this call changes; None at the beginning.
         """
-        first = past[0][0].shape[2] if past else 0
-        position_ids_BT = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)[None]
-        states_BTD, memories = self.backbone(self.input_states(self.embedding(ids_BT)), position_ids_BT, None, past)
-        table_VD = self.lift_table() if self._table_VD is None else self._table_VD
-        return self.logits(states_BTD[:, -1], table_VD), memories
+        if past is None:
+            past = Decoder(PackedModel(self) if self._packed is None else self._packed, len(ids_BT))
+            states_BD = past.begin(ids_BT.tolist())[:, -1]
+        else:
+            states_BD = past.step(ids_BT[:, 0])
+        return past.packed.logits(states_BD), past
 
 
 def _rotated(heads: Tensor, place: Place) -> Tensor:

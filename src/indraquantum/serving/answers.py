@@ -1,0 +1,246 @@
+"""Turns the events of texts into what OpenAI's API answers: whole, or piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
+
+from indraquantum.data.tokenizer import TextTokenizer
+from indraquantum.inference.token_texts import UNFINISHED, TextStream, token_texts
+from indraquantum.serving.engine import Event, Job, Prompt, PromptToken, Ranked, Token
+
+
+class TokenNames:
+    """The text of single tokens, as the lists of the likeliest show it."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer, self._known = tokenizer, dict[int, str]()
+        self._before = tokenizer.encode_text("a")  # decoders drop a blank at the beginning
+
+    def __call__(self, token: int) -> str:
+        """Return the token's text; for a control token, or a part of a character, its name in the vocabulary."""
+        if token not in self._known:
+            whole = self._tokenizer.decode([*self._before, token])
+            text = whole[len(self._tokenizer.decode(self._before)) :]
+            if not text or UNFINISHED in text:
+                text = self._tokenizer.backend.id_to_token(token) or f"<{token}>"
+            self._known[token] = text
+        return self._known[token]
+
+
+class WrittenToken(NamedTuple):
+    """A token of an answer."""
+
+    text: str  # its share of the answer
+    token: Token
+
+
+class Piece(NamedTuple):
+    """What came since the last piece."""
+
+    text: str
+    tokens: list[WrittenToken]
+    reason: str | None  # why the text ended; None if it goes on
+
+
+class Failed(Exception):
+    """The engine could not write the text."""
+
+
+class Answer:
+    """One text that is being written for a request: its events, up to a stop text.
+
+    Args:
+        tokenizer: the tokenizer.
+        prompt_ids: the prompt.
+        stops: texts that end the answer; they are not part of it.
+        loop: where the events are waited for.
+        options: of the Job.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        prompt_ids: Sequence[int],
+        stops: Sequence[str],
+        loop: asyncio.AbstractEventLoop,
+        **options: Any,
+    ) -> None:
+        self._events: asyncio.Queue[list[Event]] = asyncio.Queue()
+
+        def tell(events: list[Event]) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, events)
+
+        self.prompt_ids, self.prompt_tokens = prompt_ids, list[PromptToken | None]()
+        self.job = Job(prompt_ids, tell=tell, **options)
+        self.written = 0  # tokens
+        self._stream, self._stops = TextStream(tokenizer, prompt_ids), stops
+        self._held = ""  # text that may be the beginning of a stop text
+        self._pending: list[WrittenToken] = []  # tokens of that text
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Yield the text as it comes; the last piece has a reason.
+
+        Raises:
+            Failed: the engine could not write it.
+        """
+        while True:
+            for event in await self._events.get():
+                if isinstance(event, Prompt):
+                    self.prompt_tokens = event.tokens
+                elif isinstance(event, Token):
+                    self.written += 1
+                    self._hold(self._stream.add(event.id), event)
+                elif event.reason == "error":
+                    raise Failed
+                else:
+                    self._hold(self._stream.finish(), None)
+                    stopped = self._stopped()
+                    yield stopped or Piece(self._held, self._pending, event.reason)
+                    return
+                if isinstance(event, Token):
+                    if stopped := self._stopped():
+                        self.job.cancelled = True
+                        yield stopped
+                        return
+                    if piece := self._sure():
+                        yield piece
+
+    async def whole(self) -> Piece:
+        """Return the complete text."""
+        pieces = [piece async for piece in self.pieces()]
+        tokens = list(itertools.chain.from_iterable(piece.tokens for piece in pieces))
+        return Piece("".join(piece.text for piece in pieces), tokens, pieces[-1].reason)
+
+    def _hold(self, text: str, token: Token | None) -> None:
+        self._held += text
+        if token is not None:
+            self._pending.append(WrittenToken(text, token))
+        elif text and self._pending:
+            last = self._pending[-1]
+            self._pending[-1] = last._replace(text=last.text + text)
+
+    def _stopped(self) -> Piece | None:
+        """Return the last piece if the text holds a stop text."""
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if not places:
+            return None
+        cut, kept, length = min(places), list[WrittenToken](), 0
+        for written in self._pending:
+            if length >= cut:
+                break
+            kept.append(written)
+            length += len(written.text)
+        return Piece(self._held[:cut], kept, "stop")
+
+    def _sure(self) -> Piece | None:
+        """Return the text that can't be the beginning of a stop text, with its tokens; None if there is none."""
+        longest = max(
+            (size for stop in self._stops for size in range(1, len(stop)) if self._held.endswith(stop[:size])),
+            default=0,
+        )
+        if longest:
+            return None
+        piece = Piece(self._held, self._pending, None)
+        self._held, self._pending = "", []
+        return piece
+
+
+class Form:
+    """How an answer is written for one kind of request."""
+
+    def __init__(self, names: TokenNames, model: str, identity: str, created: int) -> None:
+        self.names, self.head = names, {"id": identity, "created": created, "model": model}
+
+    def top(self, ranked: Sequence[Ranked]) -> dict[str, float]:
+        """Return the likeliest tokens as completions list them."""
+        return {self.names(token): logprob for token, logprob in ranked}
+
+    def completion_logprobs(self, tokens: Sequence[WrittenToken], offset: int) -> dict[str, Any]:
+        """Return the log-probabilities of a completion's tokens, whose text begins at `offset`."""
+        lengths = itertools.accumulate((len(written.text) for written in tokens), initial=offset)
+        return {
+            "tokens": [written.text for written in tokens],
+            "token_logprobs": [written.token.logprob for written in tokens],
+            "top_logprobs": [self.top(written.token.top) for written in tokens],
+            "text_offset": list(lengths)[:-1],
+        }
+
+    def chat_logprobs(self, tokens: Sequence[WrittenToken]) -> dict[str, Any]:
+        """Return the log-probabilities of a chat answer's tokens."""
+        return {
+            "content": [
+                self._entry(written.text, written.token.logprob)
+                | {"top_logprobs": [self._entry(self.names(token), value) for token, value in written.token.top]}
+                for written in tokens
+            ],
+            "refusal": None,
+        }
+
+    def prompt_logprobs(self, answer: Answer) -> list[dict[str, Any] | None]:
+        """Return what the model thought of the prompt, in vLLM's form: a dict by token id for each but the first."""
+        return [
+            None if about is None else self._about(token, about)
+            for token, about in zip(answer.prompt_ids, answer.prompt_tokens, strict=True)
+        ]
+
+    def _about(self, actual: int, about: PromptToken) -> dict[str, Any]:
+        entries = [(actual, about.logprob, about.rank)]
+        entries += [(token, value, rank) for rank, (token, value) in enumerate(about.top, 1) if token != actual]
+        return {
+            str(token): {"logprob": value, "rank": rank, "decoded_token": self.names(token)}
+            for token, value, rank in entries
+        }
+
+    @staticmethod
+    def _entry(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def echoed(form: Form, tokenizer: TextTokenizer, answer: Answer, text: str) -> dict[str, Any]:
+    """Return the log-probabilities of the prompt's tokens, as completions list them with `echo`."""
+    shares = token_texts(tokenizer, [], answer.prompt_ids)
+    offsets = list(itertools.accumulate(map(len, shares), initial=0))[:-1]
+    about = answer.prompt_tokens
+    return {
+        "tokens": [share or form.names(token) for share, token in zip(shares, answer.prompt_ids, strict=True)],
+        "token_logprobs": [each and each.logprob for each in about],
+        "top_logprobs": [each and form.top(each.top) for each in about],
+        "text_offset": [min(offset, len(text)) for offset in offsets],
+    }
+
+
+def joined(*parts: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return the lists of both parts, one after the other."""
+    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
+
+
+async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Piece]]:
+    """Yield the pieces of several answers as they come, with the number of the answer.
+
+    Raises:
+        Failed: the engine could not write one of them.
+    """
+    arrived: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
+
+    async def forward(number: int, answer: Answer) -> None:
+        try:
+            async for piece in answer.pieces():
+                arrived.put_nowait((number, piece))
+        except Failed:
+            arrived.put_nowait((number, None))
+
+    tasks = [asyncio.create_task(forward(number, answer)) for number, answer in enumerate(answers)]
+    left = len(tasks)
+    try:
+        while left:
+            number, piece = await arrived.get()
+            if piece is None:
+                raise Failed
+            left -= piece.reason is not None
+            yield number, piece
+    finally:
+        for task in tasks:
+            task.cancel()

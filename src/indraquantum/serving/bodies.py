@@ -1,0 +1,132 @@
+"""The bodies of requests, as OpenAI's API defines them, and `prompt_logprobs` as vLLM does.
+
+Fields that are not known here, or that ask for what the server can't do, are refused; none is ignored in silence.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+LONGEST_LIST = 20  # likeliest tokens with each written one, OpenAI's limit
+LONGEST_PROMPT_LIST = 128  # the same for the tokens of a prompt
+MOST_STOPS = 4
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # of OpenAI's server; padding against eavesdroppers, which loopback needs not
+
+
+class Body(BaseModel):
+    """What both kinds of requests may have."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    model: str | None = None
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    n: int = Field(default=1, ge=1, le=128)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=LONGEST_PROMPT_LIST)
+    # Only these values, which change nothing.
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+    # About whoever asks; they change no answer.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: Literal[False] | None = None
+
+    @field_validator("temperature", "top_p", "n", "stream", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: str | list[str] | None) -> list[str]:
+        stops = [value] if isinstance(value, str) else value or []
+        if len(stops) > MOST_STOPS or "" in stops:
+            raise ValueError(f"must be at most {MOST_STOPS} strings, and none empty")
+        return stops
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end an answer."""
+        assert not isinstance(self.stop, str)
+        return self.stop or []
+
+
+class CompletionBody(Body):
+    """A body for /v1/completions."""
+
+    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
+    max_tokens: int = Field(default=16, ge=0)
+    logprobs: int | None = Field(default=None, ge=0, le=LONGEST_LIST)
+    echo: bool = False
+    best_of: int | None = None
+    suffix: Literal[""] | None = None
+
+    @field_validator("max_tokens", "echo", mode="before")
+    @classmethod
+    def _null(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or more."""
+        prompt = self.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return [prompt]
+        return list(prompt)
+
+
+class TextPart(BaseModel):
+    """A part of a message."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One message."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    refusal: None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatBody(Body):
+    """A body for /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=LONGEST_LIST)
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _null(cls, value: Any) -> Any:
+        return False if value is None else value

@@ -1,0 +1,550 @@
+"""The server, asked by the official client; the model's own full pass, uncached and alone, is the reference."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx2
+import openai
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from indraquantum.config import ServeSettings
+from indraquantum.data.fast_tokenizer import save_chat_tokenizer
+from indraquantum.data.tokenizer import TextTokenizer
+from indraquantum.errors import UserError
+from indraquantum.inference.load import Loaded
+from indraquantum.model.decoder import PackedModel
+from indraquantum.model.inference_model import InferenceModel
+from indraquantum.model.shape import ModelShape
+from indraquantum.serving import server as server_module
+from indraquantum.serving.engine import Engine
+from indraquantum.serving.server import listening, server_of
+from indraquantum.training.checkpoint import Checkpoint, save_checkpoint
+from small_model import make
+
+BOS, EOS, V, CONTEXT, SLOTS, QUEUE = 256, 257, 258, 311, 5, 150
+KEY = "a key"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Return a tokenizer with a token for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocabulary | {"<s>": BOS, "</s>": EOS}, merges=[]))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return TextTokenizer(backend, BOS, EOS)
+
+
+@pytest.fixture(scope="module")
+def loaded(tokenizer, tmp_path_factory):
+    model = make(vocab_size=V, max_position_embeddings=CONTEXT)
+    with torch.no_grad():
+        model.head.scale_1.mul_(5)
+        for layer in model.backbone.layers:  # an untrained model would only repeat its last token
+            layer.mlp.down_proj.weight.mul_(15)
+        ascii_ids = [
+            token for token in range(256) if len(tokenizer.decode([token])) == 1 < ord(tokenizer.decode([token])) < 127
+        ]
+        model.head.bias_V.fill_(-30.0)
+        model.head.bias_V[ascii_ids] = 0.0  # so that texts are readable
+    values = model.config.to_dict()
+    plain = InferenceModel(ModelShape.from_values(values), model.state_dict())
+    return Loaded(plain, tokenizer, values, None, tmp_path_factory.mktemp("run") / "model.pt")
+
+
+@pytest.fixture(scope="module")
+def serving(loaded):
+    """A server in a thread of its own."""
+    settings = ServeSettings(port=0, api_key=KEY, slots=SLOTS, queue=QUEUE, max_body=1, name="tiny")
+    engine = Engine(PackedModel(loaded.inference_model), EOS, SLOTS, QUEUE)
+    with listening(settings) as listener, engine:
+        server = server_of(loaded, settings, engine, listener)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        yield SimpleNamespace(port=listener.getsockname()[1], engine=engine)
+        server.should_exit = True
+        thread.join()
+    assert engine.load == (0, 0)
+
+
+@pytest.fixture
+def client(serving):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{serving.port}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def raw(serving):
+    with httpx2.Client(
+        base_url=f"http://127.0.0.1:{serving.port}", headers={"Authorization": f"Bearer {KEY}"}, timeout=30
+    ) as client:
+        yield client
+
+
+def logprobs_of(loaded, ids):
+    """The log-probabilities (T, V) of the tokens after each position, from one whole pass."""
+    model = loaded.inference_model
+    with torch.no_grad():
+        return model.logits(model.hidden_states(torch.tensor([ids]))[0], model.lift_table()).log_softmax(-1)
+
+
+def greedy(loaded, ids, count):
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(logprobs_of(loaded, ids)[-1].argmax().item())
+    return ids[-count:]
+
+
+def quiet(serving):
+    """Wait until no text is written or waits."""
+    for _ in range(500):
+        if serving.engine.load == (0, 0):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"still busy: {serving.engine.load}")
+
+
+def test_greedy_text_and_log_probabilities_are_the_models_own(client, loaded, tokenizer):
+    ids = tokenizer.encode_prompt("Tell me")
+    answer = client.completions.create(model="tiny", prompt="Tell me", temperature=0, max_tokens=9, logprobs=3)
+    (choice,) = answer.choices
+    written = greedy(loaded, ids, 9)
+    assert choice.text == tokenizer.decode(written)
+    assert choice.finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (8, 9)
+    logprobs_TV = logprobs_of(loaded, ids + written)[len(ids) - 1 : -1]
+    own = logprobs_TV.gather(1, torch.tensor(written)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(choice.logprobs.token_logprobs), own, atol=1e-4, rtol=1e-4)
+    for place, top in enumerate(choice.logprobs.top_logprobs):
+        best = logprobs_TV[place].topk(3)
+        assert list(top) == [tokenizer.decode([token]) for token in best.indices.tolist()]
+        torch.testing.assert_close(torch.tensor(list(top.values())), best.values, atol=1e-4, rtol=1e-4)
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert choice.logprobs.text_offset == list(range(9))
+
+
+def test_echo_and_prompt_logprobs_are_those_of_the_whole_text(client, loaded, tokenizer):
+    ids = tokenizer.encode_prompt("zwölf €")
+    answer = client.completions.create(
+        model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=0, extra_body={"prompt_logprobs": 4}
+    )
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason, answer.usage.completion_tokens) == ("zwölf €", "length", 0)
+    logprobs_TV = logprobs_of(loaded, ids)[:-1]
+    own = logprobs_TV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert choice.logprobs.token_logprobs[0] is None
+    torch.testing.assert_close(torch.tensor(choice.logprobs.token_logprobs[1:]), own, atol=1e-4, rtol=1e-4)
+    assert choice.logprobs.text_offset == [0, 0, 1, 2, 2, 3, 4, 5, 6, 6, 6]
+    entries = choice.model_extra["prompt_logprobs"]
+    assert entries[0] is None
+    assert len(entries) == len(ids)
+    for place, (entry, actual) in enumerate(zip(entries[1:], ids[1:], strict=True)):
+        order = logprobs_TV[place].argsort(descending=True).tolist()
+        assert set(entry) == {str(token) for token in (*order[:4], actual)}
+        for token, about in entry.items():
+            assert about["logprob"] == pytest.approx(logprobs_TV[place, int(token)].item(), abs=1e-4)
+            assert about["rank"] == order.index(int(token)) + 1
+
+
+async def answers_at_once(serving, bodies):
+    async with openai.AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{serving.port}/v1", api_key=KEY, max_retries=0, timeout=60
+    ) as client:
+        return await asyncio.gather(*(client.completions.create(model="tiny", **body) for body in bodies))
+
+
+def test_64_clients_at_once_get_what_each_gets_alone(serving, client):
+    """Prompts and answers of many lengths, greedy and drawn, so that texts come and go in all slots."""
+    bodies = [
+        {"prompt": "ab" * (1 + number % 13), "max_tokens": 1 + number % 17, "seed": number, "logprobs": 1,
+         "temperature": [0, 1, 0.7][number % 3], "top_p": [1, 0.8][number % 2], "n": 1 + (number % 11 == 0)}
+        for number in range(64)
+    ]  # fmt: skip
+    together = asyncio.run(answers_at_once(serving, bodies))
+    for body, answer in list(zip(bodies, together, strict=True))[::5]:
+        alone = client.completions.create(model="tiny", **body)
+        for one, other in zip(alone.choices, answer.choices, strict=True):
+            assert one.text == other.text
+            torch.testing.assert_close(
+                torch.tensor(one.logprobs.token_logprobs),
+                torch.tensor(other.logprobs.token_logprobs),
+                atol=1e-4,
+                rtol=1e-4,
+            )
+    assert [len(answer.choices[0].logprobs.tokens) for answer in together] == [1 + n % 17 for n in range(64)]
+    quiet(serving)
+
+
+def test_a_seed_decides_what_is_drawn_and_choices_differ(client):
+    def drawn(seed):
+        answer = client.completions.create(model="tiny", prompt="a", max_tokens=12, seed=seed, n=2)
+        return [choice.text for choice in answer.choices]
+
+    assert drawn(3) == drawn(3)
+    assert len({*drawn(3), *drawn(4)}) == 4
+    assert client.completions.create(model="tiny", prompt="a", max_tokens=12) is not None
+
+
+def test_draws_follow_the_distribution(client, loaded, tokenizer):
+    """400 first tokens against their probabilities, after temperature and top-p, by chi squared."""
+    probs_V = (logprobs_of(loaded, tokenizer.encode_prompt("q"))[-1] / 1.7).softmax(-1)
+    best, order = probs_V.sort(descending=True)
+    kept = int((best.cumsum(0) - best < 0.6).sum())
+    assert 3 < kept < 60
+    counts = torch.zeros(V)
+    for seed in range(4):
+        answer = client.completions.create(
+            model="tiny", prompt="q", max_tokens=1, temperature=1.7, top_p=0.6, n=100, seed=seed
+        )
+        for choice in answer.choices:
+            counts[tokenizer.encode_text(choice.text)[0]] += 1
+    assert counts[order[kept:]].sum() == 0
+    expected = 400 * best[:kept] / best[:kept].sum()
+    squared = ((counts[order[:kept]] - expected) ** 2 / expected).sum().item()
+    assert squared < kept + 4 * (2 * kept) ** 0.5
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(client):
+    options = {
+        "model": "tiny",
+        "prompt": ["one", "two"],
+        "temperature": 0,
+        "max_tokens": 11,
+        "logprobs": 2,
+        "echo": True,
+    }
+    whole = client.completions.create(**options)
+    chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage == whole.usage
+    for number, choice in enumerate(whole.choices):
+        parts = [part for chunk in chunks for part in chunk.choices if part.index == number]
+        assert "".join(part.text for part in parts) == choice.text
+        assert [part.finish_reason for part in parts][-1] == "length"
+        for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+            assert [x for p in parts for x in getattr(p.logprobs, name)] == getattr(choice.logprobs, name)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_ends_the_answer_before_it(client, serving, loaded, tokenizer, stream):
+    text = tokenizer.decode(greedy(loaded, tokenizer.encode_prompt("Tell me"), 20))
+    stop = text[9:12]
+    cut = text.index(stop)
+    answer = client.completions.create(
+        model="tiny", prompt="Tell me", temperature=0, max_tokens=20, logprobs=0, stop=[stop, "\x00"], stream=stream
+    )
+    parts = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    assert "".join(part.text for part in parts) == text[:cut]
+    assert parts[-1].finish_reason == "stop"
+    assert len([token for part in parts for token in part.logprobs.tokens]) == cut
+    quiet(serving)
+
+
+def test_a_chat_has_the_ids_of_the_exported_template(client, loaded, tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    save_chat_tokenizer(tokenizer, tmp_path, CONTEXT)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [
+        {"role": "system", "content": "Be short."}, {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": " yes"}, {"role": "user", "content": "Two?"},
+    ]  # fmt: skip
+    for chat in (messages, messages[1:], messages[1:2]):
+        ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        answer = client.chat.completions.create(
+            model="tiny", messages=chat, temperature=0, max_completion_tokens=7, logprobs=True, top_logprobs=2
+        )
+        (choice,) = answer.choices
+        assert answer.usage.prompt_tokens == len(ids)
+        assert choice.message.content == tokenizer.decode(greedy(loaded, ids, 7))
+        assert "".join(entry.token for entry in choice.logprobs.content) == choice.message.content
+        assert [len(entry.top_logprobs) for entry in choice.logprobs.content] == [2] * 7
+    chunks = list(client.chat.completions.create(model="tiny", messages=chat, temperature=0, max_tokens=7, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == choice.message.content
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_eos_ends_an_answer(client, loaded):
+    bias_V = loaded.inference_model.head.bias_V
+    with torch.no_grad():
+        bias_V[EOS] = 1000.0
+    try:
+        answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "?"}], n=2)
+    finally:
+        with torch.no_grad():
+            bias_V[EOS] = -30.0
+    assert [(c.message.content, c.finish_reason) for c in answer.choices] == [("", "stop")] * 2
+    assert answer.usage.completion_tokens == 0
+
+
+def test_the_model_is_listed(client, raw):
+    (card,) = client.models.list().data
+    assert (card.id, card.model_extra["max_model_len"]) == ("tiny", CONTEXT)
+    assert client.models.retrieve("tiny") == card
+    with pytest.raises(openai.NotFoundError, match="does not exist; this server has 'tiny'"):
+        client.completions.create(model="gpt", prompt="a")
+    assert raw.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+
+
+LONG = "a" * CONTEXT
+WRONG = [
+    ({"prompt": LONG}, "prompt: got 312 tokens; must be at most 310 tokens, because the model's context is 311"),
+    ({"prompt": "abc", "max_tokens": 308}, "prompt: got 4 tokens and 308 to write; must be at most 3 tokens"),
+    ({"prompt": [5] * 313, "max_tokens": 0}, "prompt: got 313 tokens; must be at most 312 tokens"),
+    ({"prompt": [V]}, f"prompt: got the token {V}; must be below {V}"),
+    ({"prompt": [-1]}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"),
+    ({}, "prompt: Field required"),
+    ({"prompt": [True]}, "prompt"), ({"prompt": {"a": 1}}, "prompt"), ({"prompt": [["a"]]}, "prompt"),
+    ({"prompt": "a", "max_tokens": -1}, "max_tokens: must be greater than or equal to 0"),
+    ({"prompt": "a", "temperature": 3}, "temperature: must be less than or equal to 2"),
+    ({"prompt": "a", "n": 100_000}, "n: must be"), ({"prompt": "a", "logprobs": 21}, "logprobs"),
+    ({"prompt": "a", "prompt_logprobs": 129}, "prompt_logprobs"),
+    ({"prompt": "a", "stop": [""]}, "stop: must be at most 4"),
+    ({"prompt": "a", "presence_penalty": 1.5}, "presence_penalty"), ({"prompt": "a", "suffix": "b"}, "suffix"),
+    ({"prompt": "a", "best_of": 3}, "best_of: got 3"),
+    ({"prompt": "a", "temprature": 1}, "temprature: there is no such"),
+    ({"prompt": "a", "stream": True, "prompt_logprobs": 1}, "can't be streamed"),
+    ({"prompt": "a", "seed": 2**70}, "seed"), ({"prompt": ["a"] * 200}, "too many texts are waiting"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "message"), WRONG)
+def test_a_wrong_request_is_refused_in_one_line_with_the_field(raw, body, message):
+    answer = raw.post("/v1/completions", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == (429 if "many" in message else 400)
+    assert message in error["message"]
+    assert "\n" not in error["message"]
+    assert error["type"] in ("invalid_request_error", "rate_limit_error")
+
+
+def test_the_longest_texts_that_fit_are_written(client, loaded):
+    answer = client.completions.create(model="tiny", prompt=[5] * 300, max_tokens=11, temperature=0)
+    assert answer.usage.completion_tokens == 11
+    assert client.completions.create(model="tiny", prompt=[5] * 310).usage.completion_tokens == 1
+    measured = client.completions.create(
+        model="tiny", prompt=[5] * 312, max_tokens=1, extra_body={"prompt_logprobs": 0}
+    )
+    assert measured.usage.completion_tokens == 0
+    entries = measured.choices[0].model_extra["prompt_logprobs"]
+    last = logprobs_of(loaded, [5] * 311)[-1, 5].item()
+    assert entries[-1]["5"]["logprob"] == pytest.approx(last, abs=1e-4)
+    chat = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a" * 200}])
+    assert chat.usage.total_tokens == CONTEXT
+
+
+WRONG_CHATS = [
+    [], [{"role": "assistant", "content": "a"}], [{"role": "tool", "content": "a"}],
+    [{"role": "user", "content": None}], [{"role": "user", "content": "a"}] * 2,
+    [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("messages", WRONG_CHATS)
+def test_a_wrong_chat_is_refused(raw, messages):
+    answer = raw.post("/v1/chat/completions", json={"messages": messages})
+    assert answer.status_code == 400
+    assert "messages" in answer.json()["error"]["message"]
+
+
+HOSTILE = [b"", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"null", b'"text"', b'{"prompt": "\\ud800"}', b"\xff\xfe{}",
+           b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": 1e999}',
+           b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", b'{"prompt": "a", "n": 1.5}']  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HOSTILE, ids=lambda content: content[:30].decode("latin-1"))
+def test_hostile_json_is_refused(raw, content):
+    answer = raw.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_large_body_is_refused_whether_or_not_its_size_is_said(raw, serving):
+    headers = {"Content-Type": "application/json"}
+    assert raw.post("/v1/completions", content=b"x" * (1 << 20 | 1), headers=headers).status_code == 413
+
+    def endless():
+        while True:
+            yield b"x" * 65536
+
+    with contextlib.suppress(httpx2.TransportError):  # the server may close before all is sent
+        assert raw.post("/v1/completions", content=endless(), headers=headers).status_code == 413
+    connection = http.client.HTTPConnection("127.0.0.1", serving.port)
+    connection.putrequest("POST", "/v1/completions")
+    for name, value in (("Authorization", f"Bearer {KEY}"), *headers.items(), ("Content-Length", str(1 << 30))):
+        connection.putheader(name, value)
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_only_the_own_names_the_key_and_json_are_let_in(raw):
+    json_body = {"prompt": "a", "max_tokens": 1}
+    assert (
+        raw.post("/v1/completions", json=json_body, headers={"Host": "evil.example"}).json()["error"]["code"]
+        == "wrong_host"
+    )
+    for host in ("localhost:99", "127.0.0.1", "[::1]:1", "LOCALHOST"):
+        assert raw.post("/v1/completions", json=json_body, headers={"Host": host}).status_code == 200
+    for key in ("", "Bearer", "Bearer no", f"Basic {KEY}"):
+        answer = raw.post("/v1/completions", json=json_body, headers={"Authorization": key})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert raw.get("/health", headers={"Authorization": ""}).status_code == 200
+    text = raw.post("/v1/completions", content=json.dumps(json_body), headers={"Content-Type": "text/plain"})
+    assert text.status_code == 415
+    assert raw.get("/v1/completions").status_code == 405
+    assert "nowhere" in raw.get("/nowhere").json()["error"]["message"]
+
+
+def connection_of(serving, body, receive_buffer=None):
+    """A connection that has sent a request and read nothing."""
+    connection = socket.socket()
+    if receive_buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.connect(("127.0.0.1", serving.port))
+    content = json.dumps(body).encode()
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        + f"Authorization: Bearer {KEY}\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+        + content
+    )
+    return connection
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cut_connection_frees_its_slots(serving, client, stream):
+    body = {"prompt": "a", "max_tokens": 300, "n": SLOTS * 4, "stream": stream}
+    with connection_of(serving, body) as connection:
+        while serving.engine.load[0] < SLOTS:
+            time.sleep(0.005)
+        # A reset, as of a client that was killed.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    started = time.monotonic()
+    quiet(serving)
+    assert client.completions.create(model="tiny", prompt="b", max_tokens=2).usage.completion_tokens == 2
+    assert time.monotonic() - started < 60
+
+
+def test_a_reader_that_takes_nothing_holds_no_slot_and_is_cut(serving, client, monkeypatch):
+    monkeypatch.setattr(server_module, "READER_SECONDS", 0.2)
+    body = {"prompt": "a", "max_tokens": 300, "n": 30, "stream": True, "logprobs": 20}
+    with connection_of(serving, body, receive_buffer=2048) as slow:
+        while serving.engine.load == (0, 0):
+            time.sleep(0.005)
+        assert client.completions.create(model="tiny", prompt="b", max_tokens=2).usage.completion_tokens == 2
+        quiet(serving)
+        slow.settimeout(30)
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := slow.recv(1 << 20):
+                received += len(part)
+    whole = client.completions.create(**body | {"model": "tiny", "stream": False})
+    assert received < len(whole.to_json())
+
+
+def test_a_failed_pass_is_an_error_and_the_server_goes_on(serving, client, monkeypatch, caplog):
+    packed, logits = serving.engine.packed, serving.engine.packed.logits
+    left = iter([True, True, False])
+
+    def failing(states):
+        if next(left, True):
+            return logits(states)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(packed, "logits", failing)
+    with pytest.raises(openai.InternalServerError, match="the model failed"):
+        client.completions.create(model="tiny", prompt="b", max_tokens=9)
+    left = iter([True, True, False])
+    with pytest.raises(openai.APIError, match="the model failed"):
+        list(client.completions.create(model="tiny", prompt="b", max_tokens=9, stream=True))
+    assert client.completions.create(model="tiny", prompt="b", max_tokens=9).usage.completion_tokens == 9
+
+
+def test_a_taken_port_and_a_foreign_address_are_named(serving):
+    with (
+        pytest.raises(UserError, match=f"--port: got {serving.port}; is taken by another program"),
+        listening(ServeSettings(port=serving.port)),
+    ):
+        pass
+    for host in ("192.0.2.1", "not an address"):
+        with pytest.raises(UserError, match="--host: got"), listening(ServeSettings(host=host, port=0)):
+            pass
+
+
+def test_the_command_ends_running_answers_when_a_signal_comes(loaded, tmp_path):
+    path = tmp_path / "run" / "checkpoint_v4_epoch_1.pt"
+    path.parent.mkdir()
+    tokenizer = {"json": loaded.tokenizer.to_json(), "bos_id": BOS, "eos_id": EOS}
+    save_checkpoint(path, Checkpoint(
+        model_config=loaded.model_config, model=loaded.inference_model.state_dict(), average={}, optimizer={}, step=1,
+        tokens=1, finished=True, pending=None, guard={}, best={}, loss_scale={}, settings={"stages": {}},
+        tokenizer=tokenizer,
+    ))  # fmt: skip
+    command = [sys.executable, "-m", "indraquantum", "serve", str(path), "--port", "0"]
+    environment = {name: value for name, value in os.environ.items() if name != "INDRA_API_KEY"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as child:
+        line = child.stdout.readline()
+        found = re.fullmatch(
+            r"Serving run/checkpoint_v4_epoch_1 at (http://127\.0\.0\.1:\d+/v1), context 311 tokens.*\n", line
+        )
+        assert found, line
+        with openai.OpenAI(base_url=found[1], api_key="none", max_retries=0) as client:
+            name = client.models.list().data[0].id
+            stream = client.completions.create(model=name, prompt="a", max_tokens=300, stream=True)
+            first = next(iter(stream))
+            child.send_signal(signal.SIGTERM)
+            chunks = [first, *stream]
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert len("".join(chunk.choices[0].text for chunk in chunks)) == 300
+        told = child.stdout.read()
+        assert child.wait() == 0
+    assert told.startswith("Stopping: ")
+    assert told.endswith("The server has stopped.\n")
+
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory as Linux tells it")
+def test_thousands_of_requests_with_cut_connections_and_slow_readers_lose_nothing_and_no_memory(serving, client):
+    """Rounds of 64 clients at once, each with connections that are cut and readers that take nothing."""
+    memory = []
+    for number in range(40):
+        others = [connection_of(serving, {"prompt": "a", "max_tokens": 300, "stream": True, "n": 2}) for _ in range(8)]
+        bodies = [
+            {"prompt": "ab" * (1 + i % 40), "max_tokens": 1 + i % 31, "seed": i, "extra_body": {"prompt_logprobs": 5}}
+            for i in range(64)
+        ]
+        found = asyncio.run(answers_at_once(serving, bodies))
+        assert [answer.usage.completion_tokens for answer in found] == [1 + i % 31 for i in range(64)]
+        for connection in others:
+            connection.close()
+        if number == 0:
+            first = [answer.choices[0].text for answer in found]
+        assert [answer.choices[0].text for answer in found] == first
+        memory.append(resident_mib())
+    quiet(serving)
+    assert memory[-1] - memory[9] < 16, memory
