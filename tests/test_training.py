@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -383,3 +384,20 @@ def test_signals_without_a_training_row_are_refused(world, tmp_path, monkeypatch
     with pytest.raises(UserError, match="must cover a training row"):
         loop.train(settings(world, tmp_path))
     assert not list((tmp_path / "run").glob("*.pt*"))
+
+
+def test_a_bias_that_starts_at_the_frequencies_begins_at_their_loss(world, tmp_path):
+    dataset = open_dataset("--data", world.data)
+    begun = []
+    for name, start in (("zeros", "zeros"), ("known", "frequencies")):
+        run = settings(world, tmp_path / name, bias_start=start, max_steps=1, learning_rate=1e-9)
+        report = loop.train(run)
+        begun.append(read_metrics(report.metrics)[0]["held_out"]["all"])
+    frequencies = unigram_cross_entropy(dataset)["all"]
+    assert begun[1] == pytest.approx(frequencies, abs=0.15)
+    assert begun[0] == pytest.approx(math.log(dataset.tokenizer.vocabulary_size), abs=0.15)
+    assert frequencies < begun[0] - 0.3
+    bias_V = load_checkpoint("", report.checkpoint).model["head.bias_V"].numpy()
+    labels = np.concatenate([dataset.train.batch(np.arange(dataset.train.num_rows)).labels.reshape(-1)])
+    counts_V = np.bincount(labels[labels >= 0], minlength=len(bias_V)) + 1
+    np.testing.assert_allclose(bias_V, np.log(counts_V / counts_V.sum()), atol=1e-5)

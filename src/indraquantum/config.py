@@ -253,6 +253,9 @@ class ModelSettings(Settings):
     bias: Literal["learned", "none"] = "learned"
     """Whether the output head adds a learned number to the logit of each token. A model without it folds into a plain
     Llama of the same width and depth (`indra export --as llama`)."""
+    bias_start: Literal["zeros", "frequencies"] = "zeros"
+    """The bias at the start of a new run: 0 for all tokens, or the logarithm of each token's frequency in the training
+    text, so that the model knows from its first step which tokens are frequent."""
     readout: Literal["reference", "mean"] = "reference"
     """How magnitude and phase are read from a state: by comparing it with a learned reference state, or as a mean over
     all dimensions. In our measurements, mean agrees less with the teacher."""
@@ -411,10 +414,10 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettin
     """What the objective does with the probability that top-k signals do not store. bucket treats all other tokens as
     one outcome, uniform spreads the probability over them, and none ignores it. auto means bucket. A resumed run keeps
     its value."""
-    unseen_tokens: Literal["separate", "share"] = "separate"
-    """What to do with tokens that occur nowhere in the training text, which real text has many of. With share, all of
-    them have one embedding, so a step needs less arithmetic. With separate, each has its own. share has no effect with
-    a teacher or --start-from, because then any token may matter."""
+    softmax: Literal["exact", "sampled"] = "exact"
+    """Which tokens a step compares. exact compares all. sampled compares the most frequent quarter of the vocabulary,
+    the tokens that the step's labels and signals name, and a random sample that stands for all others. This makes a
+    step much faster. Evaluations always compare all tokens."""
     sample_every: int = Field(default=0, ge=0)
     """Optimiser steps between two samples of text, which go to samples.jsonl beside the metrics; `indra monitor` shows
     them. They take time but change nothing in the run. 0 writes none."""

@@ -46,9 +46,9 @@ class Learner(Protocol):
         """Return the output table (V, D), or its rows (R, D) of the tokens `ids_R`."""
 
     def hidden_states(
-        self, input_ids_BT: Tensor, position_ids_BT: Tensor, segment_ids_BT: Tensor, table_VD: Tensor
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor, segment_ids_BT: Tensor, table_VD: Tensor | None
     ) -> Tensor:
-        """Return the states (B, T, D) before the output table."""
+        """Return the states (B, T, D) before the output table; without `table_VD` the inputs are lifted themselves."""
 
     def logits(self, states: Tensor, table_VD: Tensor) -> Tensor:
         """Return the logits (..., V) of `states` (..., D) against the output table."""

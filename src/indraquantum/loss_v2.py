@@ -100,6 +100,7 @@ class SemanticDistillationLoss:
         signals: TeacherSignals | None = None,
         amplitude_N: Tensor | None = None,
         token_count: float | None = None,
+        vocabulary_size: int | None = None,
     ) -> LossTerms:
         """Compute all terms whose inputs are given. A term of weight 0 is reported, but not in the total.
 
@@ -113,6 +114,7 @@ class SemanticDistillationLoss:
             amplitude_N: complex readout c: |c| is the magnitude, its angle the phase.
             token_count: labelled tokens of the whole optimiser step, which divides every term, so that
                 accumulated and distributed steps add up; by default the labelled rows of this call.
+            vocabulary_size: V, if the table holds only a part of the vocabulary.
 
         Returns:
             The terms; `total` carries the gradient.
@@ -142,7 +144,8 @@ class SemanticDistillationLoss:
             return terms
         total, amplitude_R = terms.total, amplitude_N[rows_R]
         if signals.entropy_N is not None:
-            phase = phase_loss(amplitude_R, signals.entropy_N[rows_R], table_VD.shape[0]) / token_count
+            size = table_VD.shape[0] if vocabulary_size is None else vocabulary_size
+            phase = phase_loss(amplitude_R, signals.entropy_N[rows_R], size) / token_count
             total = total + self.phase_weight * phase
             terms = terms._replace(phase=phase.detach())
         if signals.confidence_N is not None:

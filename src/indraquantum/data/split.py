@@ -53,6 +53,12 @@ class Split:
         """Number of documents."""
         return len(self.document_offsets) - 1
 
+    def label_counts(self, vocabulary_size: int) -> np.ndarray:
+        """Return how often each token is predicted, (V,) int64: everywhere but at the beginning of a document."""
+        firsts = self.tokens[self.document_offsets[:-1]]
+        counts_V = np.bincount(self.tokens, minlength=vocabulary_size)
+        return counts_V - np.bincount(firsts, minlength=vocabulary_size)
+
     @property
     def num_tokens(self) -> int:
         """Number of real tokens, including control tokens."""

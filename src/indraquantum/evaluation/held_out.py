@@ -62,9 +62,7 @@ def unigram_cross_entropy(dataset: PreparedDataset) -> dict[str, float]:
     It is in nats per token. A document's first token is never predicted and does not count, because BOS would take
     probability from the others.
     """
-    train, size = dataset.train, dataset.tokenizer.vocabulary_size
-    firsts = train.tokens[train.document_offsets[:-1]]
-    counts_V = np.bincount(train.tokens, minlength=size) - np.bincount(firsts, minlength=size) + 1
+    counts_V = dataset.train.label_counts(dataset.tokenizer.vocabulary_size) + 1
     losses_V = np.log(counts_V.sum()) - np.log(counts_V)
     validation = list(batches(dataset.validation))
     labels = np.concatenate([batch.labels[batch.labelled] for batch in validation])

@@ -24,6 +24,7 @@ from indraquantum.kernels.onednn import onednn_products
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.readout import wrapped_phase
 from indraquantum.processes import Processes, whole
+from indraquantum.training.candidates import Candidates, CandidateSampler
 from indraquantum.training.guards import all_finite, require_finite_signals, require_finite_weights
 from indraquantum.training.parallel import PassResult, SingleProcess, idle
 from indraquantum.training.step import REPORTED_TERMS, StepInput, StepResult
@@ -36,10 +37,17 @@ class Engine:
         parallel: the model and the processes that share its work.
         optimizer: the optimiser of the weights. A group may have a `name` and a `rate`, its multiple of the base rate.
         head: how logits are made from states and table; see `SemanticDistillationLoss`.
+        sampler: chooses the tokens that a step compares; None compares all.
     """
 
-    def __init__(self, parallel: SingleProcess, optimizer: torch.optim.Optimizer, head: Head = "interference") -> None:
-        self.parallel, self.optimizer, self.head = parallel, optimizer, head
+    def __init__(
+        self,
+        parallel: SingleProcess,
+        optimizer: torch.optim.Optimizer,
+        head: Head = "interference",
+        sampler: CandidateSampler | None = None,
+    ) -> None:
+        self.parallel, self.optimizer, self.head, self.sampler = parallel, optimizer, head, sampler
 
     def objective(self, step: StepInput) -> SemanticDistillationLoss:
         """Return the objective of `step`."""
@@ -75,22 +83,22 @@ class Engine:
         # All processes do the same number of passes, because FSDP2 gathers the weights in each pass.
         most = math.ceil(math.ceil(len(step.rows) / processes.world) / size)
         work += [_work(step, step.rows[:1], count_nothing=True)] * (most - len(work))
+        candidates = self._candidates(step, work)
         tokens, labelled = processes.sums([sum(w.tokens for w in work), sum(w.labelled for w in work)])
         token_count = max(1, int(labelled))
         optimizer.zero_grad(set_to_none=True)
         totals = _Totals()
-        for result in _passes(parallel, objective, work, token_count):
+        for result in _passes(parallel, objective, work, token_count, candidates):
             totals.add(result)
         terms, readout = totals.over(processes)
         parallel.precision.scaler.unscale_(optimizer)
         grad_norm = clip_gradients(optimizer, step.max_grad_norm)
         if not (math.isfinite(terms["loss"]) and (math.isfinite(grad_norm) or parallel.precision.may_overflow)):
-            guilty = self._guilty_rows(step, objective, token_count)
+            guilty = self._guilty_rows(step, objective, token_count, candidates)
             found = f"loss {terms['loss']}, gradient norm {grad_norm}: not finite because of rows {guilty}"
             raise TrainingStopped(f"{found}; the weights were not updated")
         parallel.precision.scaler.step(optimizer)  # does not change the weights if a gradient overflowed
         parallel.precision.scaler.update()
-        parallel.share_unseen()
         grad_norm = grad_norm if math.isfinite(grad_norm) else None
         return StepResult(tokens=int(tokens), grad_norm=grad_norm, terms=terms, readout=readout)
 
@@ -100,14 +108,29 @@ class Engine:
             rate = step.table_rate if group.get("name") == "table" else group.get("rate", 1.0)
             group["lr"] = step.learning_rate * rate
 
-    def _guilty_rows(self, step: StepInput, objective: SemanticDistillationLoss, token_count: int) -> list[int]:
+    def _candidates(self, step: StepInput, work: list[_Work]) -> Candidates | None:
+        """Return the tokens that the step compares; None compares all.
+
+        All processes know the labels of the whole step. Each knows the signals of its own rows only, so with a teacher
+        they may compare different tokens.
+        """
+        if self.sampler is None or (step.signals is not None and (step.temperature != 1 or step.tail == "uniform")):
+            return None
+        labels = step.split.batch(step.rows).labels
+        named = (part.teacher.ids_NK.numpy() for part in work if part.teacher is not None)
+        return self.sampler.of_step(step.seed, [labels, *named]).to(self.parallel.device)
+
+    def _guilty_rows(
+        self, step: StepInput, objective: SemanticDistillationLoss, token_count: int, candidates: Candidates | None
+    ) -> list[int]:
         """Return the rows whose own loss or gradient is not finite. If none is, or weights are sharded: all rows."""
         guilty, parallel = [], self.parallel
         for row in parallel.processes.share(step.rows) if parallel.rows_stand_alone else ():
             self.optimizer.zero_grad(set_to_none=True)
             work = _work(step, np.array([row]))
             with parallel.part(last=False):  # nothing is reduced
-                result = _backward(parallel, parallel.run_pass(work.batch, work.teacher, objective, token_count))
+                found = parallel.run_pass(work.batch, work.teacher, objective, token_count, candidates=candidates)
+                result = _backward(parallel, found)
             gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
             if not all_finite(result.terms.total.item(), gradients):
                 guilty.append(int(row))
@@ -115,16 +138,22 @@ class Engine:
 
 
 def _passes(
-    parallel: SingleProcess, objective: SemanticDistillationLoss, work: list[_Work], token_count: int
+    parallel: SingleProcess,
+    objective: SemanticDistillationLoss,
+    work: list[_Work],
+    token_count: int,
+    candidates: Candidates | None,
 ) -> Iterator[PassResult]:
     """Do forward and backward of each micro-batch. After the last, the gradients are sums over all processes."""
-    leaf_VD = parallel.lifted_leaf() if len(work) > 1 else None
+    leaf_VD = parallel.lifted_leaf(candidates) if len(work) > 1 else None
     for part in work[:-1]:
         with parallel.part(last=False):
-            yield _backward(parallel, parallel.run_pass(part.batch, part.teacher, objective, token_count, leaf_VD))
+            result = parallel.run_pass(part.batch, part.teacher, objective, token_count, leaf_VD, None, candidates)
+            yield _backward(parallel, result)
     with parallel.part(last=True):
         collected_VD = None if leaf_VD is None else leaf_VD.grad
-        result = parallel.run_pass(work[-1].batch, work[-1].teacher, objective, token_count, None, collected_VD)
+        last = work[-1]
+        result = parallel.run_pass(last.batch, last.teacher, objective, token_count, None, collected_VD, candidates)
         yield _backward(parallel, result)
 
 

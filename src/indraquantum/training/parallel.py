@@ -33,7 +33,7 @@ from indraquantum.kernels.onednn import has_16_bit_units
 from indraquantum.learner import Learner, labelled_positions, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
 from indraquantum.processes import ALONE, Processes, shard_like
-from indraquantum.training.unseen_tokens import UnseenTokens
+from indraquantum.training.candidates import Candidates
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -140,13 +140,13 @@ class PassResult(NamedTuple):
 class MicroBatchPass(nn.Module):
     """The objective on one micro-batch, from rows to terms."""
 
-    def __init__(self, learner: Learner, precision: Precision, unseen: UnseenTokens | None = None) -> None:
+    def __init__(self, learner: Learner, precision: Precision) -> None:
         super().__init__()
-        self.learner, self.precision, self.unseen = learner, precision, unseen
+        self.learner, self.precision = learner, precision
 
-    def lift_table(self) -> Tensor:
-        """Return the lifted table of the learner: (V, D), or (R, D) if unseen tokens share a row."""
-        return self.learner.lift_table() if self.unseen is None else self.learner.lift_table(self.unseen.ids_R)
+    def lift_table(self, candidates: Candidates | None = None) -> Tensor:
+        """Return the lifted table of the learner: (V, D), or (R, D) of the candidates."""
+        return self.learner.lift_table() if candidates is None else self.learner.lift_table(candidates.ids_R)
 
     def forward(
         self,
@@ -156,6 +156,7 @@ class MicroBatchPass(nn.Module):
         token_count: int,
         leaf_VD: Tensor | None = None,
         collected_VD: Tensor | None = None,
+        candidates: Candidates | None = None,
     ) -> PassResult:
         """Compute the terms of `batch`.
 
@@ -167,23 +168,28 @@ class MicroBatchPass(nn.Module):
             leaf_VD: (V, D) the lifted table as a leaf that collects its gradient; None lifts the table here, so that
                 its gradient reaches the projector.
             collected_VD: (V, D) what a leaf has collected before; goes through the projector too.
+            candidates: the R tokens to compare, on the model's device; None compares all V. With candidates, R takes
+                the place of V in the tables above.
         """
-        table_VD = self.lift_table() if leaf_VD is None else leaf_VD
+        table_VD = self.lift_table(candidates) if leaf_VD is None else leaf_VD
         if collected_VD is not None:
             table_VD = table_VD.view_as(table_VD)  # without a projector it is the weight itself, whose hooks must stay
             table_VD.register_hook(lambda gradient_VD: gradient_VD + collected_VD)
         with self.precision.autocast():
-            inputs = to_tensors(batch, table_VD.device)
-            whole_VD = table_VD if self.unseen is None else None
+            inputs, whole_VD = to_tensors(batch, table_VD.device), table_VD if candidates is None else None
             states_BTD = self.learner.hidden_states(**inputs, table_VD=whole_VD)
         states_ND, labels_N = labelled_positions(states_BTD, batch)
-        bias_V, scale = self.learner.bias_V, self.learner.scale
-        if self.unseen is not None:
-            labels_N, bias_V = self.unseen.place_V[labels_N], self.unseen.bias_R(bias_V, table_VD)
         teacher = None if teacher is None else teacher.to(table_VD.device)
         amplitude_N = self.learner.amplitude(states_ND)
         states_ND = states_ND.to(self.precision.objective)
-        terms = objective(states_ND, table_VD, labels_N, bias_V, scale, teacher, amplitude_N, token_count=token_count)
+        bias_V, scale, size = self.learner.bias_V, self.learner.scale, None
+        if candidates is not None:
+            size, bias_V, labels_N = len(candidates.place_V), candidates.bias_R(bias_V), candidates.places(labels_N)
+            teacher = teacher and teacher._replace(ids_NK=candidates.places(teacher.ids_NK))
+        terms = objective(
+            states_ND, table_VD, labels_N, bias_V, scale, teacher, amplitude_N,
+            token_count=token_count, vocabulary_size=size,
+        )  # fmt: skip
         return PassResult(terms, None if amplitude_N is None else amplitude_N.detach())
 
 
@@ -205,36 +211,21 @@ class SingleProcess:
 
     rows_stand_alone = True  # whether one process may compute a row without the others
 
-    def __init__(
-        self,
-        learner: Learner,
-        processes: Processes = ALONE,
-        precision: Precision | None = None,
-        unseen: UnseenTokens | None = None,
-    ) -> None:
+    def __init__(self, learner: Learner, processes: Processes = ALONE, precision: Precision | None = None) -> None:
         self.processes, self.precision = processes, precision or Precision()
         self.device = next(learner.parameters()).device
         self.learner = learner
-        self.unseen = unseen and unseen.to(self.device)
-        self.bare = MicroBatchPass(learner, self.precision, self.unseen)
-        self.share_unseen()
+        self.bare = MicroBatchPass(learner, self.precision)
         self.run_pass: nn.Module = self.bare
 
-    def lifted_leaf(self) -> Tensor:
-        """Return the lifted table as a leaf that collects gradients."""
+    def lifted_leaf(self, candidates: Candidates | None = None) -> Tensor:
+        """Return the lifted table, of the candidates if there are any, as a leaf that collects gradients."""
         with torch.no_grad():
-            return self.bare.lift_table().detach().requires_grad_()
+            return self.bare.lift_table(candidates).detach().requires_grad_()
 
     def part(self, *, last: bool) -> AbstractContextManager[None]:
         """Wrap forward and backward of one micro-batch. With the last, the gradients of all processes are summed."""
         return contextlib.nullcontext()
-
-    def share_unseen(self) -> None:
-        """Give all unseen tokens the same embedding and bias again, after an update of the weights."""
-        if self.unseen is not None:
-            for parameter in (self.learner.embedding.weight, self.learner.bias_V):
-                if parameter is not None:
-                    self.unseen.share(parameter)
 
     def readable(self) -> AbstractContextManager[None]:
         """Inside, all weights of the model can be used outside of a step. All processes must enter it together."""
@@ -248,10 +239,8 @@ class SingleProcess:
 class DataParallel(SingleProcess):
     """DDP: each process holds the whole model."""
 
-    def __init__(
-        self, learner: Learner, processes: Processes, precision: Precision, unseen: UnseenTokens | None, *, unused: bool
-    ) -> None:
-        super().__init__(learner, processes, precision, unseen)
+    def __init__(self, learner: Learner, processes: Processes, precision: Precision, *, unused: bool) -> None:
+        super().__init__(learner, processes, precision)
         self.run_pass = nn.parallel.DistributedDataParallel(self.bare, find_unused_parameters=unused)
         self.run_pass.register_comm_hook(None, _sum_bucket)
 
@@ -271,18 +260,11 @@ class FullyShardedParallel(SingleProcess):
 
     rows_stand_alone = False
 
-    def __init__(
-        self,
-        learner: Learner,
-        processes: Processes,
-        precision: Precision,
-        unseen: UnseenTokens | None,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, learner: Learner, processes: Processes, precision: Precision, device: torch.device) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-        super().__init__(learner, processes, precision, unseen)
+        super().__init__(learner, processes, precision)
         mesh = init_device_mesh(device.type, (processes.world,))
         for layer in learner.backbone.layers:
             fully_shard(layer, mesh=mesh)
@@ -337,7 +319,6 @@ def make_parallel(
     *,
     unused: bool,
     precision: Precision | None = None,
-    unseen: UnseenTokens | None = None,
 ) -> SingleProcess:
     """Share `learner` among `processes`. Make its optimiser after this, because the weights may become shards.
 
@@ -348,20 +329,19 @@ def make_parallel(
         device: this process's.
         unused: some weights get no gradient.
         precision: of the layers; float32 by default.
-        unseen: tokens that share an embedding; None if none do.
 
     Raises:
         UserError: FSDP2 is to work with a loss scale.
     """
     if processes.alone:
-        return SingleProcess(learner, precision=precision, unseen=unseen)
+        return SingleProcess(learner, precision=precision)
     precision = precision or Precision()
     if kind == "fsdp2" and precision.scaler.is_enabled():
         # Each process would see only the overflow of its own shards.
         raise UserError("--precision", "float16", "must be float32 or bfloat16 with --parallel fsdp2")
     if kind == "fsdp2":
-        return FullyShardedParallel(learner, processes, precision, unseen, device)
-    return DataParallel(learner, processes, precision, unseen, unused=unused)
+        return FullyShardedParallel(learner, processes, precision, device)
+    return DataParallel(learner, processes, precision, unused=unused)
 
 
 def _numbered(state: dict[str, Any]) -> dict[str, Any]:

@@ -72,9 +72,10 @@ class LlamaLearner(nn.Module):
         return weight if ids_R is None else nn.functional.embedding(ids_R, weight)
 
     def hidden_states(
-        self, input_ids_BT: Tensor, position_ids_BT: Tensor, segment_ids_BT: Tensor, table_VD: Tensor
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor, segment_ids_BT: Tensor, table_VD: Tensor | None
     ) -> Tensor:
         """Return the states (B, T, D) after the last norm. Documents of a packed row don't see each other."""
+        table_VD = self.lift_table() if table_VD is None else table_VD
         return self.llama.model(
             inputs_embeds=nn.functional.embedding(input_ids_BT, table_VD),
             position_ids=position_ids_BT,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.processes import ALONE, Processes
 from indraquantum.progress import tell
 from indraquantum.teacher.signals import SignalStore
+from indraquantum.training.candidates import CandidateSampler
 from indraquantum.training.checkpoint import (
     checkpoint_path,
     checkpoints_in,
@@ -42,7 +44,6 @@ from indraquantum.training.parallel import Precision, SingleProcess, WeightAvera
 from indraquantum.training.plan import Plan, RunStage, plan_run, tail_of
 from indraquantum.training.schedule import ORDER
 from indraquantum.training.signals import find_signals, folder_of
-from indraquantum.training.unseen_tokens import unseen_tokens
 
 # Settings that may change when a run resumes, because they do not change what it computes.
 FREE_SETTINGS = {
@@ -174,16 +175,17 @@ def start_run(settings: TrainSettings, plan: Plan, device: torch.device, process
     model = IndraQuantumPhase2(model_config(settings, plan)).to(device).train()
     if weights is not None:
         model.load_state_dict(weights)
+    elif settings.bias_start == "frequencies" and model.bias_V is not None:
+        with torch.no_grad():
+            model.bias_V.copy_(torch.from_numpy(log_frequencies(plan)))
     accelerate(model, settings, device)
     # A stage without signals does not use the readout.
     precision, unused = choose_precision(settings, device), any(stage.signals is None for stage in plan.stages)
-    parallel = make_parallel(
-        settings.parallel, model, processes, device, unused=unused, precision=precision, unseen=unseen_tokens(plan)
-    )
+    parallel = make_parallel(settings.parallel, model, processes, device, unused=unused, precision=precision)
     return Run(
         settings=settings,
         plan=plan,
-        engine=Engine(parallel, new_optimizer(model, settings, processes), settings.head),
+        engine=Engine(parallel, new_optimizer(model, settings, processes), settings.head, _sampler(plan)),
         device=device,
         average=WeightAverage(model, settings.ema_decay),
         identity=run_identity(settings, plan) | computed_by(precision),
@@ -191,6 +193,22 @@ def start_run(settings: TrainSettings, plan: Plan, device: torch.device, process
         keep_best=settings.keep_best,
         patience=settings.patience,
     )
+
+
+def log_frequencies(plan: Plan) -> np.ndarray:
+    """Return the logarithm of each token's frequency among the labels of `plan`, (V,); each counts one more."""
+    size = plan.dataset.tokenizer.vocabulary_size
+    counts_V = sum(stage.train.label_counts(size) for stage in plan.stages) + 1
+    return np.log(counts_V / counts_V.sum())
+
+
+def _sampler(plan: Plan) -> CandidateSampler | None:
+    """Return what chooses the tokens that each step compares; None if all are compared."""
+    settings = plan.stages[0].settings
+    if settings.softmax == "exact" or settings.head == "born":
+        return None
+    size = plan.dataset.tokenizer.vocabulary_size
+    return CandidateSampler(sum(stage.train.label_counts(size) for stage in plan.stages))
 
 
 def trial_run(settings: TrainSettings) -> Run:
