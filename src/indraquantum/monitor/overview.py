@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,11 +13,9 @@ from typing import Any
 
 from indraquantum.errors import UserError
 from indraquantum.files import without_nan
-from indraquantum.metrics import Line, read_record
+from indraquantum.metrics import read_record
 from indraquantum.monitor.runs import name_of, state_of
-
-TAIL_BYTES = 1 << 18  # some 350 lines
-LINES_FOR_SPEED = 40
+from indraquantum.monitor.tail import Tail
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,12 @@ def overview_of(metrics_path: Path, root: Path) -> Overview:
         return Overview(name, "damaged", f"run.json: {error.allowed}")
     try:
         about = metrics_path.stat()
-        tail = _Tail(metrics_path, about.st_size)
+        tail = Tail(metrics_path, about.st_size)
     except OSError as error:
         return Overview(name, "damaged", f"metrics.jsonl: can't be read ({error.strerror})")
-    last = tail.last
-    kinds = [kind for kind in tail.collapse if isinstance(kind, str)]
-    state, total = state_of(folder, record, kinds), record.get("total_steps")
+    last = tail.metrics[-1] if tail.metrics else {}
+    kinds = tail.collapse
+    state, total = state_of(folder, record, lambda: kinds), record.get("total_steps")
     return Overview(
         name, state, collapse=kinds, strategy=_text(record.get("settings", {}).get("strategy")), total_steps=total,
         steps=_whole(last.get("step")), tokens=_whole(last.get("tokens")), loss=_number(last.get("loss")),
@@ -63,49 +60,10 @@ def overview_of(metrics_path: Path, root: Path) -> Overview:
     )  # fmt: skip
 
 
-class _Tail:
-    """The whole lines at the end of a metrics file, of which only those that are needed are parsed."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        with path.open("rb") as file:
-            file.seek(max(0, size - TAIL_BYTES))
-            contents = file.read(TAIL_BYTES).split(b"\n")[:-1]
-        self._lines = [Line(path, 0, content + b"\n") for content in contents[1 if size > TAIL_BYTES else 0 :]]
-        self.metrics = _valid(self._lines[-LINES_FOR_SPEED:])
-        self.last = self.metrics[-1] if self.metrics else {}
-
-    @property
-    def collapse(self) -> list[Any]:
-        """The kinds of collapse that the last look suspected."""
-        kinds = self._last_with("context_divergence").get("collapse")
-        return kinds if isinstance(kinds, list) else []
-
-    @property
-    def held_out(self) -> dict[str, float]:
-        """The figures of the last evaluation in these lines."""
-        found = self._last_with("held_out").get("held_out")
-        return {name: value for name, value in found.items() if type(value) is float} if isinstance(found, dict) else {}
-
-    def _last_with(self, name: str) -> dict[str, Any]:
-        """Return the metrics of the last line with a value for `name`, which most lines do not have."""
-        line = next((line for line in reversed(self._lines) if not line.lacks(name)), None)
-        found = _valid([line]) if line else []
-        return found[0] if found else {}
-
-
-def _valid(lines: list[Line]) -> list[dict[str, Any]]:
-    found, shapes = [], set[bytes]()
-    for line in lines:
-        with contextlib.suppress(UserError):
-            line.check(shapes)
-            found.append(line.parse())
-    return found
-
-
 def _speed(metrics: list[dict[str, Any]], total: int | None) -> dict[str, float | None]:
     """Return the fields of Overview that the speed of the last steps decides."""
     figures = [
-        (step, tokens, speed) for found in metrics[-LINES_FOR_SPEED:]
+        (step, tokens, speed) for found in metrics
         for step, tokens, speed in [[_number(found.get(name)) for name in ("step", "tokens", "tokens_per_second")]]
         if step is not None and tokens is not None and speed
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from indraquantum.errors import UserError
 from indraquantum.files import HELD, is_locked
 from indraquantum.metrics import Line, checked_lines, read_record
+from indraquantum.monitor.tail import Tail
 
 
 def find_run(*roots: str | Path) -> Path:
@@ -66,19 +68,18 @@ def summarise(metrics_path: Path, root: Path) -> RunSummary:
     except UserError as error:
         reason = error.allowed.removeprefix("is damaged: ")
         return RunSummary(name, f"damaged: {Path(error.value).name}: {reason}")
-    collapse = figures.pop("collapse", None)
-    state = state_of(folder, record, collapse)
+    state = state_of(folder, record, lambda: Tail(metrics_path, metrics_path.stat().st_size).collapse)
     settings = record.get("settings", {}) | {key: record[key] for key in ("data", "signals") if key in record}
     return RunSummary(name, state, total_steps=record.get("total_steps"), settings=settings, **figures)
 
 
-def state_of(folder: Path, record: dict[str, Any], collapse: object) -> str:
+def state_of(folder: Path, record: dict[str, Any], collapse: Callable[[], list[str]]) -> str:
     """Return the state of the run that logs to `folder`.
 
     Args:
         folder: the folder of its metrics.
         record: its run.json; empty without one.
-        collapse: the kinds of collapse that the last look suspected, if any.
+        collapse: returns the kinds of collapse that the last look suspected.
 
     Returns:
         finished; running; collapsed if it ended with a suspected collapse; died if its process was killed; or stopped.
@@ -87,7 +88,7 @@ def state_of(folder: Path, record: dict[str, Any], collapse: object) -> str:
         return "finished"
     if is_locked(folder):
         return "running"
-    if collapse:
+    if collapse():
         return "collapsed"
     return "died" if (folder / HELD).exists() else "stopped"  # a run that ends by itself removes that file
 
@@ -98,16 +99,12 @@ def _figures(path: Path) -> dict[str, Any]:
     Raises:
         UserError: a line is damaged.
     """
-    last, looked, best, held_out = None, None, {}, {}
+    last, best, held_out = None, {}, {}
     try:
         for last in checked_lines(path):
             if not last.lacks("held_out") and (found := _held_out(last)):
                 held_out = found
                 best = min(best or found, found, key=lambda figures: figures["all"])
-            if not last.lacks("collapse"):
-                looked = last
-            elif looked and not last.lacks("context_divergence"):
-                looked = None
     except OSError as error:
         raise UserError("--logs", path, f"can't be read: {error.strerror}") from None
     if last is None:
@@ -118,7 +115,6 @@ def _figures(path: Path) -> dict[str, Any]:
         "loss": _figure(last, "loss", int | float),
         "last_held_out": held_out,
         "best_held_out": best,
-        "collapse": looked and looked.parse().get("collapse"),
     }
 
 
