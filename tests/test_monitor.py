@@ -8,13 +8,22 @@ import pytest
 from matplotlib.figure import Figure
 
 from indraquantum.errors import UserError
-from indraquantum.metrics import FIELDS
+from indraquantum.metrics import FIELDS, Line, _line
 from indraquantum.monitor import plots
-from indraquantum.monitor.runs import find_run
+from indraquantum.monitor.curves import Curves
+from indraquantum.monitor.runs import find_run, find_runs
 
 
 def line(step: int, **values) -> dict:
     return {name: values.get(name) for name in FIELDS} | {"step": step}
+
+
+def curves_of(metrics: list[dict]) -> Curves:
+    """The curves of a file with these metrics."""
+    curves = Curves()
+    curves.take([Line(None, number, _line(found)) for number, found in enumerate(metrics, start=1)], set())
+    assert curves.damaged == 0
+    return curves
 
 
 METRICS = [
@@ -29,7 +38,7 @@ METRICS = [
 def drawn(draw, metrics=METRICS) -> dict[str, list[tuple[float, float]]]:
     """Points of each labelled line that `draw` drew."""
     axes = Figure().subplots()
-    draw(axes, metrics)
+    draw(axes, curves_of(metrics))
     return {item.get_label(): item.get_xydata().tolist() for item in axes.lines if not item.get_label().startswith("_")}
 
 
@@ -41,7 +50,7 @@ def test_total_loss_shows_smoothed_loss_and_held_out_points():
 
 def test_stability_shows_mean_and_band():
     axes = Figure().subplots()
-    plots.draw_stability(axes, METRICS)
+    plots.draw_stability(axes, curves_of(METRICS))
     assert [item.get_label() for item in axes.lines] == ["magnitude", "phase (radians)"]
     assert axes.lines[1].get_ydata().tolist() == [1.0, 2.0]
     band = axes.collections[1].get_paths()[0].vertices
@@ -54,8 +63,22 @@ def test_a_run_without_distillation_draws_no_empty_curves():
     assert drawn(plots.draw_alignment, without) == {}
 
 
+def test_several_runs_are_drawn_over_each_other():
+    axes = Figure().subplots()
+    runs = {"one": curves_of(METRICS), "empty": curves_of([]), "begun": curves_of(METRICS[:1])}
+    plots.draw_runs(axes, runs, "loss", "Total loss", "nats")
+    labels = [item.get_label() for item in axes.lines if not item.get_label().startswith("_")]
+    assert labels == ["one", "held-out CE, one", "held-out CE, begun"]
+
+
+@pytest.mark.parametrize("metrics", [[], METRICS[:1], METRICS[1:2]], ids=["empty", "step 0", "one step"])
+@pytest.mark.parametrize("draw", plots.PANELS)
+def test_a_run_with_hardly_a_line_is_drawn_as_far_as_it_goes(draw, metrics):
+    drawn(draw, metrics)
+
+
 def test_the_overview_is_a_picture(tmp_path):
-    plots.save_overview(tmp_path / "run.png", METRICS, "title")
+    plots.save_overview(tmp_path / "run.png", curves_of(METRICS), "title")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -72,6 +95,9 @@ def test_the_newest_run_is_found(tmp_path, monkeypatch):
     assert find_run(tmp_path / "logs").parent.name == "new"
     monkeypatch.setenv("INDRA_METRICS", str(tmp_path / "logs" / "old" / "metrics.jsonl"))
     assert find_run(tmp_path / "logs").parent.name == "old"
+    both = [tmp_path / "logs" / name / "metrics.jsonl" for name in ("old", "new")]
+    monkeypatch.setenv("INDRA_METRICS", os.pathsep.join(map(str, both)))
+    assert find_runs(tmp_path) == both
     for empty in ("gone", "logs/begun/metrics.jsonl"):
         monkeypatch.setenv("INDRA_METRICS", str(tmp_path / empty))
         with pytest.raises(UserError, match=r"must be the metrics\.jsonl of a run with at least one step"):

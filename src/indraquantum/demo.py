@@ -42,6 +42,7 @@ from indraquantum.files import atomic_file, cache_folder, make_folder, read_json
 from indraquantum.inference.generate import prompt_text
 from indraquantum.inference.write import continued, write_text
 from indraquantum.metrics import read_metrics
+from indraquantum.monitor.curves import read_curves
 from indraquantum.monitor.plots import save_overview
 from indraquantum.monitor.summaries import capture_summary, prepare_summary
 from indraquantum.progress import duration
@@ -172,7 +173,7 @@ def _run_offline(settings: DemoSettings) -> DemoReport:
     )
     metrics = read_metrics(student.metrics)
     plot = folder / "training.png"
-    save_overview(plot, metrics, "IndraQuantum demo: v4 unified distillation on Python's manual")
+    save_overview(plot, read_curves(student.metrics), "IndraQuantum demo: v4 unified distillation on Python's manual")
 
     console.rule("6/6  three prompts")
     answers = []

@@ -62,6 +62,14 @@ class Curves:
         self._means = [Means(decay, len(SMOOTHED)) for decay in DECAYS]
         self._best = {name: float("-inf") for name in THRESHOLDS}
 
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the steps and the values of a series in SERIES, without those that are missing."""
+        return _present(self.points, SERIES.index(name))
+
+    def held_out_of(self, source: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the steps and the cross-entropies, nats per token, of a held-out source."""
+        return _present(self.held_out, self.sources.index(source))
+
     def take(self, lines: list[Line], shapes: set[bytes]) -> None:
         """Add lines. Damaged ones are left out and counted."""
         metrics, rows = [], []
@@ -115,6 +123,24 @@ class Curves:
             before = self.collapse[-1][1] if self.collapse else []
             if looked and kinds != before and len(self.collapse) < MOST_EVENTS:
                 self.collapse.append((found["step"], kinds))
+
+
+def _present(points: Points, column: int) -> tuple[np.ndarray, np.ndarray]:
+    steps, values = points.since(0)
+    there = ~np.isnan(values[:, column])
+    return steps[there], values[there, column]
+
+
+def read_curves(path: Path) -> Curves:
+    """Return the curves of a whole metrics file. Half a million lines take some ten seconds.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    follower = Follower(path)
+    while follower.fraction < 1:
+        follower.read(60)
+    return follower.curves
 
 
 def _row(line: Line, found: dict[str, Any], before: int) -> list[float | None]:

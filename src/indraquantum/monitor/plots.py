@@ -1,75 +1,76 @@
 """Plots of a run's metrics. Each function draws one of them with matplotlib.
 
-The notebook shows them one by one. `save_overview` puts all four into one picture, for the demo and the README.
+The notebook shows them one by one. `save_overview` puts all four into one picture, for the demo and the README. They
+draw the same curves as the page of `indra monitor`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from indraquantum.files import atomic_file
-from indraquantum.smoothing import smoothed
+from indraquantum.monitor.curves import DECAYS, Curves
 
-Metrics = list[dict[str, Any]]
-SMOOTHING = 0.9  # of the exponential mean that is drawn over the raw curve
+SMOOTHING = DECAYS[0]  # of the exponential mean that is drawn over the raw curve
 
 
-def draw_total_loss(axes: Axes, metrics: Metrics) -> None:
+def draw_total_loss(axes: Axes, curves: Curves) -> None:
     """Draw the total loss over the steps, raw and smoothed, and the held-out cross-entropy at each evaluation."""
-    _curve(axes, metrics, "loss", "total loss", "C0")
-    for number, source in enumerate(_held_out_sources(metrics)):
-        points = [(m["step"], m["held_out"][source]) for m in metrics if m["held_out"]]
-        steps, values = zip(*points, strict=True)
+    _curve(axes, curves, "loss", "total loss", "C0")
+    for number, source in enumerate(curves.sources):
+        steps, values = curves.held_out_of(source)
         axes.plot(steps, values, "o--", color=f"C{number + 1}", markersize=4, label=f"held-out CE, {source}")
     finish_axes(axes, "Total loss", "nats per token")
 
 
-def draw_ce_and_kd(axes: Axes, metrics: Metrics) -> None:
+def draw_ce_and_kd(axes: Axes, curves: Curves) -> None:
     """Draw cross-entropy and distillation: learning the text, and imitating the teacher."""
-    _curve(axes, metrics, "ce", "CE (text)", "C0")
-    _curve(axes, metrics, "kd", "KD (against the signals)", "C1")
-    _curve(axes, metrics, "kd_estimate", "KD (unbiased estimate)", "C2")
+    _curve(axes, curves, "ce", "CE (text)", "C0")
+    _curve(axes, curves, "kd", "KD (against the signals)", "C1")
+    _curve(axes, curves, "kd_estimate", "KD (unbiased estimate)", "C2")
     finish_axes(axes, "Cross-entropy against distillation", "nats per token")
 
 
-def draw_alignment(axes: Axes, metrics: Metrics) -> None:
+def draw_alignment(axes: Axes, curves: Curves) -> None:
     """Draw the phase and the magnitude term: how far the state is from the teacher's entropy and confidence."""
-    _curve(axes, metrics, "phase", "phase term (circular distance)", "C3")
-    _curve(axes, metrics, "magnitude", "magnitude term (squared error)", "C4")
+    _curve(axes, curves, "phase", "phase term (circular distance)", "C3")
+    _curve(axes, curves, "magnitude", "magnitude term (squared error)", "C4")
     finish_axes(axes, "Alignment with the teacher", "distance")
 
 
-def draw_stability(axes: Axes, metrics: Metrics) -> None:
+def draw_stability(axes: Axes, curves: Curves) -> None:
     """Draw the mean of the readouts with a band of one standard deviation. A band without width means a collapse."""
     for name, unit, colour in (("magnitude", "", "C4"), ("phase", " (radians)", "C3")):
-        rows = [m for m in metrics if m[f"{name}_mean"] is not None]
-        steps = [m["step"] for m in rows]
-        mean, std = ([m[f"{name}_{part}"] for m in rows] for part in ("mean", "std"))
-        axes.plot(steps, mean, color=colour, label=f"{name}{unit}")
-        axes.fill_between(
-            steps,
-            [m - s for m, s in zip(mean, std, strict=True)],
-            [m + s for m, s in zip(mean, std, strict=True)],
-            color=colour,
-            alpha=0.2,
-        )
+        steps, mean = curves.series(f"{name}_mean")
+        _, std = curves.series(f"{name}_std")
+        if len(steps) and len(mean) == len(std):
+            axes.plot(steps, mean, color=colour, label=f"{name}{unit}")
+            axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2)
     finish_axes(axes, "Stability of magnitude and phase", "mean over the batch, with a band of one std")
 
 
-PANELS: tuple[Callable[[Axes, Metrics], None], ...] = (draw_total_loss, draw_ce_and_kd, draw_alignment, draw_stability)
+def draw_runs(axes: Axes, runs: dict[str, Curves], name: str, title: str, unit: str) -> None:
+    """Draw one metric of several runs over each other, smoothed; of the total loss also the held-out cross-entropy."""
+    for number, (run, curves) in enumerate(runs.items()):
+        _curve(axes, curves, name, run, f"C{number}")
+        if name == "loss" and "all" in curves.sources:
+            axes.plot(*curves.held_out_of("all"), "o--", color=f"C{number}", markersize=4, label=f"held-out CE, {run}")
+    finish_axes(axes, title, unit)
 
 
-def save_overview(path: Path, metrics: Metrics, title: str) -> None:
+PANELS: tuple[Callable[[Axes, Curves], None], ...] = (draw_total_loss, draw_ce_and_kd, draw_alignment, draw_stability)
+
+
+def save_overview(path: Path, curves: Curves, title: str) -> None:
     """Write the four plots to `path`, whose suffix decides the format."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     figure.suptitle(title)
     for axes, draw in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        draw(axes, metrics)
+        draw(axes, curves)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=110)
 
@@ -89,18 +90,13 @@ def save_range_test(
     figure.savefig(path, format=kind, dpi=110)
 
 
-def _curve(axes: Axes, metrics: Metrics, name: str, label: str, colour: str) -> None:
+def _curve(axes: Axes, curves: Curves, name: str, label: str, colour: str) -> None:
     """Draw a metric faintly, and its exponential mean over it. Nothing is drawn if the run does not have the metric."""
-    points = [(m["step"], m[name]) for m in metrics if m[name] is not None]
-    if not points:
+    steps, values = curves.series(name)
+    if not len(steps):
         return
-    steps, values = zip(*points, strict=True)
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smoothed(values, SMOOTHING), color=colour, label=label)
-
-
-def _held_out_sources(metrics: Metrics) -> list[str]:
-    return next((list(m["held_out"]) for m in metrics if m["held_out"]), [])
+    axes.plot(*curves.series(f"{name}@{SMOOTHING}"), color=colour, label=label)
 
 
 def finish_axes(axes: Axes, title: str, unit: str, x: str = "optimiser step") -> None:

@@ -15,21 +15,31 @@ from indraquantum.monitor.tail import Tail
 
 
 def find_run(*roots: str | Path) -> Path:
-    """Return the metrics file to show: $INDRA_METRICS if it is set, else the newest one below `roots`.
+    """Return the metrics file to show: the first of `find_runs`.
 
     Raises:
         UserError: there is no metrics file.
     """
-    chosen = os.environ.get("INDRA_METRICS")
+    return find_runs(*roots)[0]
+
+
+def find_runs(*roots: str | Path) -> list[Path]:
+    """Return the metrics files to show: those in $INDRA_METRICS, which `:` separates, else the newest below `roots`.
+
+    Raises:
+        UserError: there is no metrics file.
+    """
+    chosen = [Path(name) for name in os.environ.get("INDRA_METRICS", "").split(os.pathsep) if name]
+    for path in chosen:
+        if not path.is_file() or not path.stat().st_size:
+            raise UserError("INDRA_METRICS", path, "must be the metrics.jsonl of a run with at least one step")
     if chosen:
-        if not Path(chosen).is_file() or not Path(chosen).stat().st_size:
-            raise UserError("INDRA_METRICS", chosen, "must be the metrics.jsonl of a run with at least one step")
-        return Path(chosen)
+        return chosen
     found = [path for root in roots for path in metrics_files(Path(root)) if path.stat().st_size]
     if not found:
         searched = ", ".join(map(str, roots))
         raise UserError("logs", searched, "holds no run with a step; train first, or set INDRA_METRICS")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return [max(found, key=lambda path: path.stat().st_mtime)]
 
 
 def metrics_files(root: Path) -> list[Path]:
