@@ -145,6 +145,10 @@ def train(settings: TrainSettings | None = None, **options: Any) -> TrainReport:
     settings = _settings(TrainSettings, settings, options)
     if settings.dry_run:
         raise InvalidInput("dry_run", True, "must be left out: the command `indra train --dry-run` prints its report")
+    if settings.minutes is not None:
+        from indraquantum.trials.budget import within_minutes
+
+        settings = within_minutes(settings)
     return run(settings)
 
 

@@ -210,6 +210,11 @@ def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings.model_c
         with quick_import():
             from indraquantum.training.loop import train as run
 
+        if settings.minutes is not None:
+            require_one_process()
+            from indraquantum.trials.budget import within_minutes
+
+            settings = within_minutes(settings)
         run(settings)
 
 

@@ -399,6 +399,10 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettin
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimiser steps; the schedules then end there. To extend the run later, raise it under the
     same conditions as --epochs."""
+    minutes: float | None = Field(default=None, gt=0, le=100_000)
+    """Train for about this many minutes: a few steps are timed, and the number of steps follows, with 2,048 tokens in a
+    step unless you give --batch-tokens. The time to capture a teacher's signals is not counted. Give it instead of
+    --epochs and --max-steps."""
     kd_weight_start: float = Field(default=0.01, ge=0, le=100)
     """Weight of the distillation term at the start of the run. We recommend 0.9, which helped much more in our
     measurements. The default is that of the strategy v4-unified; other strategies have their own."""

@@ -49,7 +49,7 @@ from indraquantum.training.signals import find_signals, folder_of
 FREE_SETTINGS = {
     "output", "logs", "device", "threads", "data", "signals", "teacher", "tokenizer",
     "save_every", "keep_last", "resume", "on_collapse", "dry_run", "parallel", "gradient_checkpointing", "keep_best",
-    "log_to", "sample_every", "sample_prompt",
+    "log_to", "minutes", "sample_every", "sample_prompt",
 }  # fmt: skip
 
 # Options that must be equal for the weights of one model to fit another, with their names in the model's configuration.

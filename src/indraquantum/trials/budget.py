@@ -1,0 +1,115 @@
+"""Plans a run for a number of minutes: the option `indra train --minutes`.
+
+It times a few real steps, whose results are discarded, and chooses the number of steps. From then on the run is like
+any other: what was chosen are its `max_steps`, `epochs` and `batch_tokens`, and the same command resumes it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import Any
+
+from indraquantum.config import TrainSettings
+from indraquantum.errors import UserError
+from indraquantum.metrics import read_record
+from indraquantum.progress import duration, tell
+from indraquantum.strategy import resolve
+from indraquantum.training.folders import folder_of_record, metrics_path_of
+from indraquantum.training.loop import take_step
+from indraquantum.training.run import Run, trial_run
+
+BATCH_TOKENS = 2048  # better than the default of long runs for every length up to 10M tokens that was tried
+FEWEST_STEPS = 20  # fewer teach nothing
+WARM_UP, TIMED, SECONDS = 2, 3, 4.0  # steps before the timed ones; at least so many timed ones; for so long
+# Held-out nats per token of the default model on WikiText and Alpaca, V = 32,000, no teacher, after so many tokens
+# (results/user-scale and user-scale-long).
+REACHED = ((0.82e6, 4.76), (3.07e6, 4.135), (10.2e6, 3.738))
+SHAPE = ("d_model", "layers", "mlp_width", "projector", "magnitude", "ends", "optimizer")
+
+
+def within_minutes(settings: TrainSettings) -> TrainSettings:
+    """Return `settings` with the number of steps for their `minutes`; unchanged if they have none.
+
+    A run that was begun with the same number of minutes keeps its steps.
+
+    Raises:
+        UserError: the minutes are too few, another option sets the length, or the run there has other minutes.
+    """
+    if settings.minutes is None:
+        return settings
+    for option in ("epochs", "max_steps"):
+        if option in settings.model_fields_set and getattr(settings, option) is not None:
+            allowed = "must be left out with --minutes, which chooses the number of steps"
+            raise UserError(f"--{option.replace('_', '-')}", getattr(settings, option), allowed)
+    if resolve(settings).stages[0].fraction is None:
+        allowed = f"must be left out with --strategy {settings.strategy}, whose stages set their own lengths"
+        raise UserError("--minutes", settings.minutes, allowed)
+    if (begun := _begun(settings)) is not None:
+        return settings.model_copy(update=begun)
+    started = time.perf_counter()
+    given = {} if "batch_tokens" in settings.model_fields_set else {"batch_tokens": BATCH_TOKENS}
+    settings = settings.model_copy(update={"epochs": 1} | given)
+    run = trial_run(settings)
+    seconds = step_seconds(run)
+    steps = _steps_within(run, settings.minutes * 60 - (time.perf_counter() - started), seconds)
+    if steps < FEWEST_STEPS:
+        least = math.ceil((FEWEST_STEPS * seconds + 3 * _evaluation_seconds(run, seconds)) / 60 + 1)
+        raise UserError(
+            "--minutes", settings.minutes, f"must be at least {least} here, where a step takes {seconds:.2g} s"
+        )
+    stage = run.plan.stages[0]
+    tokens = steps * stage.rows_per_step * stage.dataset.row_length
+    said = f"{settings.minutes:g} minutes: {steps:,} steps of {settings.batch_tokens:,} tokens, {tokens:,} in all"
+    tell(f"{said}; a step takes {duration(seconds) if seconds >= 1 else f'{seconds:.2f} s'}.")
+    if (loss := expected_loss(run, tokens)) is not None:
+        tell(f"On WikiText and Alpaca, such a run ended at about {loss:.2f} nats per token.")
+    return settings.model_copy(update={"max_steps": steps, "epochs": math.ceil(steps / stage.steps_per_epoch)})
+
+
+def _begun(settings: TrainSettings) -> dict[str, Any] | None:
+    """Return what was chosen for the run that the output folder holds; None if it holds none."""
+    logs = metrics_path_of(settings).parent
+    there = any(settings.output.glob("checkpoint_v4_*.pt"))
+    if not there or (folder := folder_of_record(logs)) is None or folder.resolve() != settings.output.resolve():
+        return None
+    before = (read_record(logs) or {})["settings"]
+    if before.get("minutes") != settings.minutes:
+        allowed = f"must be {before.get('minutes') or 'left out'}, as in the run that {settings.output} holds"
+        raise UserError("--minutes", settings.minutes, f"{allowed}, or give another --output")
+    return {name: before[name] for name in ("max_steps", "epochs", "batch_tokens")}
+
+
+def step_seconds(run: Run) -> float:
+    """Return the median time of a step of `run`, without the first ones."""
+    seconds: list[float] = []
+    while len(seconds) < WARM_UP + TIMED or sum(seconds[WARM_UP:]) < SECONDS:
+        run.step %= run.total_steps
+        started = time.perf_counter()
+        take_step(run)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[WARM_UP:])
+
+
+def _evaluation_seconds(run: Run, seconds: float) -> float:
+    """Return the time of an evaluation: a forward pass takes a third of a step's time for each row."""
+    return seconds / 3 * run.dataset.validation.num_rows / run.plan.stages[0].rows_per_step
+
+
+def _steps_within(run: Run, budget: float, seconds: float) -> int:
+    """Return how many steps of `seconds` fit into `budget` seconds, with all evaluations."""
+    evaluation = _evaluation_seconds(run, seconds)
+    between = 1 / run.settings.evaluate_every + 1 / run.plan.stages[0].steps_per_epoch
+    return math.floor((budget - 2 * evaluation) / (seconds + evaluation * between))
+
+
+def expected_loss(run: Run, tokens: int) -> float | None:
+    """Return the held-out loss of the default model after `tokens` tokens; None if nothing like `run` was measured."""
+    settings, defaults = run.settings, TrainSettings.model_fields
+    alike = all(getattr(settings, name) == defaults[name].default for name in SHAPE) and settings.no_teacher
+    size_differs = abs(run.model.config.vocab_size / 32_000 - 1) > 0.1
+    if not alike or size_differs or not REACHED[0][0] / 2 <= tokens <= REACHED[-1][0] * 1.5:
+        return None
+    (x1, y1), (x2, y2) = REACHED[:2] if tokens < REACHED[1][0] else REACHED[1:]
+    return y1 + (y2 - y1) * math.log(tokens / x1) / math.log(x2 / x1)

@@ -1,0 +1,117 @@
+"""`indra train --minutes`: the number of steps that fit, and a run that resumes with what was chosen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from indraquantum import cli
+from indraquantum.config import TrainSettings
+from indraquantum.errors import UserError
+from indraquantum.training.loop import train
+from indraquantum.training.run import trial_run
+from indraquantum.trials import budget
+from indraquantum.trials.budget import expected_loss, step_seconds, within_minutes
+
+SMALL = {"d_model": 8, "layers": 1, "heads": 1, "mlp_width": 16, "batch_tokens": 480, "no_teacher": True}
+
+
+def settings(world, tmp_path, **changes):
+    folders = {"data": world.data, "output": tmp_path / "run", "logs": tmp_path / "logs"}
+    return TrainSettings(**{**folders, **SMALL, "minutes": 5, "threads": 1, **changes})
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A step takes 4 seconds, and an evaluation 7."""
+    monkeypatch.setattr(budget, "step_seconds", lambda run: 4.0)
+    monkeypatch.setattr(budget, "_evaluation_seconds", lambda run, seconds: 7.0)
+
+
+@pytest.mark.parametrize(("minutes", "evaluate_every"), [(4, 10), (30, 10), (30, 200), (77, 33)])
+def test_the_steps_fill_the_minutes(world, tmp_path, slow, minutes, evaluate_every):
+    found = within_minutes(settings(world, tmp_path, minutes=minutes, evaluate_every=evaluate_every))
+    plan = trial_run(found).plan
+    assert plan.total_steps == found.max_steps
+    evaluated = {0, found.max_steps, *range(0, found.max_steps + 1, evaluate_every)}
+    evaluated |= {step for step in range(found.max_steps + 1) if plan.epoch_ends(step)}
+    seconds = found.max_steps * 4 + len(evaluated) * 7
+    assert minutes * 60 - 60 < seconds <= minutes * 60
+
+
+def test_without_minutes_nothing_is_timed(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "trial_run", None)
+    given = settings(world, tmp_path, minutes=None)
+    assert within_minutes(given) is given
+
+
+def test_the_batch_is_small_unless_one_is_given(world, tmp_path, slow):
+    alone = settings(world, tmp_path).model_dump(exclude={"batch_tokens"}, exclude_unset=True)
+    assert within_minutes(TrainSettings(**alone)).batch_tokens == 2048
+    assert within_minutes(settings(world, tmp_path)).batch_tokens == 480
+
+
+def test_a_run_keeps_what_was_chosen(world, tmp_path, slow, monkeypatch, capsys):
+    given = settings(world, tmp_path, minutes=3)
+    report = train(within_minutes(given))
+    record = json.loads((tmp_path / "logs" / "run" / "run.json").read_text())
+    assert record["settings"]["minutes"] == 3
+    assert record["settings"]["max_steps"] == report.steps == record["total_steps"]
+    monkeypatch.setattr(budget, "step_seconds", lambda run: 1.0)  # the machine is quicker now
+    again = within_minutes(given)
+    assert (again.max_steps, again.batch_tokens) == (report.steps, 480)
+    assert train(again).steps == report.steps
+    with pytest.raises(UserError, match=r"--minutes: got 9.*must be 3"):
+        within_minutes(settings(world, tmp_path, minutes=9))
+    elsewhere = within_minutes(settings(world, tmp_path, minutes=9, output=tmp_path / "other"))
+    assert elsewhere.max_steps > report.steps
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_steps": 7}, "--max-steps: got 7; must be left out with --minutes"),
+        ({"epochs": 2}, "--epochs: got 2; must be left out with --minutes"),
+        ({"minutes": 0.5}, "--minutes: got 0.5; must be at least 3 here, where a step takes 4 s"),
+        ({"strategy": "lengths.yaml"}, "--minutes: got 5.0; must be left out with --strategy lengths.yaml"),
+    ],
+)
+def test_what_is_refused(world, tmp_path, slow, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lengths.yaml").write_text("stages: [{name: one, steps: 3}]")
+    with pytest.raises(UserError) as refused:
+        within_minutes(settings(world, tmp_path, **options))
+    assert said in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_times_real_steps(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "SECONDS", 0.0)
+    timed = []
+    monkeypatch.setattr(budget, "step_seconds", lambda run: timed.append(step_seconds(run)) or 5.0)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if value is not True]
+    places = [f"--data={world.data}", f"--output={tmp_path / 'run'}", f"--logs={tmp_path / 'logs'}"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--no-teacher", "--minutes=2", *words, *places])
+    assert ended.value.code == 0
+    assert timed[0] > 0
+    assert "2 minutes: 2" in capsys.readouterr().out
+
+
+def test_the_expected_loss_meets_the_measured_ones(world, tmp_path):
+    class Known:
+        settings = TrainSettings(no_teacher=True)
+
+        class model:
+            class config:
+                vocab_size = 32_000
+
+    assert expected_loss(Known, 820_000) == pytest.approx(4.76)
+    assert expected_loss(Known, 3_070_000) == pytest.approx(4.135)
+    assert expected_loss(Known, 10_200_000) == pytest.approx(3.738)
+    assert 4.135 < expected_loss(Known, 1_500_000) < 4.76
+    assert expected_loss(Known, 100_000) is None
+    Known.settings = TrainSettings(no_teacher=True, d_model=64)
+    assert expected_loss(Known, 820_000) is None
+    assert expected_loss(trial_run(settings(world, tmp_path, minutes=None)), 820_000) is None
