@@ -1,0 +1,177 @@
+"""How many minutes training takes to reach a held-out loss, for any builds and options side by side.
+
+    python benchmarks/time_to_loss.py benchmarks/time_to_loss.yaml
+    python benchmarks/time_to_loss.py benchmarks/time_to_loss.yaml --only now,dfedceb --seeds 0
+
+The plan names the runs. Each has a commit (its source is unpacked from git and runs with this Python), options of
+`indra train`, the numbers of steps to try, and the minutes that it needs beforehand, such as for a teacher's signals. An
+older commit may need data of its own format.
+The learning rate falls to the end of a run, so a loss is reached soonest by a run of the right length: give several.
+
+The time counts from the start of the command, so imports are in it. Evaluations are not counted. The runs take turns,
+seed by seed. Run it on an idle machine. Finished runs have a JSON file each in the output folder, and
+the same command runs only those that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+LLAMA = Path(__file__).with_name("llama_trainer.py")
+
+
+def main() -> None:
+    """Run what is missing, and print the table and draw the picture of all."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--only", help="names of runs, with commas")
+    parser.add_argument("--seeds", help="numbers, with commas, instead of the plan's")
+    parser.add_argument("--output", type=Path, help="default: results/NAME of the plan")
+    arguments = parser.parse_args()
+    plan = yaml.safe_load(arguments.plan.read_text(encoding="utf-8"))
+    output = arguments.output or ROOT / "results" / plan["name"]
+    output.mkdir(parents=True, exist_ok=True)
+    names = arguments.only.split(",") if arguments.only else list(plan["runs"])
+    seeds = [int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else plan["seeds"]
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, name in itertools.product(seeds, names):
+            for steps in plan["runs"][name]["steps"]:
+                path = output / f"{name}-{steps}-seed{seed}.json"
+                if not path.exists():
+                    data = arguments.plan.parent / plan["runs"][name].get("data", plan["data"])
+                    record = measured(plan, name, steps, seed, data.resolve(), Path(folder))
+                    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                    print(f"{path.stem}: {record['curve'][-1][0] / 60:.1f} minutes, {record['curve'][-1][1]:.3f} nats")
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob("*-seed*.json"))]
+    table = as_table(plan, records)
+    (output / "report.md").write_text(f"# {plan['about']}\n\n{table}\n", encoding="utf-8")
+    print(table)
+    draw(plan, records, output / "loss_over_minutes.png")
+
+
+def measured(plan: dict[str, Any], name: str, steps: int, seed: int, data: Path, folder: Path) -> dict[str, Any]:
+    """Train one run and return its curve: seconds since the start of the command, and the held-out loss."""
+    run = plan["runs"][name]
+    work = Path(tempfile.mkdtemp(dir=folder))
+    options = plan.get("base", {}) | run.get("options", {}) | {
+        "data": data, "max_steps": steps, "seed": seed, "output": work / "run", "logs": work / "logs",
+    }  # fmt: skip
+    words = list(itertools.chain.from_iterable(as_option(*option) for option in options.items()))
+    command = [sys.executable, *([str(LLAMA)] if run.get("llama") else ["-m", "indraquantum", "train"]), *words]
+    environment = os.environ | {"PYTHONPATH": str(source_of(run.get("commit"), folder)), "HF_HUB_OFFLINE": "1"}
+    metrics, start = work / "logs" / "run" / "metrics.jsonl", time.monotonic()
+    with (work / "output.txt").open("w+") as said:
+        process = subprocess.Popen(command, env=environment, cwd=work, stdout=said, stderr=said)
+        while not metrics.exists() and process.poll() is None:
+            time.sleep(0.05)
+        start_seconds = time.monotonic() - start
+        if process.wait():
+            said.seek(0)
+            sys.exit(f"{' '.join(map(str, command))}\n{said.read()}")
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    record = {
+        "name": name, "seed": seed, "steps": steps, "commit": run.get("commit") or head(),
+        "options": {key: str(value) for key, value in options.items() if key not in ("data", "output", "logs")},
+        "minutes_before": run.get("minutes_before", 0), "whole_seconds": round(time.monotonic() - start, 1),
+        "curve": curve_of(lines, start_seconds),
+    }  # fmt: skip
+    shutil.rmtree(work)
+    return record
+
+
+def curve_of(lines: list[dict[str, Any]], seconds: float) -> list[tuple[float, float, int]]:
+    """Return seconds, held-out loss and tokens at each evaluation; `seconds` had passed before the first step."""
+    tokens, points = 0, []
+    for line in lines:
+        if line["tokens_per_second"]:
+            seconds += (line["tokens"] - tokens) / line["tokens_per_second"]
+        tokens = line["tokens"]
+        if line["held_out"]:
+            points.append((round(seconds, 2), line["held_out"]["all"], tokens))
+    return points
+
+
+def as_option(name: str, value: Any) -> list[str]:
+    """Return the words of one option; true is a flag, and false leaves it out."""
+    flag = "--" + name.replace("_", "-")
+    return [] if value is False else [flag] if value is True else [flag, str(value)]
+
+
+def source_of(commit: str | None, folder: Path) -> Path:
+    """Return the source of a commit, unpacked once; None is the working tree."""
+    if commit is None:
+        return ROOT / "src"
+    target = folder / commit
+    if not target.exists():
+        packed = subprocess.run(["git", "archive", commit, "src"], cwd=ROOT, capture_output=True, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+            archive.extractall(target, filter="data")
+    return target / "src"
+
+
+def head() -> str:
+    """Return the commit of the working tree."""
+    command = ["git", "describe", "--always", "--dirty=+changes"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def minutes_to(record: dict[str, Any], target: float) -> float:
+    """Return the minutes until the held-out loss was first at `target` or below; infinity if never."""
+    reached = [seconds for seconds, loss, _ in record["curve"] if loss <= target]
+    return record["minutes_before"] + (reached[0] / 60 if reached else float("inf"))
+
+
+def as_table(plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: the median minutes to each target over the seeds, at the best number of steps."""
+    targets, first, rows = plan["targets"], {}, []
+    for name in plan["runs"]:
+        cells = []
+        for target in targets:
+            best = float("inf")
+            for steps in plan["runs"][name]["steps"]:
+                found = [minutes_to(r, target) for r in records if (r["name"], r["steps"]) == (name, steps)]
+                best = min(best, statistics.median(found) if found else best)
+            first.setdefault(target, best)
+            cells.append("" if best == float("inf") else f"{best:.1f} ({first[target] / best:.2f}x)")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    header = f"| minutes to | {' | '.join(f'{target:g} nats' for target in targets)} |"
+    return "\n".join([header, "|---" * (len(targets) + 1) + "|", *rows])
+
+
+def draw(plan: dict[str, Any], records: list[dict[str, Any]], path: Path) -> None:
+    """Draw the held-out loss over the minutes."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for number, name in enumerate(plan["runs"]):
+        for record in (record for record in records if record["name"] == name):
+            minutes = [record["minutes_before"] + seconds / 60 for seconds, _, _ in record["curve"]]
+            losses = [loss for _, loss, _ in record["curve"]]
+            label = name if not any(line.get_label() == name for line in axes.lines) else None
+            axes.plot(minutes, losses, color=f"C{number}", label=label, linewidth=1)
+    losses = [loss for record in records for _, loss, _ in record["curve"]]
+    limits = (min(losses) - 0.1, min(max(losses), max(plan["targets"]) + 1.5))
+    axes.set(xlabel="minutes since the start", ylabel="held-out cross-entropy, nats per token", ylim=limits)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()
