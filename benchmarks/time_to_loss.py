@@ -4,13 +4,13 @@
     python benchmarks/time_to_loss.py benchmarks/time_to_loss.yaml --only now,dfedceb --seeds 0
 
 The plan names the runs. Each has a commit (its source is unpacked from git and runs with this Python), options of
-`indra train`, the numbers of steps to try, and the minutes that it needs beforehand, such as for a teacher's signals. An
-older commit may need data of its own format.
-The learning rate falls to the end of a run, so a loss is reached soonest by a run of the right length: give several.
+`indra train`, the numbers of steps to try, and the minutes that it needs beforehand, such as for a teacher's signals.
+An older commit may need data of its own format. The learning rate falls to the end of a run, so a loss is reached
+soonest by a run of the right length: give several.
 
 The time counts from the start of the command, so imports are in it. Evaluations are not counted. The runs take turns,
-seed by seed. Run it on an idle machine. Finished runs have a JSON file each in the output folder, and
-the same command runs only those that are missing.
+seed by seed. Run it on an idle machine. Finished runs have a JSON file each in the output folder, and the same command
+runs only those that are missing.
 """
 
 from __future__ import annotations
