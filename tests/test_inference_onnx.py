@@ -36,7 +36,7 @@ def indra(*arguments) -> int:
 def checkpoint(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     settings = TrainSettings(
-        data=world.data, output=folder / "run", logs=folder / "logs", threads=1, d_model=12, layers=1, heads=2,
+        data=world.data, output=folder / "run", logs=folder / "logs", threads=1, d_model=28, layers=1, heads=2,
         mlp_width=22, batch_tokens=480, max_steps=2, no_teacher=True,
     )  # fmt: skip
     whole = load_checkpoint("CHECKPOINT", train(settings).checkpoint)
@@ -154,9 +154,25 @@ def test_logits_and_readouts_are_those_of_the_model_with_the_cache_or_without(gr
     assert expected["phase"].std() > 0.1  # so that a wrong phase would show
 
 
+def test_onnxruntime_lifts_the_vocabulary_when_it_loads_the_graph(exported, ours, tmp_path):
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "loaded.onnx"), 3
+    file = exported / "onnx" / "model.onnx"
+    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    lifted = ours.inference_model.lift_table().shape
+    kept, loaded = (
+        [part for part in onnx.load(path).graph.initializer if sorted(part.dims) == sorted(lifted)]
+        for path in (file, tmp_path / "loaded.onnx")
+    )
+    assert (len(kept), len(loaded)) == (0, 1)  # torch.onnx itself lifts tables of up to 8,192 numbers
+
+
 def test_names_and_sizes_are_those_of_optimum_and_transformers_js(exported, graph, ours):
     inputs = {value.name: value.shape for value in graph.get_inputs()}
-    cache, whole = ["batch_size", 2, "past_sequence_length", 12], "past_sequence_length + sequence_length"
+    cache, whole = ["batch_size", 2, "past_sequence_length", 28], "past_sequence_length + sequence_length"
     assert inputs == {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", whole],
@@ -166,9 +182,9 @@ def test_names_and_sizes_are_those_of_optimum_and_transformers_js(exported, grap
     }
     outputs = {value.name: value.shape for value in graph.get_outputs()}
     assert list(outputs) == ["logits", "present.0.key", "present.0.value", "magnitude", "phase"]
-    assert outputs["present.0.key"] == ["batch_size", 2, whole, 12]
+    assert outputs["present.0.key"] == ["batch_size", 2, whole, 28]
     config = json.loads((exported / "config.json").read_text())
-    sizes = {"model_type": "llama", "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 12, "hidden_size": 24}
+    sizes = {"model_type": "llama", "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 28, "hidden_size": 56}
     assert config.items() >= {**sizes, "architectures": ["LlamaForCausalLM"]}.items()
     assert (exported / "generation_config.json").is_file()
     # transformers.js does not read chat_template.jinja
@@ -184,7 +200,7 @@ def test_int8_is_close_and_smaller(exported, ours, tmp_path):
 
     ids = torch.tensor([ours.tokenizer.encode_prompt(TEXTS[2])])
     whole = exported / "onnx" / "model.onnx"
-    quantise(onnx.load(whole), tmp_path / "small.onnx")
+    quantise(onnx.load(whole), tmp_path / "small.onnx")  # `indra export` would hold the lifted table
     small = session(tmp_path / "small.onnx")
     assert [value.name for value in small.get_inputs()] == names(ours.inference_model)[0]
     initial = [sum(map(len, (part.raw_data for part in onnx.load(path).graph.initializer)))
@@ -215,6 +231,21 @@ def test_the_phase_is_torchs_on_the_axes_too(tmp_path):
         torch.onnx.export(Phase(), (real, imaginary), tmp_path / "phase.onnx", dynamo=True, verbose=False)
     found = session(tmp_path / "phase.onnx").run(None, {"real": real.numpy(), "imaginary": imaginary.numpy()})[0]
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_int8_export_holds_the_lifted_table(checkpoint, ours, tmp_path):
+    import onnx
+
+    assert indra("export", checkpoint, tmp_path / "small", "--as", "onnx", "--outtype", "int8") == 0
+    file = tmp_path / "small" / "onnx" / "model_quantized.onnx"
+    table = sorted(ours.inference_model.lift_table().shape)
+    assert [part.data_type for part in onnx.load(file).graph.initializer if sorted(part.dims) == table] == [
+        onnx.TensorProto.UINT8
+    ]
+    text = alone(session(file), ours.tokenizer.encode_prompt(TEXTS[0])).write(NEW)
+    assert text.shape == (1, NEW)
+    assert 'dtype: "q8"' in (tmp_path / "small" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def test_greedy_text_and_readouts_are_those_of_python(chromium, folder, checkpoi
             assert page.locator("#text img, #text script, #text b").count() == 0
             for button, token in zip(buttons, expected.tokens, strict=True):
                 if token.text.strip():
-                    assert button.text_content() == token.text.replace("\n", "↵\n").replace("\t", "⇥")
+                    assert button.text_content() == token.text.replace("\n", "↵").replace("\t", "⇥")
             buttons[3].focus()
             names, values = (page.locator(f"#details {tag}").all_text_contents() for tag in ("dt", "dd"))
             details = dict(zip(names, values, strict=True))

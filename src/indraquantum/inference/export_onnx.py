@@ -84,7 +84,7 @@ def write_graph(model: InferenceModel, file: Path, quantised: bool) -> None:
     """Write `model` as a graph into `file`, in float32 or `quantised`."""
     import onnx
 
-    graph = onnx_graph(model)
+    graph = onnx_graph(model, lifted=quantised)
     if quantised:
         quantise(graph, file)
     else:

@@ -3,9 +3,9 @@
 torch.onnx writes the graph from InferenceModel, so there is no second version of the layers. The names of inputs and
 outputs are those of optimum and transformers.js. Two outputs are added: magnitude and phase of each position.
 
-The output projector is applied before: the graph holds the lifted table, because onnxruntime would lift the whole
-vocabulary again at each token. The input projector stays in the graph, because it lifts only the tokens that are read,
-and the table that it needs is half as large as a lifted one. docs/LOG.md has the measurement.
+Both projectors can be in the graph. Then it holds only the table of embeddings, and onnxruntime lifts the whole
+vocabulary once, when it loads the graph: it folds what depends on constants alone. In int8 the lift would depend on the
+rounding of activations, which is not folded, so that graph must hold the lifted table. docs/LOG.md has measurements.
 
 Legend: B batch, T positions that are read, S positions with those in the cache, D real width, V vocabulary.
 """
@@ -37,14 +37,14 @@ WHOLE = f"{CACHED} + {READ}"
 
 
 class Graph(nn.Module):
-    """What the graph computes, in torch."""
+    """What the graph computes, in torch. With `lifted` it holds the lifted table."""
 
-    table_VD: Tensor
+    table_VD: Tensor | None
 
-    def __init__(self, model: InferenceModel) -> None:
+    def __init__(self, model: InferenceModel, lifted: bool) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("table_VD", model.lift_table().detach().clone())
+        self.register_buffer("table_VD", model.lift_table().detach().clone() if lifted else None)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Memory]
@@ -66,15 +66,12 @@ class Graph(nn.Module):
         states_BTD, memories = model.backbone(states_BTD, position_ids, mask, past)
         amplitude_BT = model.amplitude(states_BTD)
         phase_BT = phase_of(amplitude_BT.real, amplitude_BT.imag)
-        return model.logits(states_BTD, self.output_table()), memories, amplitude_BT.abs(), phase_BT
+        table_VD = model.lift_table() if self.table_VD is None else self.table_VD
+        return model.logits(states_BTD, table_VD), memories, amplitude_BT.abs(), phase_BT
 
     def input_states(self, input_ids: Tensor) -> Tensor:
         """Return the states (B, T, D) of token ids."""
         return self.model.input_states(self.model.embedding(input_ids))
-
-    def output_table(self) -> Tensor:
-        """Return the lifted table (V, D)."""
-        return self.table_VD
 
 
 def _mask(attention_mask: Tensor, read: int) -> Tensor:
@@ -100,13 +97,13 @@ def phase_of(real: Tensor, imaginary: Tensor) -> Tensor:
     return torch.where(is_zero, imaginary.sign() * (math.pi / 2), angle)
 
 
-def onnx_graph(model: InferenceModel) -> ModelProto:
-    """Return `model` as an ONNX graph in float32.
+def onnx_graph(model: InferenceModel, lifted: bool) -> ModelProto:
+    """Return `model` as an ONNX graph in float32, which holds the `lifted` table or lifts it.
 
     Raises:
         UserError: it is too large for a file of ONNX.
     """
-    graph = Graph(model).eval()
+    graph = Graph(model, lifted).eval()
     size = sum(value.numel() * value.element_size() for value in graph.state_dict().values())
     if size > LARGEST:
         raise UserError("--as", "onnx", f"must be another form: its weights take {size / 1e9:.1f} GB, and ONNX holds 2")

@@ -49,9 +49,9 @@
   function add(token) {
     const at = tokens.length, button = element("button", { type: "button", class: "token", "data-id": token.id,
       tabindex: at ? "-1" : "0", "aria-label": described(token) });
-    if (token.isEnd) button.append(element("span", { class: "mark" }, "⏹ end"));
+    if (token.isEnd) button.append(element("span", { class: "mark" }, " (end)"));
     else if (token.text === "") button.append(element("span", { class: "mark" }, visible("")));
-    else button.append(visible(token.text));
+    else button.append(visible(token.text).replaceAll("\n", ""));
     paint(button, token);
     button.addEventListener("focus", () => choose(at));
     button.addEventListener("mouseenter", () => show(token));
@@ -59,7 +59,7 @@
     button.addEventListener("click", () => button.focus());
     tokens.push(token);
     buttons.push(button);
-    find("text").append(button);
+    find("text").append(button, "\n".repeat(token.text.split("\n").length - 1)); // a button does not break a line
   }
 
   function paint(button, token) {
@@ -109,7 +109,7 @@
   function gradient(label, paintPart) {
     const svg = drawing("svg", { viewBox: "0 0 20 1", preserveAspectRatio: "none", role: "img", "aria-label": label });
     for (let at = 0; at < 20; at += 1) {
-      const part = drawing("rect", { x: at, y: 0, width: 1.02, height: 1 });
+      const part = drawing("rect", { x: at, y: 0, width: 1, height: 1 });
       part.style.fill = paintPart(at / 19);
       svg.append(part);
     }
@@ -132,7 +132,7 @@
     const text = find("prompt").value, isInstruction = find("form").elements.kind.value === "instruction";
     run += 1;
     tokens = []; buttons = []; current = 0;
-    find("text").replaceChildren(element("span", { class: "prompt" }, text));
+    find("text").replaceChildren(element("span", { class: isInstruction ? "prompt asked" : "prompt" }, text));
     busy(true);
     say("Writing…");
     worker.postMessage({ kind: "write", run, prompt: isInstruction ? alpaca(text) : text, count: Number(find("count").value),
