@@ -556,8 +556,8 @@ class ExportSettings(WeightsSettings):
     page is a static web page that runs the model in the browser; it needs the same packages, and npm or --runtime."""
     outtype: Literal["f32", "f16", "q8_0", "int8"] | None = None
     """The number format of the matrices. For gguf, as llama.cpp names it: f32, f16 (its default) or q8_0. For onnx: f32
-    (its default) or int8, which is a quarter of the size; so for page, whose default is int8. The other forms ignore
-    it."""
+    (its default) or int8, which is smaller and faster. For page the same, with int8 as the default. The other forms
+    ignore it."""
     runtime: Path | None = None
     """For page: a folder with the npm packages that run the model in a browser, as `npm pack` writes them. By default
     npm downloads them once, 33 MB, into the cache folder. Give it where there is no npm or no network."""

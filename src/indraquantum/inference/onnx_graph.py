@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OPSET = 18  # onnxruntime has it since 1.14
 LARGEST = 2_000_000_000  # bytes of weights: a file of protobuf holds 2 GiB
-# Neither of them is 1 or 0, which the exporter would take for constants, and no two are equal.
+# An exporter may take a size of 1 for a constant, and equal sizes for the same one.
 EXAMPLE_BATCH, EXAMPLE_READ, EXAMPLE_CACHED = 2, 3, 5
 BATCH, READ, CACHED = "batch_size", "sequence_length", "past_sequence_length"
 WHOLE = f"{CACHED} + {READ}"
