@@ -52,12 +52,17 @@ class BothTables(onnx_graph.Graph):
 
 
 def in_torch(model: InferenceModel, ids_BT: torch.Tensor) -> Way:
-    table_VD = model._table_VD = model.lift_table()
-    _, past = model.next_logits(ids_BT[:1, :CONTEXT])
+    table_VD = model.lift_table()
+    _, decoder = model.next_logits(ids_BT[:1, :CONTEXT])
+
+    def step() -> None:
+        decoder.lengths[:] = [CONTEXT]  # the text does not grow
+        model.next_logits(ids_BT[:1, :1], decoder)
+
     return Way(
         size=sum(value.numel() * value.element_size() for value in model.state_dict().values()),
         logits=lambda ids: model.logits(model.hidden_states(ids), table_VD),
-        step=lambda: model.next_logits(ids_BT[:1, :1], past),
+        step=step,
     )
 
 
