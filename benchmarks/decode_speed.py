@@ -1,20 +1,19 @@
 """How fast a model writes: ours, and transformers' Llama of the same width and depth, one token of each text a step.
 
     python benchmarks/decode_speed.py --threads 1 --batch 1 8
-    python benchmarks/decode_speed.py --gguf      # llama.cpp on the folded model too (pip install gguf xllamacpp)
+    python benchmarks/decode_speed.py --gguf model-f32.gguf   # llama.cpp too (pip install xllamacpp)
 
-Random weights of the default shape, V = 32,000. The models take turns in one process, round by round. A step is what
-`indra test` does for each token: the logits, and the choice of a token, greedy or with the default sampling. Llama's
-step is its own forward with its cache, and the same choice. Medians of the steps of all rounds: by the wall clock, and
-by the process's CPU time, which other programs on the machine disturb less (with one thread, both are the same on an
-idle machine).
+Random weights of the default shape, V = 32,000. The models take turns in one process, round by round. A step is the
+choice of a token, greedy or with the default sampling, and the logits after it. `indra chat` and `indra serve` keep a
+table of the inputs' states too. Llama's step is its own forward with its cache, and the same choice. Medians of the
+steps of all rounds: by the wall clock, and by the process's CPU time, which other programs on the machine disturb less
+(with one thread, both are the same on an idle machine).
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from indraquantum.config import TestSettings
 from indraquantum.inference.generate import choose
 from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
+from indraquantum.model.decoder import Decoder, PackedModel
 from indraquantum.model.inference_model import InferenceModel
 from indraquantum.model.shape import ModelShape
 
@@ -32,17 +32,18 @@ VOCABULARY, PROMPT = 32_000, 32
 Step = Callable[[], object]
 
 
-def our_steps(model: InferenceModel, batch: int, settings: TestSettings) -> Iterator[Step]:
+def our_steps(model: InferenceModel, batch: int, settings: TestSettings, gather: bool) -> Iterator[Step]:
     """Yield steps of ours, each after the one before."""
-    with model.lifted():
-        logits, past = model.next_logits(torch.randint(3, VOCABULARY, (batch, PROMPT)))
+    packed = PackedModel(model, gather)
+    decoder = Decoder(packed, batch)
+    states = decoder.begin(torch.randint(3, VOCABULARY, (batch, PROMPT)).tolist())[:, -1]
 
-        def step() -> None:
-            nonlocal logits, past
-            logits, past = model.next_logits(choose(logits, settings), past)
+    def step() -> None:
+        nonlocal states
+        states = decoder.step(choose(packed.logits(states), settings)[:, 0])
 
-        while True:
-            yield step
+    while True:
+        yield step
 
 
 def llama_steps(model: LlamaForCausalLM, batch: int, settings: TestSettings) -> Iterator[Step]:
@@ -78,44 +79,21 @@ def measured(
     return {name: (1e3 * statistics.median(walls[name]), 1e3 * statistics.median(works[name])) for name in makers}
 
 
-def llama_cpp(model: InferenceModel, threads: int, tokens: int) -> float:
-    """Return the tokens/s that llama.cpp reports for the folded model, one text, greedy."""
+def llama_cpp(file: Path, threads: int, tokens: int) -> float:
+    """Return the tokens/s that llama.cpp reports for a file of `indra export --as gguf`, one text, greedy."""
     import json
+    import urllib.request
 
-    import gguf
     import xllamacpp
 
-    from indraquantum.inference.export_gguf import tensors
-    from indraquantum.inference.folding import fold
-
-    folded = fold(model)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.gguf"
-        writer = gguf.GGUFWriter(path, "qwen2")
-        for add, value in (
-            (writer.add_context_length, folded.context), (writer.add_embedding_length, folded.width),
-            (writer.add_block_count, folded.layers), (writer.add_feed_forward_length, folded.mlp_width),
-            (writer.add_head_count, folded.heads), (writer.add_head_count_kv, folded.key_value_heads),
-            (writer.add_layer_norm_rms_eps, folded.epsilon), (writer.add_rope_freq_base, folded.rope_theta),
-            (writer.add_vocab_size, folded.vocab_size), (writer.add_tokenizer_model, "gpt2"),
-            (writer.add_tokenizer_pre, "gpt-2"), (writer.add_token_list, [f"t{i}" for i in range(folded.vocab_size)]),
-            (writer.add_token_types, [1] * folded.vocab_size), (writer.add_token_merges, ["t 0"]),
-            (writer.add_eos_token_id, 2), (writer.add_add_bos_token, False),
-        ):  # fmt: skip
-            add(value)  # type: ignore[operator]
-        for name, value in tensors(folded, "qwen2"):
-            writer.add_tensor(name, value.detach().float().contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(path)
-        parameters.cpuparams.n_threads = threads
-        server = xllamacpp.Server(parameters)
-        body = {"prompt": list(range(3, 3 + PROMPT)), "n_predict": tokens, "temperature": 0, "ignore_eos": True}
-        answers = [server.handle_completions(json.dumps(body)) for _ in range(3)]
-    return max(json.loads(answer)["timings"]["predicted_per_second"] for answer in answers)
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(file)
+    parameters.cpuparams.n_threads = threads
+    server = xllamacpp.Server(parameters)
+    body = {"prompt": list(range(3, 3 + PROMPT)), "n_predict": tokens, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(server.listening_address + "/completion", json.dumps(body).encode())
+    answers = [json.loads(urllib.request.urlopen(request).read()) for _ in range(5)]
+    return statistics.median(answer["timings"]["predicted_per_second"] for answer in answers)
 
 
 def main() -> None:
@@ -125,7 +103,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=60)
-    parser.add_argument("--gguf", action="store_true")
+    parser.add_argument("--gguf", type=Path, help="a file of `indra export --as gguf`, of the default shape")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -138,7 +116,8 @@ def main() -> None:
         for name, settings in {"greedy": TestSettings(temperature=0), "default sampling": TestSettings()}.items():
             figures = measured(
                 {
-                    "ours": lambda b=batch, s=settings: our_steps(ours, b, s),
+                    "ours, as indra test": lambda b=batch, s=settings: our_steps(ours, b, s, False),
+                    "ours, as indra chat and serve": lambda b=batch, s=settings: our_steps(ours, b, s, True),
                     "Llama of transformers": lambda b=batch, s=settings: llama_steps(llama, b, s),
                 },
                 options.rounds,
@@ -148,7 +127,8 @@ def main() -> None:
                 rate = 1e3 * batch / wall
                 print(f"batch {batch}, {name}, {who}: {wall:.2f} ms a step ({work:.2f} of CPU), {rate:.0f} tokens/s")
     if options.gguf:
-        print(f"llama.cpp, f32, one text, greedy: {llama_cpp(ours, options.threads, options.tokens):.0f} tokens/s")
+        rate = llama_cpp(options.gguf, options.threads, options.tokens)
+        print(f"llama.cpp, {options.gguf.name}, one text, greedy: {1e3 / rate:.2f} ms a step, {rate:.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Chat:
 
     def __init__(self, loaded: Loaded, settings: ChatSettings) -> None:
         self._loaded, self._settings = loaded, settings
-        self._decoder = Decoder(PackedModel(loaded.inference_model), slots=1)
+        self._decoder = Decoder(PackedModel(loaded.inference_model, gather=True), slots=1)
         self._past: list[Exchange] = []
         self.forgotten = 0
         torch.manual_seed(settings.seed)

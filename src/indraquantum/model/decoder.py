@@ -1,13 +1,15 @@
 """Writes several texts at once, one token of each in a step: the layers of InferenceModel, arranged for that.
 
-A step multiplies one state of each text with all weights, so its time goes into reading the weights and into calling
-torch. Therefore the matrices lie as these products read them fastest, products of the same states are one product,
-nothing is computed that an earlier step has computed (the lifted table, the rotary angles), and keys and values are
-written in place into memory that is as long as the model's context.
+A step multiplies one state of each text with all weights. So its time goes into reading the weights, and into the calls
+of torch, each of which is slow here because the weights push its code out of the caches. Therefore the matrices lie as
+these products read them fastest, the weights of the norms are multiplied into them, products of the same states are one
+product, and the pairs that a rotary position turns lie side by side, as complex numbers. The table is lifted once, and
+keys and values are written in place into memory that is as long as the model's context.
 
 Each text has a slot. The first `active` slots are in use. Rows of a step never mix: each text attends to its own keys.
 
-Legend: B texts, T positions, S positions so far, D real width, H heads of queries, K heads of keys, V vocabulary.
+Legend: B texts, T positions, S positions so far, D real width, H heads of queries, K heads of keys, V vocabulary;
+    N states, of B texts or of B*T positions.
 """
 
 from __future__ import annotations
@@ -19,18 +21,16 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from indraquantum.model.core import QuantumCore
 
 
 class PackedLayer(NamedTuple):
-    """The weights of a layer; matrices as (inputs, outputs)."""
+    """The matrices of a layer as (inputs, outputs), the first and third with the weights of the norm before them."""
 
-    norm_D: Tensor
     query_key_value: Tensor
     output: Tensor
-    mlp_norm_D: Tensor
     gate_up: Tensor
     down: Tensor
 
@@ -40,25 +40,32 @@ class PackedModel:
 
     Args:
         model: the model, whose backbone is InferenceModel's.
+        gather: also keep the inputs' states of all tokens. It saves time in each step, and takes the time of some
+            hundred steps and the memory of one more table.
     """
 
     @torch.no_grad()
-    def __init__(self, model: QuantumCore) -> None:
+    def __init__(self, model: QuantumCore, gather: bool = False) -> None:
         shape, backbone = model.config, cast(Any, model.backbone)
         self.model, self.epsilon, self.context = model, shape.rms_norm_eps, shape.max_position_embeddings
         self.head_dim, self.heads = shape.head_dim, shape.num_attention_heads
         self.key_heads = shape.num_key_value_heads or shape.num_attention_heads
-        self.layers = [_packed_layer(layer) for layer in backbone.layers]
+        self.layers = [_packed_layer(layer, shape.head_dim) for layer in backbone.layers]
         self.norm_D: Tensor = backbone.norm.weight
-        positions_S1 = torch.arange(self.context, device=self.norm_D.device)[:, None].float()
-        angles = positions_S1 * backbone.frequencies
-        # A pair turns by (x, y) -> (x cos - y sin, y cos + x sin); the signs are in the table.
-        self.cos = torch.cat([angles.cos(), angles.cos()], dim=-1)
-        self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)
+        angles = torch.arange(self.context, device=self.norm_D.device)[:, None, None].float() * backbone.frequencies
+        self.turns = torch.polar(torch.ones_like(angles), angles)  # (S, 1, half the width of a head)
+        self._input_table_VD = model.input_table() if gather else None
         table_VD = model.lift_table()
         linear = shape.head == "interference"
         self._table_VD = None if linear else table_VD
         self._head_DV = (table_VD * model.scale).T.contiguous() if linear else None
+
+    def input_states(self, ids: Tensor) -> Tensor:
+        """Return the inputs' states (..., D) of token ids."""
+        if self._input_table_VD is not None:
+            return F.embedding(ids.to(self.norm_D.device), self._input_table_VD)
+        table = self.model.embedding.weight
+        return self.model.input_states(F.embedding(ids.to(table.device), table))
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the logits (..., V) of `states` (..., D)."""
@@ -71,20 +78,25 @@ class PackedModel:
         return logits if self.model.bias_V is None else logits.add_(self.model.bias_V)
 
 
-def _packed_layer(layer: Any) -> PackedLayer:
+def _packed_layer(layer: Any, head_dim: int) -> PackedLayer:
     attention, mlp = layer.self_attn, layer.mlp
+    turned = (_pairs_side_by_side(projection.weight, head_dim) for projection in (attention.q_proj, attention.k_proj))
     return PackedLayer(
-        layer.input_layernorm.weight,
-        _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj),
-        _side_by_side(attention.o_proj),
-        layer.post_attention_layernorm.weight,
-        _side_by_side(mlp.gate_proj, mlp.up_proj),
-        _side_by_side(mlp.down_proj),
+        _matrix(*turned, attention.v_proj.weight, norm_D=layer.input_layernorm.weight),
+        _matrix(attention.o_proj.weight),
+        _matrix(mlp.gate_proj.weight, mlp.up_proj.weight, norm_D=layer.post_attention_layernorm.weight),
+        _matrix(mlp.down_proj.weight),
     )
 
 
-def _side_by_side(*projections: nn.Linear) -> Tensor:
-    return torch.cat([projection.weight for projection in projections]).T.contiguous()
+def _matrix(*weights: Tensor, norm_D: Tensor | None = None) -> Tensor:
+    whole = torch.cat(weights)
+    return (whole if norm_D is None else whole * norm_D).T.contiguous()
+
+
+def _pairs_side_by_side(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder the rows of queries or keys: pairs i and i + head_dim / 2 become pairs 2i and 2i + 1."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 class Decoder:
@@ -97,14 +109,14 @@ class Decoder:
 
     def __init__(self, packed: PackedModel, slots: int) -> None:
         self.packed, self.slots, self.lengths = packed, slots, list[int]()  # lengths: positions so far, by slot
-        self._memories = [(self._empty(slots), self._empty(slots)) for _ in packed.layers]
+        self._caches = [self._empty(slots) for _ in packed.layers]
         self._columns_S = torch.arange(packed.context, device=packed.norm_D.device)
 
     def _empty(self, slots: int) -> Tensor:
-        """Return memory for the keys or values of a layer: zeros, since 0 * NaN would be NaN where a mask hides it."""
+        """Return memory for keys and values of a layer: zeros, since 0 * NaN would be NaN where a mask hides it."""
         packed = self.packed
         # numpy's zeros take no memory before they are written to.
-        zeros = np.zeros((slots, packed.key_heads, packed.context, packed.head_dim), np.float32)
+        zeros = np.zeros((slots, 2 * packed.key_heads, packed.context, packed.head_dim), np.float32)
         return torch.from_numpy(zeros).to(packed.norm_D.device)
 
     @property
@@ -112,7 +124,7 @@ class Decoder:
         """How many texts there are; their slots are 0 to active - 1."""
         return len(self.lengths)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def begin(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Read the beginnings of more texts in one pass, and put them into the next slots.
 
@@ -122,90 +134,86 @@ class Decoder:
         Returns:
             (B, T, D) their states. Beyond the end of a text shorter than T they mean nothing.
         """
-        first, longest = self.active, max(map(len, texts))
-        ids_BT = torch.zeros(len(texts), longest, dtype=torch.long)
+        packed, count, longest = self.packed, len(texts), max(map(len, texts))
+        ids_BT = torch.zeros(count, longest, dtype=torch.long)
         for row, text in enumerate(texts):
             ids_BT[row, : len(text)] = torch.as_tensor(text)
-        cos, sin = self.packed.cos[:longest, None], self.packed.sin[:longest, None]
-        states = self._input_states(ids_BT)
-        for layer, memory in zip(self.packed.layers, self._memories, strict=True):
-            query, key, value = self._heads(layer, states, cos, sin)
-            for cache, new in zip(memory, (key, value), strict=True):
-                cache[first : first + len(texts), :, :longest] = new
+        states_ND = packed.input_states(ids_BT).flatten(0, 1)
+        turns = packed.turns[:longest].repeat(count, 1, 1)
+        slots = slice(self.active, self.active + count)
+        for layer, cache in zip(packed.layers, self._caches, strict=True):
+            query, key_value = self._heads(layer, states_ND, turns)
+            query, key_value = (heads.unflatten(0, (count, longest)).transpose(1, 2) for heads in (query, key_value))
+            cache[slots, :, :longest] = key_value
             # Padding is at the end, where no earlier position looks.
-            states = self._mixed(layer, states, query, key, value, None, causal=longest > 1)
+            gathered = self._gathered(query, key_value, None, causal=longest > 1)
+            states_ND = self._next_states(layer, states_ND, gathered.transpose(1, 2).flatten(2).flatten(0, 1))
         self.lengths += map(len, texts)
-        return self._normed(states, self.packed.norm_D)
+        return self._normed(states_ND).unflatten(0, (count, longest))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, ids_B: Tensor) -> Tensor:
         """Read the next token (B,) of each text and return their states (B, D). None may be at the context's end."""
-        longest, count = max(self.lengths) + 1, self.active
-        alone = count == 1
-        states = self._input_states(ids_B.reshape(count, 1))
-        if alone:
-            place, mask = slice(longest - 1, longest), None
-            cos, sin = self.packed.cos[place, None], self.packed.sin[place, None]
+        packed, count, longest = self.packed, self.active, max(self.lengths) + 1
+        states_BD = packed.input_states(ids_B)
+        if count == 1:
+            turns, mask = packed.turns[longest - 1], None
         else:
-            places_B = torch.tensor(self.lengths, device=states.device)
-            rows_B = torch.arange(count, device=states.device)
-            cos, sin = self.packed.cos[places_B, None, None], self.packed.sin[places_B, None, None]
+            places_B = torch.tensor(self.lengths, device=states_BD.device)
+            rows_B, turns = self._columns_S[:count], packed.turns[places_B]
             allowed_BS = self._columns_S[:longest] <= places_B[:, None]
-            zeros_BS = torch.zeros(allowed_BS.shape, device=states.device)
+            zeros_BS = torch.zeros(allowed_BS.shape, device=states_BD.device)
             mask = zeros_BS.masked_fill_(~allowed_BS, -math.inf)[:, None, None]
-        for layer, memory in zip(self.packed.layers, self._memories, strict=True):
-            query, *new = self._heads(layer, states, cos, sin)
-            for cache, latest in zip(memory, new, strict=True):
-                if alone:
-                    cache[0, :, place] = latest[0]
-                else:
-                    cache[rows_B, :, places_B] = latest[:, :, 0]
-            key, value = (cache[:count, :, :longest] for cache in memory)
-            states = self._mixed(layer, states, query, key, value, mask, causal=False)
+        for layer, cache in zip(packed.layers, self._caches, strict=True):
+            query, key_value = self._heads(layer, states_BD, turns)
+            if count == 1:
+                cache[0, :, longest - 1] = key_value[0]
+            else:
+                cache[rows_B, :, places_B] = key_value
+            gathered = self._gathered(query[:, :, None], cache[:count, :, :longest], mask, causal=False)
+            states_BD = self._next_states(layer, states_BD, gathered.reshape(count, -1))
         self.lengths = [length + 1 for length in self.lengths]
-        return self._normed(states, self.packed.norm_D)[:, 0]
+        return self._normed(states_BD)
 
     def release(self, slot: int) -> None:
         """End the text in `slot`. The text in the last slot moves into its place."""
         last = self.active - 1
         if slot != last:
-            for cache in (cache for memory in self._memories for cache in memory):
+            for cache in self._caches:
                 cache[slot, :, : self.lengths[last]] = cache[last, :, : self.lengths[last]]
             self.lengths[slot] = self.lengths[last]
         self.lengths.pop()
 
-    def _input_states(self, ids: Tensor) -> Tensor:
-        model = self.packed.model
-        return model.input_states(F.embedding(ids.to(model.embedding.weight.device), model.embedding.weight))
+    def _normed(self, states_ND: Tensor) -> Tensor:
+        """Return the final states."""
+        return F.rms_norm(states_ND, (states_ND.shape[-1],), self.packed.norm_D, self.packed.epsilon)
 
-    def _normed(self, states: Tensor, weight_D: Tensor) -> Tensor:
-        return F.rms_norm(states, (len(weight_D),), weight_D, self.packed.epsilon)
+    def _projected(self, states_ND: Tensor, matrix: Tensor) -> Tensor:
+        """Return the products of the scaled states with a matrix that has the norm's weights in it."""
+        width, epsilon = states_ND.shape[-1], self.packed.epsilon
+        if len(states_ND) == 1 and states_ND.device.type == "cpu":  # half the calls
+            square = torch.dot(states_ND[0], states_ND[0]).item()
+            return (states_ND * (square / width + epsilon) ** -0.5) @ matrix
+        return F.rms_norm(states_ND, (width,), None, epsilon) @ matrix
 
-    def _heads(self, layer: PackedLayer, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (B, H, T, width of a head), keys and values (B, K, T, width of a head)."""
+    def _heads(self, layer: PackedLayer, states_ND: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries (N, H, width of a head), and keys and values (N, 2K, width of a head)."""
         packed = self.packed
-        heads = (self._normed(states, layer.norm_D) @ layer.query_key_value).unflatten(-1, (-1, packed.head_dim))
-        turned = heads[..., : packed.heads + packed.key_heads, :]
-        turned = torch.addcmul(turned * cos, turned.roll(packed.head_dim // 2, -1), sin).transpose(1, 2)
-        value = heads[..., packed.heads + packed.key_heads :, :].transpose(1, 2)
-        return turned[:, : packed.heads], turned[:, packed.heads :], value
+        heads = self._projected(states_ND, layer.query_key_value).unflatten(-1, (-1, packed.head_dim))
+        turning = heads[:, : packed.heads + packed.key_heads].unflatten(-1, (-1, 2))
+        torch.view_as_complex(turning).mul_(turns)
+        return heads[:, : packed.heads], heads[:, packed.heads :]
 
-    def _mixed(
-        self, layer: PackedLayer, states: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        *, causal: bool,
-    ) -> Tensor:  # fmt: skip
-        """Return the layer's states (B, T, D): attention, then the MLP."""
-        gathered = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=self.packed.head_dim**-0.5,
-            enable_gqa=self.packed.heads != self.packed.key_heads,
+    def _gathered(self, query: Tensor, key_value: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
+        """Return what queries (B, H, T, width of a head) gather from keys and values (B, 2K, S, width of a head)."""
+        key_heads = self.packed.key_heads
+        return F.scaled_dot_product_attention(
+            query, key_value[:, :key_heads], key_value[:, key_heads:], attn_mask=mask, is_causal=causal,
+            scale=self.packed.head_dim**-0.5, enable_gqa=self.packed.heads != key_heads,
         )  # fmt: skip
-        states = _added(states, gathered.transpose(1, 2).flatten(2), layer.output)
-        gate, up = (self._normed(states, layer.mlp_norm_D) @ layer.gate_up).chunk(2, dim=-1)
-        return _added(states, F.silu(gate) * up, layer.down)
 
-
-def _added(states: Tensor, inputs: Tensor, matrix: Tensor) -> Tensor:
-    """Return states + inputs @ matrix, for one position of each row as one operation."""
-    if states.shape[1] == 1:
-        return torch.addmm(states[:, 0], inputs[:, 0], matrix)[:, None]
-    return states + inputs @ matrix
+    def _next_states(self, layer: PackedLayer, states_ND: Tensor, gathered_ND: Tensor) -> Tensor:
+        """Return the layer's states (N, D): what attention gathered, then the MLP."""
+        states_ND = torch.addmm(states_ND, gathered_ND, layer.output)
+        gate, up = self._projected(states_ND, layer.gate_up).chunk(2, dim=-1)
+        return torch.addmm(states_ND, F.silu(gate).mul_(up), layer.down)

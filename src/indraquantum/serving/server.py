@@ -43,7 +43,7 @@ def serve_checkpoint(path: Path, settings: ServeSettings) -> None:
         import uvicorn  # noqa: F401
     with listening(settings) as listener:  # first, because loading takes longer
         loaded = load(path, choose_device(settings), settings.weights)
-        packed = PackedModel(loaded.inference_model)
+        packed = PackedModel(loaded.inference_model, gather=True)
         with Engine(packed, loaded.tokenizer.eos_id, settings.slots, settings.queue) as engine:
             asyncio.run(server_of(loaded, settings, engine, listener).serve(sockets=[listener]))
     tell("The server has stopped.")
