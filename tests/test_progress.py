@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 
 import pytest
 
@@ -11,7 +13,7 @@ from indraquantum.config import CaptureSettings, PrepareSettings, TeacherSetting
 from indraquantum.data.prepare import prepare
 from indraquantum.progress import Progress
 from indraquantum.teacher.capture import capture
-from indraquantum.training.loop import train
+from indraquantum.training.loop import figures_of, short_figures_of, train
 from indraquantum.training.pretrain_teacher import pretrain_teacher
 
 
@@ -39,6 +41,28 @@ def test_work_of_unknown_length(clock, capsys):
         clock[0] += 40.0
         bar.update(8000)
     assert capsys.readouterr().out == "download: 8,000 bytes, 200 bytes/s\n"
+
+
+def test_a_bar_shows_the_short_figures_in_a_narrow_terminal(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    metrics = {
+        "ce": 4.3184,
+        "kd": 1.765,
+        "phase": 0.09,
+        "magnitude": None,
+        "learning_rate": 5e-3,
+        "tokens_per_second": 14820.4,
+    }
+    with Progress("train", 448, "steps", done=95) as bar:
+        bar.update(1, figures_of(metrics), short_figures_of(metrics))
+        bar._bar.refresh()
+    shown = screen.getvalue().rstrip("\n").split("\r")[-1]
+    assert shown.startswith("train:  21%|")
+    assert shown.rstrip().endswith(" left, 14,820 tokens/s, lr 5.0e-03, ce 4.318, kd 1.765, phase 0.090")
+    assert "| 96/448, " in shown
+    assert len(shown[: shown.index("ce 4.318") + 8]) <= 80
 
 
 def test_a_silent_one_and_a_quick_one_say_nothing(clock, capsys):

@@ -25,6 +25,8 @@ from types import TracebackType
 from indraquantum.errors import options_named, worded
 
 SECONDS_BETWEEN_LINES = 30.0
+# A short bar and no elapsed time leave room for figures in a terminal of 80 columns.
+BAR = "{desc}: {percentage:3.0f}%|{bar:6}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 NOBODY_READS = (errno.EPIPE, errno.EIO)  # the reader of the pipe, or the terminal, is gone
 _LOGGER = logging.getLogger("indraquantum")
 
@@ -117,12 +119,20 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def update(self, count: int = 1, figures: str = "") -> None:
-        """Count `count` more units as done; `figures` are shown beside them."""
+    def update(self, count: int = 1, figures: str = "", short: str = "") -> None:
+        """Count `count` more units as done.
+
+        Args:
+            count: how many.
+            figures: what lines show beside them.
+            short: what a bar shows, with a speed of its own and the least important at the end; by default `figures`.
+        """
         self._done += count
+        if short:
+            self._bar.bar_format = BAR
+        if figures or short:
+            self._bar.set_postfix_str(short or figures, refresh=False)
         self._bar.update(count)
-        if figures:
-            self._bar.set_postfix_str(figures)
         now = time.monotonic()
         if self._has_lines and now - self._told >= SECONDS_BETWEEN_LINES:
             self._told = now

@@ -164,7 +164,7 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
                 with run.processes.together():
                     if run.pending is None:
                         run.pending = take_step(run)
-                        progress.update(1, figures_of(run.pending))
+                        progress.update(1, figures_of(run.pending), short_figures_of(run.pending))
                         collapsed = watch_for_collapse(run)
                     if folders is not None:
                         folders.check(log)
@@ -365,9 +365,17 @@ def checkpoint_of(run: Run) -> Checkpoint:
 
 
 def figures_of(metrics: dict[str, Any]) -> str:
-    """Return loss terms, learning rate and speed of a step as text for the progress line."""
+    """Return loss terms, learning rate and speed of a step as text for a line of a log."""
+    rate, speed = f"learning rate {metrics['learning_rate']:.2e}", f"{metrics['tokens_per_second']:,.0f} tokens/s"
+    return ", ".join([*_terms_of(metrics), rate, speed])
+
+
+def short_figures_of(metrics: dict[str, Any]) -> str:
+    """Return the same for a bar, whose end a narrow terminal cuts off."""
+    rate, speed = f"lr {metrics['learning_rate']:.1e}", f"{metrics['tokens_per_second']:,.0f} tokens/s"
+    return ", ".join([speed, rate, *_terms_of(metrics)])
+
+
+def _terms_of(metrics: dict[str, Any]) -> list[str]:
     names = [name for name in ("ce", "kd", "phase", "magnitude") if metrics.get(name) is not None]
-    terms = [f"{name} {metrics[name]:.3f}" for name in names]
-    return ", ".join(
-        [*terms, f"learning rate {metrics['learning_rate']:.2e}", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
-    )
+    return [f"{name} {metrics[name]:.3f}" for name in names]
