@@ -12,7 +12,7 @@ import pytest
 from indraquantum.live.server import PageServer, Site
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # playwright runs a loop of asyncio in this thread, which other tests can't have
 def chromium():
     """A running Chromium. pip installs playwright, but no browser, so a machine may have none."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -152,7 +152,9 @@ def test_the_explorer_in_a_browser_with_a_hostile_prompt(chromium, run, loaded):
     prompt = "<script>document.title='x'</script><img src=x onerror=document.title='y'> the cat"
     tokens = written(loaded, TestSettings(prompt=prompt, max_new_tokens=8))["tokens"]
     logs = run.metrics.parent.parent
-    with served(site_of(logs)) as server, page_of(chromium, f"{server.url}#view=state") as page:
+    site = site_of(logs)
+    (run_id,) = (one["id"] for one in site.get["/api/runs"]({})["runs"])
+    with served(site) as server, page_of(chromium, f"{server.url}#view=state&runs={run_id}") as page:
         page.get_by_label("Prompt").fill(prompt)
         page.get_by_label("New tokens").fill("8")
         page.get_by_role("button", name="Continue the prompt").click()

@@ -34,7 +34,7 @@ SERIES = (
 )
 KINDS = frozenset({float, int, type(None)})
 LINES_AT_ONCE = 1000
-LINES_BETWEEN_MARKS = 10_000
+LINES_BETWEEN_MARKS = 2_000
 MOST_EVENTS = 1000
 MOST_SOURCES = 32
 SEEN_AGAIN = 64  # bytes before the end of what was read that must still be there

@@ -9,6 +9,8 @@ Legend: n rows, k rows of a stretch, S columns. NaN is a value that a row does n
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 CAPACITY = 1024  # stretches, which is more than a screen has room for; even
@@ -73,14 +75,19 @@ def _extremes(values_nkS: np.ndarray) -> np.ndarray:
     return np.take_along_axis(values_nkS, order, axis=1)
 
 
+@cache
+def _block_of(decay: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shares of the values of a block in the sum after each of them, and what is kept of the sum before."""
+    ages = np.subtract.outer(np.arange(BLOCK), np.arange(BLOCK))
+    shares = np.where(ages >= 0, (1 - decay) * decay ** np.maximum(ages, 0), 0)
+    return shares, decay ** np.arange(1, BLOCK + 1)
+
+
 class Means:
     """The exponential means of some columns, as `smoothing.Smoothing` gives them, for many rows at once."""
 
     def __init__(self, decay: float, columns: int) -> None:
-        self._sums, self._weights = np.zeros(columns), np.zeros(columns)
-        ages = np.subtract.outer(np.arange(BLOCK), np.arange(BLOCK))
-        self._shares = np.where(ages >= 0, (1 - decay) * decay ** np.maximum(ages, 0), 0)
-        self._kept = decay ** np.arange(1, BLOCK + 1)
+        self._decay, self._sums, self._weights = decay, np.zeros(columns), np.zeros(columns)
 
     def take(self, values_nS: np.ndarray) -> np.ndarray:
         """Add rows and return the means (n, S) after each of them; NaN where a row has no value."""
@@ -93,8 +100,8 @@ class Means:
         return means_nS
 
     def _block(self, column: int, values: np.ndarray) -> np.ndarray:
-        count = len(values)
-        sums = self._shares[:count, :count] @ values + self._kept[:count] * self._sums[column]
-        weights = 1 - self._kept[:count] * (1 - self._weights[column])
+        count, (shares, kept) = len(values), _block_of(self._decay)
+        sums = shares[:count, :count] @ values + kept[:count] * self._sums[column]
+        weights = 1 - kept[:count] * (1 - self._weights[column])
         self._sums[column], self._weights[column] = sums[-1], weights[-1]
         return sums / weights

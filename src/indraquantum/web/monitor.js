@@ -276,8 +276,8 @@
         page.chosen = page.chosen.filter((id) => page.runs.some((run) => run.id === id));
         if (first && !page.chosen.length && page.runs.length) {
           page.chosen = [page.runs.reduce((newest, run) => (run.seconds_since < newest.seconds_since ? run : newest)).id];
-          if (page.view === "files" || page.view === "state") setTimeout(show, 0);
         }
+        if (first && page.runs.length && page.view !== "curves") setTimeout(show, 0);
         drawList();
         if (page.view === "curves") {
           if (await updateCurves()) wait = Math.min(wait, 50 * page.chosen.length);
