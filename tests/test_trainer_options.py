@@ -11,6 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from indraquantum import cli
 from indraquantum.config import CaptureSettings, TrainSettings
@@ -88,11 +89,40 @@ def test_a_run_of_before_keeps_its_objective_in_float32(world, tmp_path):
     before = tmp_path / "run" / "checkpoint_v4_step_2.pt"
     checkpoint = load_checkpoint("", before)
     assert checkpoint.settings.pop("objective_precision") == "bfloat16"
+    assert checkpoint.settings.pop("attention_precision") == "float32"
     save_checkpoint(before, checkpoint)
     run = trial_run(begun)
     assert resume(run)
     assert (run.parallel.precision.dtype, run.parallel.precision.objective) == (torch.bfloat16, torch.float32)
     assert run.identity["objective_precision"] == "float32"
+    assert attention_of_a_step(run) == {torch.bfloat16}
+
+
+def attention_of_a_step(run):
+    """The formats in which torch computes attention in a step: autocast's, inside it."""
+    seen, attend = set(), F.scaled_dot_product_attention
+
+    def attention(query, *arguments, **options):
+        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype)
+        return attend(query, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", attention)
+        loop.take_step(run)
+    return seen
+
+
+def test_short_rows_attend_in_float32(world, tmp_path, monkeypatch):
+    """There bfloat16 is slower on CPUs, and less exact."""
+    given = settings(world, tmp_path, precision="bfloat16")
+    run = trial_run(given)
+    assert attention_of_a_step(run) == {torch.float32}
+    assert run.identity["attention_precision"] == "float32"
+    monkeypatch.setattr(training_run, "SHORT", run.dataset.row_length)
+    long = trial_run(given)
+    assert attention_of_a_step(long) == {torch.bfloat16}
+    assert long.identity["attention_precision"] == "layers"
+    assert trial_run(settings(world, tmp_path)).identity["attention_precision"] == "layers"
 
 
 def test_phases_of_the_inputs_own_projector_stay_float32(world, tmp_path):

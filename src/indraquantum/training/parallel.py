@@ -48,6 +48,7 @@ class Precision:
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
         self.dtype = dtype
         self.objective = dtype if dtype is torch.bfloat16 else torch.float32
+        self.attention: Literal["layers", "float32"] = "layers"  # layers: in the layers' format
         self._device_type = "cpu" if device is None else device.type
         self.scaler = torch.amp.GradScaler(self._device_type, enabled=dtype is torch.float16)
 

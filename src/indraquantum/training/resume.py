@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from indraquantum.config import Settings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.kernels.ways import continued, put_in_force
+from indraquantum.model.attention import attend_in_float32
 from indraquantum.progress import tell
 from indraquantum.training.checkpoint import (
     Checkpoint,
@@ -37,7 +38,7 @@ from indraquantum.training.run import BestHeldOut, Run, refuse_checkpoints, stag
 from indraquantum.training.schedule import decay_begins
 
 # What the program did before it had an option, for options whose default is something else.
-BEFORE_THE_OPTION = {"tail": "none", "row_order": 1, "objective_precision": "float32"}
+BEFORE_THE_OPTION = {"tail": "none", "row_order": 1, "objective_precision": "float32", "attention_precision": "layers"}
 LENGTHS = ("epochs", "max_steps", "steps")  # options
 STAGE_LENGTHS = ("steps", "planned_steps")  # in a stage's identity
 
@@ -107,7 +108,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         if run.settings.tail == "auto":
             run.identity["tail"] = before["tail"]
         kept["tail"] = run.identity["tail"]
-    for name in ("row_order", "objective_precision"):
+    for name in ("row_order", "objective_precision", "attention_precision"):
         run.identity[name] = before[name]
     way = continued(before.get("products"), "--resume")
     put_in_force(way)
@@ -134,7 +135,10 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True
     run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
     run.average.load(scattered(checkpoint.average, run.average.weights))
-    run.parallel.precision.objective = DTYPES[before["objective_precision"]]
+    precision = run.parallel.precision
+    precision.objective, precision.attention = DTYPES[before["objective_precision"]], before["attention_precision"]
+    if hasattr(run.model, "backbone"):  # a teacher has none
+        attend_in_float32(run.model.backbone, yes=precision.attention == "float32")
     run.parallel.precision.scaler.load_state_dict(checkpoint.loss_scale)
 
 

@@ -24,6 +24,7 @@ from indraquantum.errors import UserError
 from indraquantum.files import combined_sha256, sha256_of
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import in_force, put_in_force
+from indraquantum.model.attention import SHORT, attend_in_float32
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.processes import ALONE, Processes
@@ -181,6 +182,10 @@ def start_run(settings: TrainSettings, plan: Plan, device: torch.device, process
     accelerate(model, settings, device)
     # A stage without signals does not use the readout.
     precision, unused = choose_precision(settings, device), any(stage.signals is None for stage in plan.stages)
+    is_short = all(stage.dataset.row_length < SHORT for stage in plan.stages)
+    if device.type == "cpu" and precision.dtype is not torch.float32 and is_short:
+        precision.attention = "float32"
+    attend_in_float32(model.backbone, yes=precision.attention == "float32")
     parallel = make_parallel(settings.parallel, model, processes, device, unused=unused, precision=precision)
     return Run(
         settings=settings,
@@ -354,6 +359,7 @@ def computed_by(precision: Precision) -> dict[str, Any]:
     return {
         "precision": precision.name,
         "objective_precision": precision.name_of_objective,
+        "attention_precision": precision.attention,
         "row_order": ORDER,
         "products": str(in_force()),
     }
