@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from indraquantum.config import TestSettings, TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
+from indraquantum.inference.load import load
 from indraquantum.inference.write import continued
 from indraquantum.live.details import details_of
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import load_checkpoint
-from indraquantum.training.samples import held_out_prompts
+from indraquantum.training.parallel import WeightAverage
+from indraquantum.training.samples import held_out_prompts, sample
 
 PROMPTS = ("the cat", "a dog")
 
@@ -88,6 +92,20 @@ def test_averaged_weights_are_sampled_and_put_back(world, tmp_path):
     report = loop.train(settings(world, tmp_path, sample_every=7, sample_prompt=PROMPTS, ema_decay=0.9))
     for one in samples_in(report):
         assert continued(report.checkpoint, TestSettings(prompt=one["prompt"], device="cpu")).text == one["text"]
+
+
+def test_sampling_leaves_torchs_random_state_and_the_mode(sampled):
+    loaded = load(sampled.checkpoint, torch.device("cpu"))
+    model = loaded.model.train()
+    run = SimpleNamespace(
+        dataset=SimpleNamespace(tokenizer=loaded.tokenizer), model=model, device=torch.device("cpu"),
+        settings=SimpleNamespace(compile=False), average=WeightAverage(model, 0.0),
+    )  # fmt: skip
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert sample(run, "the cat") == samples_in(sampled)[-2]["text"]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
 
 
 def test_a_model_that_no_process_holds_is_refused(world, tmp_path):

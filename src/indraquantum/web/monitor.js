@@ -182,9 +182,14 @@
   }
 
   // ---- comparison: figures and differing settings side by side
-  async function comparisonView() {
+  let shownComparison = "";
+  async function comparisonView(always = true) {
     const panel = find("panel"), runs = chosenRuns();
-    if (runs.length < 2) { panel.replaceChildren(element("p", { class: "none" }, "Choose two or more runs in the list above to compare them.")); return; }
+    if (always) shownComparison = "";
+    if (runs.length < 2) {
+      if (always) panel.replaceChildren(element("p", { class: "none" }, "Choose two or more runs in the list above to compare them."));
+      return;
+    }
     let rows = [];
     try {
       rows = (await ask(`/api/differences?${runs.map((run) => `run=${run.id}`).join("&")}`)).rows;
@@ -193,6 +198,10 @@
     const figures = [["state", ...runs.map((run) => run.state)], ["steps", ...runs.map((run) => run.steps.toLocaleString("en"))],
       ["tokens", ...runs.map((run) => run.tokens.toLocaleString("en"))], ["loss", ...runs.map((run) => shown(run.loss))],
       ...sources.map((source) => [`held-out CE, ${source}`, ...runs.map((run) => shown(run.held_out[source]))])];
+    // Only what changed is drawn again, so that a screen reader keeps its place.
+    const found = JSON.stringify([runs.map((run) => run.name), figures, rows]);
+    if (found === shownComparison) return;
+    shownComparison = found;
     const table = (title, lines) => element("div", { class: "card wide" }, element("h3", {}, title), element("table", {},
       element("thead", {}, element("tr", {}, element("th", { scope: "col" }, ""), ...runs.map((run) => element("th", { scope: "col" }, run.name)))),
       element("tbody", {}, ...lines.map(([name, ...cells]) => element("tr", {}, element("th", { scope: "row" }, name), ...cells.map((text) => element("td", {}, text)))))));
@@ -282,7 +291,7 @@
         if (page.view === "curves") {
           if (await updateCurves()) wait = Math.min(wait, 50 * page.chosen.length);
           drawCharts(false);
-        } else if (page.view === "comparison") await comparisonView();
+        } else if (page.view === "comparison") await comparisonView(false);
         else if (page.view === "files") await refreshFiles();
       }
       find("connection").textContent = "";
