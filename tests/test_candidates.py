@@ -22,7 +22,7 @@ from indraquantum.training import candidates as module
 from indraquantum.training import loop
 from indraquantum.training.candidates import CandidateSampler
 from indraquantum.training.checkpoint import load_checkpoint
-from indraquantum.training.engine import Engine
+from indraquantum.training.engine import Engine, _work
 from indraquantum.training.parallel import SingleProcess, WeightAverage, make_parallel
 from indraquantum.training.step import StepInput
 
@@ -118,12 +118,15 @@ def plain_loss(model, batch, signals: TeacherSignals, chosen):
 ROWS = np.arange(7)
 
 
-def some_steps(world, processes, kind, micro_batch_rows=2):
+def some_steps(world, processes, kind, micro_batch_rows=2, taught=False):
     model, dataset, sampler = parts(world)
+    signals = open_signals("--signals", world.signals, dataset) if taught else None
+    weights = {"signals": signals, "kd_weight": 0.5, "phase_weight": 0.1} if taught else {}
     parallel = make_parallel(kind, model, processes, torch.device("cpu"), unused=True)
     optimizer = torch.optim.AdamW(model.parameter_groups(3e-3, 10.0, 0.1))
     engine = Engine(parallel, optimizer, sampler=sampler)
-    steps = [StepInput(dataset.train, ROWS, micro_batch_rows, 3e-3, table_rate=10.0, seed=seed) for seed in range(12)]
+    fixed = {"learning_rate": 3e-3, "table_rate": 10.0, **weights}
+    steps = [StepInput(dataset.train, ROWS, micro_batch_rows, seed=seed, **fixed) for seed in range(12)]
     terms = [engine.step(step).terms for step in steps]
     return terms, parallel.whole_state(optimizer, WeightAverage(model, 0.0)).model
 
@@ -136,10 +139,10 @@ def test_micro_batches_compare_the_same_tokens(world):
     torch.testing.assert_close(summed, weights, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_several_processes_compare_the_same_tokens(world, tmp_path, kind):
-    terms, weights = some_steps(world, ALONE, "auto")
-    found = forked.values(2, lambda processes: some_steps(world, processes, kind), tmp_path)
+@pytest.mark.parametrize(("kind", "taught"), [("ddp", True), ("fsdp2", False)])
+def test_several_processes_compare_the_same_tokens(world, tmp_path, kind, taught):
+    terms, weights = some_steps(world, ALONE, "auto", taught=taught)
+    found = forked.values(2, lambda processes: some_steps(world, processes, kind, taught=taught), tmp_path)
     for rank, (others, their_weights) in enumerate(found):
         for one, several in zip(terms, others, strict=True):
             assert several == pytest.approx(one, abs=1e-4)
@@ -156,8 +159,9 @@ def test_what_needs_all_tokens_compares_all(world, changes, is_sampled):
     engine = Engine(SingleProcess(model), torch.optim.SGD(model.parameters(), 0.1), sampler=sampler)
     signals = open_signals("--signals", world.signals, dataset)
     step = StepInput(dataset.train, ROWS, 7, 3e-3, signals=signals, kd_weight=0.1, **changes)
-    assert (engine._candidates(step, []) is not None) is is_sampled
-    assert Engine(SingleProcess(model), engine.optimizer)._candidates(step, []) is None
+    work = [_work(step, ROWS)]
+    assert (engine._candidates(step, work) is not None) is is_sampled
+    assert Engine(SingleProcess(model), engine.optimizer)._candidates(step, work) is None
 
 
 def test_a_run_resumes_to_the_bit_and_only_with_the_same_softmax(world, tmp_path):

@@ -109,16 +109,14 @@ class Engine:
             group["lr"] = step.learning_rate * rate
 
     def _candidates(self, step: StepInput, work: list[_Work]) -> Candidates | None:
-        """Return the tokens that the step compares; None compares all.
-
-        All processes know the labels of the whole step. Each knows the signals of its own rows only, so with a teacher
-        they may compare different tokens.
-        """
+        """Return the tokens that the step compares, the same in all processes; None compares all."""
         if self.sampler is None or (step.signals is not None and (step.temperature != 1 or step.tail == "uniform")):
             return None
-        labels = step.split.batch(step.rows).labels
-        named = (part.teacher.ids_NK.numpy() for part in work if part.teacher is not None)
-        return self.sampler.of_step(step.seed, [labels, *named]).to(self.parallel.device)
+        named = [step.split.batch(step.rows).labels]
+        if step.signals is not None:  # a process has read those of its own rows only
+            own = np.concatenate([part.teacher.ids_NK.numpy().reshape(-1) for part in work if part.teacher is not None])
+            named += self.parallel.processes.gather(np.unique(own))
+        return self.sampler.of_step(step.seed, named).to(self.parallel.device)
 
     def _guilty_rows(
         self, step: StepInput, objective: SemanticDistillationLoss, token_count: int, candidates: Candidates | None
