@@ -16,6 +16,7 @@ from indraquantum.errors import UserError
 from indraquantum.live.monitor import FILES, monitor, site_of
 from indraquantum.live.server import MOST_BYTES, PageServer, Site
 from indraquantum.metrics import FIELDS, _line
+from indraquantum.monitor.curves import Follower
 from indraquantum.web import FOLDER, asset
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -104,6 +105,29 @@ def test_names_that_no_url_can_carry(logs, serve):
     server = serve(site_of(logs))
     run = next(run for run in told(server, "/api/runs")["runs"] if "\udcff" in run["name"])
     assert told(server, f"/api/curves?run={run['id']}&series=loss")["series"]["loss"][0] == 5
+
+
+def test_a_disk_that_fails_or_is_slow_does_not_stop_the_page(logs, serve, monkeypatch):
+    """While a file hangs, the list is answered; an error of the system is told, and other runs are shown."""
+    server, read, hangs = serve(site_of(logs)), Follower.read, threading.Event()
+    runs = {run["name"]: run["id"] for run in told(server, "/api/runs")["runs"]}
+
+    def failing(follower, seconds):
+        if follower._path.parent.name == "one":
+            raise OSError(5, "Input/output error")
+        return read(follower, seconds)
+
+    monkeypatch.setattr(Follower, "read", failing)
+    status, _, content = ask(server, f"/api/curves?run={runs['one']}&series=loss")
+    assert (status, json.loads(content)) == (500, {"error": "a file can't be read: Input/output error"})
+    assert told(server, f"/api/curves?run={runs[HOSTILE]}&series=loss")["steps"]
+    monkeypatch.setattr(Follower, "read", lambda *_: hangs.wait(20))
+    waiting = threading.Thread(target=ask, args=(server, f"/api/curves?run={runs['one']}"))
+    waiting.start()
+    assert len(told(server, "/api/runs")["runs"]) == 2
+    assert waiting.is_alive()
+    hangs.set()
+    waiting.join()
 
 
 def test_checkpoints_are_listed_with_the_steps_of_their_manifests(logs, serve):
