@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from indraquantum.cli import main
 from indraquantum.errors import UserError, optional_package
 
 MISSING, BROKEN = ModuleNotFoundError("No module named 'x'"), OSError("libx.so: cannot open\nshared object file")
@@ -31,3 +32,14 @@ def test_the_harness_without_its_package_leaves_with_one_line(without_package, m
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert message.endswith("pip install 'indraquantum[lm-eval]'\n")
+
+
+@pytest.mark.parametrize("package", ["uvicorn", "starlette"])
+def test_a_server_without_its_packages_leaves_with_one_line(without_package, capsys, package):
+    without_package(package, MISSING)
+    with pytest.raises(SystemExit) as left:
+        main(["serve", "checkpoint.pt"])
+    assert left.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"indra: error: indra: got serve; needs the package {package}, which can't be imported")
+    assert message.endswith("pip install 'indraquantum[serve]'\n")

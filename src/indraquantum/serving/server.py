@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import importlib
 import ipaddress
 import os
 import signal
@@ -38,9 +39,9 @@ def serve_checkpoint(path: Path, settings: ServeSettings) -> None:
     Raises:
         UserError: a package is missing, the model can't be loaded, or the address can't be had.
     """
-    with optional_package("indra", "serve", "uvicorn and starlette", "indraquantum[serve]"):
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
+    for package in ("starlette", "uvicorn"):
+        with optional_package("indra", "serve", package, "indraquantum[serve]"):
+            importlib.import_module(package)
     with listening(settings) as listener:  # first, because loading takes longer
         loaded = load(path, choose_device(settings), settings.weights)
         packed = PackedModel(loaded.inference_model, gather=True)
