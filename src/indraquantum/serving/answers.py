@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
@@ -71,7 +72,8 @@ class Answer:
         self._events: asyncio.Queue[list[Event]] = asyncio.Queue()
 
         def tell(events: list[Event]) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, events)
+            with contextlib.suppress(RuntimeError):  # the server has stopped without waiting, so nobody reads it
+                loop.call_soon_threadsafe(self._events.put_nowait, events)
 
         self.prompt_ids, self.prompt_tokens = prompt_ids, list[PromptToken | None]()
         self.job = Job(prompt_ids, tell=tell, **options)

@@ -93,7 +93,9 @@ class Guard:
         if scope["type"] == "http" and (refused := self._refusal(scope)) is not None:
             await refused.response()(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        # A server that stops at once cancels what still runs; uvicorn would print a trace of each.
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Refused | None:
         headers = dict(scope["headers"])

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import importlib
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -109,6 +110,8 @@ def server_of(loaded: Loaded, settings: ServeSettings, engine: Engine, listener:
     tell(f"Serving {served.name} at http://{at}:{port}/v1, context {served.context} tokens. Ctrl-C stops it.")
     if not local and key is None:
         warn("Every machine that can reach this one can use the server; --api-key sets a key.")
+    # An answer that was cut short when the server stopped at once is no error.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "ASGI callable returned without" not in record.getMessage())
     return _server(config)
 
 
