@@ -20,10 +20,14 @@ from indraquantum.processes import ALONE
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training import candidates as module
 from indraquantum.training import loop
+from indraquantum.training import run as runs
 from indraquantum.training.candidates import CandidateSampler
-from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
 from indraquantum.training.engine import Engine, _work
 from indraquantum.training.parallel import SingleProcess, WeightAverage, make_parallel
+from indraquantum.training.plan import plan_run
+from indraquantum.training.resume import resume
+from indraquantum.training.run import softmax_of, trial_run
 from indraquantum.training.step import StepInput
 
 V = 640
@@ -162,6 +166,44 @@ def test_what_needs_all_tokens_compares_all(world, changes, is_sampled):
     work = [_work(step, ROWS)]
     assert (engine._candidates(step, work) is not None) is is_sampled
     assert Engine(SingleProcess(model), engine.optimizer)._candidates(step, work) is None
+
+
+def test_auto_samples_where_it_was_measured(world, monkeypatch):
+    dataset = open_dataset("--data", world.data)
+
+    def chosen(**options):
+        given = TrainSettings(**{"data": world.data, "softmax": "auto", **options})
+        return softmax_of(given, plan_run(given, dataset))
+
+    assert chosen(no_teacher=True) == "exact"  # a small vocabulary
+    monkeypatch.setattr(runs, "LARGE_VOCABULARY", dataset.tokenizer.vocabulary_size)
+    assert chosen(no_teacher=True) == "sampled"
+    assert chosen(no_teacher=True, head="born") == "exact"
+    assert chosen() == "exact"  # with a teacher
+    assert chosen(softmax="sampled") == "sampled"
+    assert chosen(no_teacher=True, softmax="exact") == "exact"
+
+
+def test_a_resumed_run_keeps_its_softmax(world, tmp_path, monkeypatch):
+    small = {"d_model": 8, "layers": 1, "heads": 1, "mlp_width": 16, "batch_tokens": 480, "no_teacher": True}
+    folders = {"data": world.data, "output": tmp_path / "run", "logs": tmp_path / "logs"}
+    given = TrainSettings(**small, **folders, softmax="auto", max_steps=4)
+    monkeypatch.setattr(runs, "LARGE_VOCABULARY", 1)
+    path = loop.train(given).checkpoint
+    checkpoint = load_checkpoint("", path)
+    assert checkpoint.settings["softmax"] == "sampled"
+    monkeypatch.setattr(runs, "LARGE_VOCABULARY", 10**9)  # now auto means exact
+    run = trial_run(given)
+    assert run.engine.sampler is None
+    assert resume(run)
+    assert run.engine.sampler is not None
+    del checkpoint.settings["softmax"]  # as in a run of before
+    save_checkpoint(path, checkpoint)
+    monkeypatch.setattr(runs, "LARGE_VOCABULARY", 1)
+    run = trial_run(given)
+    assert run.engine.sampler is not None
+    assert resume(run)
+    assert (run.engine.sampler, run.identity["softmax"]) == (None, "exact")
 
 
 def test_a_run_resumes_to_the_bit_and_only_with_the_same_softmax(world, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,26 @@ def flops_of_objective(model: IndraQuantumPhase2, objective: SemanticDistillatio
     return found["objective"]
 
 
+@pytest.mark.parametrize("ends", ["shared", "separate"])
+def test_a_sampled_step_takes_the_flops_that_torch_counts(world, tmp_path, ends):
+    given = settings(world, tmp_path, softmax="sampled", no_teacher=True, ends=ends, optimizer="adamw", heads=1)
+    run = trial_run(given)
+    run.model.config._attn_implementation = run.model.backbone.config._attn_implementation = "eager"
+    step = run.plan.step(0)
+    batch = step.split.batch(step.rows)
+    chosen = run.engine.sampler.of_step(step.seed, [batch.labels])
+    objective = SemanticDistillationLoss(0.0, implementation="reference")
+    with FlopCounterMode(display=False) as counter:
+        passed = run.parallel.run_pass(batch, None, objective, 100, candidates=chosen)
+        passed.terms.total.backward()
+    size = StepSize(len(step.rows), batch.input_ids.shape[1], int(batch.labelled.sum()), len(chosen.ids_R))
+    flops = step_flops(run.model, size)
+    flops["all"] -= flops["readout"] * 2 // 3  # without a teacher nothing goes back through it
+    assert flops["all"] == counter.get_total_flops()
+    assert flops["objective"] < 0.6 * step_flops(run.model, replace(size, compared=None))["objective"]
+    assert measure(run).size == size
+
+
 def test_a_dry_run_writes_nothing_and_counts_what_is_trained(world, tmp_path, capsys):
     wanted = settings(world, tmp_path)
     with pytest.raises(SystemExit) as exit_:
@@ -131,7 +153,8 @@ def test_activations_grow_with_rows_and_layers(world, tmp_path):
 def test_activations_of_16_bits_are_smaller(world, tmp_path):
     kept = {}
     for precision in ("float32", "bfloat16"):
-        run = trial_run(settings(world, tmp_path, layers=3, precision=precision))
+        # Attention of short rows stays float32, so the MLP has to be as wide beside it as in real models.
+        run = trial_run(settings(world, tmp_path, layers=3, mlp_width=75, precision=precision))
         kept[precision] = activation_bytes(run, np.arange(4))
     assert 0.5 * kept["float32"] < kept["bfloat16"] < 0.9 * kept["float32"]
 

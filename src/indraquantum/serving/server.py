@@ -111,7 +111,9 @@ def server_of(loaded: Loaded, settings: ServeSettings, engine: Engine, listener:
     if not local and key is None:
         warn("Every machine that can reach this one can use the server; --api-key sets a key.")
     # An answer that was cut short when the server stopped at once is no error.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: "ASGI callable returned without" not in record.getMessage())
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda record: "ASGI callable returned without" not in record.getMessage()
+    )
     return _server(config)
 
 

@@ -34,11 +34,17 @@ from indraquantum.training.checkpoint import (
 from indraquantum.training.guards import CollapseGuard
 from indraquantum.training.parallel import DTYPES, scattered, scattered_optimizer
 from indraquantum.training.plan import Plan, RunStage
-from indraquantum.training.run import BestHeldOut, Run, refuse_checkpoints, stage_identity
+from indraquantum.training.run import BestHeldOut, Run, refuse_checkpoints, sampler_of, stage_identity
 from indraquantum.training.schedule import decay_begins
 
 # What the program did before it had an option, for options whose default is something else.
-BEFORE_THE_OPTION = {"tail": "none", "row_order": 1, "objective_precision": "float32", "attention_precision": "layers"}
+BEFORE_THE_OPTION = {
+    "tail": "none",
+    "softmax": "exact",
+    "row_order": 1,
+    "objective_precision": "float32",
+    "attention_precision": "layers",
+}
 LENGTHS = ("epochs", "max_steps", "steps")  # options
 STAGE_LENGTHS = ("steps", "planned_steps")  # in a stage's identity
 
@@ -108,6 +114,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         if run.settings.tail == "auto":
             run.identity["tail"] = before["tail"]
         kept["tail"] = run.identity["tail"]
+    if "softmax" in run.identity and run.settings.softmax == "auto":
+        run.identity["softmax"] = before["softmax"]
+        run.engine.sampler = sampler_of(before["softmax"], run.plan)
     for name in ("row_order", "objective_precision", "attention_precision"):
         run.identity[name] = before[name]
     way = continued(before.get("products"), "--resume")

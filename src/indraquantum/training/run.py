@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,6 +59,8 @@ SHAPE = {
     "mlp-width": "intermediate_size", "projector": "projector", "magnitude": "magnitude", "ends": "ends",
     "residual": "residual", "head": "head", "bias": "bias", "readout": "readout",
 }  # fmt: skip
+
+LARGE_VOCABULARY = 8192  # with fewer tokens, comparing all of them takes little time
 
 # The most shapes that compiled layers may get: the numbers of rows in micro-batches and evaluations, times layers.
 MOST_SHAPES = 256
@@ -190,7 +192,12 @@ def start_run(settings: TrainSettings, plan: Plan, device: torch.device, process
     return Run(
         settings=settings,
         plan=plan,
-        engine=Engine(parallel, new_optimizer(model, settings, processes), settings.head, _sampler(plan)),
+        engine=Engine(
+            parallel,
+            new_optimizer(model, settings, processes),
+            settings.head,
+            sampler_of(softmax_of(settings, plan), plan),
+        ),
         device=device,
         average=WeightAverage(model, settings.ema_decay),
         identity=run_identity(settings, plan) | computed_by(precision),
@@ -207,10 +214,18 @@ def log_frequencies(plan: Plan) -> np.ndarray:
     return np.log(counts_V / counts_V.sum())
 
 
-def _sampler(plan: Plan) -> CandidateSampler | None:
+def softmax_of(settings: TrainSettings, plan: Plan) -> Literal["exact", "sampled"]:
+    """Return the softmax of a new run. auto takes sampled where the held-out losses were measured to be no worse."""
+    if settings.softmax != "auto":
+        return settings.softmax
+    is_large = plan.dataset.tokenizer.vocabulary_size >= LARGE_VOCABULARY
+    plain = not plan.strategy.asks_the_teacher and settings.head != "born"
+    return "sampled" if is_large and plain else "exact"
+
+
+def sampler_of(softmax: str, plan: Plan) -> CandidateSampler | None:
     """Return what chooses the tokens that each step compares; None if all are compared."""
-    settings = plan.stages[0].settings
-    if settings.softmax == "exact" or settings.head == "born":
+    if softmax == "exact" or plan.stages[0].settings.head == "born":
         return None
     size = plan.dataset.tokenizer.vocabulary_size
     return CandidateSampler(sum(stage.train.label_counts(size) for stage in plan.stages))
@@ -347,6 +362,7 @@ def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
     return {
         **chosen,
         "tail": _tail(settings, plan),
+        "softmax": softmax_of(settings, plan),
         "data": plan.dataset.content_sha256,
         "signals": _signals_sha256(own[0]) if own else None,
         "start_from": start and sha256_of(start),

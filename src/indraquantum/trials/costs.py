@@ -43,22 +43,26 @@ class StepSize:
     rows: int  # B
     row_length: int  # T
     labelled: int  # N, of the B * T positions
+    compared: int | None = None  # tokens that the step compares, with sampled softmax; None means all V
 
 
 def step_flops(model: IndraQuantumPhase2, size: StepSize) -> dict[str, int]:
     """Return the FLOPs of one optimiser step, forward and backward, by part and together.
 
     Attention is counted over whole rows, as it is computed. The table is lifted once in each step. `inputs` is 0 if the
-    inputs come from that table.
+    inputs come from that table, which must then be whole.
     """
     config, width = model.config, model.config.hidden_size
     positions = size.rows * size.row_length
+    compared, of_inputs = config.vocab_size, model.input_projector
+    if size.compared is not None:
+        compared, of_inputs = size.compared, of_inputs or model.projector
     forward = {
-        "lift": 2 * config.vocab_size * _matrix_elements(model.projector),
-        "inputs": 2 * positions * _matrix_elements(model.input_projector),
+        "lift": 2 * compared * _matrix_elements(model.projector),
+        "inputs": 2 * positions * _matrix_elements(of_inputs),
         "layers": 2 * positions * _matrix_elements(model.backbone),
         "attention": 4 * positions * size.row_length * width * config.num_hidden_layers,
-        "objective": 2 * size.labelled * config.vocab_size * width * products_of_the_head(model),
+        "objective": 2 * size.labelled * compared * width * products_of_the_head(model),
         "readout": 2 * size.labelled * 2 * sum(p.numel() for p in model.readout.parameters()),
     }
     # A frozen projector passes the gradient on to the table, but gets none itself.
@@ -80,9 +84,9 @@ def _matrix_elements(module: torch.nn.Module | None) -> int:
     return 0 if module is None else sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
-def objective_bytes(model: IndraQuantumPhase2, labelled: int, device: torch.device) -> int:
+def objective_bytes(model: IndraQuantumPhase2, size: StepSize, device: torch.device) -> int:
     """Return the bytes of the objective's buffer: a chunk's logits, or with Born's rule all that autograd keeps."""
-    vocabulary = model.config.vocab_size
+    vocabulary, labelled = size.compared or model.config.vocab_size, size.labelled
     if model.config.head == "born":
         return min(BORN_ROWS, max(1, labelled)) * vocabulary * torch.float32.itemsize * BORN_KEPT
     rows = cpu_plan(vocabulary, torch.float32).rows if device.type == "cpu" else cuda_plan_rows(vocabulary)

@@ -59,7 +59,9 @@ def measure(run: Run) -> DryRun:
     """Count and time the work of `run`, which is at its first step."""
     step = run.plan.step(0)
     batch = step.split.batch(step.rows)
-    size = StepSize(len(step.rows), step.split.row_length, int(batch.labelled.sum()))
+    sampler = run.engine.sampler
+    compared = None if sampler is None else len(sampler.of_step(step.seed, [batch.labels]).ids_R)
+    size = StepSize(len(step.rows), step.split.row_length, int(batch.labelled.sum()), compared)
     activations = activation_bytes(run, step.rows[: step.micro_batch_rows])
     seconds = [_step_seconds(run, stage) for stage in run.plan.stages]
     steps_seconds = sum(stage.steps * own for stage, own in zip(run.plan.stages, seconds, strict=True))
@@ -119,7 +121,7 @@ def _memory(run: Run, size: StepSize, activations: int) -> dict[str, int]:
     """Return the bytes for each purpose. Those of the optimiser are what it holds after a step."""
     model = run.model
     state = [value for values in run.optimizer.state_dict()["state"].values() for value in values.values()]
-    lifted = model.config.vocab_size * model.config.hidden_size * torch.float32.itemsize
+    lifted = (size.compared or model.config.vocab_size) * model.config.hidden_size * torch.float32.itemsize
     parts = {
         "weights": sum(p.nbytes for p in model.parameters()),
         "gradients": sum(p.nbytes for p in model.parameters() if p.requires_grad),
@@ -127,7 +129,7 @@ def _memory(run: Run, size: StepSize, activations: int) -> dict[str, int]:
         "averaged weights": sum(weight.nbytes for weight in run.average.weights.values()),
         "lifted table and its gradients": 3 * lifted,
         "activations": activations,
-        "objective's buffer": objective_bytes(model, size.labelled, run.device),
+        "objective's buffer": objective_bytes(model, size, run.device),
     }
     return {**parts, "all": sum(parts.values())}
 
@@ -152,6 +154,7 @@ def report(found: DryRun) -> str:
     lines = [
         f"step: {size.rows:,} rows of {size.row_length:,} in {pieces:,} micro-batches, "
         f"{found.step_tokens:,} real tokens, {size.labelled:,} with a label; {found.total_steps:,} steps",
+        *([] if size.compared is None else [f"softmax: sampled, a step compares about {size.compared:,} tokens"]),
         *found.stages,
         *(f"{part}: {' '.join(map(_shape, shapes))}" for part, shapes in found.tensors.items()),
         "parameters: " + _parts(found.parameters, lambda count: f"{count:,}"),
