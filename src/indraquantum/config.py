@@ -400,9 +400,9 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettin
     """Stop after this many optimiser steps; the schedules then end there. To extend the run later, raise it under the
     same conditions as --epochs."""
     minutes: float | None = Field(default=None, gt=0, le=100_000)
-    """Train for about this many minutes: a few steps are timed, and the number of steps follows, with 2,048 tokens in a
-    step unless you give --batch-tokens. The time to capture a teacher's signals is not counted. Give it instead of
-    --epochs and --max-steps."""
+    """Train for about this many minutes. The command times a few steps and then chooses the number of steps. A step has
+    2,048 tokens unless you give --batch-tokens. The time to capture a teacher's signals is not counted. Give this
+    option instead of --epochs and --max-steps."""
     kd_weight_start: float = Field(default=0.01, ge=0, le=100)
     """Weight of the distillation term at the start of the run. We recommend 0.9, which helped much more in our
     measurements. The default is that of the strategy v4-unified; other strategies have their own."""
@@ -419,16 +419,17 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettin
     one outcome, uniform spreads the probability over them, and none ignores it. auto means bucket. A resumed run keeps
     its value."""
     softmax: Literal["auto", "exact", "sampled"] = "exact"
-    """Which tokens a step compares. exact compares all. sampled compares the most frequent quarter of the vocabulary,
-    the tokens that the step's labels and signals name, and a random sample that stands for all others. This makes a
-    step much faster. auto means sampled without a teacher and with a vocabulary of at least 8,192 tokens, and exact
-    otherwise. A resumed run keeps its value. Evaluations always compare all tokens."""
+    """Which tokens of the vocabulary the loss of a training step compares. exact compares all. sampled compares the
+    most frequent quarter of the vocabulary, the tokens that the step's labels and signals name, and a random sample
+    that stands for all others. This makes a step much faster. auto means sampled without a teacher and with a
+    vocabulary of at least 8,192 tokens, and exact otherwise. A resumed run keeps its value. Evaluations always
+    compare all tokens."""
     sample_every: int = Field(default=0, ge=0)
     """Optimiser steps between two samples of text, which go to samples.jsonl beside the metrics; `indra monitor` shows
     them. They take time but change nothing in the run. 0 writes none."""
     sample_prompt: tuple[str, ...] | None = None
-    """A prompt for --sample-every. Repeat the option for several prompts. By default the beginning of a held-out
-    document of each source is continued."""
+    """A prompt for --sample-every. Repeat the option for several prompts. By default the model continues the beginning
+    of a held-out document of each source."""
     dry_run: bool = False
     """Print shapes, parameters, memory, FLOPs and the time to finish, and write nothing. The times come from a few real
     steps."""
@@ -520,29 +521,30 @@ class ChatSettings(SamplingSettings):
     """Talks with a trained model in the terminal."""
 
     max_new_tokens: int = Field(default=256, ge=1, le=100_000)
-    """The most tokens of an answer."""
+    """The maximum number of tokens in an answer."""
     history: int = Field(default=4, ge=0, le=10_000)
-    """How many earlier questions and answers the model sees, the latest ones. It was trained on single questions, so
-    earlier ones may disturb it; 0 asks each question alone."""
+    """How many of the latest questions and answers the model sees before a new question. It was trained on single
+    questions, so earlier ones may disturb it. 0 asks each question alone."""
 
 
 class ServeSettings(WeightsSettings, DeviceSettings):
     """Serves a trained model over HTTP, as OpenAI's API does."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
-    """The address to listen at. The default serves this machine alone; 0.0.0.0 serves every machine that can reach
-    this one. Set --api-key too then."""
+    """The address to listen on. By default only this machine can send requests. 0.0.0.0 serves every machine that can
+    reach this one; set a key too then (see --api-key)."""
     port: int = Field(default=8000, ge=0, le=65_535)
-    """The port to listen at; 0 takes a free one."""
+    """The port to listen on; 0 takes a free one."""
     name: str | None = Field(default=None, min_length=1)
     """The model's name, as requests give it. By default it is the folder and the name of the checkpoint."""
     api_key: str | None = Field(default=None, min_length=1)
-    """The key that each request must have as its bearer token. Other users of this machine can see it in the list of
-    processes, so rather put it into the environment variable INDRA_API_KEY."""
+    """The key that each request must have as its bearer token. Other users of this machine can see the command line, so
+    it is safer to set the environment variable INDRA_API_KEY instead."""
     slots: int = Field(default=16, ge=1, le=1024)
-    """The most texts to write at once. They share each pass of the model. Each takes memory for its keys and values."""
+    """The maximum number of texts to write at once. They share each pass of the model. Each takes memory for its keys
+    and values."""
     queue: int = Field(default=256, ge=1, le=100_000)
-    """The most texts that wait for a slot. A request beyond them is refused with status 429."""
+    """The maximum number of texts that wait for a slot. A request beyond them is refused with status 429."""
     max_body: int = Field(default=4, ge=1, le=1024)
     """The largest body of a request, in MiB. A larger one is refused with status 413."""
 
@@ -633,7 +635,7 @@ class MonitorSettings(DeviceSettings):
     """Where the state explorer computes. The default leaves the GPU to training. auto takes CUDA if there is one, else
     MPS, else the CPU."""
     host: str = Field(default="127.0.0.1", min_length=1, max_length=255)
-    """The address to listen on. The default is reached from this machine alone. With another one, such as 0.0.0.0,
+    """The address to listen on. By default only this machine can open the page. With another address, such as 0.0.0.0,
     everyone who can reach it can read your runs and use your models."""
     port: int = Field(default=7860, ge=0, le=65_535)
     """The port of the page; 0 takes a free one."""
