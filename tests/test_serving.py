@@ -32,6 +32,7 @@ from indraquantum.inference.load import Loaded
 from indraquantum.model.decoder import PackedModel
 from indraquantum.model.inference_model import InferenceModel
 from indraquantum.model.shape import ModelShape
+from indraquantum.serving import engine as engine_module
 from indraquantum.serving import server as server_module
 from indraquantum.serving.engine import Engine
 from indraquantum.serving.server import listening, server_of
@@ -243,6 +244,19 @@ def test_a_stream_is_the_whole_answer_in_pieces(client):
             assert [x for p in parts for x in getattr(p.logprobs, name)] == getattr(choice.logprobs, name)
 
 
+@pytest.mark.parametrize("room", [1, 2, 3, 4])
+def test_the_log_probabilities_have_the_whole_text_even_if_it_ends_within_a_character(
+    client, tokenizer, room, monkeypatch
+):
+    euro = tokenizer.encode_prompt("€")[-3:]
+    drawn = iter([*euro, euro[0]])
+    monkeypatch.setattr(engine_module, "drawn", lambda *_: next(drawn))
+    choice = client.completions.create(model="tiny", prompt="a", max_tokens=room, logprobs=0).choices[0]
+    assert choice.text == ("�", "�", "€", "€�")[room - 1]
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert len(choice.logprobs.tokens) == room
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_text_ends_the_answer_before_it(client, serving, loaded, tokenizer, stream):
     text = tokenizer.decode(greedy(loaded, tokenizer.encode_prompt("Tell me"), 20))
@@ -318,7 +332,11 @@ WRONG = [
     ({"prompt": "a", "temperature": 3}, "temperature: must be less than or equal to 2"),
     ({"prompt": "a", "n": 100_000}, "n: must be"), ({"prompt": "a", "logprobs": 21}, "logprobs"),
     ({"prompt": "a", "prompt_logprobs": 129}, "prompt_logprobs"),
-    ({"prompt": "a", "stop": [""]}, "stop: must be at most 4"),
+    ({"prompt": "a", "stop": [""]}, "stop: must be at most 4"), ({"prompt": "a", "stop": 3}, "stop: must be a text or"),
+    ({"prompt": [5, -1]}, "prompt: must be a text, a list of token ids"),
+    ({"prompt": "a", "stream": -1}, "stream: must be a valid boolean"),
+    ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "stream_options.x: there is no such"),
+    ({"prompt": "a", "max_tokens": 10**9}, "max_tokens: got 1000000000; must be below 311"),
     ({"prompt": "a", "presence_penalty": 1.5}, "presence_penalty"), ({"prompt": "a", "suffix": "b"}, "suffix"),
     ({"prompt": "a", "best_of": 3}, "best_of: got 3"),
     ({"prompt": "a", "temprature": 1}, "temprature: there is no such"),
@@ -380,7 +398,9 @@ def test_hostile_json_is_refused(raw, content):
 
 def test_a_large_body_is_refused_whether_or_not_its_size_is_said(raw, serving):
     headers = {"Content-Type": "application/json"}
-    assert raw.post("/v1/completions", content=b"x" * (1 << 20 | 1), headers=headers).status_code == 413
+    # 3 MiB is more than the sockets hold, so the client only sees the answer if the server reads on.
+    for size in (1 << 20 | 1, 3 << 20):
+        assert raw.post("/v1/completions", content=b"x" * size, headers=headers).status_code == 413
 
     def endless():
         while True:

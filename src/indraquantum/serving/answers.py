@@ -138,12 +138,15 @@ class Answer:
         return Piece(self._held[:cut], kept, "stop")
 
     def _sure(self) -> Piece | None:
-        """Return the text that can't be the beginning of a stop text, with its tokens; None if there is none."""
+        """Return the text that can't be the beginning of a stop text, with its tokens; None if there is none.
+
+        Tokens without text wait for the text that follows: it may be the character which they begin.
+        """
         longest = max(
             (size for stop in self._stops for size in range(1, len(stop)) if self._held.endswith(stop[:size])),
             default=0,
         )
-        if longest:
+        if longest or not self._held:
             return None
         piece = Piece(self._held, self._pending, None)
         self._held, self._pending = "", []

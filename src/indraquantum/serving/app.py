@@ -38,6 +38,13 @@ from indraquantum.serving.engine import Engine, Full
 
 B = TypeVar("B", bound=Body)
 
+EITHER = {  # fields of several types, for which pydantic would only name the first
+    "prompt": "must be a text, a list of token ids, or a list of several such prompts, and none empty",
+    "stop": "must be a text or a list of texts",
+    "content": "must be a text or a list of parts with text",
+}
+MOST_SKIPPED = 16 << 20  # bytes of a too large body that are read, so that the client reads the answer
+
 
 class Refused(Exception):
     """A request is answered with an error."""
@@ -244,20 +251,23 @@ class Application:
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             # Also what keeps pages of other sites out: a browser asks first before it sends this kind of content.
             raise Refused(415, "Content-Type: must be application/json")
-        limit = self.served.largest_body
+        limit, content, size = self.served.largest_body, bytearray(), 0
         too_large = Refused(413, f"the body must be at most {limit:,} bytes", code="body_too_large")
         length = request.headers.get("content-length", "")
-        if length.isdigit() and int(length) > limit:
+        if length.isdigit() and int(length) > limit + MOST_SKIPPED:
             raise too_large
-        content = bytearray()
         try:
             async with asyncio.timeout(self.served.body_seconds):
                 async for part in request.stream():
-                    content += part
-                    if len(content) > limit:
-                        raise too_large
+                    size += len(part)
+                    if size <= limit:
+                        content += part
+                    elif size > limit + MOST_SKIPPED:
+                        break
         except TimeoutError:
             raise Refused(408, f"the body must arrive within {self.served.body_seconds:g} seconds") from None
+        if size > limit:
+            raise too_large
         try:
             body = kind.model_validate_json(bytes(content))
         except ValidationError as error:
@@ -302,6 +312,14 @@ class Application:
         measured = room == 0 or options["prompt_top"] is not None
         for ids in prompts:
             left = context - len(ids)
+            if not measured and (room or 0) >= context:
+                given = (
+                    "max_tokens" if getattr(body, "max_completion_tokens", None) is None else "max_completion_tokens"
+                )
+                message = (
+                    f"{given}: got {room}; must be below {context}, because the model's context is {context} tokens"
+                )
+                raise Refused(400, message, param=given, code="context_length_exceeded")
             if left < (-1 if measured else room or 1):
                 asked = "" if measured or room is None else f" and {room} to write"
                 most = context + 1 if measured else context - (room or 1)
@@ -412,8 +430,11 @@ def _event(content: dict[str, Any]) -> str:
 def _invalid(error: ValidationError) -> Refused:
     """Return the first thing that is wrong with a body, in one line."""
     problem = first_problem(error)
-    name = ".".join(str(part) for part in problem.place if not str(part).startswith(("list[", "constrained", "str")))
-    return Refused(400, f"{name or 'body'}: {problem.allowed}"[:300], param=name or None)
+    place, allowed = problem.place, problem.allowed
+    if place[-1:] == ("str",) and place[-2] in EITHER:
+        place, allowed = place[:-1], EITHER[str(place[-2])]
+    name = ".".join(map(str, place))
+    return Refused(400, f"{name or 'body'}: {allowed}"[:300], param=name or None)
 
 
 async def _refused(_: Request, error: Exception) -> Response:
