@@ -233,7 +233,8 @@ def test(checkpoint: Path, /, *, settings: Annotated[TestSettings, OPTIONS] = Te
     Parameters
     ----------
     checkpoint:
-        A checkpoint that training wrote, such as checkpoint_v4_epoch_3.pt, or a folder that indra export wrote.
+        A checkpoint that training wrote, such as checkpoint_v4_epoch_3.pt, or a folder that indra export wrote
+        as transformers.
     """
     with quick_import():
         from indraquantum.inference.write import write_text
@@ -248,7 +249,7 @@ def chat(checkpoint: Path, /, *, settings: Annotated[ChatSettings, OPTIONS] = Ch
     Parameters
     ----------
     checkpoint:
-        A checkpoint that training wrote, or a folder that indra export wrote.
+        A checkpoint that training wrote, or a folder that indra export wrote as transformers.
     """
     with quick_import():
         from indraquantum.inference.chat import run_chat
@@ -265,7 +266,7 @@ def serve(
     Parameters
     ----------
     checkpoint:
-        A checkpoint that training wrote, or a folder that indra export wrote.
+        A checkpoint that training wrote, or a folder that indra export wrote as transformers.
     """
     from indraquantum.serving.server import serve_checkpoint
 
@@ -281,7 +282,7 @@ def evaluate(
     Parameters
     ----------
     checkpoint:
-        A checkpoint that training wrote, or a folder that indra export wrote.
+        A checkpoint that training wrote, or a folder that indra export wrote as transformers.
     """
     with quick_import():
         from indraquantum.inference.report import evaluate_checkpoint
