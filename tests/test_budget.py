@@ -7,12 +7,14 @@ import json
 import pytest
 
 from indraquantum import cli
-from indraquantum.config import TrainSettings
+from indraquantum.config import LrTestSettings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.training.loop import train
 from indraquantum.training.run import trial_run
 from indraquantum.trials import budget
 from indraquantum.trials.budget import expected_loss, step_seconds, within_minutes
+from indraquantum.trials.dry_run import dry_run
+from indraquantum.trials.lr_range import lr_range_test
 
 SMALL = {"d_model": 8, "layers": 1, "heads": 1, "mlp_width": 16, "batch_tokens": 480, "no_teacher": True}
 
@@ -66,6 +68,19 @@ def test_a_run_keeps_what_was_chosen(world, tmp_path, slow, monkeypatch, capsys)
         within_minutes(settings(world, tmp_path, minutes=9))
     elsewhere = within_minutes(settings(world, tmp_path, minutes=9, output=tmp_path / "other"))
     assert elsewhere.max_steps > report.steps
+
+
+def test_a_dry_run_tells_the_cost_of_these_minutes(world, tmp_path, slow, capsys):
+    given = settings(world, tmp_path, minutes=4)
+    assert dry_run(given).total_steps == within_minutes(given).max_steps
+    with pytest.raises(UserError, match=r"--epochs: got 2; must be left out with --minutes"):
+        dry_run(settings(world, tmp_path, minutes=4, epochs=2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_range_test_has_no_minutes():
+    with pytest.raises(UserError, match=r"--minutes: got 5; must be left out"):
+        lr_range_test(LrTestSettings(minutes=5))
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def test_the_help_of_an_option_is_a_sentence_that_says_more_than_its_name(settin
         (("prepare", "--max-length", "1"), "--max-length", "1", "greater than or equal to 8"),
         (("capture", "--draws", "0"), "--draws", "0", "greater than or equal to 1"),
         (("test", "x.pt", "--top-p", "1.5"), "--top-p", "1.5", "less than or equal to 1"),
+        (("export", "x.pt", "folder", "--as", "tar"), "--as:", "tar", "'onnx' or 'page'"),
         (("train", "--epoch", "1"), "--epoch", "", "Did you mean"),
         (("trian",), "trian", "", "Did you mean"),
         (("test",), "CHECKPOINT", "", "requires an argument"),

@@ -447,7 +447,7 @@ def one_line(error: CycloptsError) -> str:
     if cause is None:
         return " ".join(str(error).split())
     refused = refused_setting(cause)
-    return str(InvalidInput("--" + re.sub("[_.]", "-", refused.field), refused.value, refused.allowed))
+    return str(InvalidInput("--" + re.sub("[_.]", "-", refused.field.rstrip("_")), refused.value, refused.allowed))
 
 
 def run_guarded(action: Callable[[], object]) -> int:

@@ -20,6 +20,7 @@ from indraquantum.progress import duration
 from indraquantum.training.loop import take_step
 from indraquantum.training.plan import RunStage
 from indraquantum.training.run import Run, trial_run
+from indraquantum.trials.budget import within_minutes
 from indraquantum.trials.costs import StepSize, objective_bytes, parameter_counts, step_flops
 
 MEASURED_STEPS = 2  # in each stage: the first one is the warm-up, and the last one is measured
@@ -49,7 +50,7 @@ def dry_run(settings: TrainSettings) -> DryRun:
     Raises:
         UserError: settings, data or signals don't fit.
     """
-    run = trial_run(settings)
+    run = trial_run(within_minutes(settings))
     found = measure(run)
     print(report(found))
     return found

@@ -45,6 +45,8 @@ def lr_range_test(settings: LrTestSettings) -> RangeTest:
     """
     if settings.dry_run:
         raise UserError("--dry-run", True, "must be left out, because a range test leaves no run behind")
+    if settings.minutes is not None:
+        raise UserError("--minutes", f"{settings.minutes:g}", "must be left out, because --steps sets the length here")
     if settings.picture.suffix not in SUFFIXES:
         raise UserError("--picture", settings.picture, f"must end in {', '.join(SUFFIXES)}")
     if settings.highest_rate <= settings.lowest_rate:
