@@ -256,3 +256,13 @@ def test_an_address_that_is_taken_is_one_line(logs, serve, capsys):
 def test_a_folder_without_runs_waits_for_the_first(tmp_path, serve):
     server = serve(site_of(tmp_path / "nothing"))
     assert told(server, "/api/runs")["runs"] == []
+
+
+def test_a_file_is_no_folder_of_logs_and_a_missing_folder_is_told(logs, tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match=r"LOGS: got .*must be the folder of the logs"):
+        monitor(logs / "one" / "metrics.jsonl", MonitorSettings(port=0))
+    monkeypatch.setattr(PageServer, "serve_forever", lambda self: None)
+    monitor(tmp_path / "lgos", MonitorSettings(port=0))
+    assert "lgos does not exist yet" in capsys.readouterr().err
+    monitor(logs, MonitorSettings(port=0))
+    assert "exist" not in capsys.readouterr().err

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from indraquantum.config import MonitorSettings
+from indraquantum.errors import UserError
 from indraquantum.live.details import details_of, differences_of
 from indraquantum.live.explorer import Explorer
 from indraquantum.live.server import Answer, PageServer, Query, Refused, Site
@@ -35,10 +36,14 @@ def monitor(logs: Path, settings: MonitorSettings) -> None:
     """Serve the page for the runs below `logs` until the command is interrupted.
 
     Raises:
-        UserError: the address can't be used.
+        UserError: `logs` is a file, or the address can't be used.
     """
+    if logs.exists() and not logs.is_dir():
+        raise UserError("LOGS", logs, "must be the folder of the logs, such as logs")
     with PageServer(settings.host, settings.port, site_of(logs, settings)) as server:
         tell(f"The monitor of {logs} is at {server.url} (stop it with Ctrl-C)")
+        if not logs.exists():
+            warn(f"{logs} does not exist yet; the page shows its runs once training has begun.")
         if not server.is_local:
             warn("warning: everyone who can reach this address can read your runs and use your models.")
         if settings.open:
