@@ -569,3 +569,11 @@ def test_thousands_of_requests_with_cut_connections_and_slow_readers_lose_nothin
         memory.append(resident_mib())
     quiet(serving)
     assert memory[-1] - memory[9] < 16, memory
+
+
+def test_a_vocabulary_smaller_than_the_list_of_the_likeliest_is_listed_whole():
+    logits = torch.tensor([[0.0, 2.0, 1.0]]).expand(2, 3)
+    packed = SimpleNamespace(logits=lambda states: logits)
+    told = engine_module.Engine._prompt_tokens(SimpleNamespace(packed=packed), torch.zeros(3, 1), [0, 1, 2], 128)
+    assert [[token for token, _ in about.top] for about in told[1:]] == [[1, 2, 0]] * 2
+    assert [token for token, _ in engine_module._written(logits[0], 1, 20).top] == [1, 2, 0]

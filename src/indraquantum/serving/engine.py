@@ -250,7 +250,7 @@ class Engine:
             logprobs_TV = self.packed.logits(states_TD[start : start + len(part_T)]).float().log_softmax(-1)
             own_T1 = logprobs_TV.gather(1, part_T[:, None])
             ranks_T = (logprobs_TV > own_T1).sum(-1) + 1
-            best = logprobs_TV.topk(top) if top else None
+            best = logprobs_TV.topk(min(top, logprobs_TV.shape[-1])) if top else None
             for row, (own, rank) in enumerate(zip(own_T1[:, 0].tolist(), ranks_T.tolist(), strict=True)):
                 ranked = [] if best is None else _ranked(best.indices[row], best.values[row])
                 found.append(PromptToken(own, rank, ranked))
@@ -265,7 +265,7 @@ def _written(logits_V: Tensor, token: int, top: int | None) -> Token:
     if top is None:
         return Token(token, 0.0, [])
     total = logits_V.logsumexp(-1)
-    best = logits_V.topk(top)
+    best = logits_V.topk(min(top, len(logits_V)))
     return Token(token, (logits_V[token] - total).item(), _ranked(best.indices, best.values - total))
 
 
