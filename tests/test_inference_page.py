@@ -71,10 +71,11 @@ def test_the_folder_has_all_that_the_page_needs(checkpoint, tmp_path, monkeypatc
     assert tokenizer["model"]["merges"] == json.loads(ours.tokenizer.to_json())["model"]["merges"]
 
 
-def test_the_page_loads_nothing_from_elsewhere_and_runs_no_text(checkpoint, tmp_path, monkeypatch, no_graph):
+def test_the_page_loads_nothing_from_elsewhere_and_runs_no_text(checkpoint, tmp_path, monkeypatch, no_graph, capsys):
     pack_hollow(tmp_path / "npm", monkeypatch)
     page = tmp_path / "page"
     assert export(checkpoint, page, "--runtime", tmp_path / "npm") == 0
+    assert f"--directory {page}` shows it" in capsys.readouterr().out
     html = (page / "index.html").read_text()
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', html)[1]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))

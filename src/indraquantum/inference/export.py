@@ -61,7 +61,7 @@ def export_checkpoint(path: Path, folder: Path, settings: ExportSettings | None 
         (temporary / "README.md").write_text(model_card(folder.resolve().name, loaded, facts, exported), "utf-8")
         write_sums(temporary)
     address = None if settings.push is None else push(folder, settings.push, settings.private)
-    return ExportReport(folder, exported.use, address)
+    return ExportReport(folder, exported.use.replace("FOLDER", str(folder)), address)
 
 
 def push(folder: Path, repository: str, private: bool) -> str:

@@ -35,7 +35,7 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Exported:
     llama.save_pretrained(folder)
     save_chat_tokenizer(loaded.tokenizer, folder, folded.context)
     return Exported(
-        use="AutoModelForCausalLM.from_pretrained(FOLDER) loads it as a plain Llama.",
+        use='AutoModelForCausalLM.from_pretrained("FOLDER") loads it as a plain Llama.',
         example=EXAMPLE.replace(", trust_remote_code=True", ""),
         notes=(*bias_notes(folded), NO_READOUTS, str(found)),
     )
