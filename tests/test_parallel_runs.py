@@ -158,8 +158,8 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_any_process(world, tmp_path
     def act(rank):
         forward = parallel.MicroBatchPass.forward
 
-        def struck(self, batch, *arguments):
-            result = forward(self, batch, *arguments)
+        def struck(self, batch, *arguments, **options):
+            result = forward(self, batch, *arguments, **options)
             bad = rank == 1 and (batch.labels >= 0).any() and batch.index.max() == highest
             return (
                 result._replace(terms=result.terms._replace(total=result.terms.total * float("nan"))) if bad else result
