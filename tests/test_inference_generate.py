@@ -4,28 +4,19 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from byte_tokenizer import BOS, EOS, byte_tokenizer
 from indraquantum.config import TestSettings
-from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.inference.generate import generate_text, uncertainty_nats
 from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
 
-BOS, EOS = 256, 257
 LIMIT = 47
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Return a tokenizer with one token for each byte, which shows what happens to characters outside ASCII."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}
-    backend = Tokenizer(models.BPE(vocabulary | {"<s>": BOS, "</s>": EOS}, merges=[]))
-    backend.add_special_tokens(["<s>", "</s>"])
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return TextTokenizer(backend, BOS, EOS)
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,10 @@ import httpx2
 import openai
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from byte_tokenizer import BOS, EOS, byte_tokenizer
 from indraquantum.config import ServeSettings
 from indraquantum.data.fast_tokenizer import save_chat_tokenizer
-from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.inference.load import Loaded
 from indraquantum.model.decoder import PackedModel
@@ -39,20 +38,13 @@ from indraquantum.serving.server import listening, server_of
 from indraquantum.training.checkpoint import Checkpoint, save_checkpoint
 from small_model import make
 
-BOS, EOS, V, CONTEXT, SLOTS, QUEUE = 256, 257, 258, 311, 5, 150
+V, CONTEXT, SLOTS, QUEUE = 258, 311, 5, 150
 KEY = "a key"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Return a tokenizer with a token for each byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}
-    backend = Tokenizer(models.BPE(vocabulary | {"<s>": BOS, "</s>": EOS}, merges=[]))
-    backend.add_special_tokens(["<s>", "</s>"])
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return TextTokenizer(backend, BOS, EOS)
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -112,10 +112,9 @@ class Engine:
         """Return the tokens that the step compares, the same in all processes; None compares all."""
         if self.sampler is None or (step.signals is not None and (step.temperature != 1 or step.tail == "uniform")):
             return None
-        named = [step.split.batch(step.rows).labels]
-        if step.signals is not None:  # a process has read those of its own rows only
-            own = np.concatenate([part.teacher.ids_NK.numpy().reshape(-1) for part in work if part.teacher is not None])
-            named += self.parallel.processes.gather(np.unique(own))
+        own = [part.batch.labels for part in work]
+        own += [part.teacher.ids_NK.numpy() for part in work if part.teacher is not None]
+        named = self.parallel.processes.gather(np.unique(np.concatenate([ids.reshape(-1) for ids in own])))
         return self.sampler.of_step(step.seed, named).to(self.parallel.device)
 
     def _guilty_rows(
