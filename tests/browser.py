@@ -8,8 +8,12 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
 from indraquantum.live.server import PageServer, Site
+
+# Pages draw themselves when they please, so tests ask by `expect`, which waits, and don't read an element at once.
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="module")  # playwright runs a loop of asyncio in this thread, which other tests can't have
@@ -18,8 +22,6 @@ def chromium():
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         pytest.skip("no Chromium is installed (such as `apt install chromium`)")
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser

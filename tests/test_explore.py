@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from browser import chromium, page_of, served  # noqa: F401 - a fixture
+from browser import chromium, expect, page_of, served  # noqa: F401 - a fixture
 from indraquantum import cli
 from indraquantum.config import TestSettings, TrainSettings
 from indraquantum.data.dataset import open_dataset
@@ -158,13 +158,12 @@ def test_the_explorer_in_a_browser_with_a_hostile_prompt(chromium, run, loaded):
         page.get_by_label("Prompt").fill(prompt)
         page.get_by_label("New tokens").fill("8")
         page.get_by_role("button", name="Continue the prompt").click()
-        page.locator(".token").first.wait_for()
-        assert page.locator(".token").count() == len(tokens)
+        expect(page.locator(".token")).to_have_count(len(tokens))
         page.locator(".token").nth(1).click()
         page.keyboard.press("ArrowRight")
         shown = " · ".join(f"{name} {value}" for name, value in tokens[2]["shown"].items())
         page.get_by_text(shown, exact=True).wait_for()
-        assert prompt in page.locator("pre").inner_text()
+        expect(page.locator("pre")).to_contain_text(prompt)
         page.get_by_role("button", name="Read this row").click()
         page.get_by_role("columnheader", name="teacher's entropy").wait_for()
         page.get_by_role("button", name="Show the vocabulary").click()

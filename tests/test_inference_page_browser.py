@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from browser import chromium, page_of  # noqa: F401 - a fixture
+from browser import chromium, expect, page_of  # noqa: F401 - a fixture
 from indraquantum import cli
 from indraquantum.config import TrainSettings
 from indraquantum.data.tokenizer import load_tokenizer
@@ -87,14 +87,15 @@ def test_greedy_text_and_readouts_are_those_of_python(chromium, folder, checkpoi
         for prompt in PROMPTS:
             write(page, prompt)
             expected = ours.generate(prompt, max_new_tokens=NEW, temperature=0.0)
+            expect(page.locator(".token")).to_have_count(len(expected.tokens))
             buttons = page.locator(".token").all()
-            assert len(buttons) == len(expected.tokens)
-            assert page.locator("#text .prompt").text_content() == prompt
+            expect(page.locator("#text .prompt")).to_have_text(prompt)
             assert page.locator("#text img, #text script, #text b").count() == 0
             for button, token in zip(buttons, expected.tokens, strict=True):
                 if token.text.strip():
                     assert button.text_content() == token.text.replace("\n", "↵").replace("\t", "⇥")
             buttons[3].focus()
+            expect(page.locator("#details tbody tr")).to_have_count(8)
             names, values = (page.locator(f"#details {tag}").all_text_contents() for tag in ("dt", "dd"))
             details = dict(zip(names, values, strict=True))
             third = expected.tokens[3]
@@ -103,7 +104,6 @@ def test_greedy_text_and_readouts_are_those_of_python(chromium, folder, checkpoi
             assert float(details["uncertainty"].removesuffix(" nats")) == pytest.approx(
                 third.uncertainty_nats, abs=0.01
             )
-            assert page.locator("#details tbody tr").count() == 8
 
 
 def test_keys_a_stop_a_full_context_and_a_phone(chromium, folder):  # noqa: F811
@@ -120,8 +120,8 @@ def test_keys_a_stop_a_full_context_and_a_phone(chromium, folder):  # noqa: F811
             ("Home", 0),
         ):
             page.keyboard.press(key)
-            assert page.locator(".token").nth(at).get_attribute("aria-pressed") == "true"
-        assert page.locator('.token[tabindex="0"]').count() == 1  # one stop for the Tab key
+            expect(page.locator(".token").nth(at)).to_have_attribute("aria-pressed", "true")
+        expect(page.locator('.token[tabindex="0"]')).to_have_count(1)  # one stop for the Tab key
         label = page.locator(".token").first.get_attribute("aria-label")
         assert all(word in label for word in ("probability", "magnitude", "phase"))
         wide = page.evaluate("document.documentElement.scrollWidth")

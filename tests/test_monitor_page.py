@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from browser import chromium, page_of, served  # noqa: F401 - a fixture
+from browser import chromium, expect, page_of, served  # noqa: F401 - a fixture
 from indraquantum.config import TrainSettings
 from indraquantum.live.monitor import site_of
 from indraquantum.metrics import FIELDS, _line, read_metrics
@@ -68,22 +68,20 @@ def test_each_view_of_a_real_run_beside_a_hostile_one(chromium, run, logs):  # n
             box.click()
         choose(page, "real")
         wait_for(page, "weights", f"KD {last['kd_weight']:.4f} at step 45")
-        assert f"held-out CE, all {last['held_out']['all']:.4f} at step 45" in summary(page, "loss").inner_text()
-        circular = f"{last['phase_circular_variance']:.4f}"
-        assert f"circular variance {circular} at step 45" in summary(page, "circular").inner_text()
+        wait_for(page, "loss", f"held-out CE, all {last['held_out']['all']:.4f} at step 45")
+        wait_for(page, "circular", f"circular variance {last['phase_circular_variance']:.4f} at step 45")
         probe = next(found for found in reversed(metrics) if found["context_divergence"] is not None)
-        assert f"{probe['effective_rank']:.4f} at step {probe['step']}" in summary(page, "rank").inner_text()
-        assert page.locator("figure canvas").count() == 14
+        wait_for(page, "rank", f"{probe['effective_rank']:.4f} at step {probe['step']}")
+        expect(page.locator("figure canvas")).to_have_count(14)
         # The keyboard reads a chart, and the same figures are there as a table.
         page.locator("#chart-weights").focus()
         for key in ("End", "ArrowLeft"):
             page.keyboard.press(key)
-        assert f"step 44: KD {metrics[44]['kd_weight']:.4f}" in page.locator("#reading").inner_text()
+        expect(page.locator("#reading")).to_contain_text(f"step 44: KD {metrics[44]['kd_weight']:.4f}")
         page.locator("#chart-weights summary").click()
-        assert page.locator("#chart-weights tbody tr").last.inner_text().split()[:2] == [
-            "45",
-            f"{last['kd_weight']:.4f}",
-        ]
+        row = page.locator("#chart-weights details tbody tr").last.locator("td")
+        expect(row.first).to_have_text("45")
+        expect(row.nth(1)).to_have_text(f"{last['kd_weight']:.4f}")
         # A range of steps, by numbers.
         page.get_by_label("first step").fill("20")
         page.keyboard.press("Tab")
@@ -97,7 +95,7 @@ def test_each_view_of_a_real_run_beside_a_hostile_one(chromium, run, logs):  # n
         page.get_by_role("tab", name="Curves").click()
         page.get_by_text("1 damaged line is left out").wait_for()
         page.get_by_text("suspected collapse").first.wait_for()
-        assert HOSTILE in page.locator("#runs").inner_text()
+        expect(page.locator("#runs")).to_contain_text(HOSTILE)
         assert page.title() == "IndraQuantum monitor"  # nothing of a name was executed
         assert page.locator("img").count() == 0
 
@@ -107,8 +105,7 @@ def test_a_run_that_grows_in_two_tabs_and_a_server_that_is_gone_for_a_while(chro
         with page_of(chromium, server.url) as page, page_of(chromium, server.url, width=360, scheme="dark") as other:
             for tab in (page, other):
                 tab.locator("#runs tbody tr").nth(1).wait_for()
-                if not tab.get_by_role("checkbox", name="real", exact=True).is_checked():
-                    choose(tab, "real")
+                tab.get_by_role("checkbox", name="real", exact=True).check()
             with (logs / "real" / "metrics.jsonl").open("ab") as file:
                 file.write(_line(dict.fromkeys(FIELDS) | {"step": 46, "loss": 1.0, "kd_weight": 0.7654}))
             for tab in (page, other):
