@@ -18,8 +18,10 @@ from indraquantum.config import CaptureSettings, TrainSettings
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.inference.load import load_model
+from indraquantum.kernels import onednn
 from indraquantum.loss_v2 import SemanticDistillationLoss
 from indraquantum.metrics import read_metrics
+from indraquantum.model.attention import attend_as
 from indraquantum.teacher.capture import capture
 from indraquantum.training import loop, optimizers, parallel
 from indraquantum.training import run as training_run
@@ -89,7 +91,7 @@ def test_a_run_of_before_keeps_its_objective_in_float32(world, tmp_path):
     before = tmp_path / "run" / "checkpoint_v4_step_2.pt"
     checkpoint = load_checkpoint("", before)
     assert checkpoint.settings.pop("objective_precision") == "bfloat16"
-    assert checkpoint.settings.pop("attention_precision") == "float32"
+    assert checkpoint.settings.pop("attention_precision") == "eager"
     save_checkpoint(before, checkpoint)
     run = trial_run(begun)
     assert resume(run)
@@ -112,12 +114,43 @@ def attention_of_a_step(run):
     return seen
 
 
-def test_short_rows_attend_in_float32(world, tmp_path, monkeypatch):
-    """There bfloat16 is slower on CPUs, and less exact."""
+@pytest.mark.parametrize("attention", ["eager", "float32"])
+def test_each_attention_keeps_documents_apart_alike(world, tmp_path, attention):
+    """The mask that torch's attention takes would let all through in eager attention."""
+    run = trial_run(settings(world, tmp_path))
+    ids = torch.randint(3, 20, (2, 12), generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([[0] * 5 + [1] * 7, [0] * 2 + [1] * 3 + [2] * 4 + [-1] * 3])
+    positions = torch.tensor([[*range(5), *range(7)], [*range(2), *range(3), *range(4), 0, 0, 0]])
+    model = run.model.eval()
+    with torch.no_grad():
+        expected = model.hidden_states(ids, positions, segments)
+        attend_as(model.backbone, attention)
+        found = model.hidden_states(ids, positions, segments)
+    assert model.backbone.config._attn_implementation != "sdpa"
+    real = segments >= 0
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_began_with_attention_in_float32_keeps_it(world, tmp_path):
+    begun = settings(world, tmp_path, precision="bfloat16", max_steps=4, save_every=2, keep_last=9)
+    loop.train(begun)
+    (tmp_path / "run" / "checkpoint_v4_epoch_1.pt").unlink()
+    before = tmp_path / "run" / "checkpoint_v4_step_2.pt"
+    checkpoint = load_checkpoint("", before)
+    checkpoint.settings["attention_precision"] = "float32"
+    save_checkpoint(before, checkpoint)
+    run = trial_run(begun)
+    assert resume(run)
+    assert run.identity["attention_precision"] == "float32"
+    assert attention_of_a_step(run) == {torch.float32}
+
+
+def test_short_rows_attend_by_products(world, tmp_path, monkeypatch):
+    """There torch's own attention is slower on CPUs in bfloat16."""
     given = settings(world, tmp_path, precision="bfloat16")
     run = trial_run(given)
-    assert attention_of_a_step(run) == {torch.float32}
-    assert run.identity["attention_precision"] == "float32"
+    assert attention_of_a_step(run) == set()
+    assert run.identity["attention_precision"] == "eager"
     monkeypatch.setattr(training_run, "SHORT", run.dataset.row_length)
     long = trial_run(given)
     assert attention_of_a_step(long) == {torch.bfloat16}
@@ -384,20 +417,26 @@ def test_a_turned_matrix_has_its_singular_vectors_and_values_near_1(shape):
 
 
 @pytest.mark.parametrize(
-    ("device", "units", "expected"),
+    ("units", "rounds", "expected"),
     [
-        ("cpu", {"amx_bf16": True}, torch.bfloat16),
-        ("cpu", {"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
-        ("cpu", {"avx2": True, "amx_bf16": False}, torch.float32),
-        ("cpu", None, torch.float32),  # an old torch, which does not tell
-        ("cuda", {}, torch.bfloat16),
+        ({"amx_bf16": True}, True, torch.bfloat16),
+        ({"avx512_bf16": True, "amx_bf16": False}, False, torch.bfloat16),
+        ({"avx2": True, "amx_bf16": False}, False, torch.float32),
+        (None, True, torch.bfloat16),  # an old torch, which does not tell
+        (None, False, torch.float32),
     ],
 )
-def test_matrices_are_turned_in_bfloat16_where_there_are_units_for_it(monkeypatch, device, units, expected):
+def test_bfloat16_is_used_where_there_are_units_for_it(monkeypatch, units, rounds, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    monkeypatch.setattr(onednn, "is_exact", lambda: not rounds)
     if units is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert optimizers.turning_format.__wrapped__(device) == expected
+    onednn.has_16_bit_units.cache_clear()
+    try:
+        assert optimizers.turning_format("cpu") == expected
+        assert optimizers.turning_format("cuda") == torch.bfloat16
+    finally:
+        onednn.has_16_bit_units.cache_clear()
 
 
 def test_muon_state_goes_through_its_state_dict(world, tmp_path):

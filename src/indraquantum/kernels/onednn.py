@@ -48,9 +48,15 @@ def agrees_with_float64(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
     return True
 
 
+@functools.cache
 def has_16_bit_units() -> bool:
-    """Return whether oneDNN rounds float32 operands to bfloat16 here, as it does where that makes products faster."""
-    return not is_exact()
+    """Return whether the processor has units for products in bfloat16.
+
+    With AMX, oneDNN rounds float32 operands. On AMD's AVX-512 cores it does not, but products of matrices that are in
+    bfloat16 take half the time (docs/LOG.md, 2026-11-29). torch tells of these units since 2.11.
+    """
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return not is_exact() or bool(has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ Legend: B batch, T positions, N = B*T, d complex width, D real width (2d), V voc
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +119,8 @@ class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrained
     def _document_mask(self, segment_ids_BT: Tensor) -> Tensor:
         mask_B1TT = super()._document_mask(segment_ids_BT)
         # Eager attention adds its mask to the scores, so a bool one would silently let everything through.
-        return additive(mask_B1TT, self.dtype) if self.config._attn_implementation == "eager" else mask_B1TT
+        is_eager = cast(Backbone, self.backbone).config._attn_implementation == "eager"
+        return additive(mask_B1TT, self.dtype) if is_eager else mask_B1TT
 
     def _run_layers(self, states_BTD: Tensor, mask: Tensor | None, position_ids_BT: Tensor | None) -> Tensor:
         return self.backbone(

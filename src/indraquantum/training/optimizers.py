@@ -10,7 +10,6 @@ bfloat16 units, bfloat16 takes 26 times as long as float32 (docs/LOG.md, 2026-11
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from indraquantum.config import TrainSettings
 from indraquantum.errors import UserError
+from indraquantum.kernels.onednn import has_16_bit_units
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.processes import ALONE, Processes, from_process, shard_like, whole
 
@@ -91,16 +91,9 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return turned.T if is_tall else turned
 
 
-@functools.cache
 def turning_format(device_type: str) -> torch.dtype:
-    """Return bfloat16, as in Muon's paper, or float32 on processors without products in bfloat16.
-
-    torch 2.10 does not tell what a processor has. There it is float32, which is slower.
-    """
-    if device_type != "cpu":
-        return torch.bfloat16
-    has = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.bfloat16 if has.get("amx_bf16") or has.get("avx512_bf16") else torch.float32
+    """Return bfloat16, as in Muon's paper, or float32 on processors without products in bfloat16."""
+    return torch.bfloat16 if device_type != "cpu" or has_16_bit_units() else torch.float32
 
 
 def check_rates(model: IndraQuantumPhase2, settings: TrainSettings) -> None:

@@ -32,6 +32,7 @@ from indraquantum.errors import UserError
 from indraquantum.kernels.onednn import has_16_bit_units
 from indraquantum.learner import Learner, labelled_positions, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
+from indraquantum.model.attention import Attention
 from indraquantum.processes import ALONE, Processes, shard_like
 from indraquantum.training.candidates import Candidates
 
@@ -48,7 +49,7 @@ class Precision:
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
         self.dtype = dtype
         self.objective = dtype if dtype is torch.bfloat16 else torch.float32
-        self.attention: Literal["layers", "float32"] = "layers"  # layers: in the layers' format
+        self.attention: Attention = "layers"
         self._device_type = "cpu" if device is None else device.type
         self.scaler = torch.amp.GradScaler(self._device_type, enabled=dtype is torch.float16)
 

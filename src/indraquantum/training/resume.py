@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from indraquantum.config import Settings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.kernels.ways import continued, put_in_force
-from indraquantum.model.attention import attend_in_float32
+from indraquantum.model.attention import attend_as
 from indraquantum.progress import tell
 from indraquantum.training.checkpoint import (
     Checkpoint,
@@ -147,7 +147,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     precision = run.parallel.precision
     precision.objective, precision.attention = DTYPES[before["objective_precision"]], before["attention_precision"]
     if hasattr(run.model, "backbone"):  # a teacher has none
-        attend_in_float32(run.model.backbone, yes=precision.attention == "float32")
+        attend_as(run.model.backbone, precision.attention)
     run.parallel.precision.scaler.load_state_dict(checkpoint.loss_scale)
 
 

@@ -24,7 +24,7 @@ from indraquantum.errors import UserError
 from indraquantum.files import combined_sha256, sha256_of
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import in_force, put_in_force
-from indraquantum.model.attention import SHORT, attend_in_float32
+from indraquantum.model.attention import SHORT, attend_as
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.processes import ALONE, Processes
@@ -186,8 +186,8 @@ def start_run(settings: TrainSettings, plan: Plan, device: torch.device, process
     precision, unused = choose_precision(settings, device), any(stage.signals is None for stage in plan.stages)
     is_short = all(stage.dataset.row_length < SHORT for stage in plan.stages)
     if device.type == "cpu" and precision.dtype is not torch.float32 and is_short:
-        precision.attention = "float32"
-    attend_in_float32(model.backbone, yes=precision.attention == "float32")
+        precision.attention = "eager"
+        attend_as(model.backbone, "eager")
     parallel = make_parallel(settings.parallel, model, processes, device, unused=unused, precision=precision)
     return Run(
         settings=settings,
