@@ -264,6 +264,10 @@ class ModelSettings(Settings):
     pi. softplus and exp are always positive."""
     phase_spread: float = Field(default=0.02, ge=0, le=100)
     """Standard deviation of the initial phases, in radians. Small values learned better in our measurements."""
+    table_start: Literal["normal", "cooccurrence"] = "normal"
+    """The embedding table at the start of a new run: drawn from a normal distribution, or made from how often tokens
+    stand beside each other in the training text, so that similar tokens start with similar embeddings. The second takes
+    some seconds."""
     table_std: float | None = Field(default=None, gt=0, le=100)
     """Standard deviation of the initial embedding table. By default it is 1, or 0.5 for the projectors linear and none.
     You rarely need to change it."""

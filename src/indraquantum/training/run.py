@@ -38,6 +38,7 @@ from indraquantum.training.checkpoint import (
     require_student,
     step_checkpoint_path,
 )
+from indraquantum.training.cooccurrence import cooccurrence_table
 from indraquantum.training.engine import Engine
 from indraquantum.training.guards import CollapseGuard
 from indraquantum.training.optimizers import check_rates, new_optimizer
@@ -178,9 +179,8 @@ def start_run(settings: TrainSettings, plan: Plan, device: torch.device, process
     model = IndraQuantumPhase2(model_config(settings, plan)).to(device).train()
     if weights is not None:
         model.load_state_dict(weights)
-    elif settings.bias_start == "frequencies" and model.bias_V is not None:
-        with torch.no_grad():
-            model.bias_V.copy_(torch.from_numpy(log_frequencies(plan)))
+    else:
+        _start_from_counts(model, settings, plan)
     accelerate(model, settings, device)
     # A stage without signals does not use the readout.
     precision, unused = choose_precision(settings, device), any(stage.signals is None for stage in plan.stages)
@@ -205,6 +205,18 @@ def start_run(settings: TrainSettings, plan: Plan, device: torch.device, process
         keep_best=settings.keep_best,
         patience=settings.patience,
     )
+
+
+@torch.no_grad()
+def _start_from_counts(model: IndraQuantumPhase2, settings: TrainSettings, plan: Plan) -> None:
+    """Give the head's bias and the table what the training text says of each token, if `settings` ask for it."""
+    if settings.bias_start == "frequencies" and model.bias_V is not None:
+        model.bias_V.copy_(torch.from_numpy(log_frequencies(plan)))
+    if settings.table_start == "cooccurrence":
+        table_Vd = model.embedding.weight
+        std = settings.table_std or model.projector.table_std
+        texts = {id(stage.train): stage.train for stage in plan.stages}
+        table_Vd.copy_(std * cooccurrence_table(list(texts.values()), *table_Vd.shape, settings.seed))
 
 
 def log_frequencies(plan: Plan) -> np.ndarray:
