@@ -21,6 +21,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = os.environ.get("INDRA_TEST_THREADS", "1")
 # Nothing is measured and nothing hangs on what is quicker here.
 os.environ["INDRA_PRODUCTS"] = "onednn:512x1000"
+# `--precision auto` is float32 on every processor, so that the tests compute alike on all.
+os.environ["INDRA_BFLOAT16"] = "0"
 # The tests are of the CPU, and many fork, which a process that has used CUDA can't.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -38,7 +38,7 @@ def exported(request, world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     settings = TrainSettings(
         data=world.data, output=folder / "run", logs=folder / "logs", threads=1, projector=request.param, d_model=12,
-        layers=1, heads=2, mlp_width=22, batch_tokens=480, max_steps=3,
+        layers=1, heads=2, mlp_width=22, batch_tokens=480, max_steps=3, bias_start="zeros", table_start="normal",
     )  # fmt: skip
     checkpoint = train(settings).checkpoint
     assert indra("export", checkpoint, folder / "new" / "model") == 0

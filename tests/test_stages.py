@@ -102,7 +102,8 @@ RATES = {"table": 50.0, "projector": 0.4, "projector biases": 0.4, "layers": 2.0
 @pytest.mark.parametrize("taught", [True, False])
 def test_v4_is_a_plain_loop_to_the_bit(world, tmp_path, taught):
     """The documented weights and schedule by their formulas, over all rows in an order that seed and epoch decide."""
-    settings = small(world, tmp_path, dropout=0.1, no_teacher=not taught)
+    start = {"bias_start": "zeros", "table_start": "normal", "table_rate": 50.0, "projector_rate": 0.4}
+    settings = small(world, tmp_path, dropout=0.1, no_teacher=not taught, **start)
     found = load_checkpoint("", loop.train(settings).checkpoint).model
     dataset = open_dataset("--data", world.data)
     signals = open_signals("--signals", world.signals, dataset) if taught else None

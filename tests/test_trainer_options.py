@@ -145,6 +145,30 @@ def test_a_run_that_began_with_attention_in_float32_keeps_it(world, tmp_path):
     assert attention_of_a_step(run) == {torch.float32}
 
 
+def test_a_run_that_began_with_other_defaults_keeps_them(world, tmp_path):
+    """An option that isn't given keeps its value, also one that the run's version did not have."""
+    length = {"max_steps": 4, "save_every": 2, "keep_last": 9}
+    before = {"table_rate": 50.0, "projector_rate": 0.4, "precision": "float32"}
+    before |= {"bias_start": "zeros", "table_start": "normal"}
+    whole = loop.train(settings(world, tmp_path / "whole", **length, **before))
+    parts = loop.train(settings(world, tmp_path / "parts", **length, **before))
+    parts.checkpoint.unlink()
+    for path in parts.checkpoint.parent.glob("*step_4.pt"):
+        path.unlink()
+    half = parts.checkpoint.parent / "checkpoint_v4_step_2.pt"
+    checkpoint = load_checkpoint("", half)
+    for name in ("bias_start", "table_start"):
+        del checkpoint.settings[name]
+    save_checkpoint(half, checkpoint)
+    now = settings(world, tmp_path / "parts", **length)
+    assert all(getattr(now, name) != value for name, value in before.items())
+    resumed = loop.train(now)
+    expected, found = (load_checkpoint("", report.checkpoint).model for report in (whole, resumed))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(UserError, match="--table-rate"):
+        loop.train(settings(world, tmp_path / "parts", **length, table_rate=20.0))
+
+
 def test_short_rows_attend_by_products(world, tmp_path, monkeypatch):
     """There torch's own attention is slower on CPUs in bfloat16."""
     given = settings(world, tmp_path, precision="bfloat16")
@@ -357,7 +381,7 @@ def test_a_run_stops_early_and_keeps_its_best(world, tmp_path, monkeypatch, caps
 
 def test_muon_turns_the_layers_matrices_and_adamw_the_rest(world, tmp_path):
     # with wide phases no gradient has a rank of nearly half, whose other half Muon would leave short
-    plain = {"phase_spread": 3.0, "weight_decay": 0, "warmup_fraction": 0}
+    plain = {"phase_spread": 3.0, "weight_decay": 0, "warmup_fraction": 0, "table_rate": 50, "projector_rate": 0.4}
     plain["max_grad_norm"] = 1e6  # the two sum the norm in another order, which clipping would bring into each weight
     runs = [trial_run(settings(world, tmp_path, optimizer=name, muon_rate=rate, **plain))
             for name, rate in (("muon", 3.0), ("adamw", 1.0))]  # fmt: skip
@@ -431,12 +455,18 @@ def test_bfloat16_is_used_where_there_are_units_for_it(monkeypatch, units, round
     monkeypatch.setattr(onednn, "is_exact", lambda: not rounds)
     if units is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities")
-    onednn.has_16_bit_units.cache_clear()
+    monkeypatch.delenv("INDRA_BFLOAT16")
+    onednn._finds_16_bit_units.cache_clear()
     try:
         assert optimizers.turning_format("cpu") == expected
         assert optimizers.turning_format("cuda") == torch.bfloat16
+        monkeypatch.setenv("INDRA_BFLOAT16", "0" if expected is torch.bfloat16 else "1")
+        assert optimizers.turning_format("cpu") != expected
+        monkeypatch.setenv("INDRA_BFLOAT16", "yes")
+        with pytest.raises(UserError, match="INDRA_BFLOAT16: got yes; must be 0 or 1"):
+            optimizers.turning_format("cpu")
     finally:
-        onednn.has_16_bit_units.cache_clear()
+        onednn._finds_16_bit_units.cache_clear()
 
 
 def test_muon_state_goes_through_its_state_dict(world, tmp_path):
@@ -453,7 +483,7 @@ def test_muon_state_goes_through_its_state_dict(world, tmp_path):
 def test_the_tables_decay_is_decoupled(world, tmp_path):
     tables = []
     for decay in (0.0, 0.5):
-        run = trial_run(settings(world, tmp_path, table_weight_decay=decay, warmup_fraction=0))
+        run = trial_run(settings(world, tmp_path, table_weight_decay=decay, table_rate=50, warmup_fraction=0))
         start = run.model.embedding.weight.detach().clone()
         loop.take_step(run)
         tables.append(run.model.embedding.weight.detach())

@@ -349,7 +349,7 @@ def test_micro_batches_add_up_to_the_whole_step(world, projector):
     assert pieces.terms == pytest.approx(whole.terms, rel=1e-5)
     assert pieces.tokens == whole.tokens
     for name, gradient in gradients.items():
-        torch.testing.assert_close(summed[name], gradient, rtol=1e-4, atol=1e-7)
+        assert (summed[name] - gradient).norm() <= 1e-4 * gradient.norm()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(world):

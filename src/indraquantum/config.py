@@ -253,7 +253,7 @@ class ModelSettings(Settings):
     bias: Literal["learned", "none"] = "learned"
     """Whether the output head adds a learned number to the logit of each token. A model without it folds into a plain
     Llama of the same width and depth (`indra export --as llama`)."""
-    bias_start: Literal["zeros", "frequencies"] = "zeros"
+    bias_start: Literal["zeros", "frequencies"] = "frequencies"
     """The bias at the start of a new run: 0 for all tokens, or the logarithm of each token's frequency in the training
     text, so that the model knows from its first step which tokens are frequent."""
     readout: Literal["reference", "mean"] = "reference"
@@ -264,7 +264,7 @@ class ModelSettings(Settings):
     pi. softplus and exp are always positive."""
     phase_spread: float = Field(default=0.02, ge=0, le=100)
     """Standard deviation of the initial phases, in radians. Small values learned better in our measurements."""
-    table_start: Literal["normal", "cooccurrence"] = "normal"
+    table_start: Literal["normal", "cooccurrence"] = "cooccurrence"
     """The embedding table at the start of a new run: drawn from a normal distribution, or made from how often tokens
     stand beside each other in the training text, so that similar tokens start with similar embeddings. The second takes
     some seconds."""
@@ -294,7 +294,7 @@ class OptimizerSettings(Settings):
     learning_rate: float = Field(default=2e-3, gt=0, le=10)
     """The peak learning rate. `indra lr-test` suggests one for your data. Long runs need a lower rate than short
     ones."""
-    table_rate: float = Field(default=50.0, gt=0, le=1000)
+    table_rate: float = Field(default=10.0, gt=0, le=1000)
     """The embedding table's learning rate, as a multiple of --learning-rate. You rarely need to change it."""
     muon_rate: float = Field(default=2.0, gt=0, le=1000)
     """Muon's learning rate, as a multiple of --learning-rate. Muon's updates are scaled to the size of AdamW's. You
@@ -327,11 +327,11 @@ class TrainerSettings(Settings):
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon uses Muon for the matrices of the layers and AdamW for everything else. adamw uses AdamW for everything;
     with several processes it sends less data between them."""
-    projector_rate: float = Field(default=0.4, gt=0, le=1000)
+    projector_rate: float = Field(default=1.0, gt=0, le=1000)
     """The projector's learning rate, as a multiple of --learning-rate. You rarely need to change it."""
     table_weight_decay: float = Field(default=0.0, ge=0, le=10)
     """Decoupled weight decay of the embedding table. You rarely need to change it."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the matrix products. bfloat16 is much faster on GPUs, and on CPUs that support it (AMX). float16
     is for older GPUs, and only the layers use it. Weights and sums stay float32. auto uses 16 bits where the device
     supports them, and float32 elsewhere."""
@@ -422,7 +422,7 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettin
     """What the objective does with the probability that top-k signals do not store. bucket treats all other tokens as
     one outcome, uniform spreads the probability over them, and none ignores it. auto means bucket. A resumed run keeps
     its value."""
-    softmax: Literal["auto", "exact", "sampled"] = "exact"
+    softmax: Literal["auto", "exact", "sampled"] = "auto"
     """Which tokens of the vocabulary the loss of a training step compares. exact compares all. sampled compares the
     most frequent quarter of the vocabulary, the tokens that the step's labels and signals name, and a random sample
     that stands for all others. This makes a step much faster. auto means sampled without a teacher and with a

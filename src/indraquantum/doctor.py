@@ -17,7 +17,7 @@ NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarro
           "cyclopts", "tqdm", "matplotlib")  # fmt: skip
 OPTIONAL = ("accelerate", "datasets", "lm_eval", "peft", "ray", "sentencepiece", "tensorboard", "trackio", "wandb")
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "INDRA_PRODUCTS",
-             "INDRAQUANTUM_CACHE", "HF_HOME", "HF_HUB_OFFLINE")  # fmt: skip
+             "INDRA_BFLOAT16", "INDRAQUANTUM_CACHE", "HF_HOME", "HF_HUB_OFFLINE")  # fmt: skip
 
 
 def examine() -> dict[str, dict[str, Any]]:

@@ -120,8 +120,9 @@ def _check_stated(path: Path, record: Result, plan: Plan, variant: str) -> None:
     settings = resolved(plan, variant, record["chosen"], data=plan.data)
     stated = settings.model_dump(mode="json", exclude=FREE_SETTINGS | {"start_from", "seed"})
     stated["strategy"] = Path(settings.strategy).name  # the plan may have been in another folder
-    if settings.tail == "auto":  # the run's signals decided
-        del stated["tail"]
+    for name in ("tail", "softmax"):  # the run's signals and vocabulary decided
+        if stated[name] == "auto":
+            del stated[name]
     _compare(path, record, {"variant": variant, "half": "table", "settings": stated}, stated)
 
 

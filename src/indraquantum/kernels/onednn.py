@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from indraquantum.errors import UserError
 from indraquantum.kernels.ways import in_force
 
+VARIABLE = "INDRA_BFLOAT16"
 _PROBES = ((64, 64, 64), (1000, 256, 256), (256, 1000, 256))  # rows, inner width, columns
 _TOLERANCE = 2e-6  # relative; float32 sums stay below 1e-6, bfloat16 operands are at 3e-3
 
@@ -48,8 +51,20 @@ def agrees_with_float64(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
     return True
 
 
-@functools.cache
 def has_16_bit_units() -> bool:
+    """Return whether the CPU is to multiply in bfloat16: what `INDRA_BFLOAT16` says (0 or 1), or whether it has units.
+
+    Raises:
+        UserError: `INDRA_BFLOAT16` is neither.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", "0", "1"):
+        raise UserError(VARIABLE, asked, "must be 0 or 1")
+    return asked == "1" if asked else _finds_16_bit_units()
+
+
+@functools.cache
+def _finds_16_bit_units() -> bool:
     """Return whether the processor has units for products in bfloat16.
 
     With AMX, oneDNN rounds float32 operands. On AMD's AVX-512 cores it does not, but products of matrices that are in

@@ -36,9 +36,9 @@ def cooccurrence_table(splits: Sequence[Split], vocabulary_size: int, width: int
     The fewer times a token occurs, the more of its vector is drawn from a normal distribution with `seed`; of a token
     that never occurs, all.
     """
-    tokens, documents = _text(splits)
+    tokens, begins = _text(splits)
     counts_V = np.bincount(tokens, minlength=vocabulary_size)
-    matrix = _matrix(tokens, documents, counts_V)
+    matrix = _matrix(tokens, begins, counts_V)
     generator = np.random.default_rng([seed % 2**64, 2])
     drawn_Vd = generator.standard_normal((vocabulary_size, width), dtype=np.float32)
     rank = min(width, *matrix.shape)
@@ -59,24 +59,26 @@ def cooccurrence_table(splits: Sequence[Split], vocabulary_size: int, width: int
 
 
 def _text(splits: Sequence[Split]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of `splits`, and the number of each one's document."""
-    tokens, documents, first = [], [], 0
+    """Return the tokens of `splits`, and whether a document begins with each of them."""
+    tokens, begins = [], []
     every = -(-sum(len(split.tokens) for split in splits) // MOST_TOKENS)
     for split in splits:
         lengths = np.diff(split.document_offsets)
         chosen = np.arange(len(lengths)) % every == 0
-        tokens.append(split.tokens[np.repeat(chosen, lengths)].astype(np.int64))
-        documents.append(np.repeat(first + np.flatnonzero(chosen), lengths[chosen]))
-        first += len(lengths)
-    return np.concatenate(tokens), np.concatenate(documents)
+        is_first = np.zeros(len(split.tokens), dtype=bool)
+        is_first[split.document_offsets[:-1][lengths > 0]] = True
+        kept = np.repeat(chosen, lengths)
+        tokens.append(split.tokens[kept])
+        begins.append(is_first[kept])
+    return np.concatenate(tokens), np.concatenate(begins)
 
 
-def _matrix(tokens: np.ndarray, documents: np.ndarray, counts_V: np.ndarray) -> Tensor:
+def _matrix(tokens: np.ndarray, begins: np.ndarray, counts_V: np.ndarray) -> Tensor:
     """Return the PPMI (V, 2C) of each token with the contexts before and after it, as a sparse tensor."""
     contexts_C = np.argsort(-counts_V, kind="stable")[:CONTEXTS]
-    place_V = np.full(len(counts_V), -1)
+    place_V = np.full(len(counts_V), -1, dtype=np.int32)
     place_V[contexts_C] = np.arange(len(contexts_C))
-    together = documents[:-1] == documents[1:]
+    together = ~begins[1:]
     earlier, later = tokens[:-1][together], tokens[1:][together]
     size = (len(counts_V), len(contexts_C))
     rows, before, values = _ppmi(later, place_V[earlier], *size)
@@ -95,8 +97,10 @@ def _ppmi(
     The values of pairs that were seen only a few times are lowered.
     """
     known = contexts >= 0
-    pairs, counts = np.unique(tokens[known] * num_contexts + contexts[known], return_counts=True)
-    rows, columns = np.divmod(pairs, num_contexts)
+    number = np.uint32 if num_tokens * num_contexts < 2**32 else np.uint64
+    pairs = tokens[known].astype(number) * number(num_contexts) + contexts[known].astype(number)
+    pairs, counts = np.unique(pairs, return_counts=True)
+    rows, columns = (part.astype(np.int64) for part in np.divmod(pairs, number(max(1, num_contexts))))
     tokens_V = np.bincount(rows, weights=counts, minlength=num_tokens)
     contexts_C = np.bincount(columns, weights=counts, minlength=num_contexts) ** SMOOTHING
     expected = tokens_V[rows] * contexts_C[columns] / max(1.0, contexts_C.sum())

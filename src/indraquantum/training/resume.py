@@ -41,10 +41,15 @@ from indraquantum.training.schedule import decay_begins
 BEFORE_THE_OPTION = {
     "tail": "none",
     "softmax": "exact",
+    "bias_start": "zeros",
+    "table_start": "normal",
     "row_order": 1,
+    "precision": "float32",
     "objective_precision": "float32",
     "attention_precision": "layers",
 }
+# Options whose default is another one than when some runs began.
+CHANGED_DEFAULTS = ("table_rate", "projector_rate", "bias_start", "table_start", "precision")
 LENGTHS = ("epochs", "max_steps", "steps")  # options
 STAGE_LENGTHS = ("steps", "planned_steps")  # in a stage's identity
 
@@ -104,7 +109,8 @@ def _set_later_ones_aside(run: Run, used: Path) -> None:
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Give `run` the state of `checkpoint`.
 
-    The checkpoint may be older than an option. The option then counts as what the program did before it had it.
+    The checkpoint may be older than an option. The option then counts as what the program did before it had it. Options
+    of CHANGED_DEFAULTS that are not given keep the value with which the run began.
 
     Raises:
         UserError: the checkpoint comes from a run with other settings; the message names the first that differs.
@@ -114,6 +120,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         if run.settings.tail == "auto":
             run.identity["tail"] = before["tail"]
         kept["tail"] = run.identity["tail"]
+    kept |= _keep_older_defaults(run, before)
     if "softmax" in run.identity and run.settings.softmax == "auto":
         run.identity["softmax"] = before["softmax"]
         run.engine.sampler = sampler_of(before["softmax"], run.plan)
@@ -145,10 +152,28 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
     run.average.load(scattered(checkpoint.average, run.average.weights))
     precision = run.parallel.precision
+    precision.dtype = DTYPES[before["precision"]]
     precision.objective, precision.attention = DTYPES[before["objective_precision"]], before["attention_precision"]
     if hasattr(run.model, "backbone"):  # a teacher has none
         attend_as(run.model.backbone, precision.attention)
     run.parallel.precision.scaler.load_state_dict(checkpoint.loss_scale)
+
+
+def _keep_older_defaults(run: Run, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Give `run` the earlier values of options that it was not given and whose default has changed. Return them."""
+    names = [name for name in CHANGED_DEFAULTS if name in run.identity and name not in run.settings.model_fields_set]
+    # float16 needs a loss scale, which a run in another format does not have.
+    older = {name: before[name] for name in names if before[name] != "float16"}
+    stages = []
+    for stage in run.plan.stages:
+        then = before["stages"].get(stage.spec.name, {})
+        # A stage may have a value of its own, from its strategy.
+        own = {name: value for name, value in older.items() if then.get(name) == value}
+        stages.append(replace(stage, spec=stage.spec.model_copy(update=own)))
+    run.plan = replace(run.plan, stages=tuple(stages))
+    run.identity |= older
+    run.identity["stages"] = {stage.spec.name: stage_identity(stage, run.plan) for stage in run.plan.stages}
+    return older
 
 
 def _as_there(run: Run, then: Any) -> str:
