@@ -322,6 +322,7 @@ WRONG = [
     ({"prompt": [True]}, "prompt"), ({"prompt": {"a": 1}}, "prompt"), ({"prompt": [["a"]]}, "prompt"),
     ({"prompt": "a", "max_tokens": -1}, "max_tokens: must be greater than or equal to 0"),
     ({"prompt": "a", "temperature": 3}, "temperature: must be less than or equal to 2"),
+    ({"prompt": "a", "n": True}, "n: must be a valid integer"), ({"prompt": "a", "temperature": "0.5"}, "temperature"),
     ({"prompt": "a", "n": 100_000}, "n: must be"), ({"prompt": "a", "logprobs": 21}, "logprobs"),
     ({"prompt": "a", "prompt_logprobs": 129}, "prompt_logprobs"),
     ({"prompt": "a", "stop": [""]}, "stop: must be at most 4"), ({"prompt": "a", "stop": 3}, "stop: must be a text or"),

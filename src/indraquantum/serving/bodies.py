@@ -28,7 +28,7 @@ class StreamOptions(BaseModel):
 class Body(BaseModel):
     """What both kinds of requests may have."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
     model: str | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
