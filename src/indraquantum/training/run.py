@@ -221,8 +221,7 @@ def _start_from_counts(model: IndraQuantumPhase2, settings: TrainSettings, plan:
 
 def log_frequencies(plan: Plan) -> np.ndarray:
     """Return the logarithm of each token's frequency among the labels of `plan`, (V,); each counts one more."""
-    size = plan.dataset.tokenizer.vocabulary_size
-    counts_V = sum(stage.train.label_counts(size) for stage in plan.stages) + 1
+    counts_V = _label_counts(plan) + 1
     return np.log(counts_V / counts_V.sum())
 
 
@@ -239,8 +238,13 @@ def sampler_of(softmax: str, plan: Plan) -> CandidateSampler | None:
     """Return what chooses the tokens that each step compares; None if all are compared."""
     if softmax == "exact" or plan.stages[0].settings.head == "born":
         return None
+    return CandidateSampler(_label_counts(plan))
+
+
+def _label_counts(plan: Plan) -> np.ndarray:
+    """Return how often the stages of `plan` predict each token, (V,)."""
     size = plan.dataset.tokenizer.vocabulary_size
-    return CandidateSampler(sum(stage.train.label_counts(size) for stage in plan.stages))
+    return np.sum([stage.train.label_counts(size) for stage in plan.stages], axis=0)
 
 
 def trial_run(settings: TrainSettings) -> Run:
