@@ -12,8 +12,10 @@ import torch
 from indraquantum.config import TrainSettings
 from indraquantum.data.split import Split
 from indraquantum.training import cooccurrence, loop
-from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training import run as training_run
+from indraquantum.training.checkpoint import checkpoints_in, load_checkpoint, set_aside
 from indraquantum.training.cooccurrence import cooccurrence_table
+from indraquantum.trials.dry_run import dry_run
 
 V = 12
 
@@ -111,3 +113,31 @@ def test_a_new_run_starts_with_it(world, tmp_path):
 
     train = open_dataset("--data", world.data).train
     torch.testing.assert_close(table, 0.7 * cooccurrence_table([train], *table.shape, run.seed), atol=1e-5, rtol=0)
+
+
+def test_only_a_new_run_counts_the_text(world, tmp_path, monkeypatch, capsys):
+    def options(**changed) -> TrainSettings:
+        return TrainSettings(
+            data=world.data, output=tmp_path / "run", logs=tmp_path / "logs", table_start="cooccurrence", max_steps=2,
+            d_model=6, layers=1, heads=2, mlp_width=10, threads=1, no_teacher=True, save_every=1, keep_last=5,
+            **changed,
+        )  # fmt: skip
+
+    counted = []
+    count = cooccurrence_table
+
+    def counts(*arguments):
+        counted.append(1)
+        return count(*arguments)
+
+    monkeypatch.setattr(training_run, "cooccurrence_table", counts)
+    dry_run(options(dry_run=True))
+    assert not counted
+    whole = load_checkpoint("", loop.train(options()).checkpoint).model
+    assert len(counted) == 1
+    for path in checkpoints_in(tmp_path / "run", lambda epoch: 2)[:-1]:
+        set_aside([path[1]])
+    resumed = load_checkpoint("", loop.train(options()).checkpoint).model
+    assert "Resuming from step 1 of 2." in capsys.readouterr().out
+    assert len(counted) == 1
+    assert all(torch.equal(whole[name], weight) for name, weight in resumed.items())

@@ -42,7 +42,7 @@ from indraquantum.training.folders import (
 )
 from indraquantum.training.guards import PROBE_EVERY, probe, require_finite_state
 from indraquantum.training.plan import plan_run
-from indraquantum.training.resume import resume
+from indraquantum.training.resume import resume, will_resume
 from indraquantum.training.run import Run, check_settings, start_run
 from indraquantum.training.samples import check_samples, samples_of
 from indraquantum.training.signals import capture_signals, check_folders, find_signals
@@ -90,8 +90,9 @@ def train(settings: TrainSettings) -> TrainReport:
                 folders = HeldFolders(settings.output, metrics_path.parent, stack)
         plan = capture_signals(plan, processes)
         stack.enter_context(using(processes.first(lambda: way_for(device))))
+        is_new = not processes.first(lambda: will_resume(settings, plan))
         with processes.together():
-            run = start_run(settings, plan, device, processes)
+            run = start_run(settings, plan, device, processes, counts_text=is_new)
         complete(run, metrics_path, interrupts, folders)
         return TrainReport(run.milestone_path, metrics_path, run.step, run.held_out or evaluate(run))
 

@@ -85,6 +85,13 @@ def resume(run: Run) -> bool:
     return True
 
 
+def will_resume(settings: TrainSettings, plan: Plan) -> bool:
+    """Return whether a run of these settings resumes from a checkpoint, or fails because no checkpoint is valid."""
+    if settings.resume in ("auto", "never"):
+        return settings.resume == "auto" and bool(checkpoints_in(settings.output, plan.step_of_epoch))
+    return True
+
+
 def _wanted_checkpoint(run: Run) -> Found | None:
     """Return the checkpoint that the settings ask for, or None to begin a new run."""
     folder, wanted = run.folder, run.settings.resume

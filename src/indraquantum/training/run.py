@@ -168,8 +168,23 @@ class Run:
         return step_checkpoint_path(self.folder, self.step)
 
 
-def start_run(settings: TrainSettings, plan: Plan, device: torch.device, processes: Processes = ALONE) -> Run:
+def start_run(
+    settings: TrainSettings,
+    plan: Plan,
+    device: torch.device,
+    processes: Processes = ALONE,
+    *,
+    counts_text: bool = True,
+) -> Run:
     """Return a run at its first step, with seeded weights and a new optimiser. It is the same in all `processes`.
+
+    Args:
+        settings: the options of the command.
+        plan: the steps of the run.
+        device: where the weights are.
+        processes: the processes that share the work.
+        counts_text: whether --bias-start and --table-start may count the training text, which takes seconds. Not needed
+            where a checkpoint replaces the weights, or where the steps are only timed.
 
     Raises:
         UserError: settings contradict each other, or ask for a compiler where none works.
@@ -179,7 +194,7 @@ def start_run(settings: TrainSettings, plan: Plan, device: torch.device, process
     model = IndraQuantumPhase2(model_config(settings, plan)).to(device).train()
     if weights is not None:
         model.load_state_dict(weights)
-    else:
+    elif counts_text:
         _start_from_counts(model, settings, plan)
     accelerate(model, settings, device)
     # A stage without signals does not use the readout.
@@ -247,8 +262,12 @@ def _label_counts(plan: Plan) -> np.ndarray:
     return np.sum([stage.train.label_counts(size) for stage in plan.stages], axis=0)
 
 
-def trial_run(settings: TrainSettings) -> Run:
+def trial_run(settings: TrainSettings, *, counts_text: bool = True) -> Run:
     """Return a run at its first step that writes no files. If signals are not captured yet, its stages have none.
+
+    Args:
+        settings: the options of the command.
+        counts_text: as for `start_run`.
 
     Raises:
         UserError: settings, data or signals don't fit.
@@ -259,7 +278,7 @@ def trial_run(settings: TrainSettings) -> Run:
     plan = find_signals(plan_run(settings, dataset))
     for folder in dict.fromkeys(folder_of(stage.settings) for stage in plan.stages if stage.lacks_signals):
         tell(f"No teacher signals at {folder}; this test continues without them. `indra train` captures them first.")
-    return start_run(settings, plan, device)
+    return start_run(settings, plan, device, counts_text=counts_text)
 
 
 def accelerate(model: IndraQuantumPhase2, settings: TrainSettings, device: torch.device) -> None:

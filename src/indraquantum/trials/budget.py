@@ -51,7 +51,7 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
     started = time.perf_counter()
     given = {} if "batch_tokens" in settings.model_fields_set else {"batch_tokens": BATCH_TOKENS}
     settings = settings.model_copy(update={"epochs": 1} | given)
-    run = trial_run(settings)
+    run = trial_run(settings, counts_text=False)
     seconds = step_seconds(run)
     steps = _steps_within(run, settings.minutes * 60 - (time.perf_counter() - started), seconds)
     if steps < FEWEST_STEPS:

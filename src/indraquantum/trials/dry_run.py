@@ -50,7 +50,7 @@ def dry_run(settings: TrainSettings) -> DryRun:
     Raises:
         UserError: settings, data or signals don't fit.
     """
-    run = trial_run(within_minutes(settings))
+    run = trial_run(within_minutes(settings), counts_text=False)
     found = measure(run)
     print(report(found))
     return found
