@@ -169,6 +169,21 @@ def test_each_stage_is_timed(world, tmp_path, monkeypatch):
     assert (found.seconds_per_step, found.seconds_to_finish) == (1.0, first + 10 * second + 0.5)
 
 
+def test_a_dry_run_says_which_loss_such_runs_reached(world, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(costly, "expected_loss", lambda run, tokens: asked.append(tokens) or 3.456)
+    run = trial_run(settings(world, tmp_path, strategy="stage2-v3-gentle"))
+    dry_run(settings(world, tmp_path, strategy="stage2-v3-gentle"))
+    assert (
+        "held-out loss: on WikiText and Alpaca, such a run ended at about 3.46 nats per token"
+        in capsys.readouterr().out
+    )
+    assert asked == [run.total_steps * 10 * 48]  # 480 tokens of 48 a row are 10 rows
+    monkeypatch.undo()
+    dry_run(settings(world, tmp_path))  # another size than the default model's
+    assert "held-out loss" not in capsys.readouterr().out
+
+
 def test_a_dry_run_goes_on_without_signals(world, tmp_path, capsys):
     data = tmp_path / "mixed"
     data.mkdir()

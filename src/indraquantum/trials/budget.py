@@ -26,7 +26,10 @@ WARM_UP, TIMED, SECONDS = 2, 3, 4.0  # steps before the timed ones; at least so 
 # Held-out nats per token of the default model on WikiText and Alpaca, V = 32,000, no teacher, after so many tokens
 # (results/user-scale and user-scale-long).
 REACHED = ((0.82e6, 4.76), (3.07e6, 4.135), (10.2e6, 3.738))
-SHAPE = ("d_model", "layers", "mlp_width", "projector", "magnitude", "ends", "optimizer")
+ALIKE = (
+    "d_model", "layers", "mlp_width", "projector", "magnitude", "ends", "optimizer", "learning_rate", "bias_start",
+    "table_start",
+)  # fmt: skip
 
 
 def within_minutes(settings: TrainSettings) -> TrainSettings:
@@ -64,7 +67,7 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
     said = f"{settings.minutes:g} minutes: {steps:,} steps of {settings.batch_tokens:,} tokens, {tokens:,} in all"
     tell(f"{said}; a step takes {duration(seconds) if seconds >= 1 else f'{seconds:.2f} s'}.")
     if (loss := expected_loss(run, tokens)) is not None:
-        tell(f"On WikiText and Alpaca, such a run ended at about {loss:.2f} nats per token.")
+        tell(f"Held-out loss: {expectation(loss)}.")
     return settings.model_copy(update={"max_steps": steps, "epochs": math.ceil(steps / stage.steps_per_epoch)})
 
 
@@ -104,10 +107,15 @@ def _steps_within(run: Run, budget: float, seconds: float) -> int:
     return math.floor((budget - 2 * evaluation) / (seconds + evaluation * between))
 
 
+def expectation(loss: float) -> str:
+    """Return the clause that says which held-out loss to expect."""
+    return f"on WikiText and Alpaca, such a run ended at about {loss:.2f} nats per token"
+
+
 def expected_loss(run: Run, tokens: int) -> float | None:
     """Return the held-out loss of the default model after `tokens` tokens; None if nothing like `run` was measured."""
     settings, defaults = run.settings, TrainSettings.model_fields
-    alike = all(getattr(settings, name) == defaults[name].default for name in SHAPE) and settings.no_teacher
+    alike = all(getattr(settings, name) == defaults[name].default for name in ALIKE) and settings.no_teacher
     size_differs = abs(run.model.config.vocab_size / 32_000 - 1) > 0.1
     if not alike or size_differs or not REACHED[0][0] / 2 <= tokens <= REACHED[-1][0] * 1.5:
         return None
