@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from indraquantum.config import Settings, TrainSettings
 from indraquantum.errors import UserError
@@ -37,6 +37,21 @@ class Search(Settings):
     """Seed of the trials."""
 
 
+class Budget(Settings):
+    """What a variant may cost. The width of its MLP is chosen so that it comes as near as possible."""
+
+    parameters: int | None = Field(default=None, ge=1)
+    """Parameters of the whole model."""
+    mflop_per_token: float | None = Field(default=None, gt=0)
+    """Work for each trained token, forward and backward, in MFLOP."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        if (self.parameters is None) == (self.mflop_per_token is None):
+            raise ValueError("must have either parameters or mflop_per_token")
+        return self
+
+
 class Plan(Settings):
     """What an ablation compares."""
 
@@ -58,6 +73,13 @@ class Plan(Settings):
     """Pairs of variants whose difference at equal seeds is reported: the first minus the second."""
     equal_parameters: tuple[tuple[str, ...], ...] = ()
     """Groups of variants whose numbers of parameters must agree within 1 %."""
+    equal_work: tuple[tuple[str, ...], ...] = ()
+    """Groups of variants whose FLOPs a token must agree within 1 %."""
+    budgets: dict[Name, Budget] = {}
+    """What some variants may cost, instead of a `mlp_width` of theirs."""
+    families: dict[Name, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
+    """Variants that differ in size alone. The report draws each family's loss over parameters and over work, and
+    compares the families with the first one."""
     search: Search | None = None
     """The search for each variant's best setting."""
 
@@ -111,7 +133,13 @@ def _beside(folder: Path, overrides: Overrides) -> Overrides:
 
 
 def _check_names(path: Path, plan: Plan) -> None:
-    groups = {"pairs": plan.pairs, "equal_parameters": plan.equal_parameters}
+    groups = {
+        "pairs": plan.pairs,
+        "equal_parameters": plan.equal_parameters,
+        "equal_work": plan.equal_work,
+        "budgets": (tuple(plan.budgets),),
+        "families": tuple(plan.families.values()),
+    }
     if plan.search is not None:
         groups["search.variants"] = (tuple(plan.search.variants),)
     for field, names in groups.items():
@@ -126,6 +154,9 @@ def _check_overrides(path: Path, plan: Plan) -> None:
         _check_fields(f"{path}: {place}", overrides, ALLOWED | {"signals"})
     for variant, stated in plan.variants.items():
         resolved(plan, variant, {}, data=plan.data)
+        if variant in plan.budgets and "mlp_width" in stated:
+            field = f"{path}: variants.{variant}.mlp_width"
+            raise UserError(field, stated["mlp_width"], "must be left out, because the variant's budget chooses it")
         for trial in plan.grid_of(variant):
             _check_fields(f"{path}: search.grid", trial, ALLOWED)
             resolved(plan, variant, trial, data=plan.data)

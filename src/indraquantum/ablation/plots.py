@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from indraquantum.ablation.front import SIZES, Point, on_front
 from indraquantum.ablation.intervals import interval
 from indraquantum.ablation.results import Result
 from indraquantum.evaluation.collapse import CollapseFigures
@@ -85,6 +86,24 @@ def draw_collapse(figure: Figure, runs: Runs) -> None:
         finish_axes(axes, name.replace("_", " "), "directions" if name == "effective_rank" else "nats", "tokens seen")
 
 
+def draw_front(figure: Figure, runs: Runs, families: dict[str, tuple[str, ...]]) -> None:
+    """Loss of each family over parameters and over work. A ring marks the variants that no other dominates."""
+    for axes, (size, title) in zip(figure.subplots(1, 2), SIZES.items(), strict=True):
+        means: dict[str, Point] = {}
+        for number, (family, variants) in enumerate(families.items()):
+            there = [variant for variant in variants if variant in runs]
+            found = {v: interval([r["sources"]["all"]["cross_entropy"] for r in runs[v].values()]) for v in there}
+            points = {v: Point(next(iter(runs[v].values()))[size], found[v].mean) for v in there}
+            means |= points
+            line = sorted((point, found[v].half_width or 0) for v, point in points.items())
+            places = [point.size for point, _ in line], [point.loss for point, _ in line]
+            axes.errorbar(*places, yerr=[half for _, half in line], fmt="o-", color=f"C{number}", label=family)
+        best = [means[name] for name in on_front(means)]
+        axes.plot([p.size for p in best], [p.loss for p in best], "o", markersize=12, mfc="none", color="black")
+        axes.set_xscale("log")
+        finish_axes(axes, f"Loss over {title}, table half", "cross-entropy, nats per token", title)
+
+
 PICTURES: dict[str, Callable[[Figure, Runs], None]] = {
     "learning_curves": draw_learning_curves,
     "size_and_loss": draw_size_and_loss,
@@ -98,6 +117,17 @@ def save_picture(folder: Path, name: str, runs: Runs) -> Path:
     """Draw the picture `name` of PICTURES and write it into `folder`."""
     figure = Figure(figsize=(10, 8) if name == "collapse" else (10, 5), layout="constrained")
     PICTURES[name](figure, runs)
+    return _saved(figure, folder, name)
+
+
+def save_front(folder: Path, runs: Runs, families: dict[str, tuple[str, ...]]) -> Path:
+    """Draw the families' front and write it into `folder`."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    draw_front(figure, runs, families)
+    return _saved(figure, folder, "front")
+
+
+def _saved(figure: Figure, folder: Path, name: str) -> Path:
     path = folder / f"report_{name}.png"
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)

@@ -9,9 +9,10 @@ from typing import Any
 
 from indraquantum.ablation.blocks import Block, Code, Heading, Paragraph, Picture, Table, html_page, markdown
 from indraquantum.ablation.final import read_final
+from indraquantum.ablation.front import SIZES, Point, curves, effective_ratios, hypervolumes, lead, on_front
 from indraquantum.ablation.intervals import Interval, interval, paired
 from indraquantum.ablation.plan import Plan
-from indraquantum.ablation.plots import PICTURES, Runs, save_picture
+from indraquantum.ablation.plots import PICTURES, Runs, draw_front, save_front, save_picture
 from indraquantum.ablation.results import Result, read_results
 from indraquantum.ablation.sizes import FLOPS_FORMULA
 from indraquantum.errors import UserError
@@ -81,6 +82,9 @@ def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs, trials: T
         )
         blocks += [Heading("After each stage"), Paragraph(said), stages]
     blocks += [Heading("Size and speed"), Paragraph(_about_sizes(runs)), sizes_table(runs)]
+    if any(variant in runs for variants in plan.families.values() for variant in variants):
+        blocks += [Heading("Front"), Paragraph(_about_front(plan)), *front_tables(plan, runs)]
+        blocks.append(Picture(save_front(folder, runs, plan.families), draw_front.__doc__.split("\n")[0]))
     if any(record["alignment"] for record in _all(runs)):
         said = "Pearson correlation on the table half. The controls are read from the student's own softmax."
         blocks += [Heading("What the state knows of the teacher"), Paragraph(said), alignment_table(runs)]
@@ -171,6 +175,46 @@ def sizes_table(runs: Runs) -> Table:
         ])  # fmt: skip
     header = ["variant", "parameters", "in the table", "MFLOP/token", "steps", "tokens", "tokens/s", "peak MiB"]
     return Table(header, rows)
+
+
+def front_tables(plan: Plan, runs: Runs) -> list[Table]:
+    """For parameters and for work: how low each family reaches, and the sizes of equally good baseline models."""
+    baseline, *_ = plan.families
+    heights, equals = [], []
+    for size, title in SIZES.items():
+        found = curves(plan.families, runs, size)
+        if not all(by_seed for by_seed in found.values()):
+            continue
+        members = [variant for variants in plan.families.values() for variant in variants]
+        means = {v: Point(next(iter(runs[v].values()))[size], _mean_loss(runs[v])) for v in members}
+        best, volumes = on_front(means), hypervolumes(found)
+        for family, variants in plan.families.items():
+            ahead = lead(volumes, family, baseline) if family != baseline else None
+            heights.append([
+                family, title, ", ".join(v for v in variants if v in best) or "none",
+                _mean(volumes.get(family, {}).values(), 4), "" if ahead is None else _shown(ahead, 4, "+"),
+            ])  # fmt: skip
+            for own, ratios in effective_ratios(found, family, baseline) if family != baseline else ():
+                known = [ratio for ratio in ratios if ratio is not None]
+                shown = _mean(known, 3) if len(known) == len(ratios) else f"beyond the sizes of {baseline}"
+                equals.append([family, title, f"{own:,.0f}", str(len(ratios)), shown])
+    return [
+        Table(["family", "size", "on the front", "mean lead over the worst, nats", f"minus {baseline}"], heights),
+        Table(["family", "size", "of the model", "seeds", f"equally good {baseline}: times as large"], equals),
+    ]
+
+
+def _mean_loss(by_seed: dict[int, Result]) -> float:
+    return interval([record["sources"]["all"]["cross_entropy"] for record in by_seed.values()]).mean
+
+
+def _about_front(plan: Plan) -> str:
+    return (
+        "A variant is on the front if no other of at most its size has a lower mean loss. The mean lead over the worst "
+        "is the hypervolume: how far the best loss within a size is below the worst loss of any run, averaged over the "
+        f"logarithm of the size. An equally good model of {next(iter(plan.families))} is found between its measured "
+        "sizes, where the loss counts as linear in the logarithm of the size."
+    )
 
 
 def alignment_table(runs: Runs) -> Table:

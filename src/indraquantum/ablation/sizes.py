@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from indraquantum.ablation.plan import Budget
 from indraquantum.config import TrainSettings
 from indraquantum.data.prepared import PreparedDataset
+from indraquantum.errors import UserError
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.training.plan import RunStage, plan_run
@@ -53,6 +55,26 @@ def sizes_of(settings: TrainSettings, dataset: PreparedDataset) -> Sizes:
         steps=planned_steps(settings, dataset),
         tokens=planned_tokens(settings, dataset),
     )
+
+
+def within_budget(settings: TrainSettings, budget: Budget, dataset: PreparedDataset) -> TrainSettings:
+    """Return `settings` with the width of the MLP that brings the model nearest to `budget`.
+
+    Raises:
+        UserError: even the narrowest MLP costs more, or the model's settings contradict each other.
+    """
+    wanted = budget.parameters or budget.mflop_per_token * 1e6
+
+    def cost(width: int) -> float:
+        sizes = sizes_of(settings.model_copy(update={"mlp_width": width}), dataset)
+        return sizes.parameters if budget.parameters else sizes.flops_per_token
+
+    one, two = cost(1), cost(2)  # the cost grows by the same amount for each unit of width
+    width = round(1 + (wanted - one) / (two - one))
+    if width < 1:
+        unit = "parameters" if budget.parameters else "FLOPs a token"
+        raise UserError("budget", f"{wanted:,.0f} {unit}", f"must be at least {one:,.0f} for the other sizes")
+    return settings.model_copy(update={"mlp_width": width})
 
 
 def flops_per_token(model: IndraQuantumPhase2, row_length: int, batch_tokens: int) -> float:

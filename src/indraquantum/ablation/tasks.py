@@ -9,7 +9,7 @@ from typing import Any
 
 from indraquantum.ablation.plan import Overrides, Plan, resolved
 from indraquantum.ablation.results import Result, check_result, read_result
-from indraquantum.ablation.sizes import planned_steps, sizes_of
+from indraquantum.ablation.sizes import Sizes, planned_steps, sizes_of, within_budget
 from indraquantum.config import AblateSettings, TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.data.prepared import PreparedDataset
@@ -100,11 +100,13 @@ class Bench:
         return self._task(f"search/{variant}-try{number}", variant, search.seed, chosen, "choice", max_steps=steps)
 
     def _train_settings(self, name: str, variant: str, seed: int, chosen: Overrides) -> TrainSettings:
-        return resolved(
+        settings = resolved(
             self.plan, variant, chosen, data=self.plan.data, signals=self.plan.signals, seed=seed,
             output=self.work / name, logs=(self.work / "logs" / name).parent, device=self.settings.device,
             threads=self.settings.threads,
         )  # fmt: skip
+        budget = self.plan.budgets.get(variant)
+        return settings if budget is None else within_budget(settings, budget, self.dataset)
 
     def _task(self, name: str, variant: str, seed: int, chosen: Overrides, half: Half, **changes: Any) -> Task:
         settings = self._train_settings(name, variant, seed, chosen).model_copy(update=changes)
@@ -133,21 +135,21 @@ class Bench:
         return identity | {"strategy": Path(settings.strategy).name}
 
     def check(self) -> None:
-        """Check that every variant can be built and sees the same rows, and that groups agree in size within 1 %.
+        """Check that every variant can be built and sees the same rows, and that groups agree in their sizes.
 
         A variant with a search is checked in each setting that it may choose.
 
         Raises:
             UserError: a variant does not fit, or no documents are held out for the search.
         """
-        counts: dict[str, list[int]] = {}
+        sizes: dict[str, list[Sizes]] = {}
         first, expected = next(iter(self.plan.variants)), None
         for variant in self.plan.variants:
             grid = self.plan.grid_of(variant)
             for chosen in grid or ({},):
-                settings = self.run(variant, self.plan.seeds[0], chosen).settings
                 try:
-                    counts.setdefault(variant, []).append(sizes_of(settings, self.dataset).parameters)
+                    settings = self.run(variant, self.plan.seeds[0], chosen).settings
+                    sizes.setdefault(variant, []).append(sizes_of(settings, self.dataset))
                 except UserError as error:
                     raise UserError(f"variants.{variant}: {error.field}", error.value, error.allowed) from None
                 if grid and resolve(settings).stages[0].fraction is None:
@@ -158,11 +160,9 @@ class Bench:
                 if rows != expected:
                     allowed = f"must train on as many rows as variant {first} ({expected:,}), not {rows:,}"
                     raise UserError("variants", variant, allowed)
-        for group in self.plan.equal_parameters:
-            sizes = [count for variant in group for count in counts[variant]]
-            if max(sizes) > 1.01 * min(sizes):
-                said = ", ".join(f"{v} {' or '.join(f'{n:,}' for n in dict.fromkeys(counts[v]))}" for v in group)
-                raise UserError("equal_parameters", " ".join(group), f"must agree within 1 %: {said}")
+        for field, of in (("equal_parameters", "parameters"), ("equal_work", "flops_per_token")):
+            for group in getattr(self.plan, field):
+                _require_equal(field, {variant: [getattr(size, of) for size in sizes[variant]] for variant in group})
         if self.plan.search is not None and not documents_of_half(self.dataset, "choice").any():
             raise UserError(
                 "--data",
@@ -176,6 +176,14 @@ class Bench:
         rows = sum(stage.steps * stage.rows_per_step for stage in plan.stages)
         fractions = plan.strategy.stages[0].fraction is not None
         return min(rows, settings.epochs * self.dataset.train.num_rows) if fractions else rows
+
+
+def _require_equal(field: str, sizes: dict[str, list[float]]) -> None:
+    """Check that the sizes of a group's variants agree within 1 %."""
+    every = [size for found in sizes.values() for size in found]
+    if max(every) > 1.01 * min(every):
+        said = ", ".join(f"{v} {' or '.join(f'{n:,.0f}' for n in dict.fromkeys(sizes[v]))}" for v in sizes)
+        raise UserError(field, " ".join(sizes), f"must agree within 1 %: {said}")
 
 
 def _held_out_sha256(store: SignalStore) -> str:

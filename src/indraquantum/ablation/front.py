@@ -1,0 +1,117 @@
+"""Families of models beside each other at several sizes: which one reaches the lowest loss with no more parameters?
+
+A plan names its families, such as signed and plain, with the variants of each. The same questions are asked of the
+work: which family reaches the lowest loss with no more FLOPs a token? A variant is on the front if no other variant of
+at most its size has a lower mean loss.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from indraquantum.ablation.intervals import Interval, interval, paired
+from indraquantum.ablation.results import Result
+
+SIZES = {"parameters": "parameters", "flops_per_token": "FLOPs a token"}  # of a record: what the report calls it
+
+
+class Point(NamedTuple):
+    """A run as the front sees it."""
+
+    size: float  # parameters, or FLOPs a token
+    loss: float  # on the table half, nats per token
+
+
+Curves = dict[str, dict[int, list[Point]]]  # by family and seed, by rising size
+
+
+def curves(families: dict[str, tuple[str, ...]], runs: dict[str, dict[int, Result]], size: str) -> Curves:
+    """Return the finished runs of each family. Seeds that lack a variant of the family are left out.
+
+    Args:
+        families: the variants of each family.
+        runs: finished runs by variant and seed.
+        size: one of SIZES.
+    """
+    found: Curves = {}
+    for family, variants in families.items():
+        there = [runs.get(variant, {}) for variant in variants]
+        seeds = set.intersection(*(set(by_seed) for by_seed in there))
+        found[family] = {seed: sorted(_point(by_seed[seed], size) for by_seed in there) for seed in sorted(seeds)}
+    return found
+
+
+def _point(record: Result, size: str) -> Point:
+    return Point(record[size], record["sources"]["all"]["cross_entropy"])
+
+
+def on_front(points: dict[str, Point]) -> list[str]:
+    """Return the names of the points that no other dominates: none is as small and better, or smaller and as good."""
+
+    def dominated(name: str) -> bool:
+        own = points[name]
+        return any(p.size <= own.size and p.loss <= own.loss and p != own for p in points.values())
+
+    return [name for name in points if not dominated(name)]
+
+
+def hypervolume(points: Sequence[Point], smallest: float, largest: float, worst: float) -> float:
+    """Return how far below `worst` the best loss within a size is, on average over the logarithm of the size.
+
+    Args:
+        points: the runs of a family.
+        smallest: the smallest size of any family.
+        largest: the largest size, above `smallest`.
+        worst: a loss, in nats, that no run exceeds.
+    """
+    steps = sorted(point for point in points if point.loss <= worst)
+    area, best = 0.0, worst
+    for point, after in zip(steps, [*(p.size for p in steps[1:]), largest], strict=True):
+        best = min(best, point.loss)
+        area += (worst - best) * math.log(after / point.size)
+    return area / math.log(largest / smallest)
+
+
+def effective_size(point: Point, baseline: Sequence[Point]) -> float | None:
+    """Return how large a model of the baseline is that has the loss of `point`; None beyond its measured sizes.
+
+    Between two measured sizes, the loss counts as linear in the logarithm of the size.
+    """
+    for smaller, larger in itertools.pairwise(baseline):
+        if larger.loss <= point.loss <= smaller.loss and larger.loss < smaller.loss:
+            share = (smaller.loss - point.loss) / (smaller.loss - larger.loss)
+            return smaller.size * (larger.size / smaller.size) ** share
+    return None
+
+
+def hypervolumes(found: Curves) -> dict[str, dict[int, float]]:
+    """Return the hypervolume of each family and seed; empty if all models have one size."""
+    points = [point for by_seed in found.values() for curve in by_seed.values() for point in curve]
+    smallest, largest = min(p.size for p in points), max(p.size for p in points)
+    if smallest == largest:
+        return {}
+    worst = max(p.loss for p in points)
+    return {
+        family: {seed: hypervolume(curve, smallest, largest, worst) for seed, curve in by_seed.items()}
+        for family, by_seed in found.items()
+    }
+
+
+def lead(volumes: dict[str, dict[int, float]], family: str, baseline: str) -> Interval | None:
+    """Return the difference of two families' hypervolumes at equal seeds, in nats; None if they share no seed."""
+    differences = paired(volumes.get(family, {}), volumes.get(baseline, {}))
+    return interval(list(differences.values())) if differences else None
+
+
+def effective_ratios(found: Curves, family: str, baseline: str) -> Iterable[tuple[float, list[float | None]]]:
+    """Yield for each model of `family` its size, and by seed how many times as large an equal baseline model is.
+
+    A ratio is None where the baseline was not measured at that loss.
+    """
+    seeds = sorted(found[family].keys() & found[baseline].keys())
+    for own in zip(*(found[family][seed] for seed in seeds), strict=True):  # a model with each seed
+        equals = [effective_size(point, found[baseline][seed]) for seed, point in zip(seeds, own, strict=True)]
+        yield own[0].size, [equal and equal / own[0].size for equal in equals]

@@ -1,0 +1,126 @@
+"""Families of models at several sizes: the front, hypervolumes and effective sizes, by hand and in a report."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from indraquantum.ablation.front import (
+    Point,
+    curves,
+    effective_ratios,
+    effective_size,
+    hypervolume,
+    hypervolumes,
+    lead,
+    on_front,
+)
+from indraquantum.ablation.plan import load_plan
+from indraquantum.ablation.sizes import sizes_of
+from indraquantum.ablation.tasks import Bench
+from indraquantum.config import AblateSettings
+from indraquantum.training.run import trial_run
+from test_ablation import folders, indra, write_plan
+
+
+def test_the_front_holds_what_no_other_dominates():
+    points = {"a": Point(1, 5.0), "b": Point(2, 4.0), "c": Point(2, 4.5), "d": Point(3, 4.0), "e": Point(5, 3.0)}
+    assert on_front(points) == ["a", "b", "e"]
+    assert on_front({"a": Point(1, 5.0), "twin": Point(1, 5.0)}) == ["a", "twin"]
+
+
+def test_a_hypervolume_by_hand():
+    # Sizes 1, 10, 100: 0.5 nats below the worst on the first decade, 2 on the second.
+    assert hypervolume([Point(1, 4.5), Point(10, 3.0)], 1, 100, 5.0) == pytest.approx((0.5 + 2) / 2)
+    # A larger model that is worse adds nothing, and a family without small models gains nothing there.
+    assert hypervolume([Point(10, 3.0), Point(31, 4.0)], 1, 100, 5.0) == pytest.approx(1.0)
+
+
+def test_the_size_of_an_equally_good_model():
+    baseline = [Point(1, 5.0), Point(100, 4.0), Point(1000, 4.0)]
+    assert effective_size(Point(7, 4.5), baseline) == pytest.approx(10)
+    assert effective_size(Point(7, 4.25), baseline) == pytest.approx(100**0.75)
+    assert effective_size(Point(7, 5.1), baseline) is None
+    assert effective_size(Point(7, 3.9), baseline) is None
+
+
+def record(parameters: int, loss: float) -> dict:
+    return {"parameters": parameters, "sources": {"all": {"cross_entropy": loss}}}
+
+
+def test_families_are_compared_at_equal_seeds():
+    runs = {
+        "small": {0: record(10, 5.0), 1: record(10, 5.2), 2: record(10, 5.1)},
+        "large": {0: record(1000, 4.0), 1: record(1000, 4.2)},
+        "ours": {0: record(100, 4.25), 1: record(100, 4.2)},
+    }
+    found = curves({"plain": ("large", "small"), "ours": ("ours",)}, runs, "parameters")
+    assert found["plain"] == {0: [(10, 5.0), (1000, 4.0)], 1: [(10, 5.2), (1000, 4.2)]}
+    # worst 5.2; plain gains 0.2 and 0 over all; ours 0.95 and 1.0 over the upper half
+    ahead = lead(hypervolumes(found), "ours", "plain")
+    assert (ahead.mean, ahead.count) == (pytest.approx((0.95 / 2 - 0.2 + 1.0 / 2) / 2), 2)
+    ((size, ratios),) = effective_ratios(found, "ours", "plain")
+    assert size == 100
+    assert ratios == [pytest.approx(10 * 100**0.75 / 100), pytest.approx(10)]
+    assert hypervolumes(curves({"one": ("ours",)}, runs, "parameters")) == {}
+
+
+SIZED = {
+    "plain-6": {"projector": "none", "d_model": 8, "layers": 1},
+    "plain-8": {"projector": "none", "d_model": 16, "layers": 1},
+    "ours": {"d_model": 6, "layers": 1},
+}
+
+
+def plan_of(world, tmp_path, **changes):
+    families = {"plain": ["plain-6", "plain-8"], "ours": ["ours"]}
+    changes = {"variants": SIZED, "pairs": [], "search": None, "families": families} | changes
+    return write_plan(world, tmp_path, **changes)
+
+
+def test_a_report_compares_families(world, tmp_path, capsys):
+    path = plan_of(world, tmp_path)
+    assert indra("ablate", path, *folders(tmp_path)) == 0
+    (report,) = tmp_path.rglob("report.md")
+    text = report.read_text()
+    records = {v: json.loads((report.parent / f"{v}-seed{load_plan(path).seeds[0]}.json").read_text()) for v in SIZED}
+    assert records["plain-6"]["parameters"] < records["plain-8"]["parameters"]
+    assert f"| ours | parameters | {records['ours']['parameters']:,} |" in text
+    assert "| ours | FLOPs a token |" in text
+    assert "minus plain" in text
+    assert (report.parent / "report_front.png").stat().st_size > 5000
+
+
+def test_a_budget_chooses_the_width(world, tmp_path, capsys):
+    budgets = {"plain-6": {"parameters": 7000}, "ours": {"mflop_per_token": 0.05}}
+    plan = load_plan(plan_of(world, tmp_path, budgets=budgets))
+    bench = Bench(plan, AblateSettings(), tmp_path / "results", tmp_path / "work", "")
+    plain, ours = (bench.run(variant, plan.seeds[0], {}).settings for variant in budgets)
+    counted = sum(p.numel() for p in trial_run(plain).model.parameters())
+    assert abs(counted - 7000) <= 3 * 8 / 2  # a unit of width has three weights for each of 8 inputs
+    assert abs(sizes_of(ours, bench.dataset).flops_per_token - 50_000) <= 6 * 3 * 12 / 2
+    assert sizes_of(ours.model_copy(update={"mlp_width": ours.mlp_width + 1}), bench.dataset).flops_per_token > 50_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"budgets": {"ours": {}}}, "must have either parameters or mflop_per_token"),
+        ({"budgets": {"ours": {"parameters": 1, "mflop_per_token": 1}}}, "must have either parameters or"),
+        ({"budgets": {"nobody": {"parameters": 9}}}, "must be one of the variants plain-6, plain-8, ours"),
+        ({"budgets": {"ours": {"parameters": 100}}}, "variants.ours: budget: got 100 parameters; must be at least "),
+        ({"families": {"plain": ["nobody"]}}, "families: got nobody; must be one of the variants"),
+        ({"families": {"plain": []}}, "at least 1"),
+        ({"equal_work": [["plain-6", "plain-8"]]}, "equal_work: got plain-6 plain-8; must agree within 1 %"),
+        (
+            {"variants": {"ours": {"mlp_width": 9}}, "families": {}, "budgets": {"ours": {"parameters": 9}}},
+            "variants.ours.mlp_width: got 9; must be left out, because the variant's budget chooses it",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(world, tmp_path, capsys, changes, said):
+    assert indra("ablate", plan_of(world, tmp_path, **changes), *folders(tmp_path), "--dry-run") == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
