@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -14,10 +16,17 @@ from indraquantum import cli
 from indraquantum.config import EvalSettings, TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
-from indraquantum.evaluation.figures import evaluate, expected_calibration_error, pearson
+from indraquantum.evaluation.figures import (
+    Band,
+    Predictions,
+    evaluate,
+    expected_calibration_error,
+    frequency_bands,
+    pearson,
+)
 from indraquantum.files import SEAL, write_manifest_json
 from indraquantum.inference.load import load_model
-from indraquantum.inference.report import evaluate_checkpoint
+from indraquantum.inference.report import evaluate_checkpoint, evaluation_table
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training.loop import train
@@ -42,7 +51,7 @@ def found(world, checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(world, checkpoint):
-    """Every labelled position: source, loss, max p, entropy, hit, |c|, arg c, teacher's confidence and entropy."""
+    """Each labelled position: source, loss, max p, entropy, hit, |c|, arg c, the teacher's two figures, next token."""
     dataset = open_dataset("--data", world.data)
     signals = open_signals("--signals", world.signals, dataset)
     model, _ = load_model(checkpoint, torch.device("cpu"))
@@ -60,7 +69,7 @@ def reference(world, checkpoint):
             rows.append((
                 int(split.document_sources[document]), -log_p[label].item(), log_p.max().exp().item(),
                 -(log_p.exp() * log_p).sum().item(), log_p.argmax().item() == label, output.magnitude[0, i].item(),
-                output.phase[0, i].item(), teacher.confidence_N[i].item(), teacher.entropy_N[i].item(),
+                output.phase[0, i].item(), teacher.confidence_N[i].item(), teacher.entropy_N[i].item(), label,
             ))  # fmt: skip
         place += length
     return [np.array(column) for column in zip(*rows, strict=True)]
@@ -87,6 +96,40 @@ def test_loss_accuracy_and_bits_of_each_source(world, found, reference):
         start, stop = dataset.validation.document_offsets[document : document + 2]
         size += len(dataset.tokenizer.decode(dataset.validation.tokens[start:stop].tolist()).encode())
     assert evaluation.sources["all"].bits_per_byte == pytest.approx(loss_N.sum() / math.log(2) / size, rel=1e-4)
+
+
+def test_loss_by_the_frequency_of_the_token(world, found, reference):
+    train = open_dataset("--data", world.data).train
+    counts = collections.Counter()
+    for document in range(train.num_documents):
+        start, stop = train.document_offsets[document : document + 2]
+        counts.update(train.tokens[start + 1 : stop].tolist())
+    losses = collections.defaultdict(list)
+    for label, loss in zip(reference[-1].tolist(), reference[1].tolist(), strict=True):
+        losses[len(str(counts[label])) if counts[label] else 0].append(loss)  # the number of digits
+    names = ["0", "1 to 9", "10 to 99", "100 to 999", "1,000 to 9,999"]
+    expected = {names[digits]: (len(found), np.mean(found)) for digits, found in sorted(losses.items())}
+    bands = found[0].bands
+    assert list(bands) == list(expected)
+    assert len(bands) >= 2
+    for name, (tokens, loss) in expected.items():
+        assert bands[name].tokens == tokens
+        assert bands[name].cross_entropy == pytest.approx(loss, rel=1e-4)
+    assert found[1]["bands"]["10 to 99"]["tokens"] == bands["10 to 99"].tokens
+    table = evaluation_table(found[0])
+    assert re.search(rf"^10 to 99 +{bands['10 to 99'].tokens:,} +{bands['10 to 99'].cross_entropy:.3f}$", table, re.M)
+
+
+def test_bands_of_frequency_by_hand():
+    others = dict.fromkeys(Predictions._fields, np.zeros(7))
+    known = Predictions(**others | {"labels_N": np.arange(7), "loss_N": np.arange(1.0, 8.0)})
+    assert frequency_bands(known, np.array([0, 1, 9, 10, 9_999, 10_000, 123_456])) == {
+        "0": Band(1, 1.0),
+        "1 to 9": Band(2, 2.5),
+        "10 to 99": Band(1, 4.0),
+        "1,000 to 9,999": Band(1, 5.0),
+        "10,000 or more": Band(2, 6.5),
+    }
 
 
 def test_calibration_error_counted_bin_by_bin(found, reference):

@@ -138,7 +138,8 @@ def test_calibration_bins_add_up_to_the_calibration_error():
     draw = np.random.Generator(np.random.Philox(key=[0, 3]))
     confidence, correct = draw.random(500), draw.random(500) < 0.4
     unknown = np.zeros(500)
-    found = calibration_bins(Predictions(unknown, confidence, unknown, correct, unknown, unknown, unknown, unknown))
+    others = dict.fromkeys(Predictions._fields, unknown)
+    found = calibration_bins(Predictions(**others | {"confidence_N": confidence, "correct_N": correct}))
     error = sum(n * abs(x - y) for n, x, y in zip(found["count"], found["x"], found["y"], strict=True)) / 500
     assert error == pytest.approx(expected_calibration_error(confidence, correct))
     assert sum(found["count"]) == 500

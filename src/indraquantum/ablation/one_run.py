@@ -18,7 +18,7 @@ from indraquantum.device import choose_device
 from indraquantum.errors import TrainingStopped
 from indraquantum.evaluation.binned import calibration_bins, readout_bins
 from indraquantum.evaluation.collapse import CollapseFigures
-from indraquantum.evaluation.figures import alignment_with, figures_by_source, predict
+from indraquantum.evaluation.figures import alignment_with, figures_by_source, frequency_bands, predict
 from indraquantum.evaluation.halves import Half, bytes_by_source, documents_of_half, of_documents
 from indraquantum.inference.load import load_model
 from indraquantum.inference.samples import write_samples
@@ -74,11 +74,13 @@ def measure(checkpoint: Path, settings: TrainSettings, half: Half, signals_path:
     documents_U = documents_of_half(dataset, half)
     model, tokenizer = load_model(checkpoint, device)
     found = of_documents(predict(model, dataset.validation, device), dataset.validation, documents_U)
+    counts_V = dataset.train.label_counts(tokenizer.vocabulary_size)
     sources = figures_by_source(found, bytes_by_source(dataset, dataset.validation, documents_U))
     result = {
         "documents": int(documents_U.sum()),
         "vocabulary_size": tokenizer.vocabulary_size,
         "sources": {name: asdict(figures) for name, figures in sources.items()},
+        "bands": {name: asdict(band) for name, band in frequency_bands(found, counts_V).items()},
         "alignment": None,
         "calibration": calibration_bins(found),
         "readouts": None,

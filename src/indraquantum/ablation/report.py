@@ -72,6 +72,12 @@ def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs, trials: T
             "marks an interval without 0."
         )
         blocks += [Heading("Pairs"), Paragraph(said), pairs_table(plan, runs)]
+    if any(record.get("bands") for record in _all(runs)):
+        said = (
+            "Cross-entropy on the table half by how often the predicted token occurs in the training text, in nats per "
+            "token."
+        )
+        blocks += [Heading("Rare and frequent tokens"), Paragraph(said), bands_table(runs)]
     if (final := read_final(folder)) is not None:
         blocks += [Heading("Final figures"), Paragraph(_about_final(final)), *final_tables(plan, final)]
     stages = stages_table(runs)
@@ -132,6 +138,17 @@ def pairs_table(plan: Plan, runs: Runs) -> Table:
             star = " *" if found.clear_of_zero() else ""
             rows.append([f"{first} - {second}", title, str(found.count), _shown(found, 4, "+") + star, each])
     return Table(["pair", "figure", "seeds", "difference", "each seed"], rows)
+
+
+def bands_table(runs: Runs) -> Table:
+    """Loss by how often the predicted token occurs in the training text; older runs were not measured so."""
+    known = {v: [r["bands"] for r in by_seed.values() if r.get("bands")] for v, by_seed in runs.items()}
+    first = next(bands for every in known.values() for bands in every)
+    rows = [
+        [variant, *(_mean((bands[name]["cross_entropy"] for bands in every if name in bands), 4) for name in first)]
+        for variant, every in known.items()
+    ]
+    return Table(["variant", *(f"{name} ({band['tokens']:,})" for name, band in first.items())], rows)
 
 
 def _differences(runs: Runs) -> Iterable[tuple[str, Callable[[Result], float]]]:

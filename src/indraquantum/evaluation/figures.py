@@ -25,6 +25,7 @@ from indraquantum.model.readout import wrapped_phase
 from indraquantum.teacher.signals import SignalStore
 
 CALIBRATION_BINS = 15
+MOST_FREQUENT = 4  # the last band of frequencies begins at 10 to this power
 
 
 class Predictions(NamedTuple):
@@ -34,6 +35,7 @@ class Predictions(NamedTuple):
     confidence_N: np.ndarray  # max p
     entropy_N: np.ndarray  # nats
     correct_N: np.ndarray  # bool: the likeliest token was right
+    labels_N: np.ndarray  # the next token
     magnitude_N: np.ndarray  # |c|; NaN if the model has no readout
     phase_N: np.ndarray  # arg c, radians in (-pi/2, 3pi/2]; NaN if the model has no readout
     sources_N: np.ndarray  # number of the position's source
@@ -67,10 +69,19 @@ class Alignment:
 
 
 @dataclass(frozen=True)
+class Band:
+    """The loss on tokens that are about equally frequent in the training text."""
+
+    tokens: int  # predicted
+    cross_entropy: float  # nats per token
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything that `indra eval` reports."""
 
     sources: dict[str, Figures]  # by source, and `all`
+    bands: dict[str, Band] | None  # by how often the token occurs in the training text; None without training text
     alignment: Alignment | None  # None without signals
     parameters: int
     tokens_per_second: float
@@ -88,7 +99,7 @@ def predict(learner: Learner, split: Split, device: torch.device) -> Predictions
             softmax = _softmax_readings(learner, states_ND, labels_N, table_VD)
             readout = _state_readings(learner, states_ND)
             places = batch.sources[batch.labelled], batch.index[batch.labelled]
-            parts.append((*softmax, *readout, *places))
+            parts.append((*softmax, labels_N.cpu().numpy(), *readout, *places))
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -98,6 +109,7 @@ def evaluate(
     source_bytes: dict[str, int],
     device: torch.device,
     signals: SignalStore | None = None,
+    counts_V: np.ndarray | None = None,
 ) -> Evaluation:
     """Measure `learner` on `split`.
 
@@ -107,13 +119,16 @@ def evaluate(
         source_bytes: UTF-8 bytes of the documents of each source, in the order of the sources' numbers.
         device: the device of the model.
         signals: the teacher's signals, to compare the readouts with.
+        counts_V: how often the training text has each token.
     """
     start = time.perf_counter()
     found = predict(learner, split, device)
     seconds = time.perf_counter() - start
     alignment = None if signals is None else alignment_with(found, signals)
     parameters = sum(p.numel() for p in learner.parameters())
-    return Evaluation(figures_by_source(found, source_bytes), alignment, parameters, split.num_tokens / seconds)
+    bands = None if counts_V is None else frequency_bands(found, counts_V)
+    sources = figures_by_source(found, source_bytes)
+    return Evaluation(sources, bands, alignment, parameters, split.num_tokens / seconds)
 
 
 def figures_by_source(found: Predictions, source_bytes: dict[str, int]) -> dict[str, Figures]:
@@ -123,6 +138,23 @@ def figures_by_source(found: Predictions, source_bytes: dict[str, int]) -> dict[
         if (here_N := found.sources_N == number).any():
             sources[name] = _figures(found, here_N, size)
     return sources | {"all": _figures(found, np.ones_like(found.correct_N), sum(source_bytes.values()))}
+
+
+def frequency_bands(found: Predictions, counts_V: np.ndarray) -> dict[str, Band]:
+    """Return the loss on tokens that never occur in the training text, occur 1 to 9 times, 10 to 99 times, and so on.
+
+    Args:
+        found: the predictions.
+        counts_V: how often the training text has each token.
+    """
+    counts_N = counts_V[found.labels_N]
+    edges = (0, *(10**power for power in range(MOST_FREQUENT + 1)))
+    names = ["0", *(f"{low:,} to {10 * low - 1:,}" for low in edges[1:-1]), f"{edges[-1]:,} or more"]
+    bands = {}
+    for name, low, high in zip(names, edges, [*edges[1:], np.inf], strict=True):
+        if (here_N := (counts_N >= low) & (counts_N < high)).any():
+            bands[name] = Band(int(here_N.sum()), float(found.loss_N[here_N].mean()))
+    return bands
 
 
 def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = CALIBRATION_BINS) -> float:

@@ -18,7 +18,7 @@ from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
-from indraquantum.evaluation.figures import Alignment, Evaluation, evaluate
+from indraquantum.evaluation.figures import Alignment, Band, Evaluation, evaluate
 from indraquantum.evaluation.halves import bytes_by_source
 from indraquantum.evaluation.test_split import read_test_split
 from indraquantum.files import check_new_file, without_nan, write_json
@@ -79,7 +79,7 @@ def measure(loaded: Loaded, settings: EvalSettings, command: str) -> Evaluation:
     if settings.split == "test":
         return _evaluate_on_test(loaded, settings, dataset, command)
     source_bytes, signals = bytes_by_source(dataset, dataset.validation), _find_signals(settings, dataset)
-    return evaluate(model, dataset.validation, source_bytes, device, signals)
+    return evaluate(model, dataset.validation, source_bytes, device, signals, _training_counts(dataset))
 
 
 def text_split(name: str, tokenizer: TextTokenizer, row_length: int) -> tuple[Split, dict[str, int]]:
@@ -105,7 +105,13 @@ def _evaluate_on_test(loaded: Loaded, settings: EvalSettings, dataset: PreparedD
     reading = read_test_split("--split", settings.data, dataset, command)
     tell(str(reading))
     model = loaded.inference_model
-    return evaluate(model, reading.split, bytes_by_source(dataset, reading.split), model.device)
+    source_bytes = bytes_by_source(dataset, reading.split)
+    return evaluate(model, reading.split, source_bytes, model.device, counts_V=_training_counts(dataset))
+
+
+def _training_counts(dataset: PreparedDataset) -> np.ndarray:
+    """Return how often the training text has each token, (V,)."""
+    return dataset.train.label_counts(dataset.tokenizer.vocabulary_size)
 
 
 def evaluation_table(found: Evaluation) -> str:
@@ -118,10 +124,18 @@ def evaluation_table(found: Evaluation) -> str:
         for name, of in found.sources.items()
     ]  # fmt: skip
     lines = [text_table(["source", "tokens", "nats/token", "perplexity", "bits/byte", "accuracy", "ECE"], rows)]
+    if found.bands is not None:
+        lines.append(_bands_table(found.bands))
     if found.alignment is not None:
         lines.append(_alignment_lines(found.alignment))
     lines.append(f"{found.parameters:,} parameters, {found.tokens_per_second:,.0f} tokens/s")
     return "\n".join(lines)
+
+
+def _bands_table(bands: dict[str, Band]) -> str:
+    """Return the loss by how often the predicted token occurs in the training text."""
+    rows = [[name, f"{band.tokens:,}", f"{band.cross_entropy:.3f}"] for name, band in bands.items()]
+    return text_table(["times in the training text", "tokens", "nats/token"], rows)
 
 
 def _alignment_lines(alignment: Alignment) -> str:
