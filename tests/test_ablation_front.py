@@ -91,7 +91,8 @@ def test_a_report_compares_families(world, tmp_path, capsys):
     assert "minus plain" in text
     bands = records["ours"]["bands"]
     assert sum(band["tokens"] for band in bands.values()) == records["ours"]["sources"]["all"]["tokens"]
-    assert f"| variant | {' | '.join(f'{name} ({band["tokens"]:,})' for name, band in bands.items())} |" in text
+    titles = [f"{name} ({band['tokens']:,})" for name, band in bands.items()]
+    assert f"| variant | {' | '.join(titles)} |" in text
     assert (report.parent / "report_front.png").stat().st_size > 5000
 
 
