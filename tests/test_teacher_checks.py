@@ -83,10 +83,13 @@ def test_windows_and_chunks_are_those_of_each_document_alone(make, dataset, kind
     assert not packs_right(teacher, telling_rows(dataset))
 
 
-@pytest.mark.parametrize("kind", ["mistral", "mixtral", "gpt_oss"])
-def test_sixteen_bits_neither_hide_a_fault_nor_invent_one(make, dataset, kind):
-    teacher = make(kind, dataset, "bfloat16", **LAYERED[kind])
-    assert (teacher.precision, teacher.packed, teacher.layered) == ("bfloat16", True, True)
+@pytest.mark.parametrize("precision", ["bfloat16", "mixed"])
+@pytest.mark.parametrize("kind", ["mistral", "mixtral", "gpt_oss", "gemma3_text"])
+def test_sixteen_bits_neither_hide_a_fault_nor_invent_one(make, dataset, kind, precision):
+    teacher = make(kind, dataset, precision, **LAYERED[kind])
+    assert (teacher.precision, teacher.packed, teacher.layered) == (precision, True, True)
+    if precision == "mixed":
+        assert teacher.model.config._attn_implementation == "eager"
     teacher.layered = False
     assert not packs_right(teacher, telling_rows(dataset))
 

@@ -76,6 +76,8 @@ def load_teacher(
     Raises:
         UserError: it is not a causal LM, lacks weights, has fewer tokens than the dataset, or too short a context.
     """
+    from indraquantum.model.attention import SHORT
+
     dtype = compute_dtype(device, precision)
     model = load_model(files, dtype, device)
     longest = max(int(split.pieces[:, 1].max()) for split in (dataset.train, dataset.validation))
@@ -86,6 +88,8 @@ def load_teacher(
         model = model.eval().requires_grad_(False)
         if precision == "mixed":
             keep_weights_rounded(model)
+            if device.type == "cpu" and dataset.row_length < SHORT:
+                model.set_attn_implementation("eager")
         name = precision_name(device, precision)
         teacher = Teacher(model, device, name, dataset.tokenizer.vocabulary_size)
         _check_answers(files, teacher, telling_rows(dataset))
