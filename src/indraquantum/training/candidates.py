@@ -6,6 +6,10 @@ draws a few of the others. Each drawn token stands for `others / drawn` tokens: 
 its logit, so that the sum of the exponentials is an unbiased estimate of the whole sum. Its noise is small, because
 rare tokens have a small part of the sum. Evaluations use all tokens. Nothing about the model changes.
 
+A few more are drawn to make the number of candidates a round one. Otherwise each step would have matrices of new sizes.
+oneDNN keeps code for the last 1,024 sizes, and the allocator can't reuse what an earlier step has freed: a run of 400
+steps came to 3.6 GB of memory that way (docs/LOG.md, 2026-11-29).
+
 Source: Bengio and Senécal, Adaptive importance sampling to accelerate training of a neural probabilistic language model
 (2008). They draw from a distribution of all tokens; here the frequent ones are always there.
 
@@ -23,7 +27,7 @@ import torch
 from torch import Tensor
 
 FREQUENT = 1 / 4  # of the vocabulary: always there
-DRAWN = 1 / 32  # of the vocabulary: drawn for each step from the others
+DRAWN = 1 / 32  # of the vocabulary: at least so many are drawn for each step from the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +71,14 @@ class CandidateSampler:
         for ids in named:
             is_exact_V[ids[ids >= 0]] = True
         others = np.flatnonzero(~is_exact_V)
-        drawn = np.random.default_rng([seed % 2**64, 1]).permutation(others)[: self._drawn]
+        drawn = np.random.default_rng([seed % 2**64, 1]).permutation(others)[: self._to_draw(int(is_exact_V.sum()))]
         is_candidate_V, log_weight_V = is_exact_V.copy(), np.zeros(len(is_exact_V), dtype=np.float32)
         is_candidate_V[drawn], log_weight_V[drawn] = True, math.log(len(others) / max(1, len(drawn)))
         ids_R = np.flatnonzero(is_candidate_V)
         place_V = np.full(len(is_exact_V), -1)
         place_V[ids_R] = np.arange(len(ids_R))
         return Candidates(*map(torch.from_numpy, (ids_R, place_V, log_weight_V[ids_R])))
+
+    def _to_draw(self, exact: int) -> int:
+        """Return how many tokens to draw beside `exact` others: so many that the sum is a multiple of `_drawn`."""
+        return self._drawn + -exact % self._drawn
