@@ -6,6 +6,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
 
 V, D_MODEL, HEADS, LAYERS, MLP = 53, 20, 2, 3, 31
+# A table of another width than the states: narrower states, or wider ones.
+NARROW = {"d_model": 11, "state_width": 7, "num_attention_heads": 1}
+WIDE = {"d_model": 7, "state_width": 13, "num_attention_heads": 1}
 
 
 def make(seed=0, attention="sdpa", **options):

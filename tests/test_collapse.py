@@ -179,12 +179,13 @@ def test_healthy_runs_are_left_alone(world, tmp_path, seed, options):
     assert lines[-1]["phase_rise"] > (1 if options else 0.1)
 
 
-@pytest.mark.parametrize("ends", ["shared", "separate"])
-def test_the_rises_against_a_model_whose_weights_are_changed(world, ends):
+@pytest.mark.parametrize(("ends", "state_width"), [("shared", None), ("separate", None), ("separate", 12)])
+def test_the_rises_against_a_model_whose_weights_are_changed(world, ends, state_width):
     """Phases are 0 where the phase layers are; magnitudes the mean where their layers give its constant."""
     dataset = open_dataset("--data", world.data)
     torch.manual_seed(0)
     sizes = {"vocab_size": dataset.tokenizer.vocabulary_size, "d_model": 16, "num_hidden_layers": 1}
+    sizes["state_width"] = state_width
     model = IndraQuantumPhase2(IndraQuantumConfig(**sizes, ends=ends, phase_spread=1.0, table_std=3.0)).eval()
     batch = dataset.validation.batch(np.arange(3))
     ids, positions, segments = (torch.from_numpy(part) for part in (batch.input_ids, batch.positions, batch.segments))

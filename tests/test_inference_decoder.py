@@ -11,7 +11,7 @@ from indraquantum.inference.token_texts import TextStream, token_texts
 from indraquantum.model.decoder import Decoder, PackedModel
 from indraquantum.model.inference_model import InferenceModel
 from indraquantum.model.shape import ModelShape
-from small_model import V, make
+from small_model import NARROW, V, make
 from tiny_tokenizer import save_tiny_tokenizer
 
 VARIANTS = [
@@ -19,6 +19,7 @@ VARIANTS = [
     {"projector": "none", "rope_theta": 100.0},
     {"projector": "mlp", "head": "born", "ends": "shared"},
     {"bias": "none", "num_attention_heads": 4, "num_key_value_heads": 2},
+    NARROW,
 ]
 
 

@@ -9,7 +9,7 @@ from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.inference.generate import choose, generate_text
 from indraquantum.model.inference_model import InferenceModel
 from indraquantum.model.shape import ModelShape
-from small_model import make, tokens
+from small_model import NARROW, WIDE, make, tokens
 
 VARIANTS = [
     {},
@@ -18,6 +18,8 @@ VARIANTS = [
     {"projector": "mlp", "head": "born", "readout": "mean"},
     {"projector": "phase-only", "readout_references": 3, "num_attention_heads": 5, "rope_theta": 100.0},
     {"projector": "gated", "num_attention_heads": 4, "num_key_value_heads": 2},
+    NARROW,
+    {"projector": "linear", "head": "born", **WIDE},
 ]
 SEGMENTS = torch.tensor([[0] * 5 + [1] * 3 + [2] * 3, [0] * 7 + [-1] * 4])
 POSITIONS = torch.tensor([[*range(5), *range(3), *range(3)], [*range(7), *range(4)]])

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from indraquantum.model import IndraQuantumPhase2
-from small_model import V, make, tokens
+from small_model import NARROW, V, make, tokens
 
 # PEFT still asks transformers by the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -34,13 +34,13 @@ def adapted(name="embedding", base=None, **options):
     return peft.eval()
 
 
-@pytest.mark.parametrize("ends", ["shared", "separate"])
+@pytest.mark.parametrize("options", [{"ends": "shared"}, {"ends": "separate"}, NARROW], ids=str)
 @pytest.mark.parametrize("name", TARGETS)
-def test_merging_changes_no_logits(name, ends):
+def test_merging_changes_no_logits(name, options):
     ids = torch.cat([tokens(2, 9), torch.tensor([[5, 7] * 4 + [5]])])
-    peft = adapted(name, make(ends=ends))
+    peft = adapted(name, make(**options))
     before = peft(ids).logits.detach()
-    assert (before - make(ends=ends)(ids).logits).abs().max() > 0.05
+    assert (before - make(**options)(ids).logits).abs().max() > 0.05
     with torch.no_grad():
         generated = peft.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
         loop = ids
@@ -120,8 +120,9 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
-def test_prompts_are_tuned_in_the_width_of_the_embedding():
-    model, ids = make(), tokens(2, 9)
+@pytest.mark.parametrize("sizes", [{}, NARROW])
+def test_prompts_are_tuned_in_the_width_of_the_embedding(sizes):
+    model, ids = make(**sizes), tokens(2, 9)
     torch.manual_seed(2)
     peft = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
     prompt = peft.get_prompt(2).detach()

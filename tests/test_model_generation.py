@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from small_model import V, make, make_with_twin, tokens
+from small_model import NARROW, V, make, make_with_twin, tokens
 
 
 def test_cached_logits_equal_uncached():
@@ -35,7 +35,7 @@ def sharpened(**options):
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"projector": "none"}, {"ends": "separate"}])
+@pytest.mark.parametrize("options", [{}, {"projector": "none"}, {"ends": "shared"}, NARROW])
 def test_greedy_generation_equals_argmax_step_by_step(options):
     model, ids = sharpened(**options), tokens(2, 5)
     expected = ids
@@ -154,7 +154,7 @@ def test_assisted_decoding_writes_what_the_model_alone_writes(monkeypatch):
         assert len(lifts) == 1  # not once a round of guesses
 
 
-@pytest.mark.parametrize("options", [{}, {"ends": "shared"}])
+@pytest.mark.parametrize("options", [{}, {"ends": "shared"}, NARROW])
 def test_generation_from_embeddings(options):
     model, ids = sharpened(**options), tokens(2, 5)
     embeddings = model.get_input_embeddings()(ids)

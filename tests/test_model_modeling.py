@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from indraquantum.config import ModelSettings
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
-from small_model import D_MODEL, LAYERS, MLP, V, make, make_with_twin, tokens
+from small_model import D_MODEL, LAYERS, MLP, NARROW, WIDE, V, make, make_with_twin, tokens
 
 VARIANTS = ("quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none")
 
@@ -17,26 +17,33 @@ def phase_spread(model):
     return model.projector.polar(model.embedding.weight)[1].std().item()
 
 
+SIZES = [(name, {}) for name in VARIANTS] + [(name, sizes) for name in VARIANTS[:-1] for sizes in (NARROW, WIDE)]
+
+
 @pytest.mark.parametrize("ends", ["shared", "separate"])
-@pytest.mark.parametrize("projector", VARIANTS)
-def test_parameter_count_by_formula(projector, ends):
-    width = D_MODEL if projector == "none" else 2 * D_MODEL
+@pytest.mark.parametrize(("projector", "sizes"), SIZES)
+def test_parameter_count_by_formula(projector, sizes, ends):
+    d = sizes.get("d_model", D_MODEL)
+    c = sizes.get("state_width", d)
+    width = d if projector == "none" else 2 * c
     lift = {
-        "quantum": 2 * (D_MODEL**2 + D_MODEL),
-        "frozen": 2 * (D_MODEL**2 + D_MODEL),
-        "gated": 2 * (D_MODEL**2 + D_MODEL),
-        "phase-only": D_MODEL**2 + D_MODEL,
-        "linear": D_MODEL * width,
-        "mlp": D_MODEL * width + width,
+        "quantum": 2 * (d * c + c),
+        "frozen": 2 * (d * c + c),
+        "gated": 2 * (d * c + c),
+        "phase-only": d * c + c,
+        "linear": d * width,
+        "mlp": d * width + width,
         "none": 0,
     }[projector]
     layer = 4 * width**2 + 3 * width * MLP + 2 * width
     # table, lifts, layers, last norm, bias and scale, one reference state; no second table of any kind
     lifts = lift * (1 if ends == "shared" else 2)
-    expected = V * D_MODEL + lifts + LAYERS * layer + width + V + 1 + width
-    model = make(projector=projector, ends=ends)
+    expected = V * d + lifts + LAYERS * layer + width + V + 1 + width
+    model = make(projector=projector, ends=ends, **sizes)
     assert sum(p.numel() for p in model.parameters()) == expected
-    assert model.get_input_embeddings().weight.shape == (V, D_MODEL)
+    assert model.get_input_embeddings().weight.shape == (V, d)
+    assert model.config.hidden_size == width
+    assert model.lift_table().shape == model.input_table().shape == (V, width)
 
 
 def test_phases_are_spread_after_construction_and_after_a_round_trip(tmp_path):
@@ -44,6 +51,13 @@ def test_phases_are_spread_after_construction_and_after_a_round_trip(tmp_path):
     assert phase_spread(model) == pytest.approx(3.0, rel=0.1)
     model.save_pretrained(tmp_path)
     assert phase_spread(IndraQuantumPhase2.from_pretrained(tmp_path)) == phase_spread(model)
+
+
+@pytest.mark.parametrize("projector", ["quantum", "gated", "linear", "mlp"])
+def test_a_lift_is_drawn_by_the_width_of_its_inputs(projector):
+    lift = make(projector=projector, d_model=101, state_width=7, num_attention_heads=1).projector
+    weight = (lift.up if projector in ("linear", "mlp") else lift.magnitude).weight
+    assert weight.std().item() == pytest.approx((3 * 101) ** -0.5, rel=0.05)
 
 
 def test_layers_are_drawn_by_width_and_scale_and_bias_start_as_stated():
@@ -62,6 +76,8 @@ def test_layers_are_drawn_by_width_and_scale_and_bias_start_as_stated():
         {"readout": "mean", "head": "born"},
         {"residual": True},
         {"ends": "separate", "magnitude": "linear", "table_std": 0.25},
+        {"d_model": 28, "state_width": 12},
+        {"projector": "mlp", "d_model": 12, "state_width": 20},
     ],
 )
 def test_save_and_load_give_the_same_bits(tmp_path, options):
@@ -160,13 +176,14 @@ def test_segments_refuse_a_second_mask_or_a_cache():
             model(ids, segment_ids=segments, **wrong)
 
 
-def test_lifted_rows_equal_projected_rows_and_share_their_gradient():
-    model, ids = make(), tokens(2, 7)
-    table = model.lift_table()
-    assert table.shape == (V, 2 * D_MODEL)
+@pytest.mark.parametrize("sizes", [{}, NARROW, WIDE])
+def test_lifted_rows_equal_projected_rows_and_share_their_gradient(sizes):
+    model, ids = make(**sizes), tokens(2, 7)
+    table, width = model.lift_table(), 2 * sizes.get("state_width", D_MODEL)
+    assert table.shape == (V, width)
     gathered, projected = model.hidden_states(ids, table_VD=table), model.hidden_states(ids)
     torch.testing.assert_close(gathered, projected)
-    weights = torch.randn(2, 7, 2 * D_MODEL)
+    weights = torch.randn(2, 7, width)
     (from_table,) = torch.autograd.grad((gathered * weights).sum(), model.embedding.weight)
     (from_rows,) = torch.autograd.grad((projected * weights).sum(), model.embedding.weight)
     torch.testing.assert_close(from_table, from_rows)
@@ -194,8 +211,9 @@ def test_amplitude_magnitude_and_phase_agree():
     torch.testing.assert_close(torch.polar(output.magnitude, output.phase), amplitude)
 
 
-def test_parameter_groups_cover_every_trainable_parameter_once():
-    model = make(projector="quantum", ends="shared")
+@pytest.mark.parametrize("sizes", [{}, NARROW])
+def test_parameter_groups_cover_every_trainable_parameter_once(sizes):
+    model = make(projector="quantum", ends="shared", **sizes)
     chosen = model.parameter_groups(2e-3, 10.0, 0.05, projector_rate=3.0, table_weight_decay=0.125)
     groups = {group["name"]: group for group in chosen}
     listed = [id(p) for group in groups.values() for p in group["params"]]

@@ -18,6 +18,7 @@ from indraquantum.model.readout import MeanReadout, ReferenceReadout
 
 # d = 20, D = 40, V = 53, all different from the numbers of rows used below.
 SIZES = {"vocab_size": 53, "d_model": 20, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 19}
+WIDTHS = [(20, None), (11, 7), (7, 13)]  # d of the table, c of the states
 
 
 def to_complex(states):
@@ -33,7 +34,7 @@ def initialised(module, seed=5):
 
 
 def built(module_class, **options):
-    module = initialised(module_class(IndraQuantumConfig(**SIZES, **options)))
+    module = initialised(module_class(IndraQuantumConfig(**{**SIZES, **options})))
     for parameter in module.parameters():  # biases must not hide behind their zero start
         parameter.data += 0.1 * torch.randn_like(parameter)
     return module
@@ -48,23 +49,28 @@ def built(module_class, **options):
         ({"projector": "phase-only"}, None),
     ],
 )
-def test_states_equal_torch_polar(options, activation):
-    projector = built(QuantumProjector, **options)
-    embeddings = torch.randn(3, 7, 20)
+@pytest.mark.parametrize(("d", "c"), WIDTHS)
+def test_states_equal_torch_polar(options, activation, d, c):
+    projector = built(QuantumProjector, d_model=d, state_width=c, num_attention_heads=1, **options)
+    embeddings = torch.randn(3, 5, d)
     phase = embeddings @ projector.phase.weight.T + projector.phase.bias
     magnitude = torch.ones_like(phase)
     if activation is not None:
         magnitude = activation(embeddings @ projector.magnitude.weight.T + projector.magnitude.bias)
     # A negative magnitude turns the phase by pi, which torch.polar leaves undefined.
     expected = torch.polar(magnitude.abs(), phase + torch.pi * (magnitude < 0))
+    assert expected.shape == (3, 5, c or d)
     torch.testing.assert_close(to_complex(projector(embeddings)), expected)
     torch.testing.assert_close(projector.polar(embeddings)[0], magnitude)
     torch.testing.assert_close(projector.polar(embeddings)[1], phase)
 
 
-def test_a_gated_projector_is_what_small_phases_are_to_first_order():
-    gated, quantum = built(GatedProjector), built(QuantumProjector)
-    embeddings = torch.randn(3, 7, 20)
+@pytest.mark.parametrize(("d", "c"), WIDTHS)
+def test_a_gated_projector_is_what_small_phases_are_to_first_order(d, c):
+    gated, quantum = (
+        built(kind, d_model=d, state_width=c, num_attention_heads=1) for kind in (GatedProjector, QuantumProjector)
+    )
+    embeddings = torch.randn(3, 5, d)
     magnitude = embeddings @ gated.magnitude.weight.T + gated.magnitude.bias
     gate = embeddings @ gated.phase.weight.T + gated.phase.bias
     torch.testing.assert_close(gated(embeddings), torch.cat([magnitude, magnitude * gate], dim=-1))
@@ -74,10 +80,12 @@ def test_a_gated_projector_is_what_small_phases_are_to_first_order():
     torch.testing.assert_close(gated(embeddings), quantum(embeddings), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("d", "c"), [(20, None), (101, 7), (7, 101)])
 @pytest.mark.parametrize(("spread", "table_std"), [(0.5, None), (3.0, None), (0.5, 0.25)])
-def test_phases_start_with_the_given_spread(spread, table_std):
-    projector = initialised(QuantumProjector(IndraQuantumConfig(**SIZES, phase_spread=spread, table_std=table_std)))
-    phase = projector.polar((table_std or 1.0) * torch.randn(2003, 20))[1]
+def test_phases_start_with_the_given_spread(spread, table_std, d, c):
+    sizes = {**SIZES, "d_model": d, "state_width": c, "num_attention_heads": 1}
+    projector = initialised(QuantumProjector(IndraQuantumConfig(**sizes, phase_spread=spread, table_std=table_std)))
+    phase = projector.polar((table_std or 1.0) * torch.randn(2003, d))[1]
     assert phase.std().item() == pytest.approx(spread, rel=0.12)
 
 
@@ -178,19 +186,34 @@ def test_settings_become_a_configuration():
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (53, 7, 11)
     assert (config.max_position_embeddings, config.intermediate_size, config.num_hidden_layers) == (61, 31, 3)
     assert (config.attention_dropout, config.phase_spread, config.projector) == (0.25, 2.0, "quantum")
-
-
-@pytest.mark.parametrize(("projector", "heads"), [("quantum", 3), ("none", 4), ("mlp", 7)])
-def test_heads_that_do_not_fit_name_the_option(projector, heads):
-    with pytest.raises(UserError, match=f"--heads: got {heads}; must divide the width"):
-        IndraQuantumConfig.from_settings(ModelSettings(d_model=20, heads=heads, projector=projector), 53, 1, 2, 61)
+    assert (config.state_width, config.complex_width) == (None, 20)
+    apart = IndraQuantumConfig.from_settings(ModelSettings(d_model=11, state_width=14, heads=7), 53, 1, 2)
+    assert (apart.d_model, apart.complex_width, apart.hidden_size, apart.head_dim) == (11, 14, 28, 4)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("num_attention_heads", 3), ("num_key_value_heads", 3), ("readout_references", 0)]
+    ("projector", "state_width", "heads", "width"),
+    [("quantum", None, 3, 40), ("none", None, 4, 20), ("mlp", None, 7, 40), ("quantum", 7, 5, 14), ("mlp", 7, 2, 14)],
 )
-def test_wrong_configurations_name_the_field(field, value):
+def test_heads_that_do_not_fit_name_the_option(projector, state_width, heads, width):
+    settings = ModelSettings(d_model=20, state_width=state_width, heads=heads, projector=projector)
+    with pytest.raises(UserError, match=f"--heads: got {heads}; must divide the width {width} into"):
+        IndraQuantumConfig.from_settings(settings, 53, 1, 2, 61)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "others"),
+    [
+        ("num_attention_heads", 3, {}), ("num_key_value_heads", 3, {}), ("readout_references", 0, {}),
+        ("state_width", 0, {}), ("state_width", 20, {"projector": "none"}), ("residual", True, {"state_width": 14}),
+    ],
+)  # fmt: skip
+def test_wrong_configurations_name_the_field(field, value, others):
     from huggingface_hub.errors import StrictDataclassClassValidationError
 
     with pytest.raises((ValueError, StrictDataclassClassValidationError), match=f"{field}: got {value}"):
-        IndraQuantumConfig(**{**SIZES, field: value})
+        IndraQuantumConfig(**{**SIZES, field: value, **others})
+
+
+def test_a_residual_needs_states_as_wide_as_the_table():
+    assert IndraQuantumConfig(**SIZES, state_width=20, residual=True).hidden_size == 40

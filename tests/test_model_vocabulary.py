@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM
 from indraquantum.model import IndraQuantumPhase2
 from small_model import D_MODEL, V, make, tokens
 
-VARIANTS = [{}, {"ends": "shared", "projector": "mlp"}, {"projector": "none"}, {"head": "born"}]
+VARIANTS = [
+    {}, {"ends": "shared", "projector": "mlp"}, {"projector": "none"}, {"head": "born"},
+    {"d_model": 28, "state_width": 12},
+]  # fmt: skip
 
 
 def with_bias(**options):
@@ -27,7 +30,7 @@ def test_a_longer_vocabulary_keeps_the_old_logits_and_starts_the_new_ones_at_the
     before, bias_V = model(ids).logits, model.bias_V.detach().clone()
     embedding = model.resize_token_embeddings(V + 6)
     assert embedding is model.get_input_embeddings()
-    assert (model.config.vocab_size, embedding.weight.shape) == (V + 6, (V + 6, D_MODEL))
+    assert (model.config.vocab_size, embedding.weight.shape) == (V + 6, (V + 6, options.get("d_model", D_MODEL)))
     after = model(ids).logits
     torch.testing.assert_close(after[..., :V], before)
     torch.testing.assert_close(model.bias_V[V:], bias_V.mean().expand(6))

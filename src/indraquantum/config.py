@@ -236,8 +236,12 @@ class ModelSettings(Settings):
     """The shape of IndraQuantumPhase2, and which variant of it is built."""
 
     d_model: int = Field(default=128, ge=2, le=65_536)
-    """Complex width d of the embeddings. The transformer is twice as wide. A wider model can learn more, and costs more
-    time and memory."""
+    """Width d of the embedding table. Without --state-width, the transformer is twice as wide. A wider model can learn
+    more, and costs more time and memory."""
+    state_width: int | None = Field(default=None, ge=1, le=65_536)
+    """Complex width c of the states: the projector maps the d numbers of an embedding to c complex numbers, and the
+    transformer is 2c wide. By default, c is --d-model. With half of --d-model, the transformer is as wide as the table.
+    It must be left out with --projector none."""
     layers: int = Field(default=4, ge=1, le=1024)
     """Number of transformer layers. A deeper model can learn more, and costs more time and memory."""
     heads: int = Field(default=4, ge=1, le=1024)
@@ -272,7 +276,8 @@ class ModelSettings(Settings):
     """Standard deviation of the initial embedding table. By default it is 1, or 0.5 for the projectors linear and none.
     You rarely need to change it."""
     residual: bool = False
-    """Add the embedding to the real part of its state. This is a control for comparison."""
+    """Add the embedding to the real part of its state. This is a control for comparison. It needs states that are as
+    wide as the table."""
     ends: Literal["shared", "separate"] = "separate"
     """Whether the inputs and the output head share one projector or have one each. Both work on the same table.
     It has no

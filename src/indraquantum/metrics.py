@@ -52,7 +52,7 @@ FIELDS = {
     "context_divergence": "mean KL of the predictions from their own mean, nats; 0 if they ignore the context",
     "phase_rise": "rise of the held-out cross-entropy if all phases are set to 0, nats per token; 0 if unused",
     "magnitude_rise": "rise of the held-out cross-entropy if all magnitudes are set to their mean, nats per token",
-    "effective_rank": "effective rank of the states of some tokens about their mean, at most twice d-model",
+    "effective_rank": "effective rank of the states of some tokens about their mean, at most the transformer's width",
     "collapse": "kinds of collapse suspected at this step, or null",
 }
 

@@ -7,7 +7,7 @@
   not count, because it changes no prediction
 - dead terms: terms of the objective whose value or gradient is exactly 0
 
-Legend: N positions, d complex width, D = 2d real width, V vocabulary.
+Legend: N positions, D real width, V vocabulary.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ The figures of a token are those of `indra test --show-state`. A token's logit i
 The explorer shows the largest terms of this sum: a positive term is constructive interference, a negative one is
 destructive. With Born's rule a logit is no such sum, so there are none.
 
-Legend: T positions, W tokens shown, V vocabulary, D real width, d = D/2 complex width, K alternatives.
+Legend: T positions, W tokens shown, V vocabulary, D real width, D/2 complex width, K alternatives.
 """
 
 from __future__ import annotations

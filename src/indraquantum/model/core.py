@@ -3,7 +3,7 @@
 Both classes of the model use it: IndraQuantumPhase2, whose layers are transformers' Llama, and InferenceModel, which
 does not need transformers.
 
-Legend: B batch, T positions, d complex width, D real width (2d), V vocabulary.
+Legend: B batch, T positions, d width of the table, D real width (2c, where c is the complex width), V vocabulary.
 """
 
 from __future__ import annotations

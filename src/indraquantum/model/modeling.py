@@ -8,8 +8,8 @@ The layers are transformers' own Llama, fed by `inputs_embeds`, with its rotary 
 kernels. A training step lifts the table once (`lift_table`), passes it to `hidden_states` and to the objective, and
 never builds logits. `forward` takes the arguments of Llama's. In training mode, with labels, it does the same.
 
-Legend: B batch, T positions, N = B*T, d complex width, D real width (2d), V vocabulary, K kept teacher
-    tokens.
+Legend: B batch, T positions, N = B*T, d width of the table, D real width (2c, where c is the complex width),
+    V vocabulary, K kept teacher tokens.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """The quantum projector, which turns token embeddings into states with magnitude and phase, and its controls.
 
-A state Z = M exp(iP) in C^d is stored as real pairs [M cos P, M sin P] in R^D: the first half is the real part, the
+A state Z = M exp(iP) in C^c is stored as real pairs [M cos P, M sin P] in R^D: the first half is the real part, the
 second half the imaginary part. So a plain dot product of two states is Re<Z, psi>, and every kernel works on real
 numbers.
 
-Legend: d complex width, D = 2d real width, V vocabulary; `_..d` stands for any leading axes.
+The width d of the table and the complex width c of the states are settings of their own; by default they are equal.
+
+Legend: d width of the table, c complex width, D = 2c real width, V vocabulary; `_..d` stands for any leading axes.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def uniform_by_fan_in(linear: nn.Linear) -> None:
 # transformers skips modules without parameters of their own when it draws weights, such as a projector made
 # of two layers: so each layer knows by itself how it starts.
 class LiftLinear(nn.Linear):
-    """A linear layer whose initial weights depend on its width."""
+    """A linear layer whose initial weights depend on the width of its inputs."""
 
     def initialise(self) -> None:
         """Draw the initial weights."""
@@ -46,9 +48,9 @@ class LiftLinear(nn.Linear):
 class PhaseLinear(nn.Linear):
     """A linear layer whose outputs start with standard deviation `spread` (radians) for inputs of `input_std`."""
 
-    def __init__(self, width: int, spread: float, input_std: float) -> None:
-        super().__init__(width, width)
-        self.initial_std = spread / (input_std * math.sqrt(width))
+    def __init__(self, inputs: int, outputs: int, spread: float, input_std: float) -> None:
+        super().__init__(inputs, outputs)
+        self.initial_std = spread / (input_std * math.sqrt(inputs))
 
     def initialise(self) -> None:
         """Draw the initial weights."""
@@ -70,8 +72,8 @@ class QuantumProjector(nn.Module):
     projector is then a linear lift that the phases bend.
 
     Args:
-        config: gives d_model, phase_spread, magnitude and table_std. `projector` "phase-only" fixes M = 1, and "frozen"
-            keeps the projector's initial weights.
+        config: gives d_model, complex_width, phase_spread, magnitude and table_std. `projector` "phase-only" fixes
+            M = 1, and "frozen" keeps the projector's initial weights.
     """
 
     table_std = 1.0
@@ -79,12 +81,13 @@ class QuantumProjector(nn.Module):
     def __init__(self, config: ModelShape) -> None:
         super().__init__()
         self.magnitude_of = MAGNITUDES[config.magnitude]
-        self.magnitude = None if config.projector == "phase-only" else LiftLinear(config.d_model, config.d_model)
-        self.phase = PhaseLinear(config.d_model, config.phase_spread, config.table_std or self.table_std)
+        table_width, width = config.d_model, config.complex_width
+        self.magnitude = None if config.projector == "phase-only" else LiftLinear(table_width, width)
+        self.phase = PhaseLinear(table_width, width, config.phase_spread, config.table_std or self.table_std)
         self.requires_grad_(config.projector != "frozen")
 
     def polar(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Return magnitudes and phases in radians, both (..., d), of `embeddings` (..., d)."""
+        """Return magnitudes and phases in radians, both (..., c), of `embeddings` (..., d)."""
         phase = self.phase(embeddings)
         if self.magnitude is None:
             return torch.ones_like(phase), phase
@@ -98,7 +101,7 @@ class QuantumProjector(nn.Module):
         return self.states(*self.polar(embeddings))
 
     def states(self, magnitude: Tensor, phase: Tensor) -> Tensor:
-        """Return the states (..., D) of magnitudes and phases (..., d)."""
+        """Return the states (..., D) of magnitudes and phases (..., c)."""
         return torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], dim=-1)
 
 
@@ -106,12 +109,12 @@ class GatedProjector(QuantumProjector):
     """Control: (M, M P), which is a state of small phases to first order. Here P is not an angle but a gate of M."""
 
     def states(self, magnitude: Tensor, phase: Tensor) -> Tensor:
-        """Return the pairs (..., D) of magnitudes and gates (..., d)."""
+        """Return the pairs (..., D) of magnitudes and gates (..., c)."""
         return torch.cat([magnitude, magnitude * phase], dim=-1)
 
 
 class LinearLift(nn.Module):
-    """Control: E U, a linear lift to the same width D. Its logits have rank d."""
+    """Control: E U, a linear lift to the same width D. Its logits have at most rank d."""
 
     table_std = 0.5
 

@@ -3,7 +3,7 @@
 `reference`: c_t = <r, psi_t> against a learned reference state r. It leaves all other directions of psi to the tokens.
 `mean`: the mean of |psi_j| and the mean of |arg psi_j| over all j, as a control. It has no parameters.
 
-Legend: D real width (first half real parts, second half imaginary parts), d = D/2, R reference states; `_..D`
+Legend: D real width (first half real parts, second half imaginary parts), R reference states; `_..D`
 any leading axes.
 """
 

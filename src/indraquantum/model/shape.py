@@ -19,6 +19,7 @@ class ModelShape:
 
     vocab_size: int = 32_000
     d_model: int = 128
+    state_width: int | None = None  # None: d_model
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
@@ -46,7 +47,13 @@ class ModelShape:
             self.ends = "shared"
 
     def validate_architecture(self) -> None:
-        """Refuse sizes that no attention layer can have. transformers calls this on construction."""
+        """Refuse impossible sizes, and options that don't fit each other. transformers calls this on construction."""
+        if self.state_width is not None and self.state_width < 1:
+            raise ValueError(f"state_width: got {self.state_width}; must be at least 1")
+        if self.state_width is not None and self.projector == "none":
+            raise ValueError(f"state_width: got {self.state_width}; must be left out with projector none")
+        if self.residual and self.complex_width != self.d_model:
+            raise ValueError(f"residual: got True; must be False if state_width {self.state_width} is not d_model")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"num_attention_heads: got {self.num_attention_heads}; must divide the width {self.hidden_size} "
@@ -73,9 +80,14 @@ class ModelShape:
         return shape
 
     @property
+    def complex_width(self) -> int:
+        """Complex width c of a state. The plain control has no complex states."""
+        return self.d_model if self.state_width is None else self.state_width
+
+    @property
     def hidden_size(self) -> int:
         """Real width D of a state: twice the complex width, except for the plain control, which has one width."""
-        return self.d_model if self.projector == "none" else 2 * self.d_model
+        return self.d_model if self.projector == "none" else 2 * self.complex_width
 
     @property
     def head_dim(self) -> int:

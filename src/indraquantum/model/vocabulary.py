@@ -2,7 +2,7 @@
 
 This module changes the number of tokens, replaces the table, and decides when the table must be lifted again.
 
-Legend: V vocabulary, d complex width, D real width.
+Legend: V vocabulary, d width of the table, D real width.
 """
 
 from __future__ import annotations

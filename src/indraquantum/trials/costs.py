@@ -2,7 +2,7 @@
 
 A multiply-add counts as two FLOPs, and a backward pass as two forward passes. Element-wise work is not counted.
 
-Legend: B rows, T positions, N labelled tokens, d complex width, D real width, V vocabulary, R reference states.
+Legend: B rows, T positions, N labelled tokens, D real width, V vocabulary, R reference states.
 """
 
 from __future__ import annotations
