@@ -27,8 +27,8 @@ WARM_UP, TIMED, SECONDS = 2, 3, 4.0  # steps before the timed ones; at least so 
 # (results/user-scale and user-scale-long).
 REACHED = ((0.82e6, 4.76), (3.07e6, 4.135), (10.2e6, 3.738))
 ALIKE = (
-    "d_model", "layers", "mlp_width", "projector", "magnitude", "ends", "optimizer", "learning_rate", "bias_start",
-    "table_start",
+    "d_model", "state_width", "layers", "mlp_width", "projector", "magnitude", "ends", "optimizer", "learning_rate",
+    "bias_start", "table_start",
 )  # fmt: skip
 
 
