@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -57,13 +58,18 @@ def test_families_are_compared_at_equal_seeds():
     }
     found = curves({"plain": ("large", "small"), "ours": ("ours",)}, runs, "parameters")
     assert found["plain"] == {0: [(10, 5.0), (1000, 4.0)], 1: [(10, 5.2), (1000, 4.2)]}
-    # worst 5.2; plain gains 0.2 and 0 over all; ours 0.95 and 1.0 over the upper half
+    # The worst loss is 5.2. Plain gains 0.2 and 0 from size 10 on, 1.2 and 1.0 from 1000 to 2000; ours 0.95 and 1.0
+    # from 100 to 2000.
+    plain = [(0.2 * math.log(100) + 1.2 * math.log(2)), 1.0 * math.log(2)]
+    ours = [0.95 * math.log(20), 1.0 * math.log(20)]
     ahead = lead(hypervolumes(found), "ours", "plain")
-    assert (ahead.mean, ahead.count) == (pytest.approx((0.95 / 2 - 0.2 + 1.0 / 2) / 2), 2)
+    assert ahead.mean == pytest.approx((sum(ours) - sum(plain)) / 2 / math.log(200))
+    assert ahead.count == 2
     ((size, ratios),) = effective_ratios(found, "ours", "plain")
     assert size == 100
     assert ratios == [pytest.approx(10 * 100**0.75 / 100), pytest.approx(10)]
-    assert hypervolumes(curves({"one": ("ours",)}, runs, "parameters")) == {}
+    alone = hypervolumes(curves({"one": ("ours",)}, runs, "parameters"))
+    assert alone == {"one": {0: 0.0, 1: pytest.approx(0.05)}}  # at one size, the loss alone counts
 
 
 SIZED = {

@@ -64,7 +64,7 @@ def hypervolume(points: Sequence[Point], smallest: float, largest: float, worst:
     Args:
         points: the runs of a family.
         smallest: the smallest size of any family.
-        largest: the largest size, above `smallest`.
+        largest: the size up to which the best loss counts, above `smallest`.
         worst: a loss, in nats, that no run exceeds.
     """
     steps = sorted(point for point in points if point.loss <= worst)
@@ -88,11 +88,9 @@ def effective_size(point: Point, baseline: Sequence[Point]) -> float | None:
 
 
 def hypervolumes(found: Curves) -> dict[str, dict[int, float]]:
-    """Return the hypervolume of each family and seed; empty if all models have one size."""
+    """Return the hypervolume of each family and seed, up to twice the largest size, so that the largest model counts."""
     points = [point for by_seed in found.values() for curve in by_seed.values() for point in curve]
-    smallest, largest = min(p.size for p in points), max(p.size for p in points)
-    if smallest == largest:
-        return {}
+    smallest, largest = min(p.size for p in points), 2 * max(p.size for p in points)
     worst = max(p.loss for p in points)
     return {
         family: {seed: hypervolume(curve, smallest, largest, worst) for seed, curve in by_seed.items()}
