@@ -88,7 +88,7 @@ def effective_size(point: Point, baseline: Sequence[Point]) -> float | None:
 
 
 def hypervolumes(found: Curves) -> dict[str, dict[int, float]]:
-    """Return the hypervolume of each family and seed, up to twice the largest size, so that the largest model counts."""
+    """Return the hypervolume of each family and seed, up to twice the largest size, so that this model counts."""
     points = [point for by_seed in found.values() for curve in by_seed.values() for point in curve]
     smallest, largest = min(p.size for p in points), 2 * max(p.size for p in points)
     worst = max(p.loss for p in points)

@@ -229,8 +229,9 @@ def _about_front(plan: Plan) -> str:
     return (
         "A variant is on the front if no other of at most its size has a lower mean loss. The mean lead over the worst "
         "is the hypervolume: how far the best loss within a size is below the worst loss of any run, averaged over the "
-        f"logarithm of the size, up to twice the largest. An equally good model of {next(iter(plan.families))} is found "
-        "between its measured sizes, where the loss counts as linear in the logarithm of the size."
+        "logarithm of the size, up to twice the largest. An equally good model of "
+        f"{next(iter(plan.families))} is found between its measured sizes, where the loss counts as linear in the "
+        "logarithm of the size."
     )
 
 
