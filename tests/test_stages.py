@@ -35,6 +35,7 @@ from indraquantum.training.step import StepInput
 # What each shipped strategy is: its stages with sources, and the weights of kd, phase and magnitude at first and last.
 SHIPPED = {
     "v4-unified": [("unified", "all", (0.01, 0.1, 0.1), (0.05, 0.1, 0.1))],
+    "v5": [("unified", "all", (0.9, 0.1, 0.1), (0.9, 0.1, 0.1))],
     "stage1": [("stage1", ["wikitext"], (0, 0, 0), (0, 0, 0))],
     "stage2-v2-aggressive": [
         ("stage1", ["wikitext"], (0, 0, 0), (0, 0, 0)), ("stage2-v2", ["alpaca"], (9, 1, 1), (9, 1, 1)),

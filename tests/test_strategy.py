@@ -55,7 +55,15 @@ def test_v4_is_the_default_and_agrees_with_the_options():
 def test_every_shipped_strategy_says_what_it_was(name):
     strategy = load_strategy(name)
     assert strategy.about
-    assert name == "v4-unified" or len(strategy.stages) == (1 if name == "stage1" else 2)
+    assert len(strategy.stages) == (1 if name in ("v4-unified", "v5", "stage1") else 2)
+
+
+def test_v5_is_v4_with_the_weight_that_helps():
+    (v4,), (v5,) = (resolve(TrainSettings(strategy=name)).stages for name in ("v4-unified", "v5"))
+    assert v5.weights.kd == Constant(value=0.9)
+    assert v5.model_copy(update={"weights": v4.weights}) == v4
+    (given,) = resolve(TrainSettings(strategy="v5", kd_weight_start=4.0, kd_weight_end=4.0)).stages
+    assert (given.weights.kd.at(0, 9), given.weights.kd.at(8, 9)) == (4.0, 4.0)
 
 
 def test_options_that_are_given_stand_in_place_of_the_strategys(tmp_path):
@@ -78,7 +86,7 @@ def test_no_teacher_leaves_nothing_to_ask():
 
 ONE = "name: a, fraction: 1.0"
 REFUSED = {
-    "no file": (None, {}, r"--strategy: got nowhere; must be .*v4-unified, or a YAML file"),
+    "no file": (None, {}, r"--strategy: got nowhere; must be .*v4-unified, v5, or a YAML file"),
     "not YAML": ("stages: [", {}, "must be YAML"),
     "a list": ("- a", {}, "must hold stages"),
     "twice": ("stages: []\nstages: []", {}, "'stages' is given twice"),
