@@ -250,9 +250,11 @@ def test_a_run_starts_from_the_weights_of_another(world, tmp_path, capsys):
     plan = plan_run(TrainSettings(strategy=str(tmp_path / "my.yaml")), open_dataset("--data", world.data))
     assert plan.strategy.start_from.resolve() == report.checkpoint.resolve()  # relative to the file
 
-    other = small(world, tmp_path / "third", start_from=report.checkpoint, ends="shared")
-    with pytest.raises(UserError, match=r"--start-from: got .*must be of a model with --ends shared, not separate"):
-        loop.train(other)
+    for options, said in (({"ends": "shared"}, "--ends shared, not separate"),
+                          ({"state_width": 6}, f"--state-width 6, not {first.d_model}")):  # fmt: skip
+        other = small(world, tmp_path / "third", start_from=report.checkpoint, **options)
+        with pytest.raises(UserError, match=rf"--start-from: got .*must be of a model with {said}"):
+            loop.train(other)
     assert not (tmp_path / "third").exists()
 
 

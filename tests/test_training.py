@@ -124,6 +124,19 @@ def test_a_stopped_run_resumes_to_the_same_bits(world, finished, tmp_path):
     assert without_speed(resumed.metrics) == without_speed(report.metrics)
 
 
+def test_a_run_with_a_state_width_resumes_to_the_same_bits_and_only_with_it(world, tmp_path):
+    widths = {"d_model": 10, "state_width": 6, "no_teacher": True, "batch_tokens": 1440}
+    run, again = (settings(world, tmp_path / name, **widths) for name in ("whole", "again"))
+    report = loop.train(run)
+    shutil.copytree(run.output, again.output)
+    shutil.copytree(run.logs, again.logs)
+    (again.output / report.checkpoint.name).unlink()  # as if stopped after the first epoch
+    for other in (None, 14):
+        with pytest.raises(UserError, match=f"--state-width: got {other}; must be 6, as in the run that"):
+            loop.train(again.model_copy(update={"state_width": other}))
+    assert same_checkpoints(report.checkpoint, loop.train(again).checkpoint)
+
+
 def test_a_damaged_checkpoint_is_passed_over(world, finished, tmp_path, capsys):
     run, report = finished
     again = settings(world, tmp_path, dropout=0.1)
@@ -153,13 +166,22 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(world, finished, 
     assert report.checkpoint.read_bytes() == before
 
 
-def test_a_run_from_before_an_option_had_it_at_its_default(world, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value", "weights_are_of", "must"),
+    [
+        ("residual", True, "--residual True, not False", "must be False"),
+        ("state_width", 6, "--state-width 6, not 14", "must be left out"),
+    ],
+)
+def test_a_run_from_before_an_option_had_it_at_its_default(
+    world, finished, tmp_path, monkeypatch, name, value, weights_are_of, must
+):
     run, report = finished
     checkpoint = load_checkpoint("", report.checkpoint)
     older = replace(
         checkpoint,
-        settings={name: value for name, value in checkpoint.settings.items() if name != "residual"},
-        model_config={name: value for name, value in checkpoint.model_config.items() if name != "residual"},
+        settings={other: value for other, value in checkpoint.settings.items() if other != name},
+        model_config={other: value for other, value in checkpoint.model_config.items() if other != name},
     )
     for module in (runs, training_resume):
         monkeypatch.setattr(module, "load_checkpoint", lambda field, path: older)
@@ -170,10 +192,11 @@ def test_a_run_from_before_an_option_had_it_at_its_default(world, finished, tmp_
 
     again = started(dropout=0.1, no_teacher=True, start_from=report.checkpoint)
     assert torch.equal(again.model.embedding.weight, checkpoint.model["embedding.weight"])
-    with pytest.raises(UserError, match=r"--start-from: .* must be of a model with --residual True, not False"):
-        started(residual=True, no_teacher=True, start_from=report.checkpoint)
-    with pytest.raises(UserError, match=r"--residual: got True; must be False, as in the run of --resume \S+\.pt$"):
-        loop.train(run.model_copy(update={"residual": True, "resume": str(report.checkpoint)}))
+    with pytest.raises(UserError, match=f"--start-from: .* must be of a model with {weights_are_of}$"):
+        started(**{name: value}, no_teacher=True, start_from=report.checkpoint)
+    option = f"--{name.replace('_', '-')}"
+    with pytest.raises(UserError, match=rf"{option}: got {value}; {must}, as in the run of --resume \S+\.pt$"):
+        loop.train(run.model_copy(update={name: value, "resume": str(report.checkpoint)}))
     assert loop.train(run.model_copy(update={"resume": str(report.checkpoint)})).steps == report.steps
 
 
@@ -255,9 +278,12 @@ def test_any_seed_trains(world, tmp_path, seed):
         ({"heads": 3}, "--heads: got 3; must divide the width 28"),
         ({"optimizer": "adamw", "muon_rate": 3}, "--muon-rate: got 3.0; must be 1 without --optimizer muon"),
         ({"projector": "none", "ends": "separate"}, "--ends: got separate; must be shared with --projector none"),
+        ({"projector": "none", "state_width": 14}, "--state-width: got 14; must be left out with --projector none"),
+        ({"residual": True, "state_width": 6}, "--residual: got true; must be left out with --state-width 6, which is "
+         "not --d-model 14"),
         ({"resume": "nowhere.pt"}, "--resume: got nowhere.pt; must be auto, never, or the path of a checkpoint"),
     ],
-)
+)  # fmt: skip
 def test_what_no_run_can_begin_with_is_refused_before_the_teacher_is_asked(world, tmp_path, changes, said):
     shutil.copytree(world.data, tmp_path / "mixed")
     wanted = settings(world, tmp_path, data=tmp_path / "mixed", teacher=str(world.teacher), **changes)

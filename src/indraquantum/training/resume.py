@@ -185,9 +185,10 @@ def _keep_older_defaults(run: Run, before: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_there(run: Run, then: Any) -> str:
     """Say what an option must be, so that the run can resume from its checkpoint."""
+    must = "must be left out" if then is None else f"must be {then}"
     if run.settings.resume == "auto":
-        return f"must be {then}, as in the run that {run.folder} holds, or give another --output"
-    return f"must be {then}, as in the run of --resume {run.settings.resume}"
+        return f"{must}, as in the run that {run.folder} holds, or give another --output"
+    return f"{must}, as in the run of --resume {run.settings.resume}"
 
 
 def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -> UserError:

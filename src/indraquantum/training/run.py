@@ -57,8 +57,9 @@ FREE_SETTINGS = {
 # Options that must be equal for the weights of one model to fit another, with their names in the model's configuration.
 SHAPE = {
     "d-model": "d_model", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "mlp-width": "intermediate_size", "projector": "projector", "magnitude": "magnitude", "ends": "ends",
-    "residual": "residual", "head": "head", "bias": "bias", "readout": "readout",
+    "mlp-width": "intermediate_size", "projector": "projector", "state-width": "complex_width",
+    "magnitude": "magnitude", "ends": "ends", "residual": "residual", "head": "head", "bias": "bias",
+    "readout": "readout",
 }  # fmt: skip
 
 LARGE_VOCABULARY = 8192  # with fewer tokens, comparing all of them takes little time
