@@ -44,7 +44,7 @@ PLAN = {
     "name": "toy",
     "base": BASE,
     "variants": {
-        "quantum": {"projector": "quantum", "d_model": 6},
+        "quantum": {"projector": "quantum", "d_model": 7, "state_width": 6},
         "plain": {"projector": "none", "d_model": 8, "no_teacher": True},
         # Each step multiplies the matrices by 1 - 10 * 10 and so ends in infinity.
         "broken": {"projector": "linear", "d_model": 6, "learning_rate": 10, "weight_decay": 10},
@@ -129,7 +129,10 @@ def test_equal_tokens_and_exact_sizes(finished):
     assert runs["plain"]["parameters"] == parameters
     work = 4 * width**2 + 3 * width * mlp + 48 * width + vocabulary * width
     assert runs["plain"]["flops_per_token"] == 6 * work
-    lifted = 4 * 12**2 + 3 * 12 * mlp + 48 * 12 + vocabulary * 12 + (vocabulary / 480 + 1) * 2 * 6 * 6
+    d, c, width = 7, 6, 12
+    parameters = vocabulary * d + 4 * (d * c + c) + 4 * width**2 + 3 * width * mlp + 3 * width + vocabulary + 1 + width
+    assert runs["quantum"]["parameters"] == parameters
+    lifted = 4 * width**2 + 3 * width * mlp + 48 * width + vocabulary * width + (vocabulary / 480 + 1) * 2 * d * c
     assert runs["quantum"]["flops_per_token"] == pytest.approx(6 * lifted)
 
 
@@ -212,7 +215,8 @@ def test_a_finished_plan_runs_nothing_again_and_refuses_other_settings(world, fi
 @pytest.mark.parametrize(
     ("variant", "changes", "said"),
     [
-        ("quantum", {"d_model": 8}, "must belong to a run with d_model 8, as planned, not 6"),
+        ("quantum", {"d_model": 8}, "must belong to a run with d_model 8, as planned, not 7"),
+        ("quantum", {"state_width": 4}, "must belong to a run with state_width 4, as planned, not 6"),
         ("plain", {}, "must belong to a run with a setting of the plan's search, not {'table_rate': 20}"),
     ],
 )

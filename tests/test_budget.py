@@ -127,6 +127,7 @@ def test_the_expected_loss_meets_the_measured_ones(world, tmp_path):
     assert expected_loss(Known, 10_200_000) == pytest.approx(3.738)
     assert 4.135 < expected_loss(Known, 1_500_000) < 4.76
     assert expected_loss(Known, 100_000) is None
-    Known.settings = TrainSettings(no_teacher=True, d_model=64)
-    assert expected_loss(Known, 820_000) is None
+    for other in ({"d_model": 64}, {"state_width": 64}):
+        Known.settings = TrainSettings(no_teacher=True, **other)
+        assert expected_loss(Known, 820_000) is None
     assert expected_loss(trial_run(settings(world, tmp_path, minutes=None)), 820_000) is None

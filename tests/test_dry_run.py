@@ -35,15 +35,17 @@ def model_of(vocab_size=331, attention="eager", **changes) -> IndraQuantumPhase2
     return IndraQuantumPhase2(config).train()
 
 
-def test_parameters_by_hand():
-    assert parameter_counts(model_of(ends="shared"))["projector"] == 2 * (14 * 14 + 14)
-    assert parameter_counts(model_of()) == {
-        "table": 331 * 14,
-        "projector": 4 * (14 * 14 + 14),
-        "layers": 3 * (4 * 28 * 28 + 3 * 28 * 22 + 2 * 28) + 28,
+@pytest.mark.parametrize(("d", "state_width"), [(14, None), (13, 6), (7, 22)])
+def test_parameters_by_hand(d, state_width):
+    widths, c = {"d_model": d, "state_width": state_width}, state_width or d
+    assert parameter_counts(model_of(ends="shared", **widths))["projector"] == 2 * (d * c + c)
+    assert parameter_counts(model_of(**widths)) == {
+        "table": 331 * d,
+        "projector": 4 * (d * c + c),
+        "layers": 3 * (4 * (2 * c) ** 2 + 3 * 2 * c * 22 + 2 * 2 * c) + 2 * c,
         "head": 331 + 1,
-        "readout": 28,
-        "all": sum(p.numel() for p in model_of().parameters()),
+        "readout": 2 * c,
+        "all": sum(p.numel() for p in model_of(**widths).parameters()),
     }
 
 
@@ -54,9 +56,11 @@ def test_flops_are_what_torch_counts(projector, ends):
         with pytest.raises(UserError, match="--ends"):
             model_of(projector=projector, ends=ends)
         return
-    model = model_of(projector=projector, heads=1, ends=ends)
     objective = SemanticDistillationLoss(0.1, 0.1, 0.1, implementation="reference")
-    assert flops_of_objective(model, objective) == 3 * 2 * LABELLED * 331 * model.config.hidden_size
+    for state_width in (None,) if projector == "none" else (None, 9):
+        model = model_of(projector=projector, heads=1, ends=ends, state_width=state_width)
+        width = 14 if projector == "none" else 2 * (state_width or 14)
+        assert flops_of_objective(model, objective) == 3 * 2 * LABELLED * 331 * width
 
 
 def test_flops_of_borns_rule_are_those_of_two_products_and_of_building_them_again():
@@ -92,7 +96,9 @@ def flops_of_objective(model: IndraQuantumPhase2, objective: SemanticDistillatio
 
 @pytest.mark.parametrize("ends", ["shared", "separate"])
 def test_a_sampled_step_takes_the_flops_that_torch_counts(world, tmp_path, ends):
-    given = settings(world, tmp_path, softmax="sampled", no_teacher=True, ends=ends, optimizer="adamw", heads=1)
+    given = settings(
+        world, tmp_path, softmax="sampled", no_teacher=True, ends=ends, optimizer="adamw", heads=1, state_width=9
+    )
     run = trial_run(given)
     run.model.config._attn_implementation = run.model.backbone.config._attn_implementation = "eager"
     step = run.plan.step(0)
@@ -136,6 +142,19 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_trained(world, tmp_path, ca
     assert found.bytes["objective's buffer"] == found.size.labelled * run.model.config.vocab_size * 4
     assert found.bytes["all"] == sum(value for name, value in found.bytes.items() if name != "all")
     assert found.seconds_to_finish > run.total_steps * found.seconds_per_step > 0
+
+
+def test_half_the_state_width_costs_what_a_plain_model_costs_but_for_the_lift(world, tmp_path, capsys):
+    plain = dry_run(settings(world, tmp_path, d_model=28, projector="none", no_teacher=True)).flops
+    found = dry_run(settings(world, tmp_path, d_model=28, state_width=14, no_teacher=True))
+    out = capsys.readouterr().out
+    # The table is lifted once, the inputs once more: magnitude and phase, forward and backward.
+    lift = 3 * 2 * 2 * 28 * 14
+    apart = {"lift": lift * 320, "inputs": lift * found.size.rows * 48}
+    assert found.flops == {**plain, **apart, "all": plain["all"] + sum(apart.values())}
+    assert "projector: 14x28 14\ninput_projector: 14x28 14\n" in out
+    assert f"FLOPs a token: {found.flops['all'] / found.step_tokens / 1e6:,.3f} M" in out
+    assert 0 < found.seconds_per_step < found.seconds_to_finish
 
 
 def test_activations_grow_with_rows_and_layers(world, tmp_path):

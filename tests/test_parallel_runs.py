@@ -26,7 +26,7 @@ from indraquantum.training.checkpoint import load_checkpoint, newest_checkpoint
 
 STEPS, STEPS_PER_EPOCH = 50, 6
 CHANGES = {"dropout": 0.0, "epochs": 100, "max_steps": STEPS, "evaluate_every": 20, "save_every": 10, "layers": 2,
-           **survival.STEADY}  # fmt: skip
+           "d_model": 11, "state_width": 10, **survival.STEADY}  # fmt: skip
 TERMS = ("loss", "ce", "kd", "kd_estimate", "phase", "magnitude", "magnitude_mean", "phase_mean")
 
 
