@@ -22,7 +22,7 @@ from indraquantum.live.monitor import site_of
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training import loop
 
-TINY = {"threads": 1, "d_model": 6, "layers": 1, "heads": 2, "mlp_width": 10, "batch_tokens": 480}
+TINY = {"threads": 1, "d_model": 7, "state_width": 6, "layers": 1, "heads": 2, "mlp_width": 10, "batch_tokens": 480}
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,9 @@ def indra(*arguments) -> int:
 @pytest.fixture(scope="module", params=["quantum", "none"])
 def exported(request, world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
+    widths = {"d_model": 12} if request.param == "none" else {"d_model": 20, "state_width": 12}
     settings = TrainSettings(
-        data=world.data, output=folder / "run", logs=folder / "logs", threads=1, projector=request.param, d_model=12,
+        data=world.data, output=folder / "run", logs=folder / "logs", threads=1, projector=request.param, **widths,
         layers=1, heads=2, mlp_width=22, batch_tokens=480, max_steps=3, bias_start="zeros", table_start="normal",
     )  # fmt: skip
     checkpoint = train(settings).checkpoint
@@ -271,6 +272,7 @@ def test_the_card_says_where_the_model_comes_from(world, exported, tmp_path, cap
     for part in [
         'license: "cc-by-nc-4.0"', "non-commercial", "Steps: 3", str(world.teacher), "CC BY-SA", "@software",
         f"| alpaca | {held_out['alpaca']:.3f} |", "rows of 48 tokens", "phase",
+        "1 layers of width 24, 320 tokens with embeddings of width 20, projector quantum",
     ]:  # fmt: skip
         assert part in card, part
 

@@ -18,7 +18,7 @@ from indraquantum.model.exports import exports_of
 from indraquantum.model.inference_model import InferenceModel
 from indraquantum.model.shape import ModelShape
 from indraquantum.training.loop import train
-from small_model import make, tokens
+from small_model import NARROW, WIDE, make, tokens
 
 
 def indra(*arguments) -> int:
@@ -43,6 +43,7 @@ def trained_like(**options):
         {}, {"bias": "none"}, {"ends": "shared", "magnitude": "exp"}, {"magnitude": "softplus"}, {"projector": "none"},
         {"projector": "gated"}, {"projector": "linear"}, {"projector": "mlp", "residual": True},
         {"projector": "phase-only"}, {"projector": "frozen"}, {"num_key_value_heads": 1}, {"readout": "mean"},
+        NARROW, {"bias": "none", **NARROW}, {"projector": "mlp", **WIDE},
     ],
     ids=str,
 )  # fmt: skip
@@ -145,6 +146,8 @@ def test_a_run_without_bias_resumes_and_is_not_one_with_it(checkpoints, world, c
         ({}, "transformers, onnx, page, llama (4 layers of width 64 to hold the bias; 3 of 40 with --bias none), gguf "
          "(f32, f16; q8_0 only in widths that 32 divides; K formats only in widths that 256 divides)"),
         ({"bias": "none", "d_model": 128}, "transformers, onnx, page, llama, gguf (f32, f16, q8_0, K formats)"),
+        ({"bias": "none", "d_model": 11, "state_width": 128},
+         "transformers, onnx, page, llama, gguf (f32, f16, q8_0, K formats)"),
         ({"head": "born"}, "transformers, onnx, page; not llama and gguf, whose logits are linear, because of --head "
          "born"),
     ],

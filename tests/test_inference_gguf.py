@@ -47,7 +47,8 @@ def loaded_of(tokenizer, **options):
     ("options", "outtype", "within"),
     [
         ({"bias": "none"}, "f32", 1e-4), ({}, "f32", 1e-4), ({"bias": "none", "num_key_value_heads": 1}, "f32", 1e-4),
-        ({}, "f16", 0.1), ({"bias": "none"}, "q8_0", 1.0),
+        ({}, "f16", 0.1), ({"bias": "none"}, "q8_0", 1.0), ({"d_model": 37, "state_width": 14}, "f32", 1e-4),
+        ({"bias": "none", "d_model": 37, "state_width": 16}, "q8_0", 1.0),
     ],
     ids=str,
 )  # fmt: skip

@@ -20,7 +20,7 @@ from indraquantum.model.inference_model import InferenceModel
 from indraquantum.model.shape import ModelShape
 from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
 from indraquantum.training.loop import train
-from small_model import make, tokens
+from small_model import NARROW, make, tokens
 
 TEXTS = ["the cat sees a dog", "my bird", "the old mouse follows the fish by the river"]
 NEW = 7
@@ -36,8 +36,8 @@ def indra(*arguments) -> int:
 def checkpoint(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     settings = TrainSettings(
-        data=world.data, output=folder / "run", logs=folder / "logs", threads=1, d_model=28, layers=1, heads=2,
-        mlp_width=22, batch_tokens=480, max_steps=2, no_teacher=True,
+        data=world.data, output=folder / "run", logs=folder / "logs", threads=1, d_model=31, state_width=28,
+        layers=1, heads=2, mlp_width=22, batch_tokens=480, max_steps=2, no_teacher=True,
     )  # fmt: skip
     whole = load_checkpoint("CHECKPOINT", train(settings).checkpoint)
     sure = whole.model | {"head.scale_1": whole.model["head.scale_1"] * 20}  # choices far from rounding
@@ -255,7 +255,7 @@ def test_the_int8_export_holds_the_lifted_table(checkpoint, ours, tmp_path):
         {}, {"ends": "shared", "residual": True, "magnitude": "softplus"}, {"projector": "none", "bias": "none"},
         {"projector": "mlp", "head": "born", "readout": "mean"}, {"magnitude": "exp", "num_key_value_heads": 1},
         {"projector": "phase-only", "readout_references": 3, "num_attention_heads": 5, "rope_theta": 100.0},
-        {"projector": "gated", "num_attention_heads": 4, "num_key_value_heads": 2}, {"projector": "linear"},
+        {"projector": "gated", "num_attention_heads": 4, "num_key_value_heads": 2}, {"projector": "linear"}, NARROW,
     ],
     ids=str,
 )  # fmt: skip

@@ -33,8 +33,8 @@ def indra(*arguments) -> int:
 def checkpoint(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     return train(
-        TrainSettings(data=world.data, output=folder / "run", logs=folder / "logs", threads=1, d_model=12, layers=1,
-                      heads=2, mlp_width=22, batch_tokens=480, max_steps=2)
+        TrainSettings(data=world.data, output=folder / "run", logs=folder / "logs", threads=1, d_model=17,
+                      state_width=12, layers=1, heads=2, mlp_width=22, batch_tokens=480, max_steps=2)
     ).checkpoint  # fmt: skip
 
 

@@ -178,7 +178,8 @@ def _about(loaded: Loaded) -> str:
     parameters = sum(parameter.numel() for parameter in loaded.inference_model.parameters())
     return (
         f"A small language model of {parameters:,} parameters ({shape.num_hidden_layers} layers of width "
-        f"{shape.hidden_size}, {shape.vocab_size:,} tokens, projector {shape.projector}), trained from scratch."
+        f"{shape.hidden_size}, {shape.vocab_size:,} tokens with embeddings of width {shape.d_model}, projector "
+        f"{shape.projector}), trained from scratch."
     )
 
 
