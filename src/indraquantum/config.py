@@ -430,9 +430,8 @@ class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettin
     softmax: Literal["auto", "exact", "sampled"] = "auto"
     """Which tokens of the vocabulary the loss of a training step compares. exact compares all. sampled compares the
     most frequent quarter of the vocabulary, the tokens that the step's labels and signals name, and a random sample
-    that stands for all others. This makes a step much faster. auto means sampled without a teacher and with a
-    vocabulary of at least 8,192 tokens, and exact otherwise. A resumed run keeps its value. Evaluations always
-    compare all tokens."""
+    that stands for all others. This makes a step much faster. auto means sampled with a vocabulary of at least
+    8,192 tokens, and exact otherwise. A resumed run keeps its value. Evaluations always compare all tokens."""
     sample_every: int = Field(default=0, ge=0)
     """Optimiser steps between two samples of text, which go to samples.jsonl beside the metrics; `indra monitor` shows
     them. They take time but change nothing in the run. 0 writes none."""

@@ -246,8 +246,7 @@ def softmax_of(settings: TrainSettings, plan: Plan) -> Literal["exact", "sampled
     if settings.softmax != "auto":
         return settings.softmax
     is_large = plan.dataset.tokenizer.vocabulary_size >= LARGE_VOCABULARY
-    plain = not plan.strategy.asks_the_teacher and settings.head != "born"
-    return "sampled" if is_large and plain else "exact"
+    return "sampled" if is_large and settings.head != "born" else "exact"
 
 
 def sampler_of(softmax: str, plan: Plan) -> CandidateSampler | None:
