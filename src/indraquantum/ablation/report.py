@@ -75,7 +75,7 @@ def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs, trials: T
     if any(record.get("bands") for record in _all(runs)):
         said = (
             "Cross-entropy on the table half by how often the predicted token occurs in the training text, in nats per "
-            "token."
+            "token. The number in brackets says how many predicted tokens are in the column."
         )
         blocks += [Heading("Rare and frequent tokens"), Paragraph(said), bands_table(runs)]
     if (final := read_final(folder)) is not None:
@@ -141,7 +141,7 @@ def pairs_table(plan: Plan, runs: Runs) -> Table:
 
 
 def bands_table(runs: Runs) -> Table:
-    """Loss by how often the predicted token occurs in the training text; older runs were not measured so."""
+    """Loss by how often the predicted token occurs in the training text. Older runs lack this figure."""
     known = {v: [r["bands"] for r in by_seed.values() if r.get("bands")] for v, by_seed in runs.items()}
     first = next(bands for every in known.values() for bands in every)
     rows = [
@@ -216,8 +216,11 @@ def front_tables(plan: Plan, runs: Runs) -> list[Table]:
                 shown = _mean(known, 3) if len(known) == len(ratios) else f"beyond the sizes of {baseline}"
                 equals.append([family, title, f"{own:,.0f}", str(len(ratios)), shown])
     return [
-        Table(["family", "size", "on the front", "mean lead over the worst, nats", f"minus {baseline}"], heights),
-        Table(["family", "size", "of the model", "seeds", f"equally good {baseline}: times as large"], equals),
+        Table(["family", "size", "on the front", "mean lead, nats", f"minus {baseline}"], heights),
+        Table(
+            ["family", "size", "size of the model", "seeds", f"size of an equally good {baseline}, as a multiple"],
+            equals,
+        ),
     ]
 
 
@@ -227,11 +230,11 @@ def _mean_loss(by_seed: dict[int, Result]) -> float:
 
 def _about_front(plan: Plan) -> str:
     return (
-        "A variant is on the front if no other of at most its size has a lower mean loss. The mean lead over the worst "
-        "is the hypervolume: how far the best loss within a size is below the worst loss of any run, averaged over the "
-        "logarithm of the size, up to twice the largest. An equally good model of "
-        f"{next(iter(plan.families))} is found between its measured sizes, where the loss counts as linear in the "
-        "logarithm of the size."
+        "A variant is on the front if no other variant of at most its size has a lower mean loss. The mean lead is the "
+        "hypervolume: for each size, take the lowest loss of the family's models up to that size. The figure says how "
+        "far it is below the worst loss of any run, averaged over the logarithm of the size, up to twice the largest "
+        f"model. The second table asks how large a model of {next(iter(plan.families))} with the same loss is. Between "
+        "two of its measured sizes, the loss counts as linear in the logarithm of the size."
     )
 
 
