@@ -215,7 +215,8 @@ def test_the_shipped_plans_run(world, root, tmp_path, monkeypatch):
         toy = {"data": world.data, "signals": world.signals, "base": plan.base | {"max_steps": 2, "layers": 1}}
         signals = {"signals": str(world.signals)}
         variants = {name: own | signals if "signals" in own else own for name, own in plan.variants.items()}
-        small = plan.model_copy(update={**toy, "variants": variants, "equal_parameters": ()})  # at the plan's own size
+        at_own_size = {"equal_parameters": (), "equal_work": (), "budgets": {}}
+        small = plan.model_copy(update={**toy, "variants": variants, **at_own_size})
         bench = Bench(small, AblateSettings(), tmp_path / path.stem / "results", tmp_path / path.stem, "")
         bench.check()
         for variant in plan.variants:

@@ -144,7 +144,7 @@ def test_calibration_error_counted_bin_by_bin(found, reference):
 
 def test_readouts_against_the_teacher_and_the_softmax_control(found, reference):
     alignment = found[0].alignment
-    *_, max_p_N, entropy_N, _, magnitude_N, phase_N, confidence_N, teacher_entropy_N = reference
+    *_, max_p_N, entropy_N, _, magnitude_N, phase_N, confidence_N, teacher_entropy_N, _ = reference
     phase_N = np.where(phase_N <= -math.pi / 2, phase_N + 2 * math.pi, phase_N)
     assert alignment.positions == len(max_p_N)
     for measured, left_N, right_N in (

@@ -204,8 +204,8 @@ def test_a_run_from_before_the_order_was_fixed_keeps_its_order(world, tmp_path, 
     """Its checkpoints don't say by which rule its rows are ordered: by NumPy's own permutation."""
     start = loop.start_run
 
-    def started_before(*arguments):
-        run = start(*arguments)
+    def started_before(*arguments, **options):
+        run = start(*arguments, **options)
         run.plan = replace(run.plan, stages=tuple(replace(stage, order=1) for stage in run.plan.stages))
         return run
 
