@@ -122,11 +122,11 @@ def test_the_expected_loss_meets_the_measured_ones(world, tmp_path):
             class config:
                 vocab_size = 32_000
 
-    assert expected_loss(Known, 820_000) == pytest.approx(4.76)
-    assert expected_loss(Known, 3_070_000) == pytest.approx(4.135)
-    assert expected_loss(Known, 10_200_000) == pytest.approx(3.738)
-    assert 4.135 < expected_loss(Known, 1_500_000) < 4.76
+    assert expected_loss(Known, 410_000) == pytest.approx(4.68)
+    assert expected_loss(Known, 820_000) == pytest.approx(4.49)
+    assert 4.49 < expected_loss(Known, 600_000) < 4.68
     assert expected_loss(Known, 100_000) is None
+    assert expected_loss(Known, 3_000_000) is None
     for other in ({"d_model": 64}, {"state_width": 64}):
         Known.settings = TrainSettings(no_teacher=True, **other)
         assert expected_loss(Known, 820_000) is None

@@ -24,8 +24,8 @@ BATCH_TOKENS = 2048  # better than the default of long runs for every length up 
 FEWEST_STEPS = 20  # fewer teach nothing
 WARM_UP, TIMED, SECONDS = 2, 3, 4.0  # steps before the timed ones; at least so many timed ones; for so long
 # Held-out nats per token of the default model on WikiText and Alpaca, V = 32,000, no teacher, after so many tokens
-# (results/user-scale and user-scale-long).
-REACHED = ((0.82e6, 4.76), (3.07e6, 4.135), (10.2e6, 3.738))
+# (results/time-to-loss, and all held-out text of results/start).
+REACHED = ((0.41e6, 4.68), (0.82e6, 4.49))
 ALIKE = (
     "d_model", "state_width", "layers", "mlp_width", "projector", "magnitude", "ends", "optimizer", "learning_rate",
     "bias_start", "table_start",
@@ -119,5 +119,5 @@ def expected_loss(run: Run, tokens: int) -> float | None:
     size_differs = abs(run.model.config.vocab_size / 32_000 - 1) > 0.1
     if not alike or size_differs or not REACHED[0][0] / 2 <= tokens <= REACHED[-1][0] * 1.5:
         return None
-    (x1, y1), (x2, y2) = REACHED[:2] if tokens < REACHED[1][0] else REACHED[1:]
+    (x1, y1), (x2, y2) = REACHED
     return y1 + (y2 - y1) * math.log(tokens / x1) / math.log(x2 / x1)
