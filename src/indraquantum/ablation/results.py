@@ -123,6 +123,8 @@ def _check_stated(path: Path, record: Result, plan: Plan, variant: str) -> None:
     for name in ("tail", "softmax"):  # the run's signals and vocabulary decided
         if stated[name] == "auto":
             del stated[name]
+    if variant in plan.budgets:  # the budget decided, for the data's vocabulary
+        del stated["mlp_width"]
     _compare(path, record, {"variant": variant, "half": "table", "settings": stated}, stated)
 
 
