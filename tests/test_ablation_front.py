@@ -73,14 +73,14 @@ def test_families_are_compared_at_equal_seeds():
 
 
 SIZED = {
-    "plain-6": {"projector": "none", "d_model": 8, "layers": 1},
-    "plain-8": {"projector": "none", "d_model": 16, "layers": 1},
+    "plain-8": {"projector": "none", "d_model": 8, "layers": 1},
+    "plain-16": {"projector": "none", "d_model": 16, "layers": 1},
     "ours": {"d_model": 6, "layers": 1},
 }
 
 
 def plan_of(world, tmp_path, **changes):
-    families = {"plain": ["plain-6", "plain-8"], "ours": ["ours"]}
+    families = {"plain": ["plain-8", "plain-16"], "ours": ["ours"]}
     changes = {"variants": SIZED, "pairs": [], "search": None, "families": families} | changes
     return write_plan(world, tmp_path, **changes)
 
@@ -92,7 +92,7 @@ def test_a_report_compares_families(world, tmp_path, capsys):
     (report,) = tmp_path.rglob("report.md")
     text = report.read_text()
     records = {v: json.loads((report.parent / f"{v}-seed{load_plan(path).seeds[0]}.json").read_text()) for v in SIZED}
-    assert records["plain-6"]["parameters"] < records["plain-8"]["parameters"]
+    assert records["plain-8"]["parameters"] < records["plain-16"]["parameters"]
     assert f"| ours | parameters | {records['ours']['parameters']:,} |" in text
     assert "| ours | FLOPs a token |" in text
     assert "minus plain" in text
@@ -104,7 +104,7 @@ def test_a_report_compares_families(world, tmp_path, capsys):
 
 
 def test_a_budget_chooses_the_width(world, tmp_path, capsys):
-    budgets = {"plain-6": {"parameters": 7000}, "ours": {"mflop_per_token": 0.05}}
+    budgets = {"plain-8": {"parameters": 7000}, "ours": {"mflop_per_token": 0.05}}
     plan = load_plan(plan_of(world, tmp_path, budgets=budgets))
     bench = Bench(plan, AblateSettings(), tmp_path / "results", tmp_path / "work", "")
     plain, ours = (bench.run(variant, plan.seeds[0], {}).settings for variant in budgets)
@@ -119,11 +119,11 @@ def test_a_budget_chooses_the_width(world, tmp_path, capsys):
     [
         ({"budgets": {"ours": {}}}, "must have either parameters or mflop_per_token"),
         ({"budgets": {"ours": {"parameters": 1, "mflop_per_token": 1}}}, "must have either parameters or"),
-        ({"budgets": {"nobody": {"parameters": 9}}}, "must be one of the variants plain-6, plain-8, ours"),
+        ({"budgets": {"nobody": {"parameters": 9}}}, "must be one of the variants plain-8, plain-16, ours"),
         ({"budgets": {"ours": {"parameters": 100}}}, "variants.ours: budget: got 100 parameters; must be at least "),
         ({"families": {"plain": ["nobody"]}}, "families: got nobody; must be one of the variants"),
         ({"families": {"plain": []}}, "at least 1"),
-        ({"equal_work": [["plain-6", "plain-8"]]}, "equal_work: got plain-6 plain-8; must agree within 1 %"),
+        ({"equal_work": [["plain-8", "plain-16"]]}, "equal_work: got plain-8 plain-16; must agree within 1 %"),
         (
             {"variants": {"ours": {"mlp_width": 9}}, "families": {}, "budgets": {"ours": {"parameters": 9}}},
             "variants.ours.mlp_width: got 9; must be left out, because the variant's budget chooses it",

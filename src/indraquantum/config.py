@@ -467,8 +467,7 @@ class TeacherSettings(OptimizerSettings, RunSettings, DeviceSettings):
     learning_rate: float = Field(default=3e-3, gt=0, le=10)
     """The peak learning rate, which is reached after the warm-up."""
     table_rate: float = Field(default=10.0, gt=0, le=1000)
-    """The embedding table's learning rate, as a multiple of --learning-rate. 10 fits the default start. Use 50 with
-    --table-start normal."""
+    """The embedding table's learning rate, as a multiple of --learning-rate. You rarely need to change it."""
     data: Path = Path("data/mixed_train")
     """The packed dataset to train on."""
     output: Path = Path("checkpoints/teacher")

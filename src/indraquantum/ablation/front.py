@@ -25,6 +25,16 @@ class Point(NamedTuple):
     loss: float  # on the table half, nats per token
 
 
+def table_loss(by_seed: dict[int, Result]) -> Interval:
+    """Return the mean loss of a variant's runs on the table half, nats per token, with its interval."""
+    return interval([record["sources"]["all"]["cross_entropy"] for record in by_seed.values()])
+
+
+def mean_point(by_seed: dict[int, Result], size: str) -> Point:
+    """Return the point of a variant: its size, and the mean loss of its runs."""
+    return Point(next(iter(by_seed.values()))[size], table_loss(by_seed).mean)
+
+
 Curves = dict[str, dict[int, list[Point]]]  # by family and seed, by rising size
 
 

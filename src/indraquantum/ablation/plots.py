@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from indraquantum.ablation.front import SIZES, Point, on_front
-from indraquantum.ablation.intervals import interval
+from indraquantum.ablation.front import SIZES, Point, mean_point, on_front, table_loss
 from indraquantum.ablation.results import Result
 from indraquantum.evaluation.collapse import CollapseFigures
 from indraquantum.files import atomic_file
@@ -45,7 +44,7 @@ def draw_size_and_loss(figure: Figure, runs: Runs) -> None:
     """Cross-entropy on the table half over the parameters, with 95 % intervals over seeds."""
     axes = figure.subplots()
     for number, (variant, by_seed) in enumerate(runs.items()):
-        loss = interval([record["sources"]["all"]["cross_entropy"] for record in by_seed.values()])
+        loss = table_loss(by_seed)
         size = next(iter(by_seed.values()))["parameters"]
         axes.errorbar(size, loss.mean, yerr=loss.half_width or 0, fmt="o", color=f"C{number % 10}", label=variant)
     sizes = [record["parameters"] for by_seed in runs.values() for record in by_seed.values()]
@@ -92,10 +91,9 @@ def draw_front(figure: Figure, runs: Runs, families: dict[str, tuple[str, ...]])
         means: dict[str, Point] = {}
         for number, (family, variants) in enumerate(families.items()):
             there = [variant for variant in variants if variant in runs]
-            found = {v: interval([r["sources"]["all"]["cross_entropy"] for r in runs[v].values()]) for v in there}
-            points = {v: Point(next(iter(runs[v].values()))[size], found[v].mean) for v in there}
+            points = {variant: mean_point(runs[variant], size) for variant in there}
             means |= points
-            line = sorted((point, found[v].half_width or 0) for v, point in points.items())
+            line = sorted((point, table_loss(runs[variant]).half_width or 0) for variant, point in points.items())
             places = [point.size for point, _ in line], [point.loss for point, _ in line]
             axes.errorbar(*places, yerr=[half for _, half in line], fmt="o-", color=f"C{number}", label=family)
         best = [means[name] for name in on_front(means)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from indraquantum.ablation.blocks import Block, Code, Heading, Paragraph, Picture, Table, html_page, markdown
 from indraquantum.ablation.final import read_final
-from indraquantum.ablation.front import SIZES, Point, curves, effective_ratios, hypervolumes, lead, on_front
+from indraquantum.ablation.front import SIZES, curves, effective_ratios, hypervolumes, lead, mean_point, on_front
 from indraquantum.ablation.intervals import Interval, interval, paired
 from indraquantum.ablation.plan import Plan
 from indraquantum.ablation.plots import PICTURES, Runs, draw_front, save_front, save_picture
@@ -203,7 +203,7 @@ def front_tables(plan: Plan, runs: Runs) -> list[Table]:
         if not all(by_seed for by_seed in found.values()):
             continue
         members = [variant for variants in plan.families.values() for variant in variants]
-        means = {v: Point(next(iter(runs[v].values()))[size], _mean_loss(runs[v])) for v in members}
+        means = {v: mean_point(runs[v], size) for v in members}
         best, volumes = on_front(means), hypervolumes(found)
         for family, variants in plan.families.items():
             ahead = lead(volumes, family, baseline) if family != baseline else None
@@ -222,10 +222,6 @@ def front_tables(plan: Plan, runs: Runs) -> list[Table]:
             equals,
         ),
     ]
-
-
-def _mean_loss(by_seed: dict[int, Result]) -> float:
-    return interval([record["sources"]["all"]["cross_entropy"] for record in by_seed.values()]).mean
 
 
 def _about_front(plan: Plan) -> str:

@@ -87,9 +87,9 @@ def resume(run: Run) -> bool:
 
 def will_resume(settings: TrainSettings, plan: Plan) -> bool:
     """Return whether a run of these settings resumes from a checkpoint, or fails because no checkpoint is valid."""
-    if settings.resume in ("auto", "never"):
-        return settings.resume == "auto" and bool(checkpoints_in(settings.output, plan.step_of_epoch))
-    return True
+    if settings.resume == "auto":
+        return bool(checkpoints_in(settings.output, plan.step_of_epoch))
+    return settings.resume != "never"
 
 
 def _wanted_checkpoint(run: Run) -> Found | None:
