@@ -42,12 +42,7 @@ def sizes_of(settings: TrainSettings, dataset: PreparedDataset) -> Sizes:
     Raises:
         UserError: the model's settings contradict each other.
     """
-    tokenizer = dataset.tokenizer
-    config = IndraQuantumConfig.from_settings(
-        settings, tokenizer.vocabulary_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id
-    )
-    with torch.device("meta"):
-        model = IndraQuantumPhase2(config)
+    model = _outline(settings, dataset)
     return Sizes(
         parameters=sum(p.numel() for p in model.parameters()),
         table_parameters=model.embedding.weight.numel(),
@@ -55,6 +50,16 @@ def sizes_of(settings: TrainSettings, dataset: PreparedDataset) -> Sizes:
         steps=planned_steps(settings, dataset),
         tokens=planned_tokens(settings, dataset),
     )
+
+
+def _outline(settings: TrainSettings, dataset: PreparedDataset) -> IndraQuantumPhase2:
+    """Return the model of `settings` without memory for its weights."""
+    tokenizer = dataset.tokenizer
+    config = IndraQuantumConfig.from_settings(
+        settings, tokenizer.vocabulary_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id
+    )
+    with torch.device("meta"):
+        return IndraQuantumPhase2(config)
 
 
 def within_budget(settings: TrainSettings, budget: Budget, dataset: PreparedDataset) -> TrainSettings:
@@ -66,8 +71,10 @@ def within_budget(settings: TrainSettings, budget: Budget, dataset: PreparedData
     wanted = budget.parameters or budget.mflop_per_token * 1e6
 
     def cost(width: int) -> float:
-        sizes = sizes_of(settings.model_copy(update={"mlp_width": width}), dataset)
-        return sizes.parameters if budget.parameters else sizes.flops_per_token
+        model = _outline(settings.model_copy(update={"mlp_width": width}), dataset)
+        if budget.parameters:
+            return sum(p.numel() for p in model.parameters())
+        return flops_per_token(model, dataset.row_length, settings.batch_tokens)
 
     one, two = cost(1), cost(2)  # the cost grows by the same amount for each unit of width
     width = round(1 + (wanted - one) / (two - one))
