@@ -207,6 +207,21 @@ def test_what_auto_has_chosen_is_part_of_a_run(world, tmp_path, monkeypatch):
         loop.train(run)
 
 
+def test_a_run_in_float32_resumes_on_a_device_whose_16_bits_need_a_loss_scale(world, tmp_path, monkeypatch):
+    run = settings(world, tmp_path, max_steps=4, save_every=2, keep_last=9)
+    whole = loop.train(run)
+    expected = load_checkpoint("", whole.checkpoint).model
+    for path in whole.checkpoint.parent.glob("*.pt"):
+        if not path.name.endswith("step_2.pt"):
+            path.unlink()
+    monkeypatch.setattr(training_run, "choose_precision", lambda settings, device: Precision(torch.float16, device))
+    again = trial_run(run)
+    assert resume(again)
+    assert not again.parallel.precision.scaler.is_enabled()
+    found = load_checkpoint("", loop.train(run).checkpoint).model
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.fixture(scope="module")
 def likeliest(world, tmp_path_factory):
     """Signals of the 2 likeliest tokens, which leave out most of the teacher's probability."""

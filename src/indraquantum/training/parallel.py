@@ -47,10 +47,14 @@ class Precision:
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
-        self.dtype = dtype
         self.objective = dtype if dtype is torch.bfloat16 else torch.float32
         self.attention: Attention = "layers"
         self._device_type = "cpu" if device is None else device.type
+        self.use(dtype)
+
+    def use(self, dtype: torch.dtype) -> None:
+        """Compute the layers in `dtype` from now on, with a new loss scale if it needs one."""
+        self.dtype = dtype
         self.scaler = torch.amp.GradScaler(self._device_type, enabled=dtype is torch.float16)
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -17,11 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from indraquantum.config import Settings, TrainSettings
+from indraquantum.config import Settings, TeacherSettings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.kernels.ways import continued, put_in_force
 from indraquantum.model.attention import attend_as
 from indraquantum.progress import tell
+from indraquantum.strategy import RATES
 from indraquantum.training.checkpoint import (
     Checkpoint,
     Found,
@@ -148,8 +149,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.plan = replace(
         plan,
         stages=tuple(
-            replace(stage, order=before["row_order"], settings=stage.settings.model_copy(update=kept))
-            for stage in plan.stages
+            replace(stage, order=before["row_order"], settings=_settings_of(stage, kept)) for stage in plan.stages
         ),
     )
     run.identity["stages"] = {stage.spec.name: stage_identity(stage, run.plan) for stage in run.plan.stages}
@@ -159,11 +159,11 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
     run.average.load(scattered(checkpoint.average, run.average.weights))
     precision = run.parallel.precision
-    precision.dtype = DTYPES[before["precision"]]
+    precision.use(DTYPES[before["precision"]])
     precision.objective, precision.attention = DTYPES[before["objective_precision"]], before["attention_precision"]
     if hasattr(run.model, "backbone"):  # a teacher has none
         attend_as(run.model.backbone, precision.attention)
-    run.parallel.precision.scaler.load_state_dict(checkpoint.loss_scale)
+    precision.scaler.load_state_dict(checkpoint.loss_scale)
 
 
 def _keep_older_defaults(run: Run, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,6 +181,12 @@ def _keep_older_defaults(run: Run, before: Mapping[str, Any]) -> dict[str, Any]:
     run.identity |= older
     run.identity["stages"] = {stage.spec.name: stage_identity(stage, run.plan) for stage in run.plan.stages}
     return older
+
+
+def _settings_of(stage: RunStage, kept: Mapping[str, Any]) -> TrainSettings | TeacherSettings:
+    """Return the settings of a stage with `kept` of its run. Learning rates and schedule may be the stage's own."""
+    own = {name: getattr(stage.spec, name) for name in RATES}
+    return stage.settings.model_copy(update={**kept, **own})
 
 
 def _as_there(run: Run, then: Any) -> str:
