@@ -56,9 +56,10 @@ def test_steps_have_few_different_sizes():
     found = [sampler.of_step(seed, [draw.integers(0, V, 30)]).ids_R for seed in range(50)]
     assert len({len(ids_R) for ids_R in found}) <= 3
     assert all(len(ids_R) % (V // 32) == 0 for ids_R in found)
-    everything = sampler.of_step(0, [np.arange(V - 5)])  # five others are left: fewer than there are to draw
-    assert everything.ids_R.tolist() == list(range(V))
-    assert everything.log_weight_R.tolist() == [0.0] * V
+    for others in (5, 0):  # fewer than there are to draw
+        everything = sampler.of_step(0, [np.arange(V - others)])
+        assert everything.ids_R.tolist() == list(range(V))
+        assert everything.log_weight_R.tolist() == [0.0] * V
 
 
 def test_the_seed_and_the_named_tokens_decide():
@@ -176,6 +177,8 @@ def test_what_needs_all_tokens_compares_all(world, changes, is_sampled):
     step = StepInput(dataset.train, ROWS, 7, 3e-3, signals=signals, kd_weight=0.1, **changes)
     work = [_work(step, ROWS)]
     assert (engine._candidates(step, work) is not None) is is_sampled
+    named = np.concatenate([work[0].batch.labels.ravel(), work[0].teacher.ids_NK.numpy().ravel()])
+    assert engine.compared(step) == (len(sampler.of_step(7, [named]).ids_R) if is_sampled else None)
     assert Engine(SingleProcess(model), engine.optimizer)._candidates(step, work) is None
 
 

@@ -25,10 +25,13 @@ from indraquantum.teacher.capture import capture
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training.cooccurrence import cooccurrence_table
 from indraquantum.training.engine import Engine
 from indraquantum.training.optimizers import new_optimizer
 from indraquantum.training.parallel import SingleProcess
 from indraquantum.training.plan import plan_run
+from indraquantum.training.resume import resume
+from indraquantum.training.run import log_frequencies, trial_run
 from indraquantum.training.signals import find_signals
 from indraquantum.training.step import StepInput
 
@@ -158,6 +161,25 @@ def test_stages_visit_every_token_of_their_sources_once_an_epoch(world, tmp_path
     assert plan.stages[0].end == plan.stages[1].first == plan.total_steps // 2
 
 
+def test_a_run_starts_from_the_counts_of_what_it_trains_on(world, tmp_path):
+    settings = small(world, tmp_path, strategy="stage1", no_teacher=True)
+    plan = plan_run(settings, open_dataset("--data", world.data))
+    train, size = plan.stages[0].train, plan.dataset.tokenizer.vocabulary_size
+    labels = train.batch(np.arange(train.num_rows)).labels
+    counts = np.bincount(labels[labels >= 0], minlength=size)
+    assert np.array_equal(train.label_counts(size), counts)
+    assert (plan.dataset.train.label_counts(size) > counts).any()
+    np.testing.assert_allclose(log_frequencies(plan), np.log((counts + 1) / (counts + 1).sum()))
+    # The stages share a stream of text: each part of it is counted once.
+    stages = plan_run(small(world, tmp_path, strategy="stage2-v3-gentle"), plan.dataset).stages
+    of_parts, of_whole, of_one = (
+        cooccurrence_table(splits, size, 4, seed=1)
+        for splits in ([stage.train for stage in stages], [plan.dataset.train], [train])
+    )
+    assert torch.equal(of_parts, of_whole)
+    assert not torch.equal(of_one, of_whole)
+
+
 def test_curves_and_rates_run_over_their_own_stage(world, tmp_path):
     kd = (
         "weights: {kd: {shape: linear, start: 0.2, end: 0.6}, phase: {shape: step, values: [0, 3], at_progress: [0.5]}}"
@@ -227,6 +249,31 @@ def test_killed_in_any_stage_the_same_bits_follow(world, tmp_path, gentle, place
     assert survival.in_fork(killed) == -signal.SIGKILL
     assert survival.in_fork(lambda: survival.train_small(settings)) == 0
     assert survival.result(settings) == expected
+
+
+def test_a_resumed_run_keeps_the_rates_of_its_stages(world, tmp_path):
+    strategy = tmp_path / "rates.yaml"
+    strategy.write_text(
+        "stages: [{name: a, fraction: 0.5, table_rate: 3.0, schedule: constant}, {name: b, fraction: 0.5}]"
+    )
+    whole, parts = (
+        small(world, tmp_path / name, strategy=str(strategy), max_steps=4, save_every=1, keep_last=9, no_teacher=True)
+        for name in ("whole", "parts")
+    )
+    for settings in (whole, parts):
+        loop.train(settings)
+    for step in (2, 3, 4):
+        for path in parts.output.glob(f"*_{step}.pt"):
+            path.unlink()
+    for path in parts.output.glob("*_epoch_*.pt"):
+        path.unlink()
+    run = trial_run(parts)
+    assert resume(run)
+    assert run.step == 1
+    assert [run.plan.step(step).table_rate for step in range(4)] == [3.0, 3.0, 10.0, 10.0]
+    assert [run.plan.stages[number].settings.schedule for number in (0, 1)] == ["constant", "cosine"]
+    loop.train(parts)
+    assert survival.result(parts) == survival.result(whole)
 
 
 def test_a_run_starts_from_the_weights_of_another(world, tmp_path, capsys):

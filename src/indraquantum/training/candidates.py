@@ -73,7 +73,7 @@ class CandidateSampler:
         others = np.flatnonzero(~is_exact_V)
         drawn = np.random.default_rng([seed % 2**64, 1]).permutation(others)[: self._to_draw(int(is_exact_V.sum()))]
         is_candidate_V, log_weight_V = is_exact_V.copy(), np.zeros(len(is_exact_V), dtype=np.float32)
-        is_candidate_V[drawn], log_weight_V[drawn] = True, math.log(len(others) / max(1, len(drawn)))
+        is_candidate_V[drawn], log_weight_V[drawn] = True, math.log(max(1, len(others)) / max(1, len(drawn)))
         ids_R = np.flatnonzero(is_candidate_V)
         place_V = np.full(len(is_exact_V), -1)
         place_V[ids_R] = np.arange(len(ids_R))

@@ -14,6 +14,7 @@ Legend: V vocabulary, C contexts (frequent tokens), d width of the table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,10 +62,11 @@ def cooccurrence_table(splits: Sequence[Split], vocabulary_size: int, width: int
 def _text(splits: Sequence[Split]) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens of `splits`, and whether a document begins with each of them."""
     tokens, begins = [], []
-    every = -(-sum(len(split.tokens) for split in splits) // MOST_TOKENS)
-    for split in splits:
-        lengths = np.diff(split.document_offsets)
-        chosen = np.arange(len(lengths)) % every == 0
+    lengths_of = [np.diff(split.document_offsets) for split in splits]
+    size = sum(lengths[split.has_document].sum() for split, lengths in zip(splits, lengths_of, strict=True))
+    every = max(1, math.ceil(size / MOST_TOKENS))
+    for split, lengths in zip(splits, lengths_of, strict=True):
+        chosen = split.has_document & ((np.cumsum(split.has_document) - 1) % every == 0)
         is_first = np.zeros(len(split.tokens), dtype=bool)
         is_first[split.document_offsets[:-1][lengths > 0]] = True
         kept = np.repeat(chosen, lengths)
