@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import survival
 from indraquantum.config import TestSettings, TrainSettings
 from indraquantum.data.dataset import open_dataset
+from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.inference.load import load
 from indraquantum.inference.write import continued
@@ -73,6 +77,26 @@ def test_a_resumed_run_has_the_samples_of_one_that_was_never_stopped(world, tmp_
     report = loop.train(settings(world, tmp_path, sample_every=2, sample_prompt=PROMPTS))
     assert samples_in(report) == samples_in(sampled)
     assert details_of(report.metrics)["samples"] == samples_in(sampled)[::-1]
+
+
+def test_interrupted_in_its_last_evaluation_a_run_still_writes_its_last_samples(world, tmp_path, sampled):
+    given = settings(world, tmp_path, sample_every=2, sample_prompt=PROMPTS)
+
+    def struck():
+        survival.at(loop, "held_out_cross_entropy", "after", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        loop.train(given)
+
+    assert survival.in_fork(struck) == 128 + signal.SIGTERM
+    report = loop.train(given)
+    assert samples_in(report) == samples_in(sampled)
+
+
+@pytest.mark.parametrize(("prompt", "allowed"), [("", "must not be empty"), ("\ud800", "must be UTF-8 text")])
+def test_prompts_that_no_model_continues_are_refused_at_once(world, tmp_path, monkeypatch, prompt, allowed):
+    monkeypatch.setattr(TextTokenizer, "_beginning", ())  # as of a tokenizer without BOS
+    with pytest.raises(UserError, match=f"--sample-prompt: got '.*'; {allowed}"):
+        loop.train(settings(world, tmp_path, sample_every=2, sample_prompt=("the cat", prompt)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_prompts_are_held_out_and_leave_out_the_answer(world):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from indraquantum.data.records import is_text
 from indraquantum.data.tokenizer import TextTokenizer
+from indraquantum.errors import UserError
 
 
 def format_alpaca(instruction: str, input: str, output: str = "") -> str:
@@ -21,6 +23,26 @@ def format_alpaca(instruction: str, input: str, output: str = "") -> str:
     """
     block = f"### Input:\n{input}\n\n" if input else ""
     return f"### Instruction:\n{instruction}\n\n{block}### Response:\n{output}"
+
+
+def prompt_ids(field: str, prompt: str, tokenizer: TextTokenizer) -> list[int]:
+    """Return the ids of a prompt that a model continues.
+
+    Args:
+        field: the option that gave it, for the error.
+        prompt: the text.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        UserError: the prompt is not UTF-8, or it is empty and the tokenizer has no BOS token.
+    """
+    if not is_text(prompt):
+        raise UserError(field, ascii(prompt), "must be UTF-8 text")
+    ids = tokenizer.encode_prompt(prompt)
+    if not ids:
+        allowed = "must not be empty, because the model's documents begin without a BOS token"
+        raise UserError(field, ascii(prompt), allowed)
+    return ids
 
 
 class Message(NamedTuple):

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from indraquantum.config import SamplingSettings, TestSettings
-from indraquantum.data.prompt import format_alpaca
-from indraquantum.data.records import is_text
+from indraquantum.data.prompt import format_alpaca, prompt_ids
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.inference.token_texts import token_texts
@@ -114,20 +113,14 @@ def generate_text(model: Writer, tokenizer: TextTokenizer, settings: TestSetting
         UserError: prompt and text together are too long for the model, the prompt is not UTF-8, or it is empty and the
             tokenizer has no BOS token.
     """
-    if not is_text(prompt):
-        raise UserError("--prompt", ascii(prompt), "must be UTF-8 text")
-    prompt_ids = tokenizer.encode_prompt(prompt)
-    if not prompt_ids:
-        raise UserError(
-            "--prompt", ascii(prompt), "must not be empty, because the model's documents begin without a BOS token"
-        )
-    _check_length(len(prompt_ids), model.config.max_position_embeddings, settings)
-    ids_1T = torch.tensor([prompt_ids], device=model.device)
+    ids = prompt_ids("--prompt", prompt, tokenizer)
+    _check_length(len(ids), model.config.max_position_embeddings, settings)
+    ids_1T = torch.tensor([ids], device=model.device)
     # Tokens are drawn from the global generator, which inside the fork is used by nothing else.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         ids_1T = _continued(model, ids_1T, settings, tokenizer.eos_id)
-    texts = token_texts(tokenizer, prompt_ids, ids_1T[0, len(prompt_ids) :].tolist())
+    texts = token_texts(tokenizer, ids, ids_1T[0, len(ids) :].tolist())
     tokens = _read_states(model, ids_1T, texts) if settings.show_state else []
     return GeneratedText("".join(texts), tokens, tuple(ids_1T[0].tolist()))
 

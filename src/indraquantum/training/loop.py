@@ -84,7 +84,7 @@ def train(settings: TrainSettings) -> TrainReport:
         folders = None
         with processes.together():
             check_settings(settings, plan, device)
-            check_samples(settings)
+            check_samples(settings, plan.dataset.tokenizer)
             check_folders(plan)
             if processes.is_first:
                 folders = HeldFolders(settings.output, metrics_path.parent, stack)
@@ -111,7 +111,8 @@ def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: Held
     """
     settings, processes = run.settings, run.processes
     resumed = resume(run)
-    if run.finished:
+    is_complete = run.finished and run.pending is None
+    if is_complete:
         tell(f"This run is finished: {run.step} steps, {run.tokens:,} tokens; see {settings.output}.")
     if not resumed:
         run.pending = {"step": 0, "tokens": 0, "epoch": 0.0}
@@ -121,10 +122,10 @@ def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: Held
         if processes.is_first:
             set_others_metrics_aside(metrics_path, run, resumed)
             kept = last_written if resumed else None
-            if not run.finished:
+            if not is_complete:
                 run.after_step = samples_of(run, metrics_path.parent, kept)
             history = metrics_up_to(metrics_path, kept)
-            tracked = "none" if run.finished else settings.log_to
+            tracked = "none" if is_complete else settings.log_to
             tracker = open_tracker(tracked, metrics_path.parent, run.identity, kept, history)
             log = MetricsLog(metrics_path, kept, tracker)
     if not processes.alone:
