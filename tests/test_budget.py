@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from indraquantum.errors import UserError
 from indraquantum.training.loop import train
 from indraquantum.training.run import trial_run
 from indraquantum.trials import budget
-from indraquantum.trials.budget import expected_loss, step_seconds, within_minutes
+from indraquantum.trials.budget import REACHED, expected_loss, step_seconds, within_minutes
 from indraquantum.trials.dry_run import dry_run
 from indraquantum.trials.lr_range import lr_range_test
 
@@ -40,6 +41,20 @@ def test_the_steps_fill_the_minutes(world, tmp_path, slow, minutes, evaluate_eve
     evaluated |= {step for step in range(found.max_steps + 1) if plan.epoch_ends(step)}
     seconds = found.max_steps * 4 + len(evaluated) * 7
     assert minutes * 60 - 60 < seconds <= minutes * 60
+
+
+@pytest.mark.parametrize("begins", ["from scratch", "from a checkpoint"])
+def test_the_minutes_are_those_of_the_stages_that_are_left(world, tmp_path, slow, begins):
+    """With --start-from, the first half of the strategy is left out."""
+    start = {}
+    if begins == "from a checkpoint":
+        start = {"start_from": train(settings(world, tmp_path / "first", minutes=None, max_steps=1)).checkpoint}
+    given = settings(world, tmp_path, minutes=30, strategy="stage2-v3-gentle", evaluate_every=10, **start)
+    plan = trial_run(within_minutes(given)).plan
+    assert [stage.spec.name for stage in plan.stages] == ["stage1", "stage2-v3"][len(start) :]
+    evaluated = {0, plan.total_steps, *range(0, plan.total_steps + 1, 10)}
+    evaluated |= {step for step in range(plan.total_steps + 1) if plan.epoch_ends(step)}
+    assert 27 * 60 < plan.total_steps * 4 + len(evaluated) * 7 <= 30 * 60
 
 
 def test_without_minutes_nothing_is_timed(world, tmp_path, monkeypatch):
@@ -122,11 +137,15 @@ def test_the_expected_loss_meets_the_measured_ones(world, tmp_path):
             class config:
                 vocab_size = 32_000
 
-    assert expected_loss(Known, 410_000) == pytest.approx(4.68)
-    assert expected_loss(Known, 820_000) == pytest.approx(4.49)
-    assert 4.49 < expected_loss(Known, 600_000) < 4.68
-    assert expected_loss(Known, 100_000) is None
-    assert expected_loss(Known, 3_000_000) is None
+    for tokens, loss in REACHED:
+        assert expected_loss(Known, tokens) == pytest.approx(loss)
+    for (fewer, before), (more, after) in itertools.pairwise(REACHED):
+        assert expected_loss(Known, (fewer * more) ** 0.5) == pytest.approx((before + after) / 2)
+    fewest, most = REACHED[0][0], REACHED[-1][0]
+    assert expected_loss(Known, 0.6 * fewest) > REACHED[0][1]
+    assert expected_loss(Known, 1.4 * most) < REACHED[-1][1]
+    assert expected_loss(Known, 0.4 * fewest) is None
+    assert expected_loss(Known, 1.6 * most) is None
     for other in ({"d_model": 64}, {"state_width": 64}):
         Known.settings = TrainSettings(no_teacher=True, **other)
         assert expected_loss(Known, 820_000) is None

@@ -108,6 +108,11 @@ class Engine:
             rate = step.table_rate if group.get("name") == "table" else group.get("rate", 1.0)
             group["lr"] = step.learning_rate * rate
 
+    def compared(self, step: StepInput) -> int | None:
+        """Return how many tokens `step` compares in a single process; None compares all."""
+        candidates = self._candidates(step, [_work(step, step.rows)])
+        return None if candidates is None else len(candidates.ids_R)
+
     def _candidates(self, step: StepInput, work: list[_Work]) -> Candidates | None:
         """Return the tokens that the step compares, the same in all processes; None compares all."""
         if self.sampler is None or (step.signals is not None and (step.temperature != 1 or step.tail == "uniform")):

@@ -18,14 +18,16 @@ from indraquantum.progress import duration, tell
 from indraquantum.strategy import resolve
 from indraquantum.training.folders import folder_of_record, metrics_path_of
 from indraquantum.training.loop import take_step
+from indraquantum.training.plan import rows_per_step
 from indraquantum.training.run import Run, trial_run
+from indraquantum.training.schedule import steps_per_epoch
 
 BATCH_TOKENS = 2048  # better than the default of long runs for every length up to 10M tokens that was tried
 FEWEST_STEPS = 20  # fewer teach nothing
 WARM_UP, TIMED, SECONDS = 2, 3, 4.0  # steps before the timed ones; at least so many timed ones; for so long
-# Held-out nats per token of the default model on WikiText and Alpaca, V = 32,000, no teacher, after so many tokens
-# (results/time-to-loss, and all held-out text of results/start).
-REACHED = ((0.41e6, 4.68), (0.82e6, 4.49))
+# Held-out nats per token at the end of runs of so many tokens: the default model on WikiText and Alpaca, V = 32,000, no
+# teacher (results/time-to-loss).
+REACHED = ((0.41e6, 4.68), (1.19e6, 4.26), (2.46e6, 4.02))
 ALIKE = (
     "d_model", "state_width", "layers", "mlp_width", "projector", "magnitude", "ends", "optimizer", "learning_rate",
     "bias_start", "table_start",
@@ -68,7 +70,15 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
     tell(f"{said}; a step takes {duration(seconds) if seconds >= 1 else f'{seconds:.2f} s'}.")
     if (loss := expected_loss(run, tokens)) is not None:
         tell(f"Held-out loss: {expectation(loss)}.")
-    return settings.model_copy(update={"max_steps": steps, "epochs": math.ceil(steps / stage.steps_per_epoch)})
+    return settings.model_copy(update=_lengths(run, steps))
+
+
+def _lengths(run: Run, steps: int) -> dict[str, int]:
+    """Return the options that make the stages of `run` `steps` steps long, which may be a part of the strategy."""
+    plan = run.plan
+    whole = round(steps / sum(stage.spec.fraction for stage in plan.stages))
+    rows = rows_per_step(run.settings.batch_tokens, plan.dataset.row_length)
+    return {"max_steps": whole, "epochs": math.ceil(whole / steps_per_epoch(plan.dataset.train.num_rows, rows))}
 
 
 def _begun(settings: TrainSettings) -> dict[str, Any] | None:
@@ -103,7 +113,9 @@ def _evaluation_seconds(run: Run, seconds: float) -> float:
 def _steps_within(run: Run, budget: float, seconds: float) -> int:
     """Return how many steps of `seconds` fit into `budget` seconds, with all evaluations."""
     evaluation = _evaluation_seconds(run, seconds)
-    between = 1 / run.settings.evaluate_every + 1 / run.plan.stages[0].steps_per_epoch
+    fractions = [stage.spec.fraction for stage in run.plan.stages]
+    epochs = sum(part / stage.steps_per_epoch for part, stage in zip(fractions, run.plan.stages, strict=True))
+    between = 1 / run.settings.evaluate_every + epochs / sum(fractions)
     return math.floor((budget - 2 * evaluation) / (seconds + evaluation * between))
 
 
@@ -119,5 +131,7 @@ def expected_loss(run: Run, tokens: int) -> float | None:
     size_differs = abs(run.model.config.vocab_size / 32_000 - 1) > 0.1
     if not alike or size_differs or not REACHED[0][0] / 2 <= tokens <= REACHED[-1][0] * 1.5:
         return None
-    (x1, y1), (x2, y2) = REACHED
+    # A straight line in the logarithm of the tokens between two neighbours, and beyond the last ones.
+    later = min(max(1, sum(tokens > known for known, _ in REACHED)), len(REACHED) - 1)
+    (x1, y1), (x2, y2) = REACHED[later - 1 : later + 1]
     return y1 + (y2 - y1) * math.log(tokens / x1) / math.log(x2 / x1)

@@ -61,9 +61,7 @@ def measure(run: Run) -> DryRun:
     """Count and time the work of `run`, which is at its first step."""
     step = run.plan.step(0)
     batch = step.split.batch(step.rows)
-    sampler = run.engine.sampler
-    compared = None if sampler is None else len(sampler.of_step(step.seed, [batch.labels]).ids_R)
-    size = StepSize(len(step.rows), step.split.row_length, int(batch.labelled.sum()), compared)
+    size = StepSize(len(step.rows), step.split.row_length, int(batch.labelled.sum()), run.engine.compared(step))
     activations = activation_bytes(run, step.rows[: step.micro_batch_rows])
     seconds = [_step_seconds(run, stage) for stage in run.plan.stages]
     steps_seconds = sum(stage.steps * own for stage, own in zip(run.plan.stages, seconds, strict=True))
