@@ -55,11 +55,15 @@ def collapse_figures(model: Learner, batch: Batch) -> CollapseFigures:
     if not (logits_NV.isfinite().all() and table_VD.isfinite().all()):
         raise TrainingStopped("predictions on held-out rows are not finite")
     labels_N = _thinned(torch.from_numpy(batch.labels[batch.labelled])).to(logits_NV.device)
+    divergence, cross_entropy = context_divergence(logits_NV), F.cross_entropy(logits_NV, labels_N)
+    read_ND = table_VD[torch.from_numpy(np.unique(batch.input_ids)).to(table_VD.device)]
+    rank = effective_rank(read_ND - read_ND.mean(dim=0))
+    del table_VD, logits_NV  # each change needs a table of its own, which has the size of the vocabulary
 
     def rise(part: Literal["phases", "magnitudes"]) -> float:
         with _without(part, model):
             changed_NV = _logits(model, batch, model.lift_table())
-        return (F.cross_entropy(changed_NV, labels_N) - F.cross_entropy(logits_NV, labels_N)).item()
+        return (F.cross_entropy(changed_NV, labels_N) - cross_entropy).item()
 
     phase_rise = magnitude_rise = None
     projector = getattr(model, "projector", None)  # a Llama has none
@@ -67,9 +71,7 @@ def collapse_figures(model: Learner, batch: Batch) -> CollapseFigures:
         phase_rise = rise("phases")
         if projector.magnitude is not None:
             magnitude_rise = rise("magnitudes")
-    read_ND = table_VD[torch.from_numpy(np.unique(batch.input_ids)).to(table_VD.device)]
-    rank = effective_rank(read_ND - read_ND.mean(dim=0))
-    found = CollapseFigures(context_divergence(logits_NV), phase_rise, magnitude_rise, rank)
+    found = CollapseFigures(divergence, phase_rise, magnitude_rise, rank)
     if not all(figure is None or math.isfinite(figure) for figure in found):
         raise TrainingStopped(f"the figures that show a collapse are not finite: {found._asdict()}")
     return found
@@ -82,7 +84,7 @@ def _without(part: Literal["phases", "magnitudes"], model: IndraQuantumPhase2) -
     def changed(projector: QuantumProjector, embeddings: tuple[Tensor], _: Tensor) -> Tensor:
         magnitude, phase = projector.polar(embeddings[0])
         if part == "phases":
-            phase = torch.zeros_like(phase)
+            phase = phase.zero_()
         else:
             magnitude = projector.polar(model.embedding.weight)[0].mean(dim=0).expand_as(phase)
         return projector.states(magnitude, phase)
@@ -99,8 +101,9 @@ def _without(part: Literal["phases", "magnitudes"], model: IndraQuantumPhase2) -
 def context_divergence(logits_NV: Tensor) -> float:
     """Return the mean KL of the N predictions from their own mean, in nats: 0 if they don't depend on the position."""
     log_p_NV = logits_NV.log_softmax(dim=-1)
-    mean_V = log_p_NV.exp().mean(dim=0)
-    return (log_p_NV.exp() * (log_p_NV - mean_V.log().clamp_min(-1e30))).sum(dim=-1).mean().item()
+    p_NV = log_p_NV.exp()
+    log_mean_V = p_NV.mean(dim=0).log().clamp_min(-1e30)
+    return p_NV.mul_(log_p_NV.sub_(log_mean_V)).sum(dim=-1).mean().item()
 
 
 def effective_rank(states_ND: Tensor) -> float:
