@@ -93,7 +93,8 @@ class Clock(TrainerCallback):
         self.log, self.every, self.tokens, self.evaluate, self.start = log, every, tokens, evaluate, 0.0
 
     def on_train_begin(self, arguments: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Write the line of step 0."""
+        """Write the line of step 0. The file is there before its evaluation, which is not in the time."""
+        self.log.touch()
         self._write(0, None, self.evaluate())
         self.start = time.monotonic()
 

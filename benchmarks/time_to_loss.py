@@ -10,7 +10,7 @@ soonest by a run of the right length: give several.
 
 The time counts from the start of the command, so imports are in it. Evaluations are not counted. The runs take turns,
 seed by seed. Run it on an idle machine. Finished runs have a JSON file each in the output folder, and the same command
-runs only those that are missing.
+runs only those that are missing. A run of other options than the plan's is refused; the table says which commits ran.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed, name in itertools.product(seeds, names):
             for steps in plan["runs"][name]["steps"]:
-                path = output / f"{name}-{steps}-seed{seed}.json"
+                path = path_of(output, name, steps, seed)
                 if not path.exists():
                     data = arguments.plan.parent / plan["runs"][name].get("data", plan["data"])
                     record = measured(plan, name, steps, seed, data.resolve(), Path(folder))
                     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
                     print(f"{path.stem}: {record['curve'][-1][0] / 60:.1f} minutes, {record['curve'][-1][1]:.3f} nats")
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob("*-seed*.json"))]
+    records = list(records_of(plan, output))
     table = as_table(plan, records)
     (output / "report.md").write_text(f"# {plan['about']}\n\n{table}\n", encoding="utf-8")
     print(table)
@@ -69,9 +71,8 @@ def measured(plan: dict[str, Any], name: str, steps: int, seed: int, data: Path,
     """Train one run and return its curve: seconds since the start of the command, and the held-out loss."""
     run = plan["runs"][name]
     work = Path(tempfile.mkdtemp(dir=folder))
-    options = plan.get("base", {}) | run.get("options", {}) | {
-        "data": data, "max_steps": steps, "seed": seed, "output": work / "run", "logs": work / "logs",
-    }  # fmt: skip
+    stated = options_of(plan, name, steps, seed)
+    options = stated | {"data": data, "output": work / "run", "logs": work / "logs"}
     words = list(itertools.chain.from_iterable(as_option(*option) for option in options.items()))
     command = [sys.executable, *([str(LLAMA)] if run.get("llama") else ["-m", "indraquantum", "train"]), *words]
     environment = os.environ | {"PYTHONPATH": str(source_of(run.get("commit"), folder)), "HF_HUB_OFFLINE": "1"}
@@ -87,12 +88,36 @@ def measured(plan: dict[str, Any], name: str, steps: int, seed: int, data: Path,
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     record = {
         "name": name, "seed": seed, "steps": steps, "commit": run.get("commit") or head(),
-        "options": {key: str(value) for key, value in options.items() if key not in ("data", "output", "logs")},
+        "options": {key: str(value) for key, value in stated.items()},
         "minutes_before": run.get("minutes_before", 0), "whole_seconds": round(time.monotonic() - start, 1),
         "curve": curve_of(lines, start_seconds),
     }  # fmt: skip
     shutil.rmtree(work)
     return record
+
+
+def options_of(plan: dict[str, Any], name: str, steps: int, seed: int) -> dict[str, Any]:
+    """Return the options of a run, but for its data and folders."""
+    return plan.get("base", {}) | plan["runs"][name].get("options", {}) | {"max_steps": steps, "seed": seed}
+
+
+def path_of(output: Path, name: str, steps: int, seed: int) -> Path:
+    """Return the file of a run."""
+    return output / f"{name}-{steps}-seed{seed}.json"
+
+
+def records_of(plan: dict[str, Any], output: Path) -> Iterator[dict[str, Any]]:
+    """Yield the finished runs of the plan. One of other options, or of another commit than the plan names, ends it."""
+    for name, run in plan["runs"].items():
+        for steps, seed in itertools.product(run["steps"], plan["seeds"]):
+            path = path_of(output, name, steps, seed)
+            if path.exists():
+                record = json.loads(path.read_text(encoding="utf-8"))
+                stated = {key: str(value) for key, value in options_of(plan, name, steps, seed).items()}
+                wanted = stated | {"commit": run.get("commit", record["commit"])}
+                if record["options"] | {"commit": record["commit"]} != wanted:
+                    sys.exit(f"{path}: is of other options or of another commit than the plan's; remove it")
+                yield record
 
 
 def curve_of(lines: list[dict[str, Any]], seconds: float) -> list[tuple[float, float, int]]:
@@ -137,21 +162,42 @@ def minutes_to(record: dict[str, Any], target: float) -> float:
     return record["minutes_before"] + (reached[0] / 60 if reached else float("inf"))
 
 
+def best_minutes(records: list[dict[str, Any]], target: float) -> tuple[float, bool]:
+    """Return the median minutes to `target` over the seeds at the best number of steps, and whether it was reached.
+
+    If it was not, the minutes are those of the longest run.
+    """
+    medians, longest = [], 0.0
+    for steps in {record["steps"] for record in records}:
+        alike = [record for record in records if record["steps"] == steps]
+        medians.append(statistics.median(minutes_to(record, target) for record in alike))
+        longest = max(longest, *(record["minutes_before"] + record["curve"][-1][0] / 60 for record in alike))
+    best = min(medians, default=float("inf"))
+    return (longest, False) if best == float("inf") else (best, True)
+
+
 def as_table(plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
-    """Return a Markdown table: the median minutes to each target over the seeds, at the best number of steps."""
+    """Return a Markdown table: minutes to each target, and how many times as long the plan's first run took.
+
+    "more than" stands where a run ended before it reached the target.
+    """
     targets, first, rows = plan["targets"], {}, []
     for name in plan["runs"]:
-        cells = []
-        for target in targets:
-            best = float("inf")
-            for steps in plan["runs"][name]["steps"]:
-                found = [minutes_to(r, target) for r in records if (r["name"], r["steps"]) == (name, steps)]
-                best = min(best, statistics.median(found) if found else best)
-            first.setdefault(target, best)
-            cells.append("" if best == float("inf") else f"{best:.1f} ({first[target] / best:.2f}x)")
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    header = f"| minutes to | {' | '.join(f'{target:g} nats' for target in targets)} |"
-    return "\n".join([header, "|---" * (len(targets) + 1) + "|", *rows])
+        mine, cells = [record for record in records if record["name"] == name], []
+        for target in targets if mine else ():
+            minutes, reached = best_minutes(mine, target)
+            first.setdefault(target, (minutes, reached))
+            if reached:
+                bound = "" if first[target][1] else "more than "
+                cells.append(f"{minutes:.1f} ({bound}{first[target][0] / minutes:.2f}x)")
+            else:
+                cells.append(f"more than {minutes:.1f}")
+        if mine:
+            runs = ", ".join(f"{steps} x {number}" for steps, number in Counter(r["steps"] for r in mine).items())
+            commits = ", ".join(sorted({record["commit"] for record in mine}))
+            rows.append(f"| {name} | {commits} | {runs} | {' | '.join(cells)} |")
+    header = f"| minutes to | commit | steps x seeds | {' | '.join(f'{target:g} nats' for target in targets)} |"
+    return "\n".join([header, "|---" * (len(targets) + 3) + "|", *rows])
 
 
 def draw(plan: dict[str, Any], records: list[dict[str, Any]], path: Path) -> None:
