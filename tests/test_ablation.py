@@ -35,6 +35,7 @@ from indraquantum.inference.report import evaluate_checkpoint
 from indraquantum.inference.write import write_text
 from indraquantum.metrics import MetricsLog
 from indraquantum.training import loop
+from indraquantum.training.schedule import ORDER
 
 BASE = {
     "layers": 1, "heads": 2, "mlp_width": 22, "batch_tokens": 480, "learning_rate": 5e-3, "evaluate_every": 5,
@@ -251,8 +252,16 @@ def change(folder, name, **changes):
         ("plain-seed3", {"readouts_measured_with": "other"}, "readouts_measured_with .*, as the others, not other"),
         ("quantum-seed5", {"signals": "other"}, "signals of quantum .*, as the others, not other"),
         ("quantum-seed5", {"tail": "bucket"}, "tail of quantum none, as the others, not bucket"),
+        ("quantum-seed5", {"softmax": "sampled"}, "softmax of quantum exact, as the others, not sampled"),
         ("quantum-seed5", {"strategy": "stage1"}, "strategy v4-unified, as planned, not stage1"),
         ("quantum-seed5", {"half": "choice"}, "half table, as planned, not choice"),
+        ("quantum-seed5", {"seed": 3}, "seed 5, as planned, not 3"),
+        (
+            "quantum-seed5",
+            {"chosen": {"table_rate": 1}, "table_rate": 1.0},
+            r"chosen of quantum {'table_rate': 20}, as the others, not {'table_rate': 1}",
+        ),
+        ("search/plain-try1", {"weight_decay": 3.0}, r"weight_decay 0\.3, as planned, not 3\.0"),
         (
             "search/plain-try1",
             {"chosen": {"table_rate": 7}},
@@ -291,6 +300,59 @@ def test_checkpoints_that_were_to_be_kept_are_kept_by_the_next_command(world, tm
     for options in (("--keep-checkpoints",), ()):
         assert indra("ablate", plan, *folders(tmp_path), "--only", "plain", *options) == 0
         assert list((tmp_path / "work").rglob("*.pt"))
+
+
+def test_a_run_that_resumes_must_be_the_planned_one(world, tmp_path, capsys):
+    """It keeps some options of its checkpoint that it is not given, and its JSON would not say so."""
+    base, changes = BASE | {"max_steps": 2}, {"seeds": [3], "search": None}
+    plan = write_plan(world, tmp_path, base=base | {"table_rate": 50}, **changes)
+    command = ("ablate", plan, *folders(tmp_path), "--only", "plain", "--keep-checkpoints")
+    assert indra(*command) == 0
+    written = tmp_path / "results" / "plain-seed3.json"
+    written.unlink()
+    write_plan(world, tmp_path, base=base, **changes)
+    capsys.readouterr()
+    assert indra(*command) == 2
+    said = r"--work: got \S*plain-seed3; must hold a run with table_rate 10\.0, not 50\.0; remove it"
+    assert re.search(said, capsys.readouterr().err)
+    assert not written.exists()
+    shutil.rmtree(tmp_path / "work" / "plain-seed3")
+    assert indra(*command) == 0
+    assert record(tmp_path, "plain-seed3")["settings"]["table_rate"] == 10
+
+
+def test_a_run_says_how_it_was_computed(finished, tmp_path):
+    folder, plan = finished
+    run = record(folder, "plain-seed3")
+    assert run["settings"]["precision"] == "auto"
+    assert run["computed_by"] == {
+        "precision": "float32", "objective_precision": "float32", "attention_precision": "layers", "row_order": ORDER,
+        "products": os.environ["INDRA_PRODUCTS"],
+    }  # fmt: skip
+    text = (folder / "results" / "report.md").read_text()
+    assert "computed by: precision float32, objective_precision float32, attention_precision layers, " in text
+    assert "not all computed alike" not in text
+    shutil.copytree(folder / "results", tmp_path / "results")
+    change(tmp_path, "plain-seed5", computed_by=run["computed_by"] | {"precision": "bfloat16"})
+    older = record(tmp_path, "quantum-seed3")
+    del older["computed_by"]
+    (tmp_path / "results" / "quantum-seed3.json").write_text(json.dumps(older))
+    assert indra("ablate", plan, "--output", tmp_path / "results", "--report-only") == 0
+    said = "not all computed alike: precision float32 in quantum-seed5, plain-seed3 and bfloat16 in plain-seed5."
+    assert said in (tmp_path / "results" / "report.md").read_text()
+
+
+def test_the_work_of_a_step_is_that_of_whole_rows(finished, tmp_path):
+    """A row has 48 positions."""
+    _, plan = finished
+    bench = bench_of(plan, tmp_path)
+    settings = bench.run("quantum", 3, {}).settings
+
+    def work(batch_tokens):
+        return sizes_of(settings.model_copy(update={"batch_tokens": batch_tokens}), bench.dataset).flops_per_token
+
+    assert work(480) == work(527) > work(528)
+    assert work(7) == work(48)
 
 
 def test_a_run_that_is_killed_is_said_to_be(world, tmp_path, capsys, monkeypatch):
@@ -487,13 +549,27 @@ def test_a_plan_that_is_stopped_goes_on_to_the_same_bytes(world, finished, tmp_p
 
 
 @pytest.mark.parametrize(("name", "value"), [("settings", []), ("chosen", "x"), ("status", "done"), ("status", {})])
-def test_a_result_of_wrong_kinds_is_one_line(tmp_path, name, value):
-    record = {"variant": "a", "half": "table", "chosen": {}, "settings": {}, "status": "finished"}
-    results.write_result(tmp_path / "a-seed0.json", record)
-    assert results.read_result(tmp_path / "a-seed0.json").items() >= record.items()
-    results.write_result(tmp_path / "a-seed0.json", {**record, name: value})
+def test_a_result_of_wrong_kinds_is_one_line(finished, tmp_path, name, value):
+    folder, _ = finished
+    run = record(folder, "plain-seed3")
+    results.write_result(tmp_path / "a-seed0.json", run)
+    assert results.read_result(tmp_path / "a-seed0.json") == run
+    results.write_result(tmp_path / "a-seed0.json", {**run, name: value})
     with pytest.raises(UserError, match=rf"results: got .*a-seed0\.json; is damaged: its {name} must be"):
         results.read_result(tmp_path / "a-seed0.json")
+
+
+@pytest.mark.parametrize("name", ["settings data", "settings signals", "readouts_measured_with", "sources", "timing"])
+def test_a_result_that_lacks_something_is_one_line(finished, tmp_path, name):
+    folder, plan = finished
+    shutil.copytree(folder / "results", tmp_path / "results")
+    *inside, last = name.split()
+    content = record(tmp_path, "plain-seed3")
+    del (content["settings"] if inside else content)[last]
+    (tmp_path / "results" / "plain-seed3.json").write_text(json.dumps(content))
+    what = "its settings" if inside else "it"
+    with pytest.raises(UserError, match=rf"results: got .*plain-seed3\.json; is damaged: {what} must have {last}$"):
+        results.read_results(load_plan(plan), tmp_path / "results")
 
 
 def test_all_damaged_results_are_named_at_once(tmp_path):

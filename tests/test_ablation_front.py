@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
@@ -22,7 +23,7 @@ from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Bench
 from indraquantum.config import AblateSettings
 from indraquantum.training.run import trial_run
-from test_ablation import folders, indra, write_plan
+from test_ablation import BASE, folders, indra, write_plan
 
 
 def test_the_front_holds_what_no_other_dominates():
@@ -103,6 +104,37 @@ def test_a_report_compares_families(world, tmp_path, capsys):
     assert (report.parent / "report_front.png").stat().st_size > 5000
 
 
+def test_runs_of_another_plan_are_refused_before_a_variant_runs_beside_them(world, tmp_path, capsys):
+    """Those that differ in what the data decide too: the width of a budget, the stages, the steps of a trial."""
+    stage = "stages: [{name: a, fraction: 1.0, warmup_fraction: %s}]"
+    given = {
+        "variants": {"ours": {"d_model": 6, "strategy": "own.yaml"}, "plain-8": SIZED["plain-8"]},
+        "families": {}, "seeds": [3], "base": BASE | {"max_steps": 2}, "budgets": {"ours": {"parameters": 5000}},
+        "search": {"variants": {"ours": [{"weight_decay": 0.1}]}, "fraction": 0.5},
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(stage % 0.1)
+    assert indra("ablate", plan_of(world, tmp_path, **given), *folders(tmp_path), "--only", "ours") == 0
+    search, must = given["search"], r"\.json; must belong to a run with"
+    for warmup, changes, said in (
+        (0.1, {"budgets": {"ours": {"parameters": 6000}}}, rf"ours-seed3{must} mlp_width \d+, as planned, not \d+"),
+        (0.2, {}, rf"ours-seed3{must} stages .*'warmup_fraction': 0\.2.*, as planned, not .*0\.1"),
+        (0.1, {"search": search | {"fraction": 1.0}}, rf"ours-try0{must} max_steps 2, as planned, not 1"),
+    ):
+        (tmp_path / "own.yaml").write_text(stage % warmup)
+        path = plan_of(world, tmp_path, **given | changes)
+        assert indra("ablate", path, *folders(tmp_path), "--only", "plain-8") == 2
+        assert re.search(said, capsys.readouterr().err)
+    (tmp_path / "own.yaml").write_text(stage % 0.1)
+    path = plan_of(world, tmp_path, **given | {"seeds": [3, 5]})
+    first = json.loads((tmp_path / "results" / "ours-seed3.json").read_text())
+    for name, value in (("mlp_width", 9), ("stages", {})):  # without the data, runs are compared with each other
+        other = first | {"settings": first["settings"] | {"seed": 5, name: value}}
+        (tmp_path / "results" / "ours-seed5.json").write_text(json.dumps(other))
+        assert indra("ablate", path, "--output", tmp_path / "results", "--report-only") == 2
+        said = rf"ours-seed5{must} {name} of ours .*, as the others, not {re.escape(str(value))}; remove it"
+        assert re.search(said, capsys.readouterr().err)
+
+
 def test_a_budget_chooses_the_width(world, tmp_path, capsys):
     budgets = {"plain-8": {"parameters": 7000}, "ours": {"mflop_per_token": 0.05}}
     plan = load_plan(plan_of(world, tmp_path, budgets=budgets))
@@ -126,7 +158,11 @@ def test_a_budget_chooses_the_width(world, tmp_path, capsys):
         ({"equal_work": [["plain-8", "plain-16"]]}, "equal_work: got plain-8 plain-16; must agree within 1 %"),
         (
             {"variants": {"ours": {"mlp_width": 9}}, "families": {}, "budgets": {"ours": {"parameters": 9}}},
-            "variants.ours.mlp_width: got 9; must be left out, because the variant's budget chooses it",
+            "variants.ours.mlp_width: got 9; must be left out, because the budget of ours chooses it",
+        ),
+        (
+            {"budgets": {"ours": {"parameters": 9}}, "search": {"grid": [{"mlp_width": 9}, {"mlp_width": 8}]}},
+            "search.grid.mlp_width: got 9; must be left out, because the budget of ours chooses it",
         ),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -141,9 +142,12 @@ def test_what_can_not_be_read_or_recorded_is_one_line(world, data, checkpoint, t
         evaluate_checkpoint(checkpoint, EvalSettings(**test, text=str(world.wikitext)))
     with pytest.raises(UserError, match="--split: got test; needs a dataset with a test split"):
         evaluate_checkpoint(checkpoint, EvalSettings(data=world.pickle, split="test"))
-    readings_path(data).write_text("no record\n")
-    with pytest.raises(UserError, match="is damaged: each line must record a reading of the test split"):
-        evaluate_checkpoint(checkpoint, EvalSettings(**test))
+    half = json.dumps({"data": open_dataset("--data", data).content_sha256})
+    for damaged in ("no record\n", f"{half}\n"):
+        readings_path(data).write_text(damaged)
+        with pytest.raises(UserError, match="is damaged: each line must record a reading of the test split"):
+            evaluate_checkpoint(checkpoint, EvalSettings(**test))
+        assert readings_path(data).read_text() == damaged
     readings_path(data).unlink()
     readings_path(data).mkdir()
     with pytest.raises(UserError, match=r"can't be written .*, so the test split is not read"):
@@ -192,6 +196,42 @@ def test_a_final_report_measures_every_run_once(world, data, tmp_path, capsys):
     (tmp_path / "results" / "final.json").write_text(json.dumps(without_runs))
     with pytest.raises(UserError, match=r"final\.json; is damaged"):
         read_final(tmp_path / "results")
+
+
+def test_final_figures_that_lack_a_run_say_so(world, data, tmp_path, capsys):
+    changes = {"data": str(data), "search": None, "pairs": [], "base": BASE | {"max_steps": 2}}
+    variants = {"wide": {"no_teacher": True, "d_model": 8}}
+    plan = write_plan(world, tmp_path, **changes, variants=variants, seeds=[3])
+    assert indra("ablate", plan, *folders(tmp_path), "--final") == 0
+    readings = readings_path(data).read_text()
+    write_plan(world, tmp_path, **changes, variants=variants, seeds=[3, 5])
+    capsys.readouterr()
+    assert indra("ablate", plan, *folders(tmp_path), "--final") == 2
+    said = (
+        r"--final: got \S*final\.json; must hold the plan's finished runs, but differs in wide-seed5: use --report-only"
+    )
+    assert re.search(said, capsys.readouterr().err)
+    assert readings_path(data).read_text() == readings
+    assert indra("ablate", plan, "--output", tmp_path / "results", "--report-only") == 0
+    said = "NOT OF ALL RUNS: these and the finished runs differ in wide-seed5."
+    assert said in (tmp_path / "results" / "report.md").read_text()
+
+
+def test_a_final_report_refuses_the_checkpoint_of_another_run(world, data, tmp_path):
+    changes = {"data": str(data), "seeds": [3], "search": None, "pairs": [], "base": BASE | {"max_steps": 2}}
+
+    def bench_and_run(rate):
+        variants = {"wide": {"no_teacher": True, "d_model": 8, "table_rate": rate}}
+        bench = bench_of(write_plan(world, tmp_path, **changes, variants=variants), tmp_path)
+        return bench, bench.run("wide", 3, {})
+
+    run_task(bench_and_run(20)[1])
+    bench, planned = bench_and_run(30)
+    run = record(tmp_path, "wide-seed3")
+    planned.result.write_text(json.dumps(run | {"settings": run["settings"] | {"table_rate": 30.0}}))
+    with pytest.raises(UserError, match=r"--work: got \S*wide-seed3; must hold a run with table_rate 30\.0, not 20\.0"):
+        measure_finally(bench, [planned], "")
+    assert not readings_path(data).exists()
 
 
 @pytest.mark.parametrize("other", ["--only", "--dry-run", "--report-only"])

@@ -50,7 +50,7 @@ def ablate(path: Path, settings: AblateSettings) -> Path | None:
         print(overview(bench, variants))
         return None
     make_folder("--output", results)
-    read_results(plan, results, bench.shared)  # check the results that are there before hours of training
+    bench.check_results(read_results(plan, results, bench.shared))  # before hours of training
     with folder_lock("--work", make_folder("--work", work)):
         without = _run(bench, [task for variant in variants for task in trial_tasks(bench, variant)])
         tasks = []

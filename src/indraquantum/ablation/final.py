@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from indraquantum.ablation.results import Result, read_result
+from indraquantum.ablation.results import Result, check_checkpoint, read_result
 from indraquantum.ablation.tasks import Bench, Task
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
@@ -20,7 +20,7 @@ from indraquantum.evaluation.halves import bytes_by_source
 from indraquantum.evaluation.test_split import read_test_split
 from indraquantum.files import check_manifest_json, read_json, sha256_of, without_nan, write_manifest_json
 from indraquantum.inference.load import load_model
-from indraquantum.training.checkpoint import checkpoint_path
+from indraquantum.training.checkpoint import checkpoint_path, load_checkpoint
 from indraquantum.training.plan import plan_run
 
 FORMAT = "indraquantum-ablation-final"
@@ -32,14 +32,20 @@ def measure_finally(bench: Bench, tasks: list[Task], command: str) -> None:
     """Measure the finished runs of `tasks`, which are all of a plan, on the test split, unless it was done before.
 
     Raises:
-        UserError: the data have no test split, a run or its checkpoint is missing, or the reading can't be recorded.
-            The test split is not read then.
+        UserError: the data have no test split, a run or its checkpoint is missing, the figures that are there are of
+            other runs, or the reading can't be recorded. The test split is not read then.
     """
     path = bench.results / NAME
-    if path.exists():
-        read_final(bench.results)
-        return
     finished = [task for task in tasks if _finished(task)]
+    if (final := read_final(bench.results)) is not None:
+        if others := sorted(final["runs"].keys() ^ {task.name for task in finished}):
+            raise UserError(
+                "--final",
+                path,
+                f"must hold the plan's finished runs, but differs in {', '.join(others)}: use --report-only, or remove "
+                f"{NAME} and read the test split once more",
+            )
+        return
     checkpoints = [_checkpoint(bench, task) for task in finished]
     reading = read_test_split("--final", bench.plan.data, bench.dataset, command)
     print(reading)
@@ -69,7 +75,7 @@ def _finished(task: Task) -> bool:
 
 
 def _checkpoint(bench: Bench, task: Task) -> Path:
-    """Return the path of a finished run's last checkpoint."""
+    """Return the path of a finished run's last checkpoint, once it is clear that it is this run's."""
     plan = plan_run(task.settings, bench.dataset)
     path = checkpoint_path(task.settings.output, plan.epoch_of(plan.total_steps))
     if not path.exists():
@@ -77,6 +83,7 @@ def _checkpoint(bench: Bench, task: Task) -> Path:
             "must still have its checkpoint; to train the plan again with --final, give another --output and --work"
         )
         raise UserError("--final", task.name, allowed)
+    check_checkpoint(task.settings.output, load_checkpoint("--final", path).settings, task.planned)
     return path
 
 

@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from indraquantum.ablation.results import Result, write_result
+from indraquantum.ablation.results import Result, check_checkpoint, write_result
 from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Task
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
+from indraquantum.data.prepared import PreparedDataset
 from indraquantum.device import choose_device
 from indraquantum.errors import TrainingStopped
 from indraquantum.evaluation.binned import calibration_bins, readout_bins
@@ -25,18 +26,23 @@ from indraquantum.inference.samples import write_samples
 from indraquantum.memory import peak_bytes
 from indraquantum.metrics import checked_lines, read_metrics
 from indraquantum.teacher.signals import open_signals
+from indraquantum.training.checkpoint import load_checkpoint, newest_checkpoint
 from indraquantum.training.loop import train
+from indraquantum.training.plan import plan_run
+from indraquantum.training.resume import with_defaults
 
 FIGURES = ("held_out", *CollapseFigures._fields, "collapse")
 CURVE = ("step", "tokens", "stage", *FIGURES)  # kept of the metrics
 CURVE_POINTS = 60  # about this many collapse figures are kept
+COMPUTED_BY = ("precision", "objective_precision", "attention_precision", "row_order", "products")  # run.computed_by
 
 
 def run_task(task: Task) -> None:
     """Train a run, measure it, write its JSON file, and remove its checkpoints.
 
     Raises:
-        UserError: settings, data or signals don't fit, or the disk is full; nothing is written.
+        UserError: settings, data or signals don't fit, the work folder holds another run, or the disk is full; nothing
+            is written.
         Interrupted: a signal came; the same task resumes.
     """
     settings, started = task.settings, time.monotonic()
@@ -45,6 +51,7 @@ def run_task(task: Task) -> None:
     dataset = open_dataset("--data", settings.data)
     record: Result = {**task.planned, **task.origin, "seed": settings.seed, **asdict(sizes_of(settings, dataset))}
     record["checkpoint_kept"] = task.keep_checkpoint
+    _check_begun(task, dataset)
     try:
         report = train(settings)
     except TrainingStopped as stopped:
@@ -62,9 +69,23 @@ def run_task(task: Task) -> None:
             "steps": report.steps,
             "tokens": read_metrics(metrics_path, at_most=1)[-1]["tokens"],
         }  # in place of those planned
-        record |= {"status": "finished", **done, **figures, "curve": curve(metrics_path), "timing": timing}
+        record |= {"status": "finished", **done, **figures, "computed_by": computed_by(report.checkpoint)}
+        record |= {"curve": curve(metrics_path), "timing": timing}
         write_result(task.result, record)
     drop_checkpoints(task)
+
+
+def _check_begun(task: Task, dataset: PreparedDataset) -> None:
+    """Check that the run that training would resume, if there is one, is that of `task`."""
+    found = newest_checkpoint(task.settings.output, plan_run(task.settings, dataset).step_of_epoch)
+    if found is not None:
+        check_checkpoint(task.settings.output, found.checkpoint.settings, task.planned)
+
+
+def computed_by(checkpoint: Path) -> dict[str, Any]:
+    """Return the number formats, the order of the rows and the products of a trained model. The device chose some."""
+    settings = with_defaults(load_checkpoint("--work", checkpoint).settings, COMPUTED_BY)
+    return {name: settings.get(name) for name in COMPUTED_BY}
 
 
 def measure(checkpoint: Path, settings: TrainSettings, half: Half, signals_path: Path | None) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Budget(Settings):
     parameters: int | None = Field(default=None, ge=1)
     """Parameters of the whole model."""
     mflop_per_token: float | None = Field(default=None, gt=0)
-    """Work for each trained token, forward and backward, in MFLOP."""
+    """Work for each trained token, forward and backward, in MFLOP, as if all tokens of the vocabulary were compared."""
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
@@ -154,18 +154,23 @@ def _check_overrides(path: Path, plan: Plan) -> None:
         _check_fields(f"{path}: {place}", overrides, ALLOWED | {"signals"})
     for variant, stated in plan.variants.items():
         resolved(plan, variant, {}, data=plan.data)
-        if variant in plan.budgets and "mlp_width" in stated:
-            field = f"{path}: variants.{variant}.mlp_width"
-            raise UserError(field, stated["mlp_width"], "must be left out, because the variant's budget chooses it")
+        _check_width(f"{path}: variants.{variant}", plan, variant, stated)
         for trial in plan.grid_of(variant):
             _check_fields(f"{path}: search.grid", trial, ALLOWED)
             resolved(plan, variant, trial, data=plan.data)
+            _check_width(f"{path}: search.grid", plan, variant, trial)
             if both := sorted(trial.keys() & stated.keys()):
                 raise UserError(
                     f"{path}: search.grid.{both[0]}",
                     trial[both[0]],
                     f"must be left out, because variants.{variant} sets it",
                 )
+
+
+def _check_width(where: str, plan: Plan, variant: str, overrides: Overrides) -> None:
+    if variant in plan.budgets and "mlp_width" in overrides:
+        allowed = f"must be left out, because the budget of {variant} chooses it"
+        raise UserError(f"{where}.mlp_width", overrides["mlp_width"], allowed)
 
 
 def _check_fields(where: str, overrides: Overrides, allowed: set[str]) -> None:

@@ -79,7 +79,7 @@ def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs, trials: T
         )
         blocks += [Heading("Rare and frequent tokens"), Paragraph(said), bands_table(runs)]
     if (final := read_final(folder)) is not None:
-        blocks += [Heading("Final figures"), Paragraph(_about_final(final)), *final_tables(plan, final)]
+        blocks += [Heading("Final figures"), Paragraph(_about_final(final, runs)), *final_tables(plan, final)]
     stages = stages_table(runs)
     if stages.rows:
         said = (
@@ -301,10 +301,13 @@ def final_tables(plan: Plan, final: Result) -> list[Block]:
     return [figures_table(runs), *([pairs_table(plan, runs)] if plan.pairs else [])]
 
 
-def _about_final(final: Result) -> str:
+def _about_final(final: Result, runs: Runs) -> str:
     earlier = final["earlier_readings"]
     said = "for the first time" if not earlier else f"after {len(earlier)} earlier readings, by {'; '.join(earlier)}"
-    return f"On the test split ({final['documents']} documents), read for this on {final['date']}, {said}."
+    told = f"On the test split ({final['documents']} documents), read for this on {final['date']}, {said}."
+    finished = {f"{variant}-seed{seed}" for variant, by_seed in runs.items() for seed in by_seed}
+    others = sorted(final["runs"].keys() ^ finished)
+    return f"{told} NOT OF ALL RUNS: these and the finished runs differ in {', '.join(others)}." if others else told
 
 
 def _about_sizes(runs: Runs) -> str:
@@ -321,10 +324,24 @@ def _about_sizes(runs: Runs) -> str:
 
 def _about_runs(plan: Plan, records: Runs) -> str:
     done, planned = sum(map(len, records.values())), len(plan.variants) * len(plan.seeds)
-    return (
+    said = (
         f"{done} of {planned} runs are done. A kind of collapse is listed if it was suspected at any "
         "evaluation, confirmed or not."
     )
+    apart = "; ".join(_computed_apart(records))
+    return f"{said} The runs were not all computed alike: {apart}." if apart else said
+
+
+def _computed_apart(records: Runs) -> Iterable[str]:
+    """Say in what the runs were computed differently, such as their number format. Older runs do not tell."""
+    names: dict[str, dict[str, list[str]]] = {}  # of the runs, by what may differ and its value
+    for variant, by_seed in records.items():
+        for seed, record in by_seed.items():
+            for what, value in record.get("computed_by", {}).items():
+                names.setdefault(what, {}).setdefault(str(value), []).append(f"{variant}-seed{seed}")
+    for what, by_value in names.items():
+        if len(by_value) > 1:
+            yield f"{what} " + " and ".join(f"{value} in {', '.join(runs)}" for value, runs in by_value.items())
 
 
 def _origin(records: Runs) -> str:
@@ -333,7 +350,8 @@ def _origin(records: Runs) -> str:
     facts = {
         "commit": [record["commit"] for record in every],
         "command": [record["command"] for record in every],
-        "versions": [", ".join(f"{name} {number}" for name, number in r["versions"].items()) for r in every],
+        "versions": [_listed(record["versions"]) for record in every],
+        "computed by": [_listed(record["computed_by"]) for record in every if "computed_by" in record],
         "data sha256": [record["settings"]["data"] for record in every],
         "signals sha256": [record["settings"]["signals"] for record in every],
     }
@@ -351,8 +369,12 @@ def _shown(found: Interval, digits: int, sign: str = "") -> str:
     return mean if found.half_width is None else f"{mean} ± {found.half_width:,.{digits}f}"
 
 
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
 def _setting(overrides: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in overrides.items()) or "as planned"
+    return _listed(overrides) or "as planned"
 
 
 def _all(runs: Runs) -> Iterable[Result]:

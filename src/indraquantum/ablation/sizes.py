@@ -15,13 +15,14 @@ from indraquantum.data.prepared import PreparedDataset
 from indraquantum.errors import UserError
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
-from indraquantum.training.plan import RunStage, plan_run
+from indraquantum.training.plan import RunStage, plan_run, rows_per_step
 from indraquantum.trials.costs import products_of_the_head
 
 FLOPS_FORMULA = (
     "6 (L (4 D² + 3 D m + T D) + V D + V P / B + I): forward and backward, a multiply-add is 2, for rows of T "
     "positions that each hold one document; P weights of the projector, applied to the whole table once a step of B "
-    "positions; I weights of the inputs' own projector, if there is one; V D twice under Born's rule"
+    "positions; I weights of the inputs' own projector, if there is one; V D twice under Born's rule; as if a step "
+    "compared all V tokens, though with the sampled softmax it compares fewer"
 )
 
 
@@ -92,7 +93,8 @@ def flops_per_token(model: IndraQuantumPhase2, row_length: int, batch_tokens: in
     projector = sum(p.numel() for p in model.projector.parameters() if p.ndim == 2)
     head = config.vocab_size * config.hidden_size * products_of_the_head(model)
     inputs = 0 if model.input_projector is None else projector
-    return 6 * (layers + attention + head + config.vocab_size * projector / batch_tokens + inputs)
+    positions = rows_per_step(batch_tokens, row_length) * row_length
+    return 6 * (layers + attention + head + config.vocab_size * projector / positions + inputs)
 
 
 def planned_steps(settings: TrainSettings, dataset: PreparedDataset) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from indraquantum.ablation.plan import Overrides, Plan, resolved
-from indraquantum.ablation.results import Result, check_result, read_result
+from indraquantum.ablation.results import Result, Results, check_result, read_result
 from indraquantum.ablation.sizes import Sizes, planned_steps, sizes_of, within_budget
 from indraquantum.config import AblateSettings, TrainSettings
 from indraquantum.data.dataset import open_dataset
@@ -169,6 +169,20 @@ class Bench:
                 self.plan.data,
                 "must hold out at least two different documents of a source, because the plan has a search",
             )
+
+    def check_results(self, found: Results) -> None:
+        """Check that `found` holds runs and trials of this plan on these data, of variants that are not run now too.
+
+        Raises:
+            UserError: one is another run; the message names its file and the first difference.
+        """
+        for variant, by_seed in found.runs.items():
+            for seed, record in by_seed.items():
+                self.run(variant, seed, record["chosen"]).record()
+        for variant, tried in found.trials.items():
+            for number, record in enumerate(tried):
+                if record is not None:
+                    self.trial(variant, number).record()
 
     def _rows_seen(self, settings: TrainSettings) -> int:
         """Return how many rows a run reads, repeats included, as if the last step of each epoch were a full one."""

@@ -67,7 +67,7 @@ def read_test_split(field: str, data: Path, dataset: PreparedDataset, command: s
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         # Lines of other datasets are of those that were in this place before.
-        found = [line for line in map(json.loads, lines) if line["data"] == own]
+        found = [f"{line['command']} ({line['date']})" for line in map(json.loads, lines) if line["data"] == own]
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"date": now, "command": command, "data": own}) + "\n")
@@ -75,4 +75,4 @@ def read_test_split(field: str, data: Path, dataset: PreparedDataset, command: s
         raise UserError(field, path, "is damaged: each line must record a reading of the test split") from None
     except OSError as error:
         raise UserError(field, path, f"can't be written ({error.strerror}), so the test split is not read") from None
-    return TestReading(dataset.test, tuple(f"{line['command']} ({line['date']})" for line in found))
+    return TestReading(dataset.test, tuple(found))
