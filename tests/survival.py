@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -75,6 +76,12 @@ def in_fork(action: Callable[[], object], said: Path | None = None) -> int:
 def die() -> None:
     """What kill -9 does, to this very process."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_disk(limit: int = 4096) -> None:
+    """Let no file of a fork grow beyond `limit` bytes, which the system refuses as it does on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
 def at(owner, name, when, occurrence, strike):

@@ -173,6 +173,29 @@ def test_rows_that_are_lines_with_markers_between_are_stories(tmp_path):
     assert read(tmp_path / "lines.parquet")[0] == STORIES
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_each_json_object_is_a_document_also_if_there_are_separators(tmp_path, name):
+    objects = [{"text": text} for text in ("First.", "Second.", f"Third.{MARKER}", "Fourth.")]
+    (tmp_path / name).write_text("\n".join(map(json.dumps, objects)) if name == "a.jsonl" else json.dumps(objects))
+    for documents in ("auto", "records"):
+        assert read(tmp_path / name, documents=documents)[0] == ["First.", "Second.", "Third.", "Fourth."]
+        found, _ = read(tmp_path / name, documents=documents, separator="blank-line")
+        assert found == ["First.", "Second.", f"Third.{MARKER}", "Fourth."]
+    lines = [{"text": line} for line in LINES]  # of which articles consist, as those of a table do
+    (tmp_path / name).write_text(json.dumps(lines))
+    assert read(tmp_path / name, documents="articles")[0] == ["= One =\na\n= = Part = =\nb", "= Two =\nc"]
+
+
+def test_a_separator_for_several_sources_leaves_json_objects_apart(tmp_path):
+    parts, objects = [f"line {n}\nof text {n}" for n in range(20)], [f"object {n}" for n in range(20)]
+    (tmp_path / "a.txt").write_text("\n\n".join(parts))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in objects))
+    texts = tuple(str(tmp_path / name) for name in ("a.txt", "b.jsonl"))
+    chosen = PrepareSettings(wikitext_samples=0, alpaca_samples=0, text=texts, separator="blank-line")
+    drawn = draw_sources(chosen).sources
+    assert [set(source.read_texts()) for source in drawn] == [set(parts), set(objects)]
+
+
 def test_folders_of_save_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()

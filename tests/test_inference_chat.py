@@ -178,6 +178,21 @@ def test_a_terminal_shows_colours_and_obeys_commands(loaded, tmp_path):
     assert answer in text
 
 
+def test_a_line_that_is_not_text_is_one_line_and_the_chat_goes_on(loaded, monkeypatch, capsys):
+    lines = iter([UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "unexpected end of data"), "Why?", EOFError()])
+
+    def typed(_):
+        if isinstance(line := next(lines), Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    chat_module._talk(Chat(loaded, settings()), loaded)
+    out, err = capsys.readouterr()
+    assert err == "indra: error: question: got byte 0xe9 at 3; must be UTF-8 text\n"
+    assert asked(Chat(loaded, settings()), "Why?") in out
+
+
 def read(terminal):
     try:
         return os.read(terminal, 4096)

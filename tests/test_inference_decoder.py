@@ -58,6 +58,19 @@ def test_texts_that_come_and_go_have_the_logits_of_each_alone(variant):
         torch.testing.assert_close(logits_V, full(torch.tensor([text])).logits[0, -1], atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_there_may_be_more_texts_than_a_text_has_positions():
+    full = make(max_position_embeddings=3)
+    model = InferenceModel(ModelShape.from_values(full.config.to_dict()), full.state_dict())
+    packed = PackedModel(model)
+    decoder, texts = Decoder(packed, slots=7), [[number, 5] for number in range(7)]
+    decoder.begin(texts)
+    logits_BV = packed.logits(decoder.step(torch.arange(7)))
+    for number, text in enumerate(texts):
+        alone_V = full(torch.tensor([[*text, number]])).logits[0, -1]
+        torch.testing.assert_close(logits_BV[number], alone_V, atol=1e-5, rtol=1e-5)
+
+
 def byte_level():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({s: n for n, s in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}, merges=[]))

@@ -17,9 +17,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import survival
 from indraquantum import cli
-from indraquantum.config import TrainSettings
-from indraquantum.inference.load import load_model
+from indraquantum.config import ExportSettings, TrainSettings
+from indraquantum.errors import UserError
+from indraquantum.inference import load as load_module
+from indraquantum.inference.export import export_checkpoint
+from indraquantum.inference.load import load, load_model
+from indraquantum.model.inference_model import InferenceModel
 from indraquantum.monitor.runs import summarise
 from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
 from indraquantum.training.loop import train
@@ -300,6 +305,52 @@ def test_a_folder_of_another_model_is_one_line(exported, tmp_path, capsys):
         assert said.count("\n") == 1
     assert indra("export", tmp_path / "llama", tmp_path / "new") == 2
     assert "must be a checkpoint, not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+def test_a_folder_in_16_bits_is_read_in_float32(exported, tmp_path, kind):
+    from indraquantum.model import IndraQuantumPhase2
+
+    IndraQuantumPhase2.from_pretrained(exported[1]).to(kind).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(exported[1] / name, tmp_path)
+    loaded, rounded = load(tmp_path, torch.device("cpu")), load(exported[1], torch.device("cpu"))
+    for parameter in rounded.inference_model.parameters():
+        parameter.data = parameter.to(kind).float()
+    assert loaded.generate("the cat", max_new_tokens=5) == rounded.generate("the cat", max_new_tokens=5)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+
+
+def test_a_device_without_room_for_the_model_is_one_line(exported, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(InferenceModel, "to", full)
+    for path in exported:
+        with pytest.raises(UserError, match=rf"^--device: got cuda; must have free memory for the model in {path};"):
+            load(path, torch.device("cuda"))
+
+
+def test_weights_that_torch_refuses_in_one_line_are_one_line(exported, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("of a single line")
+
+    monkeypatch.setattr(load_module, "InferenceModel", refuse)
+    with pytest.raises(UserError, match=r"must hold weights that fit its own settings \(of a single line\)$"):
+        load(exported[0], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("form", ["transformers", "llama"])
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
+def test_a_full_disk_is_one_line(exported, tmp_path, form):
+    def limited():
+        survival.fill_disk()
+        export_checkpoint(exported[0], tmp_path / "new" / "model", ExportSettings(as_=form))
+
+    assert survival.in_fork(limited, tmp_path / "said") == 2
+    lines = (tmp_path / "said").read_text().splitlines()
+    assert lines[-1].endswith("new/model: got File too large; must be on a writable disk with free space")
+    assert not list((tmp_path / "new").iterdir())
 
 
 def flip(path):

@@ -73,6 +73,21 @@ def test_a_schedule_without_room_to_decay_is_refused(world, tmp_path):
         pretrain_teacher.pretrain_teacher(settings)
 
 
+def test_a_full_disk_is_one_line_and_the_teacher_of_before_stays(world, tmp_path):
+    folder, dataset = shutil.copytree(world.teacher, tmp_path / "teacher"), open_dataset("--data", world.data)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    learner = LlamaLearner(new_llama(teacher_of(tmp_path), dataset))
+
+    def limited():
+        survival.fill_disk()
+        pretrain_teacher.save_teacher(learner, dataset, folder)
+
+    assert survival.in_fork(limited, tmp_path / "said") == 2
+    said = (tmp_path / "said").read_text()
+    assert said == f"indra: error: {folder}: got File too large; must be on a writable disk with free space\n"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_teacher_of_before_is_replaced(world, tmp_path):
     shutil.copytree(world.teacher, tmp_path / "teacher")
     pretrain_teacher.pretrain_teacher(teacher_of(tmp_path, data=world.data, steps=1, width=8))

@@ -197,6 +197,12 @@ def test_a_seed_decides_what_is_drawn_and_choices_differ(client):
     assert client.completions.create(model="tiny", prompt="a", max_tokens=12) is not None
 
 
+@pytest.mark.parametrize(("seed", "different"), [({}, 3), ({"seed": 3}, 1)])
+def test_equal_prompts_of_one_request_differ_unless_it_has_a_seed(client, seed, different):
+    answer = client.completions.create(model="tiny", prompt=["a"] * 3, max_tokens=12, **seed)
+    assert len({choice.text for choice in answer.choices}) == different
+
+
 def test_draws_follow_the_distribution(client, loaded, tokenizer):
     """400 first tokens against their probabilities, after temperature and top-p, by chi squared."""
     probs_V = (logprobs_of(loaded, tokenizer.encode_prompt("q"))[-1] / 1.7).softmax(-1)

@@ -351,6 +351,19 @@ def test_a_capture_that_is_stopped_leaves_nothing_half_written(settings):
     assert files_of(settings.output) == {}
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143), RuntimeError("of the driver")])
+def test_a_capture_that_is_stopped_while_the_teacher_loads_binds_no_options(settings, dataset, monkeypatch, stop):
+    def stopped(*_):
+        raise stop
+
+    with monkeypatch.context() as context:
+        context.setattr(loading, "load_teacher", stopped)
+        with pytest.raises(type(stop)):
+            capture(settings, dataset, SHARD)
+    assert files_of(settings.output) == {}
+    assert capture(changed(settings, draws=51), dataset, SHARD).coverage["train"] == 1.0
+
+
 def test_a_teacher_of_nan_is_refused_and_nothing_is_stored(settings, dataset, folder, tmp_path):
     broken = shutil.copytree(folder, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from indraquantum.errors import UserError
 from indraquantum.model.masks import document_mask
 from indraquantum.teacher.checks import packs_right
-from indraquantum.teacher.loading import load_teacher
+from indraquantum.teacher.loading import load_model, load_teacher
 from indraquantum.teacher.teacher_files import check_tokenizer, find_teacher
 from teacher_world import VOCABULARY, make_dataset, write_teacher, write_tokenizer
 
@@ -206,3 +206,9 @@ def test_loading_leaves_transformers_settings_as_they_were(folder, dataset, capf
         load(folder, dataset)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     assert capfd.readouterr().err == ""
+
+
+def test_a_model_without_a_dataset_is_on_the_device_too(folder):
+    """The demo lets such a model write. The meta device stands for a GPU."""
+    model = load_model(find_teacher("--teacher", str(folder)), torch.float32, torch.device("meta"))
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}

@@ -1,5 +1,7 @@
 """Kills and workers: the bytes are the same after any kill and with any workers, and no question is asked twice."""
 
+import dataclasses
+import errno
 import multiprocessing
 import os
 import shutil
@@ -8,21 +10,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import survival
 from indraquantum.config import CaptureSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
 from indraquantum.teacher import capture as capture_module
-from indraquantum.teacher import engines
+from indraquantum.teacher import engines, shard_worker
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.journal import Journal, Record, journal_path
 from indraquantum.teacher.manifest import read_manifest
 from indraquantum.teacher.sampling import PositionSignals
 from indraquantum.teacher.signals import open_signals
 from indraquantum.teacher.teacher_model import Teacher
+from teacher_world import stop_after_a_shard
 
 SHARD = 480  # ten rows of 48
 KILLED = """
@@ -141,6 +146,35 @@ def test_ray_gives_the_same_bytes(settings, whole, workers):
     assert files_of(settings.output) == whole
 
 
+def test_the_workers_of_a_cluster_may_have_a_device_that_this_machine_lacks(settings, whole, monkeypatch):
+    """This process stands for an actor, and its CPU for a GPU."""
+
+    def actor(plan, jobs):
+        there = dataclasses.replace(plan, settings=changed(plan.settings, device="cpu"))
+        return map(engines._remote_worker(there, 0).shard, jobs)
+
+    monkeypatch.setattr(engines, "_ray", actor)
+    far = changed(settings, engine="ray", device="cuda", precision="float32")
+    for auto in ({"precision": "auto"}, {"batch_tokens": "auto"}):
+        with pytest.raises(UserError, match=r"^--device: got cuda; .* give --precision and --batch-tokens$"):
+            capture(changed(far, **auto), None, SHARD)
+        assert files_of(settings.output) == {}
+    stop_after_a_shard(far, None, SHARD)
+    capture(changed(far, precision="auto", batch_tokens="auto"), None, SHARD)  # which it then knows
+    assert files_of(settings.output) == whole
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_device_that_no_worker_has_is_one_line(settings, monkeypatch, engine):
+    ray = SimpleNamespace(is_initialized=lambda: False, data=None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", ray)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # so it would start here
+    with pytest.raises(UserError, match=r"^--device: got cuda; must be a device of this machine: auto, cpu$"):
+        capture(changed(settings, engine=engine, device="cuda", precision="float32"), None, SHARD)
+    assert files_of(settings.output) == {}
+
+
 @pytest.mark.slow
 def test_four_workers_give_the_same_bytes(settings, whole):
     capture(changed(settings, workers=4), None, SHARD)
@@ -185,6 +219,31 @@ def test_an_error_crosses_from_worker_to_parent(settings):
 
     error = pickle.loads(pickle.dumps(UserError("--teacher", Path("x"), "must be y")))
     assert (str(error), error.field) == ("--teacher: got x; must be y", "--teacher")
+
+
+def test_a_shard_that_does_not_fit_on_the_disk_is_one_line(settings, whole, tmp_path):
+    def limited():
+        survival.at(shard_worker, "write_shard", "before", 2, lambda: survival.fill_disk(1000))
+        capture(settings, None, SHARD)
+
+    assert survival.in_fork(limited, tmp_path / "said") == 2
+    said = (tmp_path / "said").read_text()
+    assert "indra: error: output: got File too large; must be on a writable disk with free space\n" in said
+    assert not list(settings.output.glob(".*"))
+    capture(settings, None, SHARD)
+    assert files_of(settings.output) == whole
+
+
+def test_a_full_disk_of_a_ray_actor_is_one_line_too():
+    def shard(job):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "signals")
+
+    actor = object.__new__(engines._RayWorker)
+    actor._worker = SimpleNamespace(shard=shard)
+    answer = actor({"split": "train", "number": 0, "first_row": 0, "last_row": 1})
+    assert answer["error"] == [
+        "signals", "No space left on device", "must be on a writable disk with free space"
+    ]  # fmt: skip
 
 
 def test_workers_that_keep_dying_are_given_up(settings, monkeypatch):

@@ -151,7 +151,7 @@ def text_documents(source: TextSource, reading: Reading) -> Iterator[str]:
     A paragraph is a line that is neither blank nor a heading. An article reaches from one `= Title =` to the next, with
     its headings; a text without titles or separators is one article. A record is a row, a JSON object, the text between
     two separators, or else a whole file. With auto, a document is a record for JSON, tables and text with separators,
-    and a paragraph for any other text. A row of a single line is treated as a line of a text.
+    and a paragraph for any other text. A table's row of a single line is treated as a line of a text.
 
     Args:
         source: From `open_text`.
@@ -210,14 +210,20 @@ def _records_of_file(source: TextSource, path: Path, reading: Reading) -> Iterat
 
 
 def _with_ends(source: TextSource, path: Path, reading: Reading) -> Iterator[str | None]:
-    """Yield the lines of a file, with END where a document ends: at a separator, and around records of many lines."""
+    """Yield the lines of a file, with END where a document ends: at a separator, and around some records.
+
+    These are records of several lines and JSON objects. Other records of one line are lines of a text, and so are
+    objects if documents are articles, which a list of lines makes up.
+    """
     if path.suffix in TEXT_SUFFIXES:
         records: Iterable[list[str]] = ([line] for line in _lines(source, path, reading))
     else:
         records = (text.split("\n") for text in _records(source, path, reading))
     separator = source.separators[path]
+    all_end = path.suffix in JSON_SUFFIXES and source.documents != "articles"
     for lines in records:
-        if len(lines) > 1:
+        ends = all_end or len(lines) > 1
+        if ends:
             yield END
         for line in lines:
             parts = _parted(line, separator)
@@ -227,7 +233,7 @@ def _with_ends(source: TextSource, path: Path, reading: Reading) -> Iterator[str
                     reading.left_out["separators"] += 1
                 yield END
                 yield part
-        if len(lines) > 1:
+        if ends:
             yield END
 
 

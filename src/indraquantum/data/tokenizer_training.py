@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from indraquantum.data.prompt import format_alpaca
+from indraquantum.data.system_errors import system_errors_shown
 
 
 def train_tokenizer(prose: Path, instructions: Path, vocabulary: int, folder: Path) -> None:
@@ -27,4 +28,5 @@ def train_tokenizer(prose: Path, instructions: Path, vocabulary: int, folder: Pa
         texts, vocab_size=vocabulary, min_frequency=2, special_tokens=["<s>", "</s>"], show_progress=False
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(folder)
+    with system_errors_shown(folder):
+        fast.save_pretrained(folder)

@@ -163,12 +163,14 @@ def _read_all() -> str:
     try:
         question = raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise UserError(
-            "question", f"byte {error.object[error.start]:#04x} at {error.start}", "must be UTF-8 text"
-        ) from None
+        raise _not_text(error) from None
     if not question.strip():
         raise UserError("question", "nothing", "must be a question on stdin")
     return question
+
+
+def _not_text(error: UnicodeDecodeError) -> UserError:
+    return UserError("question", f"byte {error.object[error.start]:#04x} at {error.start}", "must be UTF-8 text")
 
 
 def show(pieces: Iterable[Piece], coloured: bool) -> None:
@@ -195,6 +197,9 @@ def _talk(chat: Chat, loaded: Loaded) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError as error:
+            print(f"indra: error: {_not_text(error)}", file=sys.stderr)
+            continue
         if question in ("/quit", "/exit"):
             return
         if question == "/reset":

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from indraquantum.config import ExportSettings
+from indraquantum.data.system_errors import system_errors_shown
 from indraquantum.errors import UserError, reason
 from indraquantum.files import atomic_folder, make_folder, write_sums
 from indraquantum.inference.load import Loaded, loaded_from
@@ -55,7 +56,7 @@ def export_checkpoint(path: Path, folder: Path, settings: ExportSettings | None 
     loaded = loaded_from(path, checkpoint, torch.device("cpu"), settings.weights)
     write: Writer = importlib.import_module(f"indraquantum.inference.export_{settings.as_}").write
     make_folder("FOLDER", folder.parent)
-    with atomic_folder(folder) as temporary:
+    with system_errors_shown(folder), atomic_folder(folder) as temporary:
         exported = write(loaded, temporary, settings)
         facts = RunFacts.find(path, checkpoint, settings.logs)
         (temporary / "README.md").write_text(model_card(folder.resolve().name, loaded, facts, exported), "utf-8")

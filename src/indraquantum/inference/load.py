@@ -104,12 +104,14 @@ def _load_folder(path: Path, device: torch.device, weights: WhichWeights) -> Loa
         raise UserError("CHECKPOINT", path / damaged, NOT_ITS_SUM)
     tokenizer = load_tokenizer("CHECKPOINT", str(path))
     try:
-        state = {name: value for file in files for name, value in load_file(file).items()}
-        model = InferenceModel(ModelShape.from_values(about), state).to(device)
+        # save_pretrained may have written 16 bits. The model computes in float32.
+        state = {name: _in_float32(value) for file in files for name, value in load_file(file).items()}
+        model = InferenceModel(ModelShape.from_values(about), state)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError("CHECKPOINT", path, f"must hold the weights of a model ({_in_one_line(error)})") from None
     aligned = about.get(ALIGNED)
-    return Loaded(model, tokenizer, about, None if aligned is None else frozenset(aligned), path)
+    aligned = None if aligned is None else frozenset(aligned)
+    return Loaded(_moved(model, path, device), tokenizer, about, aligned, path)
 
 
 def load_model(
@@ -127,7 +129,7 @@ def loaded_from(path: Path, checkpoint: Checkpoint, device: torch.device, weight
     require_student("CHECKPOINT", path, checkpoint)
     state = checkpoint.model if weights == "last" else checkpoint.model | checkpoint.average
     try:
-        model = InferenceModel(ModelShape.from_values(checkpoint.model_config), state).to(device)
+        model = InferenceModel(ModelShape.from_values(checkpoint.model_config), state)
     except RuntimeError as error:
         raise UserError(
             "CHECKPOINT", path, f"must hold weights that fit its own settings ({_mismatch(error)})"
@@ -135,7 +137,25 @@ def loaded_from(path: Path, checkpoint: Checkpoint, device: torch.device, weight
     except ValueError as error:
         raise UserError("CHECKPOINT", path, f"must hold the settings of a model ({_in_one_line(error)})") from None
     aligned = frozenset(aligned_readouts(checkpoint))
-    return Loaded(model, _tokenizer_of(path, checkpoint), checkpoint.model_config, aligned, path)
+    tokenizer = _tokenizer_of(path, checkpoint)
+    return Loaded(_moved(model, path, device), tokenizer, checkpoint.model_config, aligned, path)
+
+
+def _in_float32(weight: torch.Tensor) -> torch.Tensor:
+    return weight.float() if weight.is_floating_point() else weight
+
+
+def _moved(model: InferenceModel, path: Path, device: torch.device) -> InferenceModel:
+    """Return the model on the device; `path` is for the message.
+
+    Raises:
+        UserError: the device has no room for it.
+    """
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError:
+        allowed = f"must have free memory for the model in {path}; end other programs, or give --device cpu"
+        raise UserError("--device", device, allowed) from None
 
 
 def _tokenizer_of(path: Path, checkpoint: Checkpoint) -> TextTokenizer:
@@ -164,7 +184,8 @@ def aligned_readouts(checkpoint: Checkpoint) -> set[str]:
 
 
 def _mismatch(error: RuntimeError) -> str:
-    return str(error).splitlines()[1].strip()
+    """Return the first mismatch of torch's list, which begins in its second line."""
+    return "".join(str(error).splitlines()[1:2]).strip() or _in_one_line(error)
 
 
 def _in_one_line(error: Exception) -> str:

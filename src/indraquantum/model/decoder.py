@@ -160,7 +160,7 @@ class Decoder:
             turns, mask = packed.turns[longest - 1], None
         else:
             places_B = torch.tensor(self.lengths, device=states_BD.device)
-            rows_B, turns = self._columns_S[:count], packed.turns[places_B]
+            rows_B, turns = torch.arange(count, device=states_BD.device), packed.turns[places_B]
             allowed_BS = self._columns_S[:longest] <= places_B[:, None]
             zeros_BS = torch.zeros(allowed_BS.shape, device=states_BD.device)
             mask = zeros_BS.masked_fill_(~allowed_BS, -math.inf)[:, None, None]

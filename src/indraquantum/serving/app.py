@@ -306,7 +306,6 @@ class Application:
             options: of the Job.
         """
         context, answers = self.served.context, list[Answer]()
-        seed = secrets.randbits(63) if body.seed is None else body.seed
         # Of a prompt that is only measured, the last token is not read, so it may lie just beyond the context. vLLM
         # always writes a token, so clients that want a prompt measured ask for one; it is left out if it does not fit.
         measured = room == 0 or options["prompt_top"] is not None
@@ -329,6 +328,7 @@ class Application:
                 )
                 raise Refused(400, message, param="prompt", code="context_length_exceeded")
             fitting = max(0, left if room is None else min(room, left))
+            seed = secrets.randbits(63) if body.seed is None else body.seed
             for number in range(body.n):
                 answers.append(
                     Answer(

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from indraquantum.config import CaptureSettings
+from indraquantum.errors import UserError
 from indraquantum.teacher.loading import compute_dtype, teacher_config
 from indraquantum.teacher.refusals import refused_in_one_line
 from indraquantum.teacher.teacher_files import TeacherFiles
+
+if TYPE_CHECKING:
+    import torch
 
 CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16_384  # larger batches are no faster, and a killed capture loses one batch
 SERVER_TOKENS = 2048
@@ -36,6 +40,9 @@ def choose_batch_rows(settings: CaptureSettings, files: TeacherFiles | None, row
         settings: the command's options.
         files: the teacher; None for a server.
         row_length: tokens of a row.
+
+    Raises:
+        UserError: memory decides, but this machine does not have the device.
     """
     tokens = settings.batch_tokens
     if tokens == "auto":
@@ -46,15 +53,33 @@ def choose_batch_rows(settings: CaptureSettings, files: TeacherFiles | None, row
 def _tokens_that_fit(settings: CaptureSettings, files: TeacherFiles) -> int:
     import torch
 
-    from indraquantum.device import choose_device
-
-    device = choose_device(settings)
+    device = measured_device(settings)
     size = teacher_size(files, compute_dtype(device, settings.precision).itemsize)
     free, copies = free_memory(), settings.workers if settings.engine == "local" else 1
     if device.type == "cuda":
         free, copies = torch.cuda.mem_get_info(device)[0], -(-copies // torch.cuda.device_count())
     most = CPU_TOKENS if device.type == "cpu" else ACCELERATOR_TOKENS
     return min(most, max(0, int(FREE_SHARE * (free / copies - size.weights) / size.token)))
+
+
+def measured_device(settings: CaptureSettings) -> torch.device:
+    """Return the device of this machine that auto looks at to choose for all workers.
+
+    Raises:
+        UserError: this machine does not have the workers' device.
+    """
+    from indraquantum.device import choose_device
+
+    try:
+        return choose_device(settings)
+    except UserError:
+        if settings.engine != "ray":
+            raise
+        allowed = (
+            "must be a device of this machine, because auto looks at it; for a cluster's device, give --precision and "
+            "--batch-tokens"
+        )
+        raise UserError("--device", settings.device, allowed) from None
 
 
 def teacher_size(files: TeacherFiles, item_bytes: int) -> TeacherSize:

@@ -27,7 +27,6 @@ from indraquantum.progress import Progress, warn
 from indraquantum.teacher.batch_size import choose_batch_rows
 from indraquantum.teacher.engines import open_data, run_jobs
 from indraquantum.teacher.journal import SUFFIX, journal_path
-from indraquantum.teacher.loading import precision_name
 from indraquantum.teacher.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -40,7 +39,7 @@ from indraquantum.teacher.manifest import (
     statistics_of,
     write_manifest,
 )
-from indraquantum.teacher.precision import Choice, choose_precision
+from indraquantum.teacher.precision import Choice, choose_precision, unmeasured_precision
 from indraquantum.teacher.served import check_served, is_served, served_identity
 from indraquantum.teacher.shard import Shard
 from indraquantum.teacher.shard_worker import Job, Plan
@@ -222,10 +221,7 @@ def _with_precision(
     if manifest.precision:
         return manifest
     if manifest.batch_rows or manifest.shards:  # begun by an earlier version, which measured nothing
-        from indraquantum.device import choose_device
-
-        usual = precision_name(choose_device(settings), settings.precision)
-        choice = Choice(manifest.known_precision or usual, None)
+        choice = Choice(manifest.known_precision or unmeasured_precision(settings), None)
     else:
         choice = choose_precision(settings, files, dataset, sum(_positions(dataset, job) for job in jobs))
     return manifest.model_copy(update=choice._asdict())
@@ -363,7 +359,7 @@ def _capture(
                 journal_path(folder, result.entry.file).unlink(missing_ok=True)
                 asked += result.positions_asked
                 packed = result.packed if packed is None else packed
-    except UserError:
+    except BaseException:  # also Ctrl-C while the teacher loads
         if folder.is_dir() and not manifest.shards and not any(path.stat().st_size for path in _journals(folder)):
             for journal in _journals(folder):  # nothing was captured: nothing is left behind
                 journal.unlink()

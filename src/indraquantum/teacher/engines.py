@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
 from indraquantum.config import CaptureSettings
-from indraquantum.errors import UserError, are_options_named, optional_package
+from indraquantum.errors import UserError, are_options_named, optional_package, refused_by_system
 from indraquantum.progress import command_line, warn
 from indraquantum.teacher.manifest import ShardEntry
 from indraquantum.teacher.served import ServedAsker
@@ -168,8 +168,11 @@ class _RayWorker:
             if self._worker is None:
                 raise self._error
             result = self._worker.shard(Job(row["split"], row["number"], row["first_row"], row["last_row"]))
-        except UserError as error:
-            return {"error": [error.field, str(error.value), error.allowed], "entry": "", "asked": 0, "packed": -1}
+        except (UserError, OSError) as error:
+            told = error if isinstance(error, UserError) else refused_by_system(error)
+            if told is None:
+                raise
+            return {"error": [told.field, str(told.value), told.allowed], "entry": "", "asked": 0, "packed": -1}
         packed = -1 if result.packed is None else int(result.packed)
         entry = result.entry.model_dump_json()
         return {"error": [], "entry": entry, "asked": result.positions_asked, "packed": packed}
@@ -180,11 +183,14 @@ def _ray(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
     with optional_package("--engine", "ray", "ray", "indraquantum[ray]"):
         import ray
         import ray.data
+    from indraquantum.device import choose_device
+
     settings = plan.settings
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False)
         else:
+            choose_device(settings)  # Ray would wait for a GPU that this machine does not have
             ray.init(
                 address="local", _node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False,
                 num_cpus=max(settings.workers + 1, os.cpu_count() or 1),

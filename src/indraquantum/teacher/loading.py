@@ -83,8 +83,6 @@ def load_teacher(
     longest = max(int(split.pieces[:, 1].max()) for split in (dataset.train, dataset.validation))
     _check_sizes(files, model.config, dataset, longest)
     with refused_in_one_line(files):
-        if getattr(model.config, "quantization_config", None) is None:  # a quantised model stays where it was loaded
-            model = model.to(device)
         model = model.eval().requires_grad_(False)
         if precision == "mixed":
             keep_weights_rounded(model)
@@ -126,10 +124,10 @@ def _check_answers(files: TeacherFiles, teacher: Teacher, rows: Batch) -> None:
 
 
 def load_model(files: TeacherFiles, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """Load the teacher's model as it is, without a dataset.
+    """Load the teacher's model as it is, without a dataset, onto the device.
 
     Raises:
-        UserError: transformers can't load it, or it lacks weights.
+        UserError: transformers can't load it, it lacks weights, or the device has no room for it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -152,7 +150,10 @@ def load_model(files: TeacherFiles, dtype: torch.dtype, device: torch.device) ->
         raise UserError(files.field, files.name, allowed)
     if files.gguf:
         apply_rope_factors(files.gguf, model)
-    return model
+    if "device_map" in options:  # a quantised model stays where it was loaded
+        return model
+    with refused_in_one_line(files):
+        return model.to(device)
 
 
 def _gguf_option(files: TeacherFiles) -> dict[str, str]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from indraquantum.config import CaptureSettings
 from indraquantum.progress import tell
-from indraquantum.teacher.batch_size import teacher_size
+from indraquantum.teacher.batch_size import measured_device, teacher_size
 from indraquantum.teacher.loading import load_teacher, precision_name, teacher_config
 from indraquantum.teacher.manifest import Agreement
 from indraquantum.teacher.teacher_files import TeacherFiles
@@ -56,13 +56,13 @@ def choose_precision(
         positions: how many positions the capture asks about.
 
     Raises:
-        UserError: the teacher can't teach this dataset.
+        UserError: the teacher can't teach this dataset, or auto must look at a device that this machine does not have.
     """
-    from indraquantum.device import choose_device
-
-    device = choose_device(settings)
-    if settings.precision != "auto" or device.type != "cpu" or not _is_worth_a_try(files, positions):
-        return Choice(precision_name(device, settings.precision), None)
+    if settings.precision != "auto":
+        return Choice(settings.precision, None)
+    device = measured_device(settings)
+    if device.type != "cpu" or not _is_worth_a_try(files, positions):
+        return Choice(precision_name(device, "auto"), None)
     batch = _sample_rows(dataset)
     exact, rounded = (_ask(files, dataset, device, name, batch) for name in ("float32", "mixed"))
     agreement = compare(exact.logits_NV, rounded.logits_NV, exact.seconds / rounded.seconds)
@@ -73,6 +73,16 @@ def choose_precision(
         f" and its mean entropy differed by {agreement.entropy_difference_nats:+.5f}"
     )
     return Choice(chosen, agreement)
+
+
+def unmeasured_precision(settings: CaptureSettings) -> str:
+    """Return the number format that `--precision` means without a measurement.
+
+    Raises:
+        UserError: auto must look at a device that this machine does not have.
+    """
+    given = settings.precision
+    return precision_name(measured_device(settings), given) if given == "auto" else given
 
 
 def is_good(agreement: Agreement) -> bool:

@@ -93,7 +93,7 @@ def write_shard(
         manifest: the manifest, for the vocabulary's size, the draws and the temperature.
         precision: the number format in which the teacher computed.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     labelled_N = ~np.isnan(signals.next_logprob_N)
     tensors = {
@@ -113,7 +113,7 @@ def write_shard(
     if manifest.temperature != 1.0:
         tensors["temperature_entropy"] = signals.temperature_entropy_N.astype("<f2")
     with atomic_file(folder / file) as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(save(tensors))  # safetensors' own writing hides the system's error, such as a full disk
         sha256, size = sha256_of(temporary), temporary.stat().st_size
     return ShardEntry(
         file=file,

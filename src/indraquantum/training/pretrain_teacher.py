@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from indraquantum.config import TeacherSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.fast_tokenizer import save_tokenizer
+from indraquantum.data.system_errors import system_errors_shown
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_folder, write_sums
@@ -235,7 +236,7 @@ def save_teacher(learner: LlamaLearner, dataset: PreparedDataset, folder: Path) 
     """Save the Llama and its tokenizer, so that AutoModelForCausalLM and AutoTokenizer can load them."""
     from transformers.utils.logging import disable_progress_bar
 
-    with atomic_folder(folder) as temporary:
+    with system_errors_shown(folder), atomic_folder(folder) as temporary:
         disable_progress_bar()  # transformers would show a bar for a single small file
         learner.llama.save_pretrained(temporary)
         save_tokenizer(dataset.tokenizer, temporary)
