@@ -115,6 +115,7 @@ def records_of(plan: dict[str, Any], output: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(path.read_text(encoding="utf-8"))
                 stated = {key: str(value) for key, value in options_of(plan, name, steps, seed).items()}
                 wanted = stated | {"commit": run.get("commit", record["commit"])}
+                wanted["evaluate_every"] = record["options"]["evaluate_every"]  # evaluations are not in the time
                 if record["options"] | {"commit": record["commit"]} != wanted:
                     sys.exit(f"{path}: is of other options or of another commit than the plan's; remove it")
                 yield record
