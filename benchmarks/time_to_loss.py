@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--only", help="names of runs, with commas")
     parser.add_argument("--seeds", help="numbers, with commas, instead of the plan's")
     parser.add_argument("--output", type=Path, help="default: results/NAME of the plan")
+    parser.add_argument("--report-only", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     plan = yaml.safe_load(arguments.plan.read_text(encoding="utf-8"))
     output = arguments.output or ROOT / "results" / plan["name"]
@@ -52,7 +53,7 @@ def main() -> None:
     names = arguments.only.split(",") if arguments.only else list(plan["runs"])
     seeds = [int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else plan["seeds"]
     with tempfile.TemporaryDirectory() as folder:
-        for seed, name in itertools.product(seeds, names):
+        for seed, name in itertools.product(() if arguments.report_only else seeds, names):
             for steps in plan["runs"][name]["steps"]:
                 path = path_of(output, name, steps, seed)
                 if not path.exists():
