@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 import indraquantum
 from indraquantum import SemanticDistillationLoss, SignalCollator, TeacherSignals
+from indraquantum.config import CaptureSettings
+from indraquantum.teacher.capture import capture
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -54,12 +56,43 @@ def test_with_trainer(world, tmp_path):
     found = model(**batch, objective=objective)
     assert found.loss.item() == pytest.approx(plain_loss(found.logits, batch, 0.5).item(), rel=1e-4)
     assert model(**batch).terms.phase > 0  # with v4's weights the readouts are aligned
+    held_out = SignalCollator(world.data, world.signals, split="validation")
+    parts = torch.arange(len(held_out.rows)).split(trainer.args.eval_batch_size)
+    losses = [model(**held_out(part.tolist())).loss.item() * len(part) for part in parts]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / len(held_out.rows), rel=1e-5)
+
+
+def test_the_examples_compare_at_the_temperature_of_the_signals(world, tmp_path):
+    soft = tmp_path / "soft"
+    capture(CaptureSettings(data=world.data, teacher=str(world.teacher), output=soft, temperature=2.0, device="cpu"))
+    batches = SignalCollator(world.data, soft)
+    assert (batches.temperature, SignalCollator(world.data).temperature) == (2.0, 1.0)
+    trainer = example("with_trainer").main(world.data, soft, steps=1, output=str(tmp_path / "run"))
+    assert trainer.data_collator(trainer.train_dataset[:2])["objective"].temperature == 2.0
+    with pytest.raises(ValueError, match=r"temperature: got 1\.0; must be the temperature of the signals"):
+        trainer.model(**batches([0, 1]))
+    _, losses = example("distil_into_llama").main(world.data, soft, steps=1)
+    assert len(losses) == 1
 
 
 def test_ten_lines(world, tmp_path):
     report, written = example("ten_lines").main(str(world.wikitext), str(world.tokenizer), folder=str(tmp_path))
     assert report.held_out["all"] < 5  # ln 320 = 5.77 by chance
     assert written.text == "".join(token.text for token in written.tokens)
+
+
+def test_the_collator_of_either_split_takes_the_rows_of_both(world):
+    train, held_out = (SignalCollator(world.data, world.signals, split=split) for split in ("train", "validation"))
+    for own in (train, held_out):
+        expected = own([2, 0])  # numbers are of the collator's own split
+        for batches in (train, held_out):
+            found = batches([own.rows[2], own.rows[0]])
+            assert torch.equal(found["input_ids"], expected["input_ids"])
+            assert torch.equal(found["signals"]["ids_NK"], expected["signals"]["ids_NK"])
+    assert not torch.equal(train([0])["input_ids"], held_out([0])["input_ids"])
+    assert list(train.rows[1:3]) == [train.rows[1], train.rows[2]]
+    with pytest.raises(ValueError, match="rows: got rows of train and validation; must be of one split"):
+        train([train.rows[0], held_out.rows[0]])
 
 
 def test_the_collator_s_labels_are_the_dataset_s(world):

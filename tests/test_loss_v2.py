@@ -234,6 +234,13 @@ def test_kd_estimate_takes_the_entropy_at_the_temperature():
     assert difference.item() == pytest.approx(4 * 0.5 * (N - 2) / (N - 1))
 
 
+def test_signals_of_another_temperature_are_refused_at_temperature_1():
+    states, table, labels, signals, _ = make_case()
+    warm = signals._replace(temperature_entropy_N=signals.entropy_N)
+    with pytest.raises(ValueError, match=r"temperature: got 1\.0; must be .* they have temperature_entropy_N"):
+        SemanticDistillationLoss()(states, table, labels, signals=warm)
+
+
 @pytest.mark.parametrize(
     ("weights", "match"),
     [

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers.integrations.neftune import activate_neftune
 
 from indraquantum.model import IndraQuantumPhase2
 from small_model import NARROW, V, make, tokens
@@ -64,6 +65,15 @@ def test_an_adapter_of_the_embedding_reaches_the_head():
     torch.testing.assert_close(peft(ids).logits, plain(ids).logits)
     with peft.disable_adapter():
         torch.testing.assert_close(peft(ids).logits, make()(ids).logits)
+
+
+def test_noise_on_the_inputs_does_not_reach_the_head():
+    peft, ids = adapted().train(), tokens(2, 9)
+    base = peft.get_base_model()
+    table, loss = base.lift_table(), peft(ids, labels=ids).loss
+    activate_neftune(peft, 5.0)
+    assert torch.equal(base.lift_table(), table)
+    assert peft(ids, labels=ids).loss != loss
 
 
 def test_a_decode_loop_follows_the_adapter():

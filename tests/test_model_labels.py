@@ -87,6 +87,19 @@ def test_signals_line_up_with_logits_and_shifted_labels():
     assert model(ids, labels=ids, signals=beside).terms.kd > 0.1
 
 
+@pytest.mark.parametrize("mass", [None, 1.0, 0.8])
+def test_inference_mode_gives_the_loss_of_no_grad_on_two_threads(mass):
+    """600 tokens are enough for two threads. Signals of mass 0.8 have a tail, which by default is a bucket."""
+    model, ids = make(vocab_size=600), tokens(2, 7)
+    signals = None if mass is None else TeacherSignals(tokens(14, 5, seed=1), torch.full((14, 5), mass / 5))
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        expected = model(ids, labels=ids, signals=signals).loss
+    with torch.inference_mode():
+        loss = model(ids, labels=ids, signals=signals).loss
+    assert torch.equal(loss, expected)
+
+
 def test_training_with_labels_never_builds_logits_unless_asked():
     model, ids = make().train(), tokens(2, 7)
     seen = []

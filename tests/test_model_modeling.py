@@ -252,6 +252,29 @@ def test_a_frozen_projector_is_not_optimised():
     assert len(listed) == len(list(model.parameters())) - 8
 
 
+@pytest.mark.parametrize("ends", ["shared", "separate"])
+def test_a_frozen_projector_stays_frozen_when_it_is_loaded(ends, tmp_path):
+    make(projector="frozen", ends=ends).save_pretrained(tmp_path)
+    models = [loader.from_pretrained(tmp_path) for loader in (IndraQuantumPhase2, AutoModelForCausalLM)]
+    models.append(IndraQuantumPhase2.from_pretrained(tmp_path, output_loading_info=True)[0])
+    for model in models:
+        names = [group["name"] for group in model.parameter_groups(1e-3, 10.0, 0.1)]
+        assert names == ["table", "layers", "others"]
+
+
+@pytest.mark.parametrize("absent", [["entropy_N"], ["confidence_N"], ["entropy_N", "confidence_N"]])
+def test_the_default_loss_has_the_terms_that_the_signals_allow(absent):
+    model, ids = make(), tokens(2, 7)
+    whole = TeacherSignals(tokens(14, 5, seed=1), torch.full((14, 5), 0.2), torch.rand(14), torch.rand(14))
+    output = model(ids, labels=ids, signals=whole._replace(**dict.fromkeys(absent)))
+    terms = output.terms
+    weighted = terms.ce + 0.05 * terms.kd
+    for name, field in (("phase", "entropy_N"), ("magnitude", "confidence_N")):
+        assert (getattr(terms, name) is None) == (field in absent)
+        weighted = weighted + 0.1 * (0 if field in absent else getattr(terms, name))
+    torch.testing.assert_close(output.loss.detach(), weighted)
+
+
 @pytest.mark.parametrize("readout", ["reference", "mean"])
 def test_every_term_and_its_gradient_is_alive_with_signals(readout):
     model, ids = make(readout=readout), tokens(2, 7)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM
 
 from indraquantum.model import IndraQuantumPhase2
@@ -130,6 +131,17 @@ def test_a_decode_loop_of_ones_own_lifts_the_table_once(options, monkeypatch):
     ours, reference = decode(model, tokens(2, 5), count=4)
     torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-4)
     assert len(lifts) == 1 + 4  # the four of the reference, which keeps no cache
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_offloaded_weights_give_the_same_logits_and_text(options):
+    model, ids = make(**options), tokens(2, 5)
+    how = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    logits, text = model(ids).logits, model.generate(ids, **how)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(weight.is_meta for weight in model.parameters())
+    assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(model.generate(ids, **how), text)
 
 
 def changes():

@@ -72,7 +72,8 @@ class SemanticDistillationLoss:
             kd_weight: weight of the distillation term.
             phase_weight: weight of the phase term.
             magnitude_weight: weight of the magnitude term.
-            temperature: tau of the distillation term, which is multiplied by tau^2.
+            temperature: tau of the distillation term, which is multiplied by tau^2. It must be the temperature at which
+                the signals were captured.
             tail: what to do with the probability that the signals do not hold, for example if they hold only the
                 likeliest tokens. `bucket` treats all other tokens as one outcome. `uniform` spreads the probability
                 evenly over them. `none` leaves it out, which teaches the student to give them nothing. Signals whose
@@ -120,7 +121,8 @@ class SemanticDistillationLoss:
             The terms; `total` carries the gradient.
 
         Raises:
-            ValueError: an argument is wrong, or a positive weight lacks its inputs.
+            ValueError: an argument is wrong, a positive weight lacks its inputs, or the temperature is 1 and that of
+                the signals is not.
         """
         options = self._options()
         self._require_inputs(signals, amplitude_N)
@@ -161,7 +163,10 @@ class SemanticDistillationLoss:
         return ObjectiveOptions(kd_weight=self.kd_weight, temperature=self.temperature, tail=self.tail, head=self.head)
 
     def _require_inputs(self, signals: TeacherSignals | None, amplitude_N: Tensor | None) -> None:
-        """Refuse a positive weight whose inputs are absent, so that no term is dead without notice."""
+        """Refuse a positive weight whose inputs are absent, so that no term is dead without notice.
+
+        Also refuse to compare the student at temperature 1 with a teacher at another one.
+        """
         entropy_N = None if signals is None else signals.entropy_N
         confidence_N = None if signals is None else signals.confidence_N
         for name, weight, needed in (
@@ -172,14 +177,17 @@ class SemanticDistillationLoss:
         ):  # fmt: skip
             absent = [argument for argument, value in needed.items() if value is None]
             require(not (weight and absent), name, weight, f"0 where there is no {' and no '.join(absent)}")
+        is_tempered = signals is not None and signals.temperature_entropy_N is not None
+        allowed = "the temperature of the signals, which is not 1 because they have temperature_entropy_N"
+        require(not (is_tempered and self.temperature == 1), "temperature", self.temperature, allowed)
 
     def _kd_estimate(
         self, objective: ObjectiveResult, signals: TeacherSignals, rows_R: Tensor, token_count: float
     ) -> Tensor | None:
         """Return `kd` with the teacher's exact entropy instead of the signals' own."""
-        entropy_N = signals.entropy_N
-        if self.temperature != 1 and signals.temperature_entropy_N is not None:
-            entropy_N = signals.temperature_entropy_N
+        entropy_N = signals.temperature_entropy_N
+        if entropy_N is None:
+            entropy_N = signals.entropy_N
         if entropy_N is None or objective.kd_cross_entropy is None:
             return None
         entropy = entropy_N[rows_R].to(objective.kd_cross_entropy).sum() / token_count

@@ -22,8 +22,14 @@ def differentiable_objective(inputs: LinearInputs, options: ObjectiveOptions, pl
 
     def run(*inputs_again: Tensor | None) -> Outcome:
         again = inputs._replace(**dict(zip(_GRADIENTS_OF, inputs_again, strict=True)))
-        # autocast would round some of the sums; the plan alone decides on precision
-        with torch.no_grad(), torch.autocast(again.states_ND.device.type, enabled=False), plan.products.setting():
+        # Inference mode is this thread's alone, so the lanes' threads could not write into buffers made in it. Leaving
+        # it turns gradients on. Autocast would round some of the sums; the plan alone decides on precision.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(again.states_ND.device.type, enabled=False),
+            plan.products.setting(),
+        ):
             return ChunkedObjective(again, options, plan, wanted).run()
 
     outcome = run(*tensors)

@@ -179,7 +179,9 @@ class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrained
             signals: the teacher's signals for the N = B*T positions, row by row, or a dict of their fields. Those of
                 position t are about the token after t, like logits[:, t] and shift_labels[:, t], and count if that
                 token is labelled.
-            objective: the loss. By default it is CE alone or, with signals, has the weights at the end of v4.
+            objective: the loss. By default it is CE alone or, with signals, has the weights at the end of v4: 0.05 for
+                distillation, 0.1 for the phase if the signals have entropy_N, and 0.1 for the magnitude if they have
+                confidence_N. Signals of another temperature than 1 need an objective of theirs.
             cache: the cache of earlier positions.
             kwargs: `shift_labels` (B, T) instead of labels, already aligned: position t learns shift_labels[:, t];
                 output_hidden_states, output_attentions, return_dict. Others of TransformersKwargs go to the layers.
@@ -187,7 +189,8 @@ class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrained
         Raises:
             TypeError: an argument is unknown.
             ValueError: segment_ids comes together with attention_mask or a cache, there is not exactly one of input_ids
-                and inputs_embeds, embeddings or labels have another shape, or the objective is for another head.
+                and inputs_embeds, embeddings or labels have another shape, or the objective is for another head or
+                another temperature than the signals.
         """
         if cache is None:
             cache = past_key_values
@@ -258,7 +261,13 @@ class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrained
         folder = Path(str(pretrained_model_name_or_path))
         if (name := damaged_file(folder, ["config.json", *(p.name for p in folder.glob("*.safetensors"))])) is not None:
             raise OSError(f"{folder / name} {NOT_ITS_SUM}")
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
+        if model.config.projector == "frozen":  # transformers makes each loaded weight trainable
+            for projector in (model.projector, model.input_projector):
+                if projector is not None:
+                    projector.requires_grad_(False)
+        return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, and remove the SHA256SUMS of earlier files."""

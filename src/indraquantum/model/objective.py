@@ -35,8 +35,7 @@ class TrainingLoss:
         if isinstance(signals, Mapping):  # Trainer moves a dict to its device, but no NamedTuple
             signals = TeacherSignals(**signals)
         if objective is None:
-            weights = (0.0, 0.0, 0.0) if signals is None else (0.05, 0.1, 0.1)
-            objective = SemanticDistillationLoss(*weights, head=self.config.head)
+            objective = SemanticDistillationLoss(*_default_weights(signals), head=self.config.head)
         if objective.head != self.config.head:
             raise ValueError(f"objective: its head is {objective.head}; must be the model's, {self.config.head}")
         return objective(
@@ -50,3 +49,10 @@ class TrainingLoss:
             # A step without any label has a loss of 0, here as elsewhere.
             token_count=None if num_items_in_batch is None else max(1.0, float(num_items_in_batch)),
         )
+
+
+def _default_weights(signals: TeacherSignals | None) -> tuple[float, float, float]:
+    """Return the weights of distillation, phase and magnitude at the end of v4; 0 for what the signals do not have."""
+    if signals is None:
+        return 0.0, 0.0, 0.0
+    return 0.05, 0.1 * (signals.entropy_N is not None), 0.1 * (signals.confidence_N is not None)

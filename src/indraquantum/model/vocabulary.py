@@ -85,8 +85,11 @@ class LiftedVocabulary:
             return super().lift_table(ids_R)
         # An adapter around the embedding, for example, adds to what its weight alone would give.
         if ids_R is None:
-            ids_R = torch.arange(self.config.vocab_size, device=self.scale.device)
-        return self._lift(self.projector, self.embedding(ids_R))
+            device = next(self.embedding.parameters()).device
+            # accelerate keeps offloaded weights on the meta device, and its forward moves the ids to where they run
+            ids_R = torch.arange(self.config.vocab_size, device="cpu" if device.type == "meta" else device)
+        # Forward hooks are for the inputs: NEFTune's, for example, would add its noise to the head's table.
+        return self._lift(self.projector, self.embedding.forward(ids_R))
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
