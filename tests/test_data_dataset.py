@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from indraquantum.data.dataset import open_dataset, write_dataset
-from indraquantum.data.held_out import TEST, VALIDATION, choose_held_out
+from indraquantum.data.held_out import TEST, TRAIN, VALIDATION, choose_held_out
 from indraquantum.data.packing import pack
 from indraquantum.data.padded import write_padded
 from indraquantum.data.split import Split
@@ -389,9 +389,10 @@ def test_held_out_documents_are_the_smallest_hashes_and_take_their_copies_along(
     others = [f"other {n}".encode() for n in range(30)]
     others.sort(key=lambda text: hashlib.sha256(b"held out\0" + text).digest())
     both = choose_held_out([texts + copies, [by_hash[0], *others], [by_hash[10]]])
-    assert np.bincount(both[0]).tolist() == [980, 13, 12]
+    assert np.bincount(both[0]).tolist() == [981, 13, 11]
     assert both[1].tolist() == [VALIDATION] * 4 + [TEST] * 4 + [0] * 23
-    assert both[2].tolist() == [TEST], "a copy goes the way of the text, though a source of one document has no share"
+    assert both[2].tolist() == [TRAIN], "a source of one document stays, and so do the copies of its text"
+    assert both[0][texts.index(by_hash[10])] == both[0][-2] == TRAIN
 
 
 @pytest.mark.parametrize(

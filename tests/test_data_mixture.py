@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from indraquantum.config import PrepareSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.data.detokenize import detokenize
-from indraquantum.data.duplicates import NEAR, exact_duplicates, near_duplicates
-from indraquantum.data.held_out import TEST, TRAIN, VALIDATION, choose_held_out
+from indraquantum.data.duplicates import NEAR, WORD, exact_duplicates, near_duplicates
+from indraquantum.data.held_out import TEST, TRAIN, VALIDATION, choose_held_out, text_key
 from indraquantum.data.mixture import draw_sources, source_options
 from indraquantum.data.prepare import prepare
 from indraquantum.errors import UserError
@@ -47,6 +48,9 @@ def refused(chosen, *words):
         ("a fifty @-@ two year old , 1 @,@ 000 of 2 @.@ 5 km .", "a fifty-two year old, 1,000 of 2.5 km."),
         ('He said " I don \'t ( know ) " ; Ross \'s car !', 'He said "I don\'t (know)"; Ross\'s car!'),
         ("= = Early life = =", "Early life"),
+        (" = = Early life = = ", "Early life"),
+        ("= One =\r", "One"),
+        (" = 3 ", " = 3 "),
         ("the <unk> of $ 5", "the <unk> of $5"),
         ("= 3", "= 3"),
     ],
@@ -63,6 +67,24 @@ def test_articles_keep_their_headings_and_paragraphs(tmp_path):
     assert source.texts == expected
     (source,) = draw_sources(chosen.model_copy(update={"detokenize": True})).sources
     assert source.texts[1] == "One\na b\nPart\nc-d"
+
+
+def test_headings_inside_records_lose_their_signs(tmp_path):
+    texts = [" = One = \n \n a @-@ b \n = = Part = = \n c", "= Two =\r\nd @-@ e"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    chosen = settings(tmp_path, [], wikitext=str(tmp_path / "a.jsonl"), detokenize=True)
+    assert draw_sources(chosen).sources[0].texts == ["One\n \n a-b \nPart\n c", "Two\nd-e"]
+
+
+def test_a_path_with_an_equals_sign_is_not_an_amount(tmp_path):
+    for name in ("lang=en", "shards=2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part.jsonl").write_text("\n".join(json.dumps({"text": f"{name} {n}"}) for n in range(20)))
+    given = {"lang=en": 20, "lang=en=7": 7, "lang=en/part.jsonl": 20, "lang=en/part.jsonl=5": 5, "lang=en/*.jsonl": 20,
+             "lang=en/*.jsonl=0.5x": 10, "shards=2": 20}  # fmt: skip
+    drawn = draw_sources(settings(tmp_path, ["a", "b"], text=tuple(f"{tmp_path}/{name}" for name in given))).sources
+    assert [len(source.texts) for source in drawn[1:]] == list(given.values())
+    refused(settings(tmp_path, [], text=(f"{tmp_path}/lang=en/no.jsonl",)), "no.jsonl", "does not exist")
 
 
 def test_weights_and_counts(tmp_path):
@@ -125,6 +147,19 @@ def test_near_duplicates_against_all_pairs():
     assert not near_duplicates([]).size
 
 
+def test_words_are_all_but_space_and_punctuation():
+    """Vowel signs and emoji belong to words; and of ASCII, what `\\w` takes."""
+    for one, other, is_copy in (
+        ("वह काम करता है", "वह काम करती है", False), ("वह काम करता है", "वह काम, करता है।", True),
+        ("😀😀", "🎉", False), ("…", "!!!", False), ("…", "…", True), ("+", "-", False),
+        ("a b", "A, b!", True), ("a + b", "a - b", True), ("snake_case", "snake case", False),
+        ("cafe\u0301 au lait", "cafe au lait", False),
+    ):  # fmt: skip
+        assert near_duplicates([one, other]).tolist() == [False, is_copy], (one, other)
+    ascii_text = "".join(f"a{chr(sign)}" for sign in range(128))
+    assert WORD.findall(ascii_text) == re.findall(r"\w+", ascii_text)
+
+
 def test_no_copy_is_missed_among_many_texts_that_are_almost_near():
     """Texts at 0.7 of the first stand between it and its copies, and share bands with them."""
     draw = random.Random(1)
@@ -176,6 +211,21 @@ def test_no_paragraph_on_both_sides(documents, cut):
         for document, part in zip(source, parts, strict=True):
             sides[part] |= set(document)
     assert len(set.union(*sides)) == sum(map(len, sides)), "no paragraph is in two parts"
+
+
+@pytest.mark.parametrize("large_first", [True, False])
+def test_a_large_source_leaves_half_of_a_small_one_for_training(large_first):
+    """Each document of the small source shares its paragraph with one of the large source that would be held out."""
+    large = sorted((f"large {n}" for n in range(1000)), key=lambda text: text_key(text.encode()))
+    small = [f"small {n}" for n in range(9)]
+    sources, paragraphs = [large, small], [[[f"shared {n}"] for n in range(len(source))] for source in (large, small)]
+    if not large_first:
+        sources, paragraphs = sources[::-1], paragraphs[::-1]
+    chosen = choose_held_out([[text.encode() for text in source] for source in sources], paragraphs)
+    of_large, of_small = chosen if large_first else chosen[::-1]
+    assert [(of_small == part).sum() for part in (TRAIN, VALIDATION, TEST)] == [5, 4, 0]
+    assert [(of_large == part).sum() for part in (VALIDATION, TEST)] == [6, 10], "four families and two alone; ten"
+    assert (of_large[:9] == of_small).all()
 
 
 @pytest.mark.parametrize("detokenize", [False, True])

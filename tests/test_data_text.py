@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -125,10 +124,12 @@ def test_shards_are_read_in_order_as_folder_and_as_glob(tmp_path):
 LINES = ["", " = One = ", "a", " = = Part = = ", "b", "", " = Two = ", "c"]
 
 
-def test_two_shards_of_wikitexts_rows_are_its_lines(tmp_path):
-    """WikiText-103 has a line in each row, and an article may continue in the next shard."""
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_two_shards_of_wikitexts_rows_are_its_lines(tmp_path, end):
+    """WikiText-103 has a line in each row, with its line break, and an article may continue in the next shard."""
     for n, part in enumerate((LINES[:4], LINES[4:])):
-        pq.write_table(pa.table({"text": part}), tmp_path / f"train-0000{n}-of-00002.parquet")
+        rows = [line and line + end for line in part]
+        pq.write_table(pa.table({"text": rows}), tmp_path / f"train-0000{n}-of-00002.parquet")
     (tmp_path / "wiki.txt").write_text("\n".join(LINES))
     for name in (tmp_path / "train-*", tmp_path / "wiki.txt"):
         found, reading = read(name)
@@ -167,8 +168,9 @@ def test_articles_end_at_separators_and_where_a_record_ends(tmp_path):
         assert read(tmp_path / name, documents="articles")[0] == articles
 
 
-def test_rows_that_are_lines_with_markers_between_are_stories(tmp_path):
-    rows = list(chain.from_iterable([*story.split("\n"), MARKER] for story in STORIES))
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_rows_that_are_lines_with_markers_between_are_stories(tmp_path, end):
+    rows = [line + end for story in STORIES for line in [*story.split("\n"), MARKER]]
     pq.write_table(pa.table({"text": rows}), tmp_path / "lines.parquet")
     assert read(tmp_path / "lines.parquet")[0] == STORIES
 
@@ -184,6 +186,20 @@ def test_each_json_object_is_a_document_also_if_there_are_separators(tmp_path, n
     lines = [{"text": line} for line in LINES]  # of which articles consist, as those of a table do
     (tmp_path / name).write_text(json.dumps(lines))
     assert read(tmp_path / name, documents="articles")[0] == ["= One =\na\n= = Part = =\nb", "= Two =\nc"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize("between", [f"\n{MARKER}\n", f"\r\n {MARKER} \r\n", f"{MARKER}\n", f"\n{MARKER}"])
+def test_a_marker_on_a_line_inside_a_record_parts_it(tmp_path, name, between):
+    texts = ["One line.", "Another.", between.join(STORIES[:3]), "HTML\n</s>\nin lines", "More."]
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / name)
+    else:
+        objects = [{"text": text} for text in texts]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, objects)) if name == "a.jsonl" else json.dumps(objects))
+    found, reading = read(tmp_path / name)
+    assert found == [*texts[:2], *STORIES[:3], *texts[3:]]
+    assert (reading.left_out["separators"], list(reading.notes)) == (2, [f"{MARKER} separates documents"])
 
 
 def test_a_separator_for_several_sources_leaves_json_objects_apart(tmp_path):
@@ -311,6 +327,12 @@ def test_sources_are_named_by_their_file_or_folder(tmp_path):
         wikitext_samples=0, alpaca_samples=0, text=tuple(f"{tmp_path}/{name}" for name in given)
     )  # fmt: skip
     assert [source.name for source in draw_sources(chosen).sources] == ["shards", "part", "shards-2", "part-1"]
+
+
+def test_no_source_is_named_as_all_of_them_are(tmp_path):
+    (tmp_path / "all.txt").write_text("a\nb\n")
+    chosen = PrepareSettings(wikitext_samples=0, alpaca_samples=0, text=(str(tmp_path / "all.txt"),) * 2)
+    assert [source.name for source in draw_sources(chosen).sources] == ["all-2", "all-3"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

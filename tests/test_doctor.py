@@ -9,6 +9,7 @@ import pytest
 
 import indraquantum
 from indraquantum import cli
+from indraquantum.doctor import _short
 
 
 def indra(capsys, *arguments):
@@ -55,6 +56,16 @@ def test_it_never_fails(capsys, monkeypatch, without_package):
     assert status == 0
     assert "unknown (ImportError: its build is broken)" in said.out
     assert "unknown (ZeroDivisionError: division by zero)" in said.out
+
+
+def test_variables_are_told_as_they_are(capsys, monkeypatch):
+    monkeypatch.setenv("MKL_NUM_THREADS", "")
+    assert f"{'MKL_NUM_THREADS':22} (empty)\n" in indra(capsys, "doctor")[1].out
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for value, told in (
+        ("/home/somebody/a", "~/a"), ("/home/somebody", "~"), ("/srv//a", "/srv//a"), ("0,1", "0,1"), ("a//b", "a//b"),
+    ):  # fmt: skip
+        assert _short(value) == told
 
 
 def test_no_home_folder_is_named(capsys, tmp_path, monkeypatch):

@@ -122,6 +122,39 @@ def test_a_run_that_grows_in_two_tabs_and_a_server_that_is_gone_for_a_while(chro
         context.close()
 
 
+def test_an_error_of_one_run_is_shown_and_goes_away(chromium, logs):  # noqa: F811
+    def failing(route):
+        route.fulfill(status=500, body=json.dumps({"error": "a file can't be read: no such disk"}))
+
+    with served(site_of(logs)) as server:
+        context = chromium.new_context()
+        context.set_default_timeout(60_000)
+        page = context.new_page()
+        page.goto(server.url)
+        page.locator("#runs tbody tr").nth(1).wait_for()
+        for name in ("real", HOSTILE):
+            page.get_by_role("checkbox", name=name, exact=True).check()
+        problem = page.get_by_text("a file can't be read: no such disk").first
+        for tab, path, found in (
+            ("Curves", "curves", page.locator("#chart-loss canvas")),
+            ("Comparison", "differences", page.get_by_role("rowheader", name="--seed")),
+            ("Checkpoints and samples", "details", page.get_by_role("cell", name="checkpoint_v4_epoch_1.pt")),
+        ):
+            page.get_by_role("tab", name=tab).click()
+            found.wait_for()
+            page.route(f"**/api/{path}?*", failing)
+            problem.wait_for()
+            expect(page.locator("#connection")).to_have_text("")
+            page.unroute(f"**/api/{path}?*")
+            problem.wait_for(state="hidden")
+            found.wait_for()
+        page.get_by_role("tab", name="Comparison").click()
+        page.get_by_role("rowheader", name="--seed").wait_for()
+        shutil.rmtree(logs / HOSTILE)
+        page.get_by_text("Choose two or more runs").wait_for()
+        context.close()
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_is_followed(chromium, world, tmp_path):  # noqa: F811
     logs = tmp_path / "logs"

@@ -13,6 +13,7 @@ import pytest
 from indraquantum import cli
 from indraquantum.config import MonitorSettings
 from indraquantum.errors import UserError
+from indraquantum.live import details
 from indraquantum.live.monitor import FILES, monitor, site_of
 from indraquantum.live.server import MOST_BYTES, PageServer, Site
 from indraquantum.metrics import FIELDS, _line
@@ -141,6 +142,20 @@ def test_checkpoints_are_listed_with_the_steps_of_their_manifests(logs, serve):
     assert {(one["name"], one["step"], one["bytes"]) for one in found} == {
         ("checkpoint_v4_epoch_1.pt", 7, 5), ("checkpoint_v4_step_3.pt", None, 5),
     }  # fmt: skip
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(logs, monkeypatch):
+    folder = logs / "one"
+    (folder / "checkpoint_v4_epoch_1.pt").write_bytes(b"12345")
+    (folder / "checkpoint_v4_epoch_2.pt").symlink_to(folder / "gone")  # removed between the list and its time
+
+    def names():
+        return [found["name"] for found in details.details_of(folder / "metrics.jsonl")["checkpoints"]]
+
+    assert names() == ["checkpoint_v4_epoch_1.pt"]
+    listed = details.checkpoints_of  # removed between its time and its size
+    monkeypatch.setattr(details, "checkpoints_of", lambda record: [folder / "gone.pt", *listed(record)])
+    assert names() == ["checkpoint_v4_epoch_1.pt"]
 
 
 @pytest.mark.parametrize("path", [

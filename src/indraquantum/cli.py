@@ -87,14 +87,18 @@ def options_of(path: Path) -> Callable[[App, tuple[str, ...], ArgumentCollection
     """Return what gives cyclopts the options of the YAML file at `path` that the command line leaves out.
 
     Raises:
-        UserError: the file can't be read, or is not a mapping.
+        UserError: the file can't be read, is not a mapping, or holds what no option has.
     """
     from indraquantum.yaml_settings import read_yaml
 
     content = read_yaml("--options", path, "options of the command, such as `epochs: 3`")
-    for name in content:
+    for name, value in content.items():
         if not isinstance(name, str):
             raise UserError("--options", f"{path}: {name}", "must be the name of an option; put it in quotes")
+        if name == "options":  # cyclopts leaves out what `launch` takes
+            raise UserError("--options", f"{path}: {name}", "must be an option of the command; this one names the file")
+        if any(isinstance(part, dict | list) for part in (value if isinstance(value, list) else [value])):
+            raise UserError("--options", f"{path}: {name}", "must have one value, or a list of values")
 
     def fill(command: App, names: tuple[str, ...], arguments: ArgumentCollection) -> None:
         # Below the command's own name: in a flat mapping, options with the name of a command would get lost.

@@ -38,10 +38,10 @@ def examine() -> dict[str, dict[str, Any]]:
             "products of the CPU": _attempt(_products),
         },
         "caches": {
-            "indraquantum": _attempt(lambda: _short(cache_folder())),
+            "indraquantum": _attempt(lambda: _short(str(cache_folder()))),
             "hugging face": _attempt(_hub_cache),
         },
-        "environment": {name: _short(Path(os.environ[name])) for name in VARIABLES if name in os.environ},
+        "environment": {name: _short(os.environ[name]) or "(empty)" for name in VARIABLES if name in os.environ},
     }
 
 
@@ -119,12 +119,12 @@ def _products() -> str:
 def _hub_cache() -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return _short(Path(HF_HUB_CACHE))
+    return _short(HF_HUB_CACHE)
 
 
-def _short(path: Path) -> str:
-    """`path` with ~ in place of the home folder, whose name is nobody's business in a bug report."""
+def _short(value: str) -> str:
+    """`value` with ~ in place of the home folder, whose name is nobody's business in a bug report."""
     try:
-        return f"~/{path.relative_to(Path.home())}"
+        return str("~" / Path(value).relative_to(Path.home())) if os.path.isabs(value) else value
     except (ValueError, RuntimeError):
-        return str(path)
+        return value

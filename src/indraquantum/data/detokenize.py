@@ -11,7 +11,7 @@ import re
 RULES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"^(?:= )+(.*?)(?: =)+$", r"\1"),  # = = Title = =
+        (r"^\s*(?:= )+(.*?)(?: =)+\s*$", r"\1"),  # = = Title = =
         (r" @([-,.])@ ", r"\1"),  # fifty @-@ two, 1 @,@ 000, 2 @.@ 5
         (r'" ([^"]*?) "', r'"\1"'),
         (r"([(\[{£$€]) ", r"\1"),

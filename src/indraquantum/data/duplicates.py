@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ SHINGLE_WORDS = 5
 NEAR = 0.8
 BANDS, BAND_ROWS = 16, 4  # a pair at 0.8 is missed with probability (1 - 0.8^4)^16 = 0.0002
 COMPARED = 64  # of the texts that share a band, those that share most: a pair at 0.8 shares 6.5 of 16 on the average
-WORD = re.compile(r"\w+")
+# A word is a run of letters, digits and `_`, and beyond ASCII of all but space and punctuation: \w lacks vowel signs.
+PUNCTUATION = "".join(sign for sign in map(chr, range(0x80, 0x20000)) if unicodedata.category(sign)[0] == "P")
+WORD = re.compile(rf"(?:\w+|[^\x00-\x7f\s{PUNCTUATION}]+)+")
 
 
 def exact_duplicates(keys: np.ndarray) -> np.ndarray:
@@ -32,7 +35,7 @@ def exact_duplicates(keys: np.ndarray) -> np.ndarray:
 def near_duplicates(texts: Sequence[str]) -> np.ndarray:
     """Return which texts nearly equal an earlier one that is not a near copy itself: (documents,) bool.
 
-    Case, punctuation and spacing are ignored. An exact copy counts as a near copy too.
+    Case, punctuation and spacing are ignored in a text that has words. An exact copy counts as a near copy too.
     """
     found = np.zeros(len(texts), dtype=bool)
     kept: list[dict[bytes, list[int]]] = [{} for _ in range(BANDS)]  # of each band: the texts that are no copies
@@ -52,8 +55,9 @@ def near_duplicates(texts: Sequence[str]) -> np.ndarray:
 
 
 def _shingles(text: str) -> np.ndarray:
-    """Different hashes of all runs of SHINGLE_WORDS words, uint64; a shorter text is one run."""
-    words = np.array([zlib.crc32(word.encode()) for word in WORD.findall(text.lower())] or [0], dtype=np.uint64)
+    """Different hashes of all runs of SHINGLE_WORDS words, uint64; a shorter text is one run, without words itself."""
+    found = WORD.findall(text.lower()) or [text]
+    words = np.array([zlib.crc32(word.encode()) for word in found], dtype=np.uint64)
     runs = max(len(words) - SHINGLE_WORDS + 1, 1)
     mixed = np.full(runs, len(words) if runs == 1 else 0, dtype=np.uint64)
     for place in range(min(SHINGLE_WORDS, len(words))):

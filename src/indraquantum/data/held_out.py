@@ -54,8 +54,8 @@ def hold_out(sources: Sequence[Keys]) -> list[np.ndarray]:
     Validation takes 1 % of the different documents of each source, those with the smallest hashes: at least 4, but
     never more than half of them. A source of 1 document has no validation. The test takes as many of the next smallest
     hashes, as long as at least half of the documents are left for training. Equal documents, and documents that share a
-    paragraph, go to the same part, whatever their source. A family of such documents that is too large for a part is
-    skipped.
+    paragraph, go to the same part, whatever their source. A family of such documents is skipped if it is too large for
+    a part, or if less than half of any of its sources would be left for training.
 
     Returns:
         For each source the part of each document, (documents,) uint8: TRAIN, VALIDATION or TEST.
@@ -66,28 +66,62 @@ def hold_out(sources: Sequence[Keys]) -> list[np.ndarray]:
     different = first == np.arange(len(first))
     sizes = np.bincount(family[different], minlength=len(first))  # different documents of each family
     parts = np.zeros(len(first), dtype=np.uint8)  # by family
+    counts = [sum(len(keys.first) for keys in key_parts(source.documents)) for source in sources]
+    room = _Room(sources, starts, family, counts)
     for part in (VALIDATION, TEST):
         chosen: set[int] = set()
-        for source, start in zip(sources, starts, strict=False):
-            count = sum(len(keys.first) for keys in key_parts(source.documents))
+        for number, (source, start, count) in enumerate(zip(sources, starts, counts, strict=False)):
             share = max(-(-count * FRACTION_PERCENT // 100), AT_LEAST)
             wanted = min(share, count // 2 - (part - VALIDATION) * share)
             by_key = (family[start + keys.places[keys.first]] for keys in key_parts(source.documents))
             candidates = (place for place in itertools.chain.from_iterable(by_key) if parts[place] == TRAIN)
-            chosen |= _take(candidates, sizes, wanted)
+            chosen |= _take(candidates, sizes, wanted, number, room)
         parts[list(chosen)] = part
     return [parts[family[start:stop]] for start, stop in itertools.pairwise(starts)]
 
 
-def _take(candidates: Iterable[int], sizes: np.ndarray, wanted: int) -> set[int]:
-    """The first families that together have `wanted` different documents, or as many as fit."""
+class _Room:
+    """Counts how many different documents of each source may still be held out, so that half of them are left."""
+
+    def __init__(self, sources: Sequence[Keys], starts: np.ndarray, family: np.ndarray, counts: Sequence[int]) -> None:
+        origin = np.repeat(np.arange(len(sources), dtype=np.uint8), np.diff(starts))
+        shared = np.zeros(len(family), dtype=bool)  # the families of several sources; usually there are few
+        shared[family[origin[family] != origin]] = True
+        found = [
+            of_each[shared[of_each]] * len(sources) + number
+            for number, (source, start) in enumerate(zip(sources, starts, strict=False))
+            for of_each in (family[start + keys.places[keys.first]] for keys in key_parts(source.documents))
+        ]
+        # Pairs of such a family and a source, each as one number, and the different documents of each pair.
+        self._pairs, self._sizes = np.unique(np.concatenate(found), return_counts=True)
+        self._left = [count // 2 for count in counts]
+        self._out: set[int] = set()
+
+    def take(self, family: int, size: int, source: int) -> bool:
+        """Hold out a family, of `size` documents if only `source` has it, and return whether there is room for it."""
+        if family in self._out:
+            return True
+        start, stop = np.searchsorted(self._pairs, (family * len(self._left), (family + 1) * len(self._left)))
+        numbers = (self._pairs[start:stop] % len(self._left)).tolist()
+        lost = dict(zip(numbers, self._sizes[start:stop].tolist(), strict=True)) or {source: size}
+        if any(self._left[number] < count for number, count in lost.items()):
+            return False
+        for number, count in lost.items():
+            self._left[number] -= count
+        self._out.add(family)
+        return True
+
+
+def _take(candidates: Iterable[int], sizes: np.ndarray, wanted: int, source: int, room: _Room) -> set[int]:
+    """The first families that together have `wanted` different documents, or as many as fit and there is room for."""
     taken: set[int] = set()
     for candidate in candidates:
         if wanted <= 0:
             break
-        if candidate not in taken and sizes[candidate] <= wanted:
-            taken.add(int(candidate))
-            wanted -= int(sizes[candidate])
+        family, size = int(candidate), int(sizes[candidate])
+        if family not in taken and size <= wanted and room.take(family, size, source):
+            taken.add(family)
+            wanted -= size
     return taken
 
 

@@ -25,6 +25,7 @@ from indraquantum.errors import UserError, all_or_missing
 
 SAMPLING = 0  # number of the random stream that draws samples
 MAX_SOURCES = 255  # a source's number is one byte
+ALL = "all"  # no source's name: in figures and strategies it means all of them
 # Shorter lines do not count as paragraphs: many documents share a line such as "Yes.".
 PARAGRAPH_CHARACTERS = 40
 AMOUNT = re.compile(r"\d{1,12}|\d+(\.\d+)?x")
@@ -129,11 +130,11 @@ def source_options(settings: PrepareSettings) -> list[SourceOption]:
     ):  # fmt: skip
         for value in given or ():
             path, _, amount = value.rpartition("=")
-            if not path or (path.startswith("http") and not _is_amount_of_address(path, amount)):
+            if not path or not _is_amount(value, path, amount):
                 path, amount = value, "1x"
             _check_name(flag, value)
             samples, weight = _amount(flag, value, amount)
-            stem, names = _stem(path), {option.name for option in options}
+            stem, names = _stem(path), {ALL, *(option.name for option in options)}
             name = next(n for n in (stem, *(f"{stem}-{number}" for number in range(2, 999))) if n not in names)
             options.append(SourceOption(name, flag, path, instructions, samples, weight, len(options)))
     if len(options) > MAX_SOURCES:
@@ -157,10 +158,15 @@ def _check_name(field: str, value: str) -> None:
         raise UserError(field, ascii(value), "must be a name in UTF-8, because the manifest holds it")
 
 
-def _is_amount_of_address(path: str, amount: str) -> bool:
-    """Return whether the text after the last = of a URL is an amount; a URL's query may have = and numbers too."""
-    _, asks, query = path.partition("?")
-    return AMOUNT.fullmatch(amount) is not None and (not asks or "=" in query or amount.endswith("x"))
+def _is_amount(value: str, path: str, amount: str) -> bool:
+    """Return whether the text after the last = is meant as an amount. A path may have = too: what is there wins.
+
+    A URL's query may have = and numbers.
+    """
+    if path.startswith("http"):
+        _, asks, query = path.partition("?")
+        return AMOUNT.fullmatch(amount) is not None and (not asks or "=" in query or amount.endswith("x"))
+    return not set("/*?[") & set(amount) and not Path(value).exists()
 
 
 def _amount(field: str, value: str, amount: str) -> tuple[int, float | None]:

@@ -55,6 +55,7 @@ class TextSource(NamedTuple):
     files: list[Path]
     documents: str  # auto, paragraphs, articles or records
     separators: dict[Path, str | None]  # of each file: what stands between two documents; BLANK_LINE for a blank line
+    apart: set[Path]  # those whose rows are never joined, because the first separator is inside a row
 
 
 def read_wikitext(field: str, name: str, *, reading: Reading | None = None, **options: str) -> list[str]:
@@ -90,7 +91,7 @@ def open_text(
     )
     files = _hub_files(field, name, remedy) if hub else source_files(field, name, SUFFIXES, remedy, reading)
     given = None if separator in ("auto", "none") else separator
-    source = TextSource(field, name, files, documents, dict.fromkeys(files, given))
+    source = TextSource(field, name, files, documents, dict.fromkeys(files, given), set())
     if separator == "auto" and not hub:
         for path in files:
             source.separators[path] = _marker(source, path)
@@ -101,10 +102,15 @@ def open_text(
 
 
 def _marker(source: TextSource, path: Path) -> str | None:
-    """The first of MARKERS that separates the documents of a file, or None."""
+    """The first of MARKERS that separates the documents of a file, or None. If it is inside a row, `apart` has it."""
     if path.suffix in TEXT_SUFFIXES:
         return _marker_of_file(path)
-    return next(filter(None, map(_marker_in, _records(source, path, Reading("", skip=True)))), None)
+    for text in _records(source, path, Reading("", skip=True)):
+        if found := _marker_of_record(text):
+            if "\n" in text.strip():
+                source.apart.add(path)
+            return found
+    return None
 
 
 def _marker_of_file(path: Path) -> str | None:
@@ -138,6 +144,14 @@ def _marker_in(text: str) -> str | None:
             return marker
     found = JOINS.search(text)
     return found[1] if found else None
+
+
+def _marker_of_record(text: str) -> str | None:
+    """Return the marker of a record. Only a special one may be on a line inside it: HTML has lines such as </s>."""
+    if found := _marker_in(text):
+        return found
+    lines = text.split("\n") if "<|" in text else []
+    return next((found for found in map(_marker_in, lines) if found and _is_special(found)), None)
 
 
 def _is_special(separator: str) -> bool:
@@ -212,15 +226,15 @@ def _records_of_file(source: TextSource, path: Path, reading: Reading) -> Iterat
 def _with_ends(source: TextSource, path: Path, reading: Reading) -> Iterator[str | None]:
     """Yield the lines of a file, with END where a document ends: at a separator, and around some records.
 
-    These are records of several lines and JSON objects. Other records of one line are lines of a text, and so are
-    objects if documents are articles, which a list of lines makes up.
+    These are records of several lines, JSON objects and the rows of tables in `apart`. Other records of one line are
+    lines of a text, and so are all of one line if documents are articles, which a list of lines makes up.
     """
     if path.suffix in TEXT_SUFFIXES:
         records: Iterable[list[str]] = ([line] for line in _lines(source, path, reading))
     else:
-        records = (text.split("\n") for text in _records(source, path, reading))
+        records = (text.removesuffix("\n").split("\n") for text in _records(source, path, reading))
     separator = source.separators[path]
-    all_end = path.suffix in JSON_SUFFIXES and source.documents != "articles"
+    all_end = (path.suffix in JSON_SUFFIXES or path in source.apart) and source.documents != "articles"
     for lines in records:
         ends = all_end or len(lines) > 1
         if ends:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def details_of(metrics_path: Path) -> dict[str, Any]:
         "settings": shown | {name: _word(record[name]) for name in ("data", "signals") if record.get(name)},
         "folder": str(checkpoint_folder(record) or ""),
         "samples": _samples(metrics_path.with_name("samples.jsonl")),
-        "checkpoints": [_checkpoint(path) for path in checkpoints_of(record)],
+        "checkpoints": [found for path in checkpoints_of(record) if (found := _checkpoint(path))],
     }
 
 
@@ -40,16 +41,25 @@ def checkpoints_of(record: dict[str, Any]) -> list[Path]:
     """Return the checkpoints in that folder, the last one written first."""
     folder = checkpoint_folder(record)
     try:
-        found = (
-            [] if folder is None else [(path.stat().st_mtime_ns, path) for path in folder.glob("checkpoint_v4_*.pt")]
-        )
+        paths = [] if folder is None else list(folder.glob("checkpoint_v4_*.pt"))
     except OSError:
         return []
+    found = [(about.st_mtime_ns, path) for path in paths if (about := _about(path))]
     return [path for _, path in sorted(found, reverse=True)[:MOST_CHECKPOINTS]]
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
-    about = path.stat()
+def _about(path: Path) -> os.stat_result | None:
+    """Return what the system says about a file; None if training has removed it meanwhile."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _checkpoint(path: Path) -> dict[str, Any] | None:
+    about = _about(path)
+    if about is None:
+        return None
     try:
         step = json.loads(path.with_suffix(".json").read_bytes())["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -119,7 +119,7 @@
         answer = await ask("/api/curves", { run: id, key: before?.key || "", first: before?.complete || 0, series: seriesOf(decay).join(",") });
       } catch (error) {
         if (error instanceof TypeError) throw error; // the server is gone
-        page.data.set(id, { ...(before || { steps: [], series: {}, held_out: { steps: [], sources: {} }, collapse: [], every: 1 }), problem: error.message });
+        page.data.set(id, { ...(before || { steps: [], series: {}, held_out: { steps: [], sources: {} }, collapse: [], every: 1 }), problem: error.message, changed: before?.problem !== error.message });
         return;
       }
       if (decay !== page.decay) { more = true; return; }
@@ -186,14 +186,15 @@
   async function comparisonView(always = true) {
     const panel = find("panel"), runs = chosenRuns();
     if (always) shownComparison = "";
-    if (runs.length < 2) {
-      if (always) panel.replaceChildren(element("p", { class: "none" }, "Choose two or more runs in the list above to compare them."));
-      return;
-    }
+    const tell = (kind, text) => {
+      if (page.view === "comparison" && text !== shownComparison) panel.replaceChildren(element("p", { class: kind }, text));
+      shownComparison = text;
+    };
+    if (runs.length < 2) { tell("none", "Choose two or more runs in the list above to compare them."); return; }
     let rows = [];
     try {
       rows = (await ask(`/api/differences?${runs.map((run) => `run=${run.id}`).join("&")}`)).rows;
-    } catch (error) { panel.replaceChildren(element("p", { class: "problem" }, error.message)); return; }
+    } catch (error) { tell("problem", error.message); return; }
     const sources = [...new Set(runs.flatMap((run) => Object.keys(run.held_out)))];
     const figures = [["state", ...runs.map((run) => run.state)], ["steps", ...runs.map((run) => run.steps.toLocaleString("en"))],
       ["tokens", ...runs.map((run) => run.tokens.toLocaleString("en"))], ["loss", ...runs.map((run) => shown(run.loss))],
@@ -219,30 +220,28 @@
     return [element("h3", {}, "Samples, the newest first"), element("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": "samples" }, element("table", { class: "samples" }, element("tbody", {}, ...rows)))];
   }
 
-  async function filesView() {
-    const panel = find("panel"), runs = chosenRuns();
-    if (!runs.length) { panel.replaceChildren(element("p", { class: "none" }, "Choose a run in the list above.")); return; }
-    const parts = await Promise.all(runs.map(async (run) => {
-      let details;
-      try { details = await ask("/api/details", { run: run.id }); } catch (error) { return element("p", { class: "problem" }, `${run.name}: ${error.message}`); }
-      const when = (seconds) => new Date(1000 * seconds).toLocaleString();
-      const rows = details.checkpoints.map((found) => element("tr", {}, element("td", {}, found.name), element("td", {}, found.step === null ? "–" : found.step.toLocaleString("en")),
-        element("td", {}, `${(found.bytes / 1e6).toFixed(1)} MB`), element("td", {}, when(found.written))));
-      const heads = ["checkpoint", "step", "size", "written"].map((name) => element("th", { scope: "col" }, name));
-      const settings = Object.entries(details.settings).map(([name, value]) => element("tr", {}, element("td", {}, name), element("td", { class: "left" }, value)));
-      return element("div", { class: "card" }, element("h3", {}, run.name), element("p", { class: "quiet" }, details.folder ? `in ${details.folder}` : "There is no run.json, so the checkpoints are not known."),
-        rows.length ? element("div", { class: "wide" }, element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows))) : element("p", {}, "There is no checkpoint yet."),
-        ...samplesOf(details.samples),
-        element("details", {}, element("summary", {}, "All settings"), element("div", {}, element("table", {}, element("tbody", {}, ...settings)))));
-    }));
-    if (page.view === "files") panel.replaceChildren(...parts);
+  function filesOf(run, details) {
+    if (details.problem) return element("p", { class: "problem" }, `${run.name}: ${details.problem}`);
+    const when = (seconds) => new Date(1000 * seconds).toLocaleString();
+    const rows = details.checkpoints.map((found) => element("tr", {}, element("td", {}, found.name), element("td", {}, found.step === null ? "–" : found.step.toLocaleString("en")),
+      element("td", {}, `${(found.bytes / 1e6).toFixed(1)} MB`), element("td", {}, when(found.written))));
+    const heads = ["checkpoint", "step", "size", "written"].map((name) => element("th", { scope: "col" }, name));
+    const settings = Object.entries(details.settings).map(([name, value]) => element("tr", {}, element("td", {}, name), element("td", { class: "left" }, value)));
+    return element("div", { class: "card" }, element("h3", {}, run.name), element("p", { class: "quiet" }, details.folder ? `in ${details.folder}` : "There is no run.json, so the checkpoints are not known."),
+      rows.length ? element("div", { class: "wide" }, element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...rows))) : element("p", {}, "There is no checkpoint yet."),
+      ...samplesOf(details.samples),
+      element("details", {}, element("summary", {}, "All settings"), element("div", {}, element("table", {}, element("tbody", {}, ...settings)))));
   }
 
   // New checkpoints and samples appear by themselves, but only when something changed, so that an open list stays open.
   let shownFiles = "";
-  async function refreshFiles() {
-    const found = JSON.stringify(await Promise.all(chosenRuns().map((run) => ask("/api/details", { run: run.id }))));
-    if (found !== shownFiles) { shownFiles = found; await filesView(); }
+  async function filesView(always = true) {
+    const runs = chosenRuns();
+    const details = await Promise.all(runs.map((run) => ask("/api/details", { run: run.id }).catch((error) => ({ problem: error.message }))));
+    const found = JSON.stringify(details);
+    if (page.view !== "files" || (!always && found === shownFiles)) return;
+    shownFiles = found;
+    find("panel").replaceChildren(...(runs.length ? runs.map((run, at) => filesOf(run, details[at])) : [element("p", { class: "none" }, "Choose a run in the list above.")]));
   }
 
   const stateView = () => IndraExplorer.open(find("panel"), ask, chosenRuns());
@@ -292,7 +291,7 @@
           if (await updateCurves()) wait = Math.min(wait, 50 * page.chosen.length);
           drawCharts(false);
         } else if (page.view === "comparison") await comparisonView(false);
-        else if (page.view === "files") await refreshFiles();
+        else if (page.view === "files") await filesView(false);
       }
       find("connection").textContent = "";
     } catch (error) {
