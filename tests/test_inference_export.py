@@ -21,9 +21,12 @@ import survival
 from indraquantum import cli
 from indraquantum.config import ExportSettings, TrainSettings
 from indraquantum.errors import UserError
+from indraquantum.files import combined_sha256
 from indraquantum.inference import load as load_module
+from indraquantum.inference import model_card as card_module
 from indraquantum.inference.export import export_checkpoint
 from indraquantum.inference.load import load, load_model
+from indraquantum.inference.model_card import Exported, RunFacts, model_card
 from indraquantum.model.inference_model import InferenceModel
 from indraquantum.monitor.runs import summarise
 from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
@@ -280,6 +283,62 @@ def test_the_card_says_where_the_model_comes_from(world, exported, tmp_path, cap
         "1 layers of width 24, 320 tokens with embeddings of width 20, projector quantum",
     ]:  # fmt: skip
         assert part in card, part
+
+
+def card_of(path, **settings) -> str:
+    """The card of the checkpoint at `path` with changed settings."""
+    checkpoint = load_checkpoint("CHECKPOINT", path)
+    facts = RunFacts.find(
+        path, replace(checkpoint, settings=checkpoint.settings | settings), path.parent.parent / "logs"
+    )
+    return model_card("model", load(path, torch.device("cpu")), facts, Exported("", ""))
+
+
+OTHER = combined_sha256(["other"])
+WARM = {"warm": {"data": OTHER, "signals": OTHER}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "licence", "parts"),
+    [
+        ({}, "other", ["- wikitext: "]),
+        ({"start_from": OTHER}, "cc-by-nc-4.0", [
+            "- Not recorded here: the data of the weights that it started from. Ask ",
+            "- It started from other weights, whose training is not recorded here.",
+        ]),
+        ({"stages": WARM}, "cc-by-nc-4.0", ["- wikitext: ", "- Not recorded here: the data of stage warm. Ask "]),
+    ],
+    ids=["own data", "other weights", "other data"],
+)  # fmt: skip
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
+def test_data_that_no_record_names_may_not_be_used_commercially(exported, monkeypatch, settings, licence, parts):
+    manifest = {"sources": [{"name": "wikitext"}], "options": {}}  # without Alpaca
+    monkeypatch.setattr(card_module, "_manifest", lambda *_: manifest)
+    card = card_of(exported[0], **settings)
+    for part in [f'license: "{licence}"', *parts]:
+        assert part in card, part
+    assert ("Not recorded here" in card) == ("non-commercial" in card) == (licence != "other")
+
+
+def test_a_pickle_as_the_data_may_not_be_used_commercially():
+    facts = RunFacts(1, 1, {}, held_out={"all": 2.0, "pickle": 2.0})
+    assert facts.source_names == ()
+    assert facts.non_commercial
+
+
+@pytest.mark.parametrize(
+    "settings", [{"signals": OTHER}, {"stages": WARM}, {"signals": None, "stages": WARM}],
+    ids=["captured again", "of a stage too", "of a stage"],
+)  # fmt: skip
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
+def test_a_teacher_whose_signals_are_not_there_is_not_named(world, exported, settings):
+    known = f"- Teacher: {world.teacher}, asked once"
+    assert known in card_of(exported[0])
+    card = card_of(exported[0], **settings)
+    assert known not in card
+    assert "- Teacher: not recorded here." in card
+    assert "does not know its teacher: " in card
+    assert "- Teacher: none, cross-entropy alone." in card_of(exported[0], signals=None)
 
 
 @pytest.mark.parametrize("tokenizer", [{}, {"json": "{}", "bos_id": 0, "eos_id": 1}])

@@ -6,8 +6,10 @@ import itertools
 import json
 import random
 import urllib.request
+from dataclasses import replace
 
 import gguf
+import jinja2
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from indraquantum.config import ExportSettings
 from indraquantum.data.fast_tokenizer import save_chat_tokenizer
-from indraquantum.data.prompt import format_alpaca
+from indraquantum.data.prompt import Message, format_alpaca
 from indraquantum.data.same_tokenizer import require_same_tokenizer
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
@@ -92,6 +94,20 @@ def test_another_reader_finds_the_tokenizer(tokenizer, tmp_path):
     assert field("tokenizer.ggml.bos_token_id").contents() == tokenizer.bos_id
     types = field("tokenizer.ggml.token_type").contents()
     assert {i for i, kind in enumerate(types) if kind == TokenType.CONTROL} == set(tokenizer.control_ids)
+
+
+def test_the_template_of_a_tokenizer_without_bos_writes_none(tokenizer, tmp_path):
+    """llama.cpp takes token 1 or 11 for the BOS of a file that names none."""
+    _, loaded = loaded_of(tokenizer)
+    bare = TextTokenizer(tokenizer.backend, None, tokenizer.eos_id)
+    write(replace(loaded, tokenizer=bare), tmp_path, ExportSettings(as_="gguf"))
+    field = gguf.GGUFReader(tmp_path / "model-f16.gguf").get_field
+    assert field("tokenizer.ggml.bos_token_id") is None
+    template = field("tokenizer.chat_template").contents()
+    assert "bos_token" not in template
+    chat = [Message("system", "Be short."), Message("user", "One?"), Message("assistant", "yes"), Message("user", "?")]
+    text = jinja2.Template(template).render(messages=chat, bos_token="another", eos_token="</s>")
+    assert text == "</s>".join([format_alpaca("Be short.", "One?", "yes"), format_alpaca("Be short.", "?")])
 
 
 def merged_by_score(text, fields):

@@ -13,6 +13,7 @@ import torch
 from indraquantum import cli
 from indraquantum.config import TrainSettings
 from indraquantum.errors import UserError
+from indraquantum.files import read_sums
 from indraquantum.inference.export_onnx import feed, quantise, session, write_graph
 from indraquantum.inference.load import load
 from indraquantum.inference.onnx_graph import names, phase_of, quiet
@@ -187,6 +188,8 @@ def test_names_and_sizes_are_those_of_optimum_and_transformers_js(exported, grap
     sizes = {"model_type": "llama", "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 28, "hidden_size": 56}
     assert config.items() >= {**sizes, "architectures": ["LlamaForCausalLM"]}.items()
     assert (exported / "generation_config.json").is_file()
+    files = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
+    assert read_sums(exported).keys() == files - {"SHA256SUMS"} >= {"config.json", "onnx/model.onnx"}
     # transformers.js does not read chat_template.jinja
     template = json.loads((exported / "tokenizer_config.json").read_text())["chat_template"]
     assert template == (exported / "chat_template.jinja").read_text()

@@ -56,6 +56,8 @@ def test_the_folder_has_all_that_the_page_needs(checkpoint, tmp_path, monkeypatc
     assert "python -m http.server" in capsys.readouterr().out
     assert damaged_file(page, read_sums(page)) is None
     assert {path.relative_to(page).as_posix() for path in page.rglob("*") if path.is_file()} == {
+        *read_sums(page), "SHA256SUMS",
+    } == {
         "index.html", "page.css", "page.js", "page_worker.js", "state.css", "state.js", "icon.svg", "model.json",
         "model.onnx", "tokenizer.json", "README.md", "SHA256SUMS", "runtime/ort.js", "runtime/ort.wasm",
         "runtime/ort.LICENSE", "runtime/tokenizers.js", "runtime/tokenizers.LICENSE",

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 NEW = 24
 PROMPTS = [
     "the cat sees a dog", "Grüße, 猫 🐈", "a </s> b <s>",
-    "<img src=x onerror=alert(1)><script>alert(2)</script>\n<b>bold</b>",
+    "<img src=x onerror=alert(1)><script>alert(2)</script>\n<b>bold</b>", "",
 ]  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def test_the_browsers_tokenizer_gives_our_ids(name, request, runtime, world, tmp
     alphabet = [*"abc AB.,'\n\t  01234567890éß猫🐈", "\u0301", "\ufb01", "\u00a0", "\u2019", "👩\u200d👧"]
     alphabet += ["</s>", "<s>", "<unk>", "<0x0A>", "\u2581"]
     texts = ["".join(draw.choices(alphabet, k=draw.randint(1, 40))) for _ in range(500)]
-    texts += [*PROMPTS, "  two  spaces ", "don't I'll WE'VE", "x" * 500, "def f(x):\n    return x\n"]
+    texts += [*filter(None, PROMPTS), "  two  spaces ", "don't I'll WE'VE", "x" * 500, "def f(x):\n    return x\n"]
     unpack_runtime(runtime, tmp_path)
     (tmp_path / "tokenizers.js").rename(tmp_path / "tokenizers.mjs")
     loaded = Loaded(None, tokenizer, {}, None, Path())

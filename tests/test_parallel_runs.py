@@ -20,7 +20,7 @@ import survival
 from indraquantum.files import folder_lock
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher.signals import SignalStore
-from indraquantum.training import checkpoint, loop, parallel
+from indraquantum.training import checkpoint, loop, parallel, samples
 from indraquantum.training import signals as training_signals
 from indraquantum.training.checkpoint import load_checkpoint, newest_checkpoint
 
@@ -183,8 +183,9 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_any_process(world, tmp_path
     assert f"not finite because of rows [{(tmp_path / 'row').read_text()}]" in forked.said(tmp_path)
 
 
-def test_a_removed_folder_ends_all_with_a_checkpoint(world, tmp_path):
-    settings = settings_of(world, tmp_path)
+@pytest.mark.parametrize("evaluate_every", [20, 1])
+def test_a_removed_folder_ends_all_with_a_checkpoint(world, tmp_path, evaluate_every):
+    settings = settings_of(world, tmp_path, evaluate_every=evaluate_every)
 
     def act(_):
         take_step = loop.take_step
@@ -215,6 +216,20 @@ def test_a_full_disk_ends_all(world, tmp_path):
 
     assert forked.run(2, act, tmp_path) == [2, 2], forked.said(tmp_path)
     assert forked.said(tmp_path).count("No space left") == 1
+
+
+def test_a_sample_that_cannot_be_written_ends_all(world, tmp_path):
+    settings = settings_of(world, tmp_path, sample_every=2, sample_prompt=("the cat",))
+
+    def act(_):
+        def full(path, *_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        samples.sample = lambda *_: setattr(samples.Path, "open", full)
+        survival.train_small(settings)
+
+    assert forked.run(2, act, tmp_path) == [2, 2], forked.said(tmp_path)
+    assert forked.said(tmp_path).count("samples.jsonl; could not be written: No space left") == 1
 
 
 def test_folders_in_use_and_wrong_options_are_refused_once(world, tmp_path):

@@ -340,7 +340,9 @@ WRONG = [
     ({"prompt": "a", "best_of": 3}, "best_of: got 3"),
     ({"prompt": "a", "temprature": 1}, "temprature: there is no such"),
     ({"prompt": "a", "stream": True, "prompt_logprobs": 1}, "can't be streamed"),
-    ({"prompt": "a", "seed": 2**70}, "seed"), ({"prompt": ["a"] * 200}, "too many texts are waiting"),
+    ({"prompt": "a", "seed": 2**70}, "seed"),
+    ({"prompt": ["a"] * 200}, f"prompt: got 200 texts to write; must be at most {QUEUE}, the length of this server's"),
+    ({"prompt": ["a", "b"], "n": 100}, f"prompt: got 200 texts to write; must be at most {QUEUE}"),
 ]  # fmt: skip
 
 
@@ -348,10 +350,33 @@ WRONG = [
 def test_a_wrong_request_is_refused_in_one_line_with_the_field(raw, body, message):
     answer = raw.post("/v1/completions", json=body)
     error = answer.json()["error"]
-    assert answer.status_code == (429 if "many" in message else 400)
+    assert answer.status_code == 400
     assert message in error["message"]
     assert "\n" not in error["message"]
-    assert error["type"] in ("invalid_request_error", "rate_limit_error")
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_more_answers_than_the_queue_is_long_are_refused(raw, serving, monkeypatch, path):
+    monkeypatch.setattr(serving.engine, "longest_queue", 3)
+    given = {"prompt": "a"} if path == "completions" else {"messages": [{"role": "user", "content": "a"}]}
+    assert raw.post(f"/v1/{path}", json=given | {"n": 3, "max_tokens": 1}).status_code == 200
+    answer = raw.post(f"/v1/{path}", json=given | {"n": 4, "max_tokens": 1})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "n"
+    assert answer.json()["error"]["message"].startswith("n: got 4 texts to write; must be at most 3, ")
+
+
+def test_a_request_beyond_a_full_queue_may_be_repeated(serving, raw):
+    with connection_of(serving, {"prompt": "a", "max_tokens": 300, "n": 128, "stream": True}):
+        while serving.engine.load[1] < QUEUE - 100:
+            time.sleep(0.005)
+        answer = raw.post("/v1/completions", json={"prompt": "a", "n": 100})
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+    assert error["message"] == "too many texts are waiting; try again later"
+    quiet(serving)
 
 
 def test_the_longest_texts_that_fit_are_written(client, loaded):

@@ -1,6 +1,10 @@
 """A served teacher: a real server on loopback that answers as vLLM does, with and without faults."""
 
 import json
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -209,12 +213,46 @@ def test_the_rate_limit_holds(settings, monkeypatch):
     clock, waits = types.SimpleNamespace(now=100.0), []
     client = types.SimpleNamespace(request=lambda *_, **__: types.SimpleNamespace(status_code=200, json=dict))
     monkeypatch.setattr(served.time, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(served.time, "sleep", waits.append)
     requests = served._Requests(changed(settings, requests_per_second=4), client)
+    monkeypatch.setattr(requests.stopped, "wait", waits.append)
     for now in [100.0] * 5 + [103.0] * 2:
         clock.now = now
         requests.json("POST", "/completions", {})
     assert waits == [0.0, 0.25, 0.5, 0.75, 1.0, 0.0, 0.25]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_capture_whose_server_never_answers(world, tmp_path, number, status):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        options = [
+            f"--data={world.data}", f"--output={tmp_path / 'signals'}", "--kind=topk", "--served-model=tiny",
+            f"--teacher=http://127.0.0.1:{silent.getsockname()[1]}/v1",
+        ]  # fmt: skip
+        with subprocess.Popen([sys.executable, "-m", "indraquantum", "capture", *options]) as child:
+            connection, _ = silent.accept()
+            with connection:
+                assert connection.recv(1 << 16).startswith(b"POST /v1/completions ")
+                child.send_signal(number)
+                try:
+                    assert child.wait(10) == status
+                finally:
+                    child.kill()
+    assert files_of(tmp_path / "signals") == {}
+
+
+def test_requests_that_nobody_waits_for_any_more_are_not_repeated(settings):
+    requests, asked = served._Requests(settings, None), []
+
+    def refuse(*_, **__):
+        asked.append(1)
+        requests.stopped.set()
+        return types.SimpleNamespace(status_code=503, text="", headers={"retry-after": "600"})
+
+    requests._client = types.SimpleNamespace(request=refuse)
+    with pytest.raises(UserError):
+        requests.json("POST", "/completions", {})
+    assert len(asked) == 1
 
 
 def test_entropy_bounds_hold_for_random_distributions_and_meet_at_the_ends():

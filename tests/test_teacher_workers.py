@@ -191,7 +191,7 @@ def test_a_missing_or_broken_ray_is_one_line(settings, without_package, error):
     assert files_of(settings.output) == {}
 
 
-def begin_nothing(plan, counter):
+def begin_nothing(*_):
     pass
 
 
@@ -209,6 +209,27 @@ def test_a_capture_that_is_stopped_stops_its_workers_within_their_shard(settings
     for name, function in {"_begin_process": begin_nothing, "_do_job": nap, "as_completed": stop}.items():
         monkeypatch.setattr(engines, name, function)
     with pytest.raises(SystemExit):
+        capture(changed(settings, workers=2), None, SHARD)
+    assert [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 2
+
+
+def fail_or_nap(job):
+    if (job.split, job.number) == ("validation", 0):
+        raise UserError("--teacher", "x", "must be y")
+    nap(job)
+
+
+def test_the_error_of_one_worker_does_not_wait_for_the_others(settings, monkeypatch):
+    workers, completed = [], engines.as_completed
+
+    def watched(futures):
+        workers.extend(multiprocessing.active_children())
+        return completed(futures)
+
+    changes = {"_begin_process": begin_nothing, "_do_job": fail_or_nap, "as_completed": watched}
+    for name, function in changes.items():
+        monkeypatch.setattr(engines, name, function)
+    with pytest.raises(UserError, match=r"^--teacher: got x; must be y$"):
         capture(changed(settings, workers=2), None, SHARD)
     assert [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 2
 

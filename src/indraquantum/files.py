@@ -314,18 +314,18 @@ def read_json(field: str, path: Path, at_most: int | None = None) -> Any:
 
 
 SUMS_NAME = "SHA256SUMS"  # in the format of sha256sum: `sha256sum -c SHA256SUMS` checks a folder without this program
-_SUM = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\0]+)")
+_SUM = re.compile(r"([0-9a-f]{64}) [ *]([^\\\0]+)")
 
 
 def write_sums(folder: Path) -> None:
-    """Write `folder`/SHA256SUMS for all files of the folder."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS_NAME)
-    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in names]
+    """Write `folder`/SHA256SUMS for all other files of the folder and of the folders in it."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in names if name != SUMS_NAME]
     (folder / SUMS_NAME).write_text("".join(lines), encoding="utf-8")
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """Return the checksums in `folder`/SHA256SUMS by file name; empty if there is no such file."""
+    """Return the checksums in `folder`/SHA256SUMS by the path in the folder; empty if there is no such file."""
     try:
         text = (folder / SUMS_NAME).read_text(encoding="utf-8", errors="replace")
     except OSError:

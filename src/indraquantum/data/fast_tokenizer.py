@@ -41,6 +41,11 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}"""
 
 
+def chat_template(tokenizer: TextTokenizer) -> str:
+    """Return the template for chats. Without a BOS it names none, because llama.cpp would write another token there."""
+    return CHAT_TEMPLATE if tokenizer.bos_id is not None else CHAT_TEMPLATE.replace("{{- bos_token -}}\n", "")
+
+
 def save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     """Write the tokenizer into `folder`, so that transformers and `load_tokenizer` can load it."""
     _save(transformers_tokenizer(tokenizer), tokenizer, folder)
@@ -57,7 +62,7 @@ def save_chat_tokenizer(tokenizer: TextTokenizer, folder: Path, longest: int) ->
     reachable = _unknown_stays_text(tokenizer)
     fast = transformers_tokenizer(reachable, split_special_tokens=False, model_max_length=longest)
     fast.pad_token = tokenizer.backend.id_to_token(padding_id(tokenizer))
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = chat_template(tokenizer)
     _save(fast, reachable, folder)
 
 

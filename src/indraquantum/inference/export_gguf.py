@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indraquantum.config import ExportSettings
-from indraquantum.data.fast_tokenizer import CHAT_TEMPLATE, padding_id
+from indraquantum.data.fast_tokenizer import chat_template, padding_id
 from indraquantum.errors import UserError, optional_package
 from indraquantum.inference.export_llama import NO_READOUTS
 from indraquantum.inference.folding import FoldedModel, fold
@@ -118,7 +118,7 @@ def write_tokenizer(writer: GGUFWriter, loaded: Loaded, size: int) -> None:
     writer.add_add_eos_token(False)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(padding_id(tokenizer))
-    writer.add_chat_template(CHAT_TEMPLATE)
+    writer.add_chat_template(chat_template(tokenizer))
 
 
 def padded_mlp_width(width: int) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from indraquantum.config import ExportSettings
-from indraquantum.data.fast_tokenizer import CHAT_TEMPLATE, save_chat_tokenizer
+from indraquantum.data.fast_tokenizer import chat_template, save_chat_tokenizer
 from indraquantum.errors import UserError, optional_package
 from indraquantum.inference.export_llama import Agreement, agreement_of, llama_config
 from indraquantum.inference.export_transformers import give_generation_config
@@ -119,7 +119,8 @@ def write_tokenizer(loaded: Loaded, folder: Path) -> None:
     save_chat_tokenizer(loaded.tokenizer, folder, loaded.inference_model.config.max_position_embeddings)
     config = folder / "tokenizer_config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps(values | {"chat_template": CHAT_TEMPLATE}, indent=2) + "\n", encoding="utf-8")
+    template = chat_template(loaded.tokenizer)
+    config.write_text(json.dumps(values | {"chat_template": template}, indent=2) + "\n", encoding="utf-8")
 
 
 def session(file: Path, threads: int = 1) -> Any:

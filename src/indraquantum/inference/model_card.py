@@ -1,7 +1,8 @@
 """The model card (README.md) of an exported model, written from what the run has recorded.
 
 A checkpoint knows its settings. `run.json` beside the metrics says where its data and signals were; their manifests say
-what they hold, and the metrics have the figures. The card says what it could not find.
+what they hold, and the metrics have the figures. The card says what it could not find. No record says which texts a
+stage with data of its own had, or the weights of --start-from.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import Any
 from indraquantum import __version__
 from indraquantum.config import ALPACA, WIKITEXT
 from indraquantum.data.dataset_manifest import read_dataset_manifest
+from indraquantum.data.padded import SOURCE as PICKLE
 from indraquantum.errors import UserError
+from indraquantum.files import combined_sha256
 from indraquantum.inference.load import Loaded
 from indraquantum.metrics import RECORD_NAME, read_record
 from indraquantum.monitor.runs import summarise
 from indraquantum.progress import tell
-from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest
+from indraquantum.teacher.manifest import read_manifest
 from indraquantum.training.checkpoint import Checkpoint
 
 NON_COMMERCIAL = "cc-by-nc-4.0"
+ASK = "Ask whoever trained the model before you use it commercially."
 LICENCES = {
     "wikitext": "WikiText-103, from Wikipedia: CC BY-SA 3.0 and GFDL",
     "alpaca": "Stanford Alpaca, written by OpenAI's text-davinci-003: CC BY-NC 4.0, so for non-commercial use only",
@@ -63,7 +67,7 @@ class RunFacts:
     def find(cls, path: Path, checkpoint: Checkpoint, logs: Path) -> RunFacts:
         """Gather what is recorded about the run of the checkpoint at `path`; what is missing is no error."""
         known = {"steps": checkpoint.step, "tokens": checkpoint.tokens, "settings": checkpoint.settings}
-        folder = logs / path.resolve().parent.name
+        folder, signals = logs / path.resolve().parent.name, _signals(checkpoint.settings)
         try:
             record = read_record(folder)
             if record is None or Path(record.get("checkpoints", "")).resolve() != path.resolve().parent:
@@ -71,28 +75,40 @@ class RunFacts:
             known["held_out"] = _held_out(folder)
         except UserError as error:
             tell(f"The model card says less: {error}.")
-            teacher = ["its teacher"] if checkpoint.settings.get("signals") else []
+            teacher = ["its teacher"] if signals else []
             return cls(**known, missing=("its data", *teacher, "its figures"))
         missing, settings = [] if known["held_out"] else ["its figures"], record["settings"] or {}
         if (manifest := _manifest(Path(settings.get("data", "")), checkpoint.settings.get("data"))) is not None:
             known |= {"sources": tuple(manifest["sources"]), "options": manifest["options"]}
         else:
             missing.append("its data")
-        if checkpoint.settings.get("signals"):
-            known["teacher"] = _teacher(settings)
+        if signals:
+            known["teacher"] = _teacher(settings, signals)
             missing += [] if known["teacher"] else ["its teacher"]
         return cls(**known, missing=tuple(missing))
 
     @property
     def source_names(self) -> tuple[str, ...]:
         """The names of the sources, from the manifest or from the figures."""
-        names = [source["name"] for source in self.sources] or [name for name in self.held_out if name != "all"]
-        return tuple(names)
+        names = [source["name"] for source in self.sources] or self.held_out
+        return tuple(name for name in names if name not in ("all", PICKLE))  # a pickle does not tell its sources
+
+    @property
+    def other_data(self) -> tuple[str, ...]:
+        """What the model learned from besides the data of the run. No record says which texts these are."""
+        own, stages = self.settings.get("data"), self.settings.get("stages", {})
+        others = [f"the data of stage {name}" for name, stage in stages.items() if stage.get("data", own) != own]
+        return (*others, *(["the data of the weights that it started from"] if self.settings.get("start_from") else []))
+
+    @property
+    def has_alpaca(self) -> bool:
+        """Whether Alpaca was among the recorded data."""
+        return any("alpaca" in name.lower() for name in self.source_names)
 
     @property
     def non_commercial(self) -> bool:
         """Whether Alpaca was among the data, or may have been."""
-        return any("alpaca" in name.lower() for name in self.source_names) or not self.source_names
+        return self.has_alpaca or not self.source_names or bool(self.other_data)
 
 
 def _held_out(folder: Path) -> Mapping[str, float]:
@@ -109,13 +125,20 @@ def _manifest(folder: Path, content_sha256: str | None) -> dict[str, Any] | None
     return manifest if manifest["content_sha256"] == content_sha256 else None
 
 
-def _teacher(settings: Mapping[str, Any]) -> str | None:
-    """Return the teacher of the run's signals, if they are still there."""
+def _signals(settings: Mapping[str, Any]) -> set[str]:
+    """Return the SHA-256 of all signals that a run learned from. A stage with data of its own has others."""
+    parts = (settings, *settings.get("stages", {}).values())
+    return {part["signals"] for part in parts if part.get("signals")}
+
+
+def _teacher(settings: Mapping[str, Any], signals: set[str]) -> str | None:
+    """Return the teacher of `signals`, if the run's folder still holds these, and the run had no others."""
     folder = Path(settings.get("signals") or Path(settings.get("data", "")).parent / "teacher_signals")
     try:
-        return read_manifest("--signals", folder).teacher if (folder / MANIFEST_NAME).is_file() else None
+        manifest = read_manifest("--signals", folder)
     except UserError:
         return None
+    return manifest.teacher if signals == {combined_sha256(entry.sha256 for entry in manifest.shards)} else None
 
 
 def model_card(name: str, loaded: Loaded, facts: RunFacts, exported: Exported) -> str:
@@ -190,8 +213,10 @@ def _data(facts: RunFacts) -> list[str]:
         for source in facts.sources
     ] or [f"- {name}. {_licence(name)}." for name in facts.source_names]
     if not lines:
-        lines = ["- The data are not recorded here. Ask whoever trained the model before you use it commercially."]
-    if facts.non_commercial and facts.source_names:
+        lines = [f"- The data are not recorded here. {ASK}"]
+    if facts.other_data:
+        lines.append(f"- Not recorded here: {_list(facts.other_data)}. {ASK}")
+    if facts.has_alpaca:
         lines += ["", "Alpaca was among the data, so this model is for **non-commercial** use only."]
     if dataset := facts.settings.get("data"):
         lines += ["", f"SHA-256 of the prepared dataset: `{dataset}`."]
@@ -219,8 +244,10 @@ def _training(loaded: Loaded, facts: RunFacts) -> list[str]:
     if facts.teacher is not None:
         teacher = f"{facts.teacher}, asked once; its signals are stored"
     else:
-        teacher = "not recorded here" if facts.settings.get("signals") else "none, cross-entropy alone"
+        teacher = "not recorded here" if _signals(facts.settings) else "none, cross-entropy alone"
+    before = ["- It started from other weights, whose training is not recorded here."]
     return [
+        *(before if facts.settings.get("start_from") else []),
         f"- Steps: {facts.steps:,}, {facts.tokens:,} tokens, seed {facts.settings.get('seed', 'unknown')}.",
         f"- Stages of the strategy: {stages or 'not recorded'}.",
         f"- Teacher: {teacher}.",

@@ -306,6 +306,11 @@ class Application:
             options: of the Job.
         """
         context, answers = self.served.context, list[Answer]()
+        wanted, most = len(prompts) * body.n, self.served.engine.longest_queue
+        if wanted > most:
+            name = "prompt" if len(prompts) > 1 else "n"
+            message = f"{name}: got {wanted} texts to write; must be at most {most}, the length of this server's queue"
+            raise Refused(400, message, param=name)
         # Of a prompt that is only measured, the last token is not read, so it may lie just beyond the context. vLLM
         # always writes a token, so clients that want a prompt measured ask for one; it is left out if it does not fit.
         measured = room == 0 or options["prompt_top"] is not None

@@ -109,7 +109,7 @@ class Engine:
     """
 
     def __init__(self, packed: PackedModel, eos_id: int, slots: int, longest_queue: int) -> None:
-        self.packed, self._eos_id, self._longest_queue = packed, eos_id, longest_queue
+        self.packed, self._eos_id, self.longest_queue = packed, eos_id, longest_queue
         self._decoder = Decoder(packed, slots)
         self._running: list[Job] = []  # by slot
         self._next: list[int] = []  # the token to read next, by slot
@@ -139,7 +139,7 @@ class Engine:
             Full: the queue has no room for them, or the engine is closing.
         """
         with self._changed:
-            if self._closing or len(self._waiting) + len(jobs) > self._longest_queue:
+            if self._closing or len(self._waiting) + len(jobs) > self.longest_queue:
                 raise Full
             self._waiting.extend(jobs)
             self._changed.notify()

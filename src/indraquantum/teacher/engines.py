@@ -145,7 +145,7 @@ def _processes(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
                 allowed = "must be fewer: workers end before they finish a shard, perhaps because memory ran out"
                 raise UserError("--workers", plan.settings.workers, allowed) from None
             warn("capture: a worker ended unexpectedly; another one continues its work")
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        except BaseException:  # an error of one worker, or a signal
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()  # its shard may take another hour; the journal has what it captured
             raise

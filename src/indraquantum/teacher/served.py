@@ -16,7 +16,7 @@ import os
 import random
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,11 +94,16 @@ def _client(settings: CaptureSettings) -> httpx2.Client:
 
 
 class _Requests:
-    """Sends requests at the allowed rate, and repeats those whose failure may be temporary."""
+    """Sends requests at the allowed rate, and repeats those whose failure may be temporary.
+
+    Attributes:
+        stopped: set it when nobody waits for the answers any more, so that no more requests are sent.
+    """
 
     def __init__(self, settings: CaptureSettings, client: httpx2.Client) -> None:
         self._settings, self._client = settings, client
         self._lock, self._next = threading.Lock(), 0.0
+        self.stopped = threading.Event()
 
     def json(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         """Return the JSON of the answer.
@@ -112,6 +117,8 @@ class _Requests:
         for attempt in range(ATTEMPTS):
             wait = min(_LONGEST_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2**attempt) * random.uniform(0.5, 1)
             self._keep_to_rate()
+            if self.stopped.is_set():
+                break  # nobody reads the error below
             try:
                 answer = self._client.request(method, address, json=body)
                 if answer.status_code == 200:
@@ -127,7 +134,7 @@ class _Requests:
                 asked = answer.headers.get("retry-after", "")
                 wait = min(float(asked), 10 * _LONGEST_WAIT_SECONDS) if asked.isdigit() else wait
             if attempt + 1 < ATTEMPTS:
-                time.sleep(wait)
+                self.stopped.wait(wait)
         allowed = f"failed {ATTEMPTS} times ({reason}); run the same command later to resume"
         raise UserError("--teacher", self._settings.teacher, allowed)
 
@@ -138,7 +145,7 @@ class _Requests:
             now = time.monotonic()
             mine = max(now, self._next)
             self._next = mine + 1 / self._settings.requests_per_second
-        time.sleep(mine - now)
+        self.stopped.wait(mine - now)
 
 
 class ServedAsker:
@@ -163,7 +170,8 @@ class ServedAsker:
             raise
 
     def close(self) -> None:
-        """Close the connection."""
+        """Send no more requests, and close the connection."""
+        self._requests.stopped.set()
         self._client.close()
 
     def signals(self, split: str, rows: np.ndarray) -> PositionSignals:
@@ -174,12 +182,10 @@ class ServedAsker:
         """
         side = getattr(self._dataset, split)
         first, last = side.row_pieces[rows[0]], side.row_pieces[rows[-1] + 1]
-        with ThreadPoolExecutor(self._settings.concurrency) as pool:
-            try:
-                answers = list(pool.map(lambda piece: self._piece(side, piece), range(first, last)))
-            except UserError:
-                pool.shutdown(cancel_futures=True)  # drop the waiting requests
-                raise
+        # After an error or a signal, the waiting requests are dropped. Nothing waits for those under way, which may
+        # take minutes, not even the end of the process: unlike those of ThreadPoolExecutor, these threads are daemons.
+        with ThreadPool(self._settings.concurrency) as pool:
+            answers = list(pool.imap(lambda piece: self._piece(side, piece), range(first, last)))
         return PositionSignals(*map(np.concatenate, zip(*answers, strict=True)))
 
     def _piece(self, side: Any, piece: int) -> PositionSignals:

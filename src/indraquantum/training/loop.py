@@ -170,15 +170,16 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
                         collapsed = watch_for_collapse(run)
                     if folders is not None:
                         folders.check(log)
+                with run.processes.together():  # a block of its own, because an evaluation waits for all processes
                     if run.at_milestone or run.step % run.settings.evaluate_every == 0:
                         run.pending["held_out"] = evaluate(run, interrupts)
                         is_best = note_evaluation(run)
                     log.write(run.pending)
                     if collapsed:
                         raise TrainingStopped(f"{collapsed}; to continue, use --on-collapse warn")
+                    if run.after_step is not None:
+                        run.after_step(run)
                 run.pending = None
-                if run.after_step is not None:
-                    run.after_step(run)
                 if is_best and run.step and run.keep_best:  # before the one to resume from, which is never ahead
                     write_checkpoint(run, run.folder / BEST_NAME, log)
                 save_where_due(run, log)

@@ -37,7 +37,10 @@ async function download(name, size) {
 
 // Decoders drop a leading space, and a character may take several tokens. So a token's text is what the text up to it
 // is longer than the text before.
-const decode = (ids) => tokenizer.decode(ids.filter((id) => !model.control.includes(id)), { skip_special_tokens: false });
+const decode = (ids) => {
+  const kept = ids.filter((id) => !model.control.includes(id));
+  return kept.length ? tokenizer.decode(kept, { skip_special_tokens: false }) : ""; // the library refuses an empty list
+};
 const encode = (text) => (text === "" ? [] : tokenizer.encode(text, { add_special_tokens: false }).ids);
 const promptIds = (text) => [...(model.bos === null ? [] : [model.bos]), ...encode(text)];
 
