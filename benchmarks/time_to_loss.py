@@ -52,6 +52,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     names = arguments.only.split(",") if arguments.only else list(plan["runs"])
     seeds = [int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else plan["seeds"]
+    list(records_of(plan, output))  # before hours of training
     with tempfile.TemporaryDirectory() as folder:
         for seed, name in itertools.product(() if arguments.report_only else seeds, names):
             for steps in plan["runs"][name]["steps"]:

@@ -85,6 +85,9 @@ def test_a_path_with_an_equals_sign_is_not_an_amount(tmp_path):
     drawn = draw_sources(settings(tmp_path, ["a", "b"], text=tuple(f"{tmp_path}/{name}" for name in given))).sources
     assert [len(source.texts) for source in drawn[1:]] == list(given.values())
     refused(settings(tmp_path, [], text=(f"{tmp_path}/lang=en/no.jsonl",)), "no.jsonl", "does not exist")
+    refused(
+        settings(tmp_path, [], text=(f"{tmp_path}/lang=en/part.jsonl=1/2",)), "part.jsonl=1/2", "must be PATH, PATH="
+    )
 
 
 def test_weights_and_counts(tmp_path):

@@ -202,6 +202,20 @@ def test_a_marker_on_a_line_inside_a_record_parts_it(tmp_path, name, between):
     assert (reading.left_out["separators"], list(reading.notes)) == (2, [f"{MARKER} separates documents"])
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_records_about_markers_are_not_parted(tmp_path, name):
+    texts = [
+        f"The token is {MARKER}\nin GPT-2.",
+        f'eos_token="{MARKER}"\nsets it,\n"{MARKER} ends it',
+        f"See ({MARKER})\nand:",
+    ]
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / name)
+    else:
+        (tmp_path / name).write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    assert read(tmp_path / name)[0] == texts
+
+
 def test_a_separator_for_several_sources_leaves_json_objects_apart(tmp_path):
     parts, objects = [f"line {n}\nof text {n}" for n in range(20)], [f"object {n}" for n in range(20)]
     (tmp_path / "a.txt").write_text("\n\n".join(parts))

@@ -213,7 +213,7 @@ def test_final_figures_that_lack_a_run_say_so(world, data, tmp_path, capsys):
     assert re.search(said, capsys.readouterr().err)
     assert readings_path(data).read_text() == readings
     assert indra("ablate", plan, "--output", tmp_path / "results", "--report-only") == 0
-    said = "NOT OF ALL RUNS: these and the finished runs differ in wide-seed5."
+    said = "They do not cover the same runs as this report: only one of them has wide-seed5."
     assert said in (tmp_path / "results" / "report.md").read_text()
 
 

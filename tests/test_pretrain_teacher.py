@@ -144,6 +144,20 @@ def test_a_stopped_teacher_resumes_to_the_same_bits(world, tmp_path, finished, h
     assert outcome(settings) == outcome(finished)
 
 
+def test_a_teacher_stopped_in_its_last_evaluation_is_finished_by_one_more_command(world, tmp_path, finished):
+    settings, said = teacher_of(tmp_path, data=world.data), tmp_path / "said"
+
+    def stopped():
+        survival.at(loop, "held_out_cross_entropy", "after", 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        pretrain_teacher.pretrain_teacher(settings)
+
+    assert survival.in_fork(stopped) == 128 + signal.SIGTERM
+    for is_finished in (False, True):
+        assert survival.in_fork(lambda: pretrain_teacher.pretrain_teacher(settings), said) == 0
+        assert ("This run is finished" in said.read_text()) is is_finished
+    assert outcome(settings) == outcome(finished)
+
+
 def test_a_finished_teacher_is_not_trained_again_and_may_be_extended_where_its_schedule_allows(
     world, tmp_path, finished, capsys
 ):

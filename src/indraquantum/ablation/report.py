@@ -307,7 +307,8 @@ def _about_final(final: Result, runs: Runs) -> str:
     told = f"On the test split ({final['documents']} documents), read for this on {final['date']}, {said}."
     finished = {f"{variant}-seed{seed}" for variant, by_seed in runs.items() for seed in by_seed}
     others = sorted(final["runs"].keys() ^ finished)
-    return f"{told} NOT OF ALL RUNS: these and the finished runs differ in {', '.join(others)}." if others else told
+    apart = f" They do not cover the same runs as this report: only one of them has {', '.join(others)}."
+    return told + apart if others else told
 
 
 def _about_sizes(runs: Runs) -> str:

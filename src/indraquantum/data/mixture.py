@@ -166,7 +166,8 @@ def _is_amount(value: str, path: str, amount: str) -> bool:
     if path.startswith("http"):
         _, asks, query = path.partition("?")
         return AMOUNT.fullmatch(amount) is not None and (not asks or "=" in query or amount.endswith("x"))
-    return not set("/*?[") & set(amount) and not Path(value).exists()
+    is_path = set("/*?[") & set(amount) and not Path(path).exists()
+    return not is_path and not Path(value).exists()
 
 
 def _amount(field: str, value: str, amount: str) -> tuple[int, float | None]:

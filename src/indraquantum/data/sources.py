@@ -39,9 +39,13 @@ SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
 REMEDY = "give a .txt, .tokens, .raw, .jsonl, .json, .parquet or .arrow file, or a folder of them"
 # The markers that public files put between two documents. A marker alone on a line separates documents.
 MARKERS = ("<|endoftext|>", "<|end_of_text|>", "<|endofdoc|>", "<|eos|>", "<eos>", "</s>", "[EOS]")
-_SPECIAL = "|".join(re.escape(marker) for marker in MARKERS if marker.startswith("<|"))
+SPECIAL = tuple(marker for marker in MARKERS if marker.startswith("<|"))
+_SPECIAL = "|".join(map(re.escape, SPECIAL))
 # A marker that joins two texts touches both of them. In a text about markers there are spaces or quotes beside it.
-JOINS = re.compile(rf"""[^\s"'`(\[{{<]({_SPECIAL})\w""")
+_BEFORE = r"""[^\s"'`(\[{<]"""
+JOINS = re.compile(rf"{_BEFORE}({_SPECIAL})\w")
+# Inside a record, it stands alone on a line, or touches the text before or after it.
+INSIDE = re.compile(rf"(?:^[ \t]*|{_BEFORE})({_SPECIAL})(?:\w|[ \t\r]*$)", re.MULTILINE)
 BLANK_LINE = "blank-line"
 BLOCK_BYTES = 1 << 16  # searched at once
 END = None  # in a stream of lines: a document ends here
@@ -150,8 +154,8 @@ def _marker_of_record(text: str) -> str | None:
     """Return the marker of a record. Only a special one may be on a line inside it: HTML has lines such as </s>."""
     if found := _marker_in(text):
         return found
-    lines = text.split("\n") if "<|" in text else []
-    return next((found for found in map(_marker_in, lines) if found and _is_special(found)), None)
+    inside = INSIDE.search(text) if any(marker in text for marker in SPECIAL) else None
+    return inside[1] if inside else None
 
 
 def _is_special(separator: str) -> bool:

@@ -55,15 +55,19 @@ class Split:
 
     def label_counts(self, vocabulary_size: int) -> np.ndarray:
         """Return how often each token is predicted, (V,) int64: everywhere but at the beginning of a document."""
-        firsts = self.tokens[self.document_offsets[:-1][self.has_document]]
-        used = self.tokens[np.repeat(self.has_document, np.diff(self.document_offsets))]
-        return np.bincount(used, minlength=vocabulary_size) - np.bincount(firsts, minlength=vocabulary_size)
+        used, firsts = self.tokens, self.document_offsets[:-1]
+        if self.places_elsewhere is not None:
+            used = used[np.repeat(self.has_document, np.diff(self.document_offsets))]
+            firsts = firsts[self.has_document]
+        counts_V = np.bincount(used, minlength=vocabulary_size)
+        return counts_V - np.bincount(self.tokens[firsts], minlength=vocabulary_size)
 
     @cached_property
     def has_document(self) -> np.ndarray:
         """Whether it has each document of the stream, (documents,) bool; a part of another split lacks some."""
         has_document = np.full(self.num_documents, self.places_elsewhere is None)
-        has_document[self.piece_documents] = True
+        if self.places_elsewhere is not None:
+            has_document[self.piece_documents] = True
         return has_document
 
     @property

@@ -362,8 +362,8 @@ def _capture(
     except BaseException:  # also Ctrl-C while the teacher loads
         if folder.is_dir() and not manifest.shards and not any(path.stat().st_size for path in _journals(folder)):
             for journal in _journals(folder):  # nothing was captured: nothing is left behind
-                journal.unlink()
-            (folder / MANIFEST_NAME).unlink()
+                journal.unlink(missing_ok=True)
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
         raise
     return _Outcome(manifest, asked, packed)
 

@@ -182,8 +182,8 @@ class ServedAsker:
         """
         side = getattr(self._dataset, split)
         first, last = side.row_pieces[rows[0]], side.row_pieces[rows[-1] + 1]
-        # After an error or a signal, the waiting requests are dropped. Nothing waits for those under way, which may
-        # take minutes, not even the end of the process: unlike those of ThreadPoolExecutor, these threads are daemons.
+        # After an error or a signal, the waiting requests are dropped. Requests under way may take minutes. Nothing
+        # waits for them, not even the end of the process, because a ThreadPool's threads are daemons.
         with ThreadPool(self._settings.concurrency) as pool:
             answers = list(pool.imap(lambda piece: self._piece(side, piece), range(first, last)))
         return PositionSignals(*map(np.concatenate, zip(*answers, strict=True)))

@@ -179,7 +179,7 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
                         raise TrainingStopped(f"{collapsed}; to continue, use --on-collapse warn")
                     if run.after_step is not None:
                         run.after_step(run)
-                run.pending = None
+                run.pending, run.saved = None, False  # a checkpoint may still have what was pending
                 if is_best and run.step and run.keep_best:  # before the one to resume from, which is never ahead
                     write_checkpoint(run, run.folder / BEST_NAME, log)
                 save_where_due(run, log)
