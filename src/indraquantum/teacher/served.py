@@ -182,10 +182,23 @@ class ServedAsker:
         """
         side = getattr(self._dataset, split)
         first, last = side.row_pieces[rows[0]], side.row_pieces[rows[-1] + 1]
+        errors: list[UserError] = []
+
+        def ask(piece: int) -> PositionSignals:
+            try:
+                return self._piece(side, piece)
+            except UserError as error:
+                errors.append(error)
+                self._requests.stopped.set()  # the answers to other requests would be of no use
+                raise
+
         # After an error or a signal, the waiting requests are dropped. Requests under way may take minutes. Nothing
         # waits for them, not even the end of the process, because a ThreadPool's threads are daemons.
         with ThreadPool(self._settings.concurrency) as pool:
-            answers = list(pool.imap(lambda piece: self._piece(side, piece), range(first, last)))
+            try:
+                answers = list(pool.imap(ask, range(first, last)))
+            except UserError:
+                raise errors[0] from None  # others only were stopped
         return PositionSignals(*map(np.concatenate, zip(*answers, strict=True)))
 
     def _piece(self, side: Any, piece: int) -> PositionSignals:
