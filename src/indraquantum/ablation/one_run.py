@@ -30,11 +30,11 @@ from indraquantum.training.checkpoint import load_checkpoint, newest_checkpoint
 from indraquantum.training.loop import train
 from indraquantum.training.plan import plan_run
 from indraquantum.training.resume import with_defaults
+from indraquantum.training.run import COMPUTED_BY
 
 FIGURES = ("held_out", *CollapseFigures._fields, "collapse")
 CURVE = ("step", "tokens", "stage", *FIGURES)  # kept of the metrics
 CURVE_POINTS = 60  # about this many collapse figures are kept
-COMPUTED_BY = ("precision", "objective_precision", "attention_precision", "row_order", "products")  # run.computed_by
 
 
 def run_task(task: Task) -> None:

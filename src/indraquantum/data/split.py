@@ -65,10 +65,9 @@ class Split:
     @cached_property
     def has_document(self) -> np.ndarray:
         """Whether it has each document of the stream, (documents,) bool; a part of another split lacks some."""
-        has_document = np.full(self.num_documents, self.places_elsewhere is None)
-        if self.places_elsewhere is not None:
-            has_document[self.piece_documents] = True
-        return has_document
+        if self.places_elsewhere is None:
+            return np.ones(self.num_documents, dtype=bool)
+        return np.isin(np.arange(self.num_documents), self.piece_documents)
 
     @property
     def num_tokens(self) -> int:

@@ -405,15 +405,13 @@ def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
     }
 
 
+COMPUTED_BY = ("precision", "objective_precision", "attention_precision", "row_order", "products")
+
+
 def computed_by(precision: Precision) -> dict[str, Any]:
     """Return what else decides the bits of a run: number formats, rule for the order of rows, way of the products."""
-    return {
-        "precision": precision.name,
-        "objective_precision": precision.name_of_objective,
-        "attention_precision": precision.attention,
-        "row_order": ORDER,
-        "products": str(in_force()),
-    }
+    values = precision.name, precision.name_of_objective, precision.attention, ORDER, str(in_force())
+    return dict(zip(COMPUTED_BY, values, strict=True))
 
 
 def _tail(settings: TrainSettings, plan: Plan) -> str:
