@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -183,13 +182,10 @@ def test_an_address_that_is_none_is_one_line():
         download_url("--alpaca", "http://[bad/x.json", "help")
 
 
-def test_no_server_is_one_line(tmp_path, monkeypatch):
+def test_no_server_is_one_line(tmp_path, monkeypatch, deaf_server):
     monkeypatch.setenv("INDRAQUANTUM_CACHE", str(tmp_path))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with pytest.raises(UserError, match=r"could not be downloaded .*--alpaca PATH"):
-        read_alpaca("--alpaca", f"http://127.0.0.1:{port}/alpaca.json")
+        read_alpaca("--alpaca", f"{deaf_server}/alpaca.json")
     with pytest.raises(UserError, match="could not be downloaded"):
         read_alpaca("--alpaca", "http://127.0.0.1:port/alpaca.json")
     assert {path.name for path in files_in(tmp_path)} <= {".lock"}

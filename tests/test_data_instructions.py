@@ -256,3 +256,64 @@ def test_many_unused_fields_are_told_in_a_few_lines(tmp_path):
     summary = prepare_summary(prepare(settings))
     assert summary.count("1 sample has a field") == 10
     assert "8 more fields are not used; manifest.json lists them" in summary
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+OF_TOOLS = {
+    "null and calls": [("user", "Rain?", {}), ("assistant", None, {"tool_calls": [CALL]})],
+    "nothing and calls": [("user", "Rain?", {}), ("assistant", "", {"tool_calls": [CALL]})],
+    "words and calls": [("user", "Rain?", {}), ("assistant", "Let me look.", {"tool_calls": [CALL]})],
+    "an older call": [("user", "Rain?", {}), ("assistant", None, {"function_call": {"name": "weather"}})],
+    "its answer": [("user", "Rain?", {}), ("assistant", None, {"tool_calls": [CALL]}), ("tool", "Yes", {}),
+                   ("assistant", "It rains.", {})],
+    "ShareGPT's": [("human", "Rain?", {}), ("function_call", "{}", {}), ("observation", "Yes", {}),
+                   ("gpt", "Yes.", {})],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OF_TOOLS)
+def test_conversations_with_tools_are_left_out_and_counted(tmp_path, kind):
+    who, what = ("from", "value") if kind == "ShareGPT's" else ("role", "content")
+    talk = {"messages": [{who: role, what: text} | more for role, text, more in OF_TOOLS[kind]]}
+    plain = {"messages": [{"role": "user", "content": "a"},
+                          {"role": "assistant", "content": "b", "tool_calls": None, "function_call": {}}]}  # fmt: skip
+    found, reading = read(tmp_path / "a.json", [talk, plain, talk], conversations="single")
+    assert found == [AlpacaSample("a", "", "b")]
+    assert reading.left_out == {"conversations with calls of tools": 2}
+    assert not reading.unused_fields
+    assert not reading.skipped
+
+
+def test_fields_of_messages_that_are_not_used_are_counted_once_a_sample(tmp_path):
+    messages = [
+        {"role": "user", "content": "a", "name": "Ann", "weight": None},
+        {"role": "assistant", "content": "b", "name": "Bot", "reasoning_content": "I think."},
+    ]
+    _, reading = read(tmp_path / "a.json", [{"messages": messages, "name": "x"}] * 3, conversations="single")
+    assert list(reading.unused_fields.items()) == [("name", 3), ("messages.name", 3), ("messages.reasoning_content", 3)]
+
+
+def test_null_under_one_name_hides_no_text_under_another(tmp_path):
+    """As in tables that were merged: every row has all columns."""
+    of_names = {"instruction": None, "output": None, "prompt": "p", "response": "r", "messages": None}
+    of_plain = {"instruction": "i", "output": "o", "prompt": None, "response": None, "messages": None}
+    of_talk = {"instruction": None, "output": None, "prompt": None, "response": None,
+               "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}  # fmt: skip
+    rows = [of_names, of_plain, of_talk]
+    expected = [AlpacaSample("p", "", "r"), AlpacaSample("i", "", "o"), AlpacaSample("q", "", "a")]
+    found, reading = read(tmp_path / "a.json", rows, conversations="single")
+    assert found == expected
+    told = [
+        f"1 sample has their {role} in {name!r}" for role, name in (("instruction", "prompt"), ("output", "response"))
+    ]
+    assert list(reading.notes) == told
+    assert not reading.unused_fields
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read_alpaca("-", str(tmp_path / "a.parquet"), conversations="single") == expected
+    instances = [{"input": "", "output": "x"}]
+    assert read(tmp_path / "a.json", [{"instruction": "i", "output": None, "instances": instances}])[0] == [
+        AlpacaSample("i", "", "x")
+    ]
+    for null in ({"instruction": None, "prompt": None, "output": "o"}, {"instruction": "i", "output": None}):
+        with pytest.raises(UserError, match=r"must have a text field '(instruction|output)' \(or .*\); it is null"):
+            read(tmp_path / "a.json", [null])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,10 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from indraquantum.config import PrepareSettings
+from indraquantum.data import duplicates
 from indraquantum.data.dataset import open_dataset
 from indraquantum.data.detokenize import detokenize
 from indraquantum.data.duplicates import NEAR, WORD, exact_duplicates, near_duplicates
-from indraquantum.data.held_out import TEST, TRAIN, VALIDATION, choose_held_out, text_key
+from indraquantum.data.held_out import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Common,
+    Keys,
+    choose_held_out,
+    text_key,
+    without_common,
+)
 from indraquantum.data.mixture import draw_sources, source_options
 from indraquantum.data.prepare import prepare
 from indraquantum.errors import UserError
@@ -319,3 +330,94 @@ def test_wrong_records_are_skipped_counted_and_listed(tmp_path, monkeypatch):
     refused(chosen.model_copy(update={"skip_bad": False}), "byte 66 is not")
     assert prepare(settings(tmp_path, [f"line {n}" for n in range(9)])).skipped == 0
     assert not (report.folder / "skipped.jsonl").exists()
+
+
+@pytest.mark.parametrize("shared", [20, 60])
+def test_a_line_that_many_documents_share_does_not_keep_them_together(tmp_path, shared):
+    """Up to 20 documents stay together and can't be held out; more do not, and the note names the line."""
+    own = [f"and {LONG}" if n > 4 else "own" for n in range(shared)]
+    lines = [line for n in range(shared) for line in (f"= T{n} =", f"the same {LONG}", own[n])]
+    chosen = settings(tmp_path, lines, documents="articles")
+    if shared == 20:
+        refused(chosen, "share no paragraph", "it gives 20 documents; those that share a paragraph stay together")
+        return
+    (source,) = draw_sources(chosen).sources
+    assert [(source.parts == part).sum() for part in (VALIDATION, TEST)] == [4, 4]
+    assert list(source.reading.notes) == [
+        f"the text {f'the same {LONG}'[:60]!r} is in 60 different documents, so it may be in several splits; so may "
+        "1 other text of many documents"
+    ]
+
+
+def test_a_line_of_many_documents_beside_paragraphs_that_keep_some_together(tmp_path):
+    """Documents 2n and 2n + 1 share a line that no other has. The samples that were not drawn do not count."""
+    lines = [line for n in range(90) for line in (f"= T{n} =", f"pair {n // 2}, {LONG}", f"the same {LONG}")]
+    (source,) = draw_sources(settings(tmp_path, lines, documents="articles", wikitext_samples=70)).sources
+    pairs = [{text.split("\n")[1] for text, part in zip(source.texts, source.parts, strict=True) if part == of_part}
+             for of_part in (TRAIN, VALIDATION, TEST)]  # fmt: skip
+    assert len(set.union(*pairs)) == sum(map(len, pairs))
+    assert [(source.parts == part).sum() for part in (VALIDATION, TEST)] == [4, 4]
+    assert "is in 70 different documents" in next(iter(source.reading.notes))
+
+
+@pytest.mark.parametrize(
+    ("documents", "owners", "counted"),
+    [
+        (range(100), range(3, 24), 21),
+        (range(100), range(20), None),
+        (range(100), [5] * 30, None),  # one document has it 30 times
+        ([7] * 100, range(30), None),  # equal documents
+        (range(4000), range(40), None),
+        (range(4000), range(41), 41),
+    ],
+)
+def test_what_counts_as_a_paragraph_of_many_documents(documents, owners, counted):
+    hashes = [text_key(f"document {number}".encode()) for number in documents]
+    owners = np.array([*owners, 0])
+    paragraphs = np.array([text_key(b"licence")] * (len(owners) - 1) + [1], np.uint64)
+    keys, common = without_common(Keys(np.array(hashes, np.uint64), paragraphs, owners))
+    assert common == ([] if counted is None else [Common(text_key(b"licence"), owners[0], counted)])
+    assert keys.paragraphs.tolist() == (paragraphs.tolist() if counted is None else [1])
+    assert keys.owners.tolist() == (owners.tolist() if counted is None else [0])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\u2028", "\u2029", "\x85"])
+def test_a_paragraph_ends_at_every_line_end(tmp_path, end):
+    """Documents n and n + 30 share a line, and so do the answers n and n + 30."""
+    texts = [f"own {n}{end}line {n % 30}, {LONG}" for n in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    items = [{"instruction": f"Do {n}", "output": f"out {n}{end}answer {n % 30}, {LONG}"} for n in range(60)]
+    chosen = settings(tmp_path, [], items, wikitext=str(tmp_path / "a.jsonl"))
+    for source in draw_sources(chosen).sources:
+        shared = [text.split(end)[-1] for text in source.texts]
+        parts = [{line for line, of_text in zip(shared, source.parts, strict=True) if of_text == part}
+                 for part in (TRAIN, VALIDATION, TEST)]  # fmt: skip
+        assert len(set.union(*parts)) == sum(map(len, parts)) == 30
+        assert [len(part) for part in parts[1:]] == [2, 2]
+
+
+def test_a_refusal_for_lack_of_documents_says_how_many_were_drawn_and_differ(tmp_path):
+    chosen = settings(tmp_path, ["a", "b", "c"], wikitext_samples=1)
+    refused(chosen, "at least 2 different documents", "; it gives 3 documents, of which 1 was drawn")
+    refused(settings(tmp_path, ["a", "a"]), "; it gives 2 documents, with 1 different text")
+    (tmp_path / "more.txt").write_text("b\n")
+    chosen = settings(tmp_path, ["a"], text=(str(tmp_path / "more.txt"),))
+    refused(chosen, "; the sources give 2 documents; no source has 2 that differ")
+
+
+def test_near_copies_are_found_in_blocks_that_take_little_memory(monkeypatch):
+    texts = [" ".join(random.Random(seed).choices(WORDS, k=300)) for seed in (1, 2, 1)]
+    found, signatures = [], []
+    for size in (7, 1 << 20):
+        monkeypatch.setattr(duplicates, "BLOCK_SHINGLES", size)
+        found.append(near_duplicates(texts).tolist())
+        signatures.append(duplicates._signature(np.arange(1, 1000, dtype=np.uint64)).tolist())
+    assert found == [[False, False, True]] * 2
+    assert signatures[0] == signatures[1]
+    monkeypatch.undo()
+    shingles = np.arange(1 << 17, dtype=np.uint64)  # at once, they would take 64 MB for each step
+    tracemalloc.start()
+    duplicates._signature(shingles)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import random
 import tracemalloc
@@ -179,10 +180,11 @@ def test_missing_files_and_no_network(tmp_path):
     refused(read_wikitext, "--wikitext", "nothing", "does not exist")
 
 
-def test_all_that_is_missing_is_said_at_once(tmp_path, world, monkeypatch):
+def test_all_that_is_missing_is_said_at_once(tmp_path, world, monkeypatch, deaf_server):
     monkeypatch.setenv("INDRAQUANTUM_CACHE", str(tmp_path / "cache"))
+    alpaca = f"{deaf_server}/alpaca.json"
     nowhere = {
-        "tokenizer": "nobody/tokenizer", "wikitext": "nobody/text", "alpaca": "http://127.0.0.1:9/alpaca.json",
+        "tokenizer": "nobody/tokenizer", "wikitext": "nobody/text", "alpaca": alpaca,
         "output": tmp_path / "out" / "d.pkl",
     }  # fmt: skip
     words = {
@@ -192,7 +194,7 @@ def test_all_that_is_missing_is_said_at_once(tmp_path, world, monkeypatch):
         "wikitext": (
             "--wikitext: got nobody/text; is not a local file, and the Hugging Face hub can't be reached; give a "
         ),
-        "alpaca": "--alpaca: got http://127.0.0.1:9/alpaca.json; could not be downloaded ([Errno 111] Connection ref",
+        "alpaca": f"--alpaca: got {alpaca}; could not be downloaded ([Errno {errno.ECONNREFUSED}] Connection ref",
     }
     for there in ((), ("tokenizer",), ("wikitext",), ("tokenizer", "alpaca")):
         with pytest.raises(UserError) as error:

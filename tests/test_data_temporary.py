@@ -57,7 +57,7 @@ def test_the_next_preparation_clears_what_a_killed_one_left(tmp_path, owner, nam
             lengths.append(opened.row_length)
     assert set(lengths) <= {13, 9}
     # A preparation that is wrong changes nothing; one that is interrupted brings back what was moved aside.
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"--wikitext: got missing\.txt; does not exist"):
         preparation.prepare(chosen.model_copy(update={"wikitext": "missing.txt"}))
     assert survival.in_fork(lambda: interrupted(changed)) == 130
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".json") == [
@@ -83,16 +83,12 @@ def test_files_of_a_living_preparation_stay_whatever_its_number(tmp_path):
     """Two processes write to one folder, and one is stopped. A reused process number must not mislead the next one."""
     chosen = settings(tmp_path)
     preparation.prepare(chosen)
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            survival.quiet()
-            survival.at(dataset, "save_npy", "after", 3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
-            preparation.prepare(chosen.model_copy(update={"max_length": 9}))
-            status = 0
-        finally:
-            os._exit(status)
+
+    def stopped():
+        survival.at(dataset, "save_npy", "after", 3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        preparation.prepare(chosen.model_copy(update={"max_length": 9}))
+
+    pid = survival.fork(stopped)
     assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
     mine = {path.name for path in (tmp_path / "out").iterdir() if str(pid) in path.name}
     assert {f".mixed.{pid}.tmp", f".mixed.pkl.{pid}.tmp"} < mine

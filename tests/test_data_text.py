@@ -138,10 +138,15 @@ def test_two_shards_of_wikitexts_rows_are_its_lines(tmp_path, end):
 
 
 def test_a_folder_that_is_no_whole_save_to_disk_is_refused(tmp_path):
-    for name, content in (("state.json", "[]"), ("state.json", "{}"), ("dataset_dict.json", "3"),
-                          ("dataset_dict.json", '{"splits": ["train"]}')):  # fmt: skip
+    incomplete = "is not a complete folder as datasets' save_to_disk writes it"
+    for name, content, said in (
+        ("state.json", "[]", rf"{incomplete} \(AttributeError: "),
+        ("state.json", "{}", rf"{incomplete} \(KeyError: '_data_files'\)"),
+        ("dataset_dict.json", "3", rf"{incomplete} \(AttributeError: "),
+        ("dataset_dict.json", '{"splits": ["train"]}', r"train/state\.json; must be a file that can be read"),
+    ):
         (tmp_path / name).write_text(content)
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match=said) as caught:
             read(tmp_path)
         assert "\n" not in str(caught.value)
         (tmp_path / name).unlink()
@@ -273,7 +278,7 @@ def test_a_document_that_is_too_long_is_refused_or_skipped(tmp_path, monkeypatch
     assert len(reading.skipped) == 1
 
 
-# The promise: a line of 40 or more characters is in one split only, for all kinds of sources.
+# The promise: a line of 40 or more characters is in one split only, for all kinds of sources, if few documents have it.
 
 POOL = [f"the line with number {n} is long enough to count here" for n in range(40)] + ["short", "= a heading =", " "]
 KINDS = ("lines.txt", "stories.txt", "rows.parquet", "records.jsonl", "shown.json", "instructions.json")
@@ -382,3 +387,142 @@ def test_a_column_of_nothing_is_no_unused_field_and_one_of_two_is_refused(tmp_pa
     pq.write_table(pa.Table.from_arrays([pa.array(STORIES)] * 2, names=["text", "text"]), path)
     with pytest.raises(UserError, match="must have one column 'text', not 2"):
         read(path)
+
+
+def test_a_folder_is_read_without_other_splits_and_folders_and_says_so(tmp_path):
+    for name in ("corpus.jsonl", "test.jsonl", "my-validation-1.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    (tmp_path / "old").mkdir()
+    (tmp_path / ".cache").mkdir()
+    found, reading = read(tmp_path)
+    assert found == ["corpus.jsonl"]
+    assert list(reading.notes) == [
+        "read corpus.jsonl of the folder and left out my-validation-1.jsonl, old/, test.jsonl"
+    ]
+    (tmp_path / "corpus.jsonl").unlink()
+    found, reading = read(tmp_path)
+    assert found == ["my-validation-1.jsonl", "test.jsonl"], "nothing else is there"
+    assert list(reading.notes) == ["read 2 files of the folder and left out old/"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".txt", ".parquet"])
+def test_empty_shards_are_left_out_but_an_empty_source_is_refused(tmp_path, suffix):
+    for number in (0, 3):
+        if suffix == ".parquet":
+            pq.write_table(pa.table({"text": [STORIES[number]]}), tmp_path / f"{number}{suffix}")
+        else:
+            content = f"line {number}\n" if suffix == ".txt" else json.dumps({"text": STORIES[number]})
+            (tmp_path / f"{number}{suffix}").write_text(content)
+    expected = read(tmp_path)[0]
+    (tmp_path / f"1{suffix}").write_bytes(b"")
+    (tmp_path / f"2{suffix}").write_bytes(b"" if suffix == ".parquet" else b"\xef\xbb\xbf\r\n \n")
+    for name in (tmp_path, tmp_path / f"*{suffix}"):
+        found, reading = read(name)
+        assert found == expected
+        assert next(iter(reading.notes)) == f"left out 2 empty files, such as 1{suffix}"
+    for number in (0, 3):
+        (tmp_path / f"{number}{suffix}").write_bytes(b"")
+    with pytest.raises(UserError, match=f"0{suffix}; must "):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize("separator", ["auto", "none"])
+def test_records_are_lines_of_articles_only_if_one_is_a_title(tmp_path, name, separator):
+    def articles(texts):
+        if name == "a.parquet":
+            pq.write_table(pa.table({"text": texts}), tmp_path / name)
+        else:
+            objects = [{"text": text} for text in texts]
+            (tmp_path / name).write_text(
+                json.dumps(objects) if name == "a.json" else "\n".join(map(json.dumps, objects))
+            )
+        return read(tmp_path / name, documents="articles", separator=separator)[0]
+
+    assert articles(["First.", "Second.", "Third\nof two lines."]) == ["First.", "Second.", "Third\nof two lines."]
+    whole = "= Title =\nof an article in one record"
+    assert articles(["First.", "Second.", whole]) == ["First.", "Second.", whole]
+    assert articles(["= Title =", "First.", "Second.", "= Other =", "Third."]) == [
+        "= Title =\nFirst.\nSecond.", "= Other =\nThird."
+    ]  # fmt: skip
+
+
+def test_rows_between_markers_make_up_articles(tmp_path):
+    rows = [line for story in STORIES for line in [*story.split("\n"), MARKER]]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "lines.parquet")
+    found = read(tmp_path / "lines.parquet", documents="articles")[0]
+    assert found == [story.replace("\n\n", "\n") for story in STORIES]
+
+
+ONCE = f"{MARKER} occurs once and is read as text; with --documents records it separates documents"
+
+
+@pytest.mark.parametrize("line", [MARKER, f"b{MARKER}", f"a{MARKER}b", "</s>"])
+@pytest.mark.parametrize("suffix", [".txt", ".parquet"])
+def test_a_marker_that_occurs_once_joins_no_lines(tmp_path, line, suffix):
+    def write(lines):
+        if suffix == ".txt":
+            (tmp_path / f"a{suffix}").write_text("\n".join(lines))
+        else:
+            pq.write_table(pa.table({"text": lines}), tmp_path / f"a{suffix}")
+
+    marker = "</s>" if line == "</s>" else MARKER
+    write(["one", "two", line, "three", "four"])
+    found, reading = read(tmp_path / f"a{suffix}")
+    assert found == ["one", "two", line, "three", "four"]
+    assert list(reading.notes) == [ONCE.replace(MARKER, marker)]
+    found, reading = read(tmp_path / f"a{suffix}", documents="records")
+    assert [found[0].split("\n")[0], found[-1].split("\n")[-1], len(found)] == ["one", "four", 2]
+    assert list(reading.notes) == [f"{marker} separates documents"]
+    write(["one", "two", line, "three", line, "four"])
+    assert len(read(tmp_path / f"a{suffix}")[0]) == 3
+
+
+def test_markers_that_occur_once_in_each_file_of_a_source_separate_documents(tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(f"{STORIES[number]}\n{MARKER}\n")
+    found, reading = read(tmp_path)
+    assert (found, list(reading.notes)) == (STORIES[:2], [f"{MARKER} separates documents"])
+
+
+@pytest.mark.parametrize("block", [17, 64, 1 << 16])
+def test_markers_in_a_long_line_are_counted_once_each(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", block)
+    first, second, third = (f"{n} is a text that has no line end, é, and is longer than a block of the file. " * 40
+                            for n in ("One", "Two", "Three"))  # fmt: skip
+    path = tmp_path / "a.txt"
+    path.write_text(f"{first.strip()}{MARKER}{second}")
+    found, reading = read(path)
+    assert (len(found), list(reading.notes)) == (1, [ONCE])
+    path.write_text(f"{first.strip()}{MARKER}{second.strip()}{MARKER}{third}")
+    assert read(path)[0] == [first.strip(), second.strip(), third.strip()]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_marker_inside_a_sentence_parts_no_record(tmp_path, name):
+    texts = [
+        f"A story.\n{MARKER}\nAnother story.",
+        f"The token {MARKER} ends a text.\nIt is {MARKER}.",
+        f'Write "{MARKER}"\nor `{MARKER}`.',
+        f"It names {MARKER} too.\nThen comes\n  {MARKER}\nand the rest.",
+        f'"So it ends."{MARKER}"Really?" he asked.{MARKER}{MARKER}(Yes.)\nThe end. {MARKER}',
+    ]
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / name)
+    else:
+        (tmp_path / name).write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    found, reading = read(tmp_path / name)
+    assert found == [
+        "A story.", "Another story.", *texts[1:3], f"It names {MARKER} too.\nThen comes", "and the rest.",
+        '"So it ends."', '"Really?" he asked.', "(Yes.)\nThe end."
+    ]  # fmt: skip
+    assert list(reading.notes)[1:] == [
+        f"{MARKER} inside a sentence is text; with --separator '{MARKER}' it separates there too"
+    ]
+    assert MARKER not in "".join(read(tmp_path / name, separator=MARKER)[0])
+
+
+def test_a_marker_that_is_no_special_one_parts_a_record_only_as_a_record(tmp_path):
+    texts = ["one", "two", "</s>", "HTML\n</s>\nin lines", "</s>", "three"]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")[0] == ["one\ntwo", "HTML\n</s>\nin lines", "three"]

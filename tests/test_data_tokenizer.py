@@ -6,11 +6,13 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from indraquantum.config import TINYLLAMA
+from indraquantum.data import tokenizer as tokenizer_module
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
+from teacher_world import write_tokenizer
 from tiny_tokenizer import BOS, EOS, IDS, ids, save_tiny_tokenizer
 
 
@@ -174,3 +176,78 @@ def test_the_same_tokenizer_saved_by_transformers_is_equal(shared, tmp_path):
     again, first = load_tokenizer("-", str(tmp_path)), load_tokenizer("-", str(shared / "tokenizer"))
     assert (again.sha256, again.bos_id, again.eos_id) == (first.sha256, 1, 2)
     assert load_tokenizer("-", str(shared / "teacher")).sha256 != first.sha256
+
+
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def save_bpe(folder, alphabet, byte_level=True, normalizer=None, **options):
+    """A BPE without merges whose tokens are `<s>`, `</s>` and an alphabet."""
+    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(["<s>", "</s>", *alphabet])}, [], **options))
+    if byte_level:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "options", "dropped"),
+    [
+        ("abc ", {"byte_level": False}, "é"),
+        ("abc ", {"byte_level": False, "byte_fallback": True}, "é"),
+        ([sign for sign in BYTES if sign != "æ"], {}, "漢"),  # the first of its three bytes, 0xE6
+        ([sign for sign in BYTES if sign != "ð"], {"normalizer": normalizers.NFD()}, "\U0001f600"),
+    ],
+)
+def test_a_tokenizer_that_drops_characters_is_refused(tmp_path, alphabet, options, dropped):
+    said = refused(save_bpe(tmp_path / "tokenizer", alphabet, **options))
+    assert f"must have a token for unknown characters; it drops {dropped!r} from a text" in said
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "options"),
+    [
+        (BYTES, {}),
+        (BYTES, {"normalizer": normalizers.Replace("\u0378", "")}),
+        ("abc e", {"byte_level": False, "unk_token": "e"}),
+        ([*"abc ", *(f"<0x{byte:02X}>" for byte in range(256))], {"byte_level": False, "byte_fallback": True}),
+    ],
+)
+def test_a_tokenizer_that_keeps_all_characters_is_used(tmp_path, alphabet, options, capfd):
+    tokenizer = load_tokenizer("--tokenizer", str(save_bpe(tmp_path / "tokenizer", alphabet, **options)))
+    assert tokenizer.encode_text("é漢")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_tokenizer_that_drops_rarer_characters_is_used_with_a_warning(tmp_path, capfd):
+    """As a byte-level BPE has it whose training text had no Korean: its bytes begin with 0xEA to 0xED."""
+    folder = save_bpe(tmp_path / "tokenizer", [sign for sign in BYTES if sign not in "ê\u00ed"])
+    tokenizer = load_tokenizer("--tokenizer", str(folder))
+    assert len(tokenizer.encode_text("한")) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith("tokenizer.json has no token for '한'; a text loses what has no token")
+
+
+def test_merges_are_never_left_out_at_random(tmp_path):
+    folder, text = write_tokenizer(tmp_path / "tokenizer"), "the cat and the hat and the rat"
+    ids = load_tokenizer("-", str(folder)).encode_text(text)
+    description = json.loads((folder / "tokenizer.json").read_text())
+    description["model"]["dropout"] = 0.5
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    for tokenizer in (load_tokenizer("-", str(folder)), TextTokenizer.from_json(json.dumps(description), 0, 1)):
+        assert all(tokenizer.encode_text(text) == ids for _ in range(20))
+        assert json.loads(tokenizer.to_json())["model"]["dropout"] is None
+
+
+def test_texts_are_encoded_in_chunks_by_number_and_length(folder, monkeypatch):
+    texts = ["the ", "cat on", "a", "the mat " * 4, "b", "c", "d", "e"]
+    tokenizer = load_tokenizer("-", str(folder))
+    whole = [document.tolist() for document in tokenizer.encode_documents(texts)]
+    monkeypatch.setattr(tokenizer_module, "CHUNK_DOCUMENTS", 3)
+    monkeypatch.setattr(tokenizer_module, "CHUNK_CHARACTERS", 10)
+    assert list(tokenizer_module.text_chunks(texts)) == [texts[:2], texts[2:3], texts[3:4], texts[4:7], texts[7:]]
+    assert list(tokenizer_module.text_chunks([])) == []
+    assert [document.tolist() for document in tokenizer.encode_documents(texts)] == whole

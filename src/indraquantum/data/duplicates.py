@@ -22,6 +22,7 @@ SHINGLE_WORDS = 5
 NEAR = 0.8
 BANDS, BAND_ROWS = 16, 4  # a pair at 0.8 is missed with probability (1 - 0.8^4)^16 = 0.0002
 COMPARED = 64  # of the texts that share a band, those that share most: a pair at 0.8 shares 6.5 of 16 on the average
+BLOCK_SHINGLES = 1 << 14  # hashed at once, in 8 MB: a book has a hundred times as many
 # A word is a run of letters, digits and `_`, and beyond ASCII of all but space and punctuation: \w lacks vowel signs.
 PUNCTUATION = "".join(sign for sign in map(chr, range(0x80, 0x20000)) if unicodedata.category(sign)[0] == "P")
 WORD = re.compile(rf"(?:\w+|[^\x00-\x7f\s{PUNCTUATION}]+)+")
@@ -71,9 +72,12 @@ _MULTIPLIERS = np.random.PCG64(0).random_raw(BANDS * BAND_ROWS) | np.uint64(1)
 
 def _signature(shingles: np.ndarray) -> np.ndarray:
     """MinHash: the smallest value of the shingles under each of BANDS * BAND_ROWS hash functions."""
-    mixed = shingles[:, None] * _MULTIPLIERS
-    mixed ^= mixed >> np.uint64(32)
-    return (mixed * np.uint64(0xD6E8FEB86659FD93)).min(axis=0)
+    smallest = np.full(len(_MULTIPLIERS), np.iinfo(np.uint64).max, dtype=np.uint64)
+    for start in range(0, len(shingles), BLOCK_SHINGLES):
+        mixed = shingles[start : start + BLOCK_SHINGLES, None] * _MULTIPLIERS
+        mixed ^= mixed >> np.uint64(32)
+        np.minimum(smallest, (mixed * np.uint64(0xD6E8FEB86659FD93)).min(axis=0), out=smallest)
+    return smallest
 
 
 def _overlap(one: np.ndarray, other: np.ndarray) -> float:

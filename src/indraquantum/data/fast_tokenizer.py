@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 
 ZERO_BYTE = "<0x00>"  # as SentencePiece spells it
-# The form of `prompt.format_alpaca`. With a system message, that is the instruction, and the user's text its input.
+# The form of `prompt.exchanges`. The system messages so far are the instruction, and the user's text is its input.
 CHAT_TEMPLATE = """\
-{%- set ns = namespace(system=none) -%}
+{%- set ns = namespace(system='', is_open=false) -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}
-{%- set ns.system = message['content'] -%}
+{%- if ns.is_open or (loop.last and add_generation_prompt) -%}
+{{- raise_exception('messages: each system message must come before a message of user') -}}
+{%- endif -%}
+{%- set ns.system = ns.system + ('\\n\\n' if ns.system and message['content'] else '') + message['content'] -%}
 {%- elif message['role'] == 'user' -%}
+{%- set ns.is_open = true -%}
 {{- bos_token -}}
 {%- if ns.system -%}
 {{- '### Instruction:\\n' + ns.system + '\\n\\n### Input:\\n' + message['content'] + '\\n\\n### Response:\\n' -}}
@@ -34,6 +38,7 @@ CHAT_TEMPLATE = """\
 {{- '### Instruction:\\n' + message['content'] + '\\n\\n### Response:\\n' -}}
 {%- endif -%}
 {%- elif message['role'] == 'assistant' -%}
+{%- set ns.is_open = false -%}
 {{- message['content'] + eos_token -}}
 {%- else -%}
 {{- raise_exception('role: got ' + message['role'] + '; must be system, user or assistant') -}}

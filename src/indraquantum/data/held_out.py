@@ -1,7 +1,8 @@
 """Decides by a hash of each document which ones are held out, so that their order has no influence.
 
 Two parts are held out: validation, for choices during training, and test, for a final report alone. Documents that
-share a paragraph go to the same part, so that the model is never trained on held-out text.
+share a paragraph go to the same part, so that the model is never trained on held-out text. A paragraph that very many
+documents have, such as a line of a licence, tells nothing about them; `without_common` leaves it out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ SPLITS = ("train", "validation", "test")  # the number of a part is its place he
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 FRACTION_PERCENT = 1  # of each held-out part
 AT_LEAST = 4
+COMMON = 20  # a paragraph of more documents, and of more than FRACTION_PERCENT of them, keeps none together
 
 
 class Keys(NamedTuple):
@@ -29,9 +31,54 @@ class Keys(NamedTuple):
     owners: np.ndarray  # (paragraphs,) int64: the document of each, by its place
 
 
+class Common(NamedTuple):
+    """A paragraph that very many documents of a source have."""
+
+    key: int
+    owner: int  # the first document that has it, by its place
+    documents: int  # how many different ones have it
+
+
+class WithoutCommon(NamedTuple):
+    """The keys of a source without the paragraphs that very many documents have."""
+
+    keys: Keys
+    common: list[Common]  # what was left out
+
+
 def text_key(text: bytes) -> int:
     """Return the key of a document or a paragraph. A document of one paragraph has the paragraph's key."""
     return int.from_bytes(hashlib.sha256(b"held out\0" + text).digest()[:8], "big")
+
+
+def different_documents(source: Keys) -> int:
+    """Return how many documents of a source differ."""
+    return sum(len(part.first) for part in key_parts(source.documents))
+
+
+def without_common(source: Keys) -> WithoutCommon:
+    """Leave out the paragraphs of more than COMMON different documents and more than 1 % of them.
+
+    All documents with such a paragraph together are too many for a held-out part. They would all stay for training, and
+    if every document has it, nothing could be held out.
+    """
+    most = max(COMMON, different_documents(source) * FRACTION_PERCENT // 100)
+    kept, common = np.ones(len(source.paragraphs), dtype=bool), []
+    for part in key_parts(source.paragraphs):
+        counts = np.bincount(part.group)
+        often = np.flatnonzero(counts > most)  # in that many documents, or many times in a few
+        if not len(often):
+            continue
+        ends, by_group = np.cumsum(counts), part.places[np.argsort(part.group, kind="stable")]
+        for group in often:
+            entries = by_group[ends[group] - counts[group] : ends[group]]
+            documents = len(np.unique(source.documents[source.owners[entries]]))
+            if documents > most:
+                kept[entries] = False
+                first = entries[0]
+                common.append(Common(int(source.paragraphs[first]), int(source.owners[first]), documents))
+    keys = Keys(source.documents, source.paragraphs[kept], source.owners[kept]) if common else source
+    return WithoutCommon(keys, common)
 
 
 def choose_held_out(
@@ -66,7 +113,7 @@ def hold_out(sources: Sequence[Keys]) -> list[np.ndarray]:
     different = first == np.arange(len(first))
     sizes = np.bincount(family[different], minlength=len(first))  # different documents of each family
     parts = np.zeros(len(first), dtype=np.uint8)  # by family
-    counts = [sum(len(keys.first) for keys in key_parts(source.documents)) for source in sources]
+    counts = [different_documents(source) for source in sources]
     room = _Room(sources, starts, family, counts)
     for part in (VALIDATION, TEST):
         chosen: set[int] = set()

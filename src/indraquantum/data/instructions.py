@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
 REMEDY = "give a .json, .jsonl, .parquet or .arrow file, or a folder of them"
-# The names of a sample's three texts in public files. The first one that a sample has is used.
+# The names of a sample's three texts in public files. The first one that is not null in a sample is used.
 NAMES = {
     "instruction": ("instruction", "prompt", "question", "query"),
     "input": ("input", "context"),
@@ -40,6 +40,10 @@ NAMES = {
 }
 CONVERSATIONS = ("messages", "conversations", "conversation")
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+MESSAGE_FIELDS = ("role", "from", "content", "value")  # in OpenAI's form role and content, in ShareGPT's the others
+# A message of a program that the assistant calls, and the fields in which the assistant calls it.
+TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation")
+CALLS = ("tool_calls", "function_call")
 # Fields that describe a sample and are no part of it.
 ABOUT = frozenset(
     [
@@ -150,7 +154,7 @@ def _items(field: str, path: Path, reading: Reading) -> Iterator[Any]:
 
 def _instances(item: Any) -> list[Any]:
     """Return the samples of an item: one, or several in self-instruct's `instances`, which share an instruction."""
-    if not isinstance(item, dict) or not isinstance(item.get("instances"), list) or "output" in item:
+    if not isinstance(item, dict) or not isinstance(item.get("instances"), list) or item.get("output") is not None:
         return [item]
     shared = {key: value for key, value in item.items() if key != "instances"}
     return [shared | instance if isinstance(instance, dict) else instance for instance in item["instances"]] or [item]
@@ -160,35 +164,59 @@ def _sample(number: int, item: Any, reading: Reading, conversations: str) -> Alp
     """Return an item's sample, what is wrong with it, or None if it is left out; count what is not used."""
     if not isinstance(item, dict):
         return f"item {number} must be an object with instruction and output; {kind_of(item)}"
-    if talk := _conversation(item):
-        if conversations == "refuse":
-            return f"item {number} is a conversation ({talk!r}); --conversations single uses those of a single turn"
-        turns = _turns(item[talk])
-        if isinstance(turns, str):
-            return f"item {number}: {turns}"
-        used, texts = {talk}, _single_turn(turns)
-        if texts is None:
-            reading.left_out["conversations of more or less than one question and one answer"] += 1
-            return None
-        if any(role == "system" and text.strip() for role, text in turns):
-            reading.unused_fields["system message"] += 1
-    else:
-        named = {role: _found(item, role) for role in NAMES}
-        for role, name in named.items():
-            if name is None and role != "input":
-                told = f"it has {', '.join(map(repr, list(item)[:8]))}" if item else "it is empty"
-                return f"item {number} must have a text field {_or_other_names(role)}; it is missing ({told})"
-            if name is not None and (reason := wrong_text(item[name])):
-                return f"item {number} must have a text field {name!r}; {reason}"
-        used = {name for name in named.values() if name}
-        texts = AlpacaSample(*(item[name] if name else "" for name in named.values()))
+    talk = _conversation(item)
+    if talk and conversations == "refuse":
+        return f"item {number} is a conversation ({talk!r}); --conversations single uses those of a single turn"
+    texts = _of_conversation(number, item[talk], reading) if talk else _of_fields(number, item)
+    if not isinstance(texts, AlpacaSample):
+        return texts
     if reading.skip and not texts.output.strip():
         return f"item {number} has an empty output"
+    reading.unused_fields.update(_unused_fields(item, talk, texts))
+    return texts
+
+
+def _of_conversation(number: int, messages: list[Any], reading: Reading) -> AlpacaSample | str | None:
+    """Return the sample of a conversation, what is wrong with it, or None if it is left out."""
+    if any(map(_is_of_tool, messages)):
+        reading.left_out["conversations with calls of tools"] += 1
+        return None
+    turns = _turns(messages)
+    if isinstance(turns, str):
+        return f"item {number}: {turns}"
+    texts = _single_turn(turns)
+    if texts is None:
+        reading.left_out["conversations of more or less than one question and one answer"] += 1
+    elif any(role == "system" and text.strip() for role, text in turns):
+        reading.unused_fields["system message"] += 1
+    return texts
+
+
+def _of_fields(number: int, item: dict[str, Any]) -> AlpacaSample | str:
+    """Return the sample of an item that has its texts in fields, or what is wrong with it."""
+    named = {role: _found(item, role) for role in NAMES}
+    for role, name in named.items():
+        if name is not None and (reason := wrong_text(item[name])):
+            return f"item {number} must have a text field {name!r}; {reason}"
+        if name is None and role != "input":
+            told = f"it has {', '.join(map(repr, list(item)[:8]))}" if item else "it is empty"
+            reason = kind_of(None) if role in item else f"it is missing ({told})"
+            return f"item {number} must have a text field {_or_other_names(role)}; {reason}"
+    return AlpacaSample(*(item[name] if name else "" for name in named.values()))
+
+
+def _unused_fields(item: dict[str, Any], talk: str | None, texts: AlpacaSample) -> list[str]:
+    """Return the fields of an item, and of its messages, that have a value and are not used."""
+    used = {talk} if talk else {_found(item, role) for role in NAMES}
+    unused = []
     for name, value in item.items():
         is_whole_prompt = name == "text" and isinstance(value, str) and texts.instruction in value
         if name not in used and value not in NOTHING and not is_whole_prompt:
-            reading.unused_fields[name] += 1
-    return texts
+            unused.append(name)
+    for message in item[talk] if talk else ():
+        beside = (name for name, value in message.items() if name not in MESSAGE_FIELDS and value not in NOTHING)
+        unused += [f"{talk}.{name}" for name in beside]
+    return list(dict.fromkeys(unused))
 
 
 def _conversation(item: dict[str, Any]) -> str | None:
@@ -199,11 +227,9 @@ def _conversation(item: dict[str, Any]) -> str | None:
 
 
 def _found(item: dict[str, Any], role: str) -> str | None:
-    """Return the name under which an item has the text of a role; for the input the first that is not empty."""
-    there = [name for name in NAMES[role] if item.get(name) is not None or (name == role and name in item)]
-    if role == "input":
-        there = [name for name in there if item[name] not in (None, "")]
-    return there[0] if there else None
+    """Return the first name under which an item has the text of a role and not null; an input is not empty either."""
+    nothing = (None, "") if role == "input" else (None,)
+    return next((name for name in NAMES[role] if item.get(name) not in nothing), None)
 
 
 def _renamed(item: dict[str, Any]) -> list[tuple[str, str]]:
@@ -213,6 +239,14 @@ def _renamed(item: dict[str, Any]) -> list[tuple[str, str]]:
 def _or_other_names(role: str) -> str:
     first, *others = NAMES[role]
     return f"{first!r} (or {', '.join(others)})"
+
+
+def _is_of_tool(message: Any) -> bool:
+    """Return whether a message calls a tool or comes from one; its text, if any, answers nobody."""
+    if not isinstance(message, dict):
+        return False
+    speakers = (message.get("role"), message.get("from"))
+    return any(speaker in TOOL_ROLES for speaker in speakers) or any(message.get(c) not in NOTHING for c in CALLS)
 
 
 def _turns(messages: list[Any]) -> list[tuple[str, str]] | str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,15 @@ import numpy as np
 from indraquantum.config import PrepareSettings
 from indraquantum.data.detokenize import detokenize
 from indraquantum.data.duplicates import exact_duplicates, near_duplicates
-from indraquantum.data.held_out import TRAIN, VALIDATION, Keys, hold_out, text_key
+from indraquantum.data.held_out import (
+    TRAIN,
+    VALIDATION,
+    Keys,
+    different_documents,
+    hold_out,
+    text_key,
+    without_common,
+)
 from indraquantum.data.instructions import AlpacaSample, alpaca_samples, local_instructions
 from indraquantum.data.large_arrays import chunks
 from indraquantum.data.prompt import format_alpaca
@@ -236,11 +245,15 @@ def _documents(option: SourceOption, settings: PrepareSettings, reading: Reading
         lines = text.split("\n")
         shown = [detokenize(line) for line in lines] if settings.detokenize else lines
         # Headings are recognised before their signs are removed; afterwards they look like paragraphs.
-        paragraphs = (new.strip() for old, new in zip(lines, shown, strict=True) if not is_heading(old.strip()))
-        yield _Document("\n".join(shown), _long_ones(paragraphs) if len(lines) > 1 else [])  # one line is its own key
+        kept = "\n".join(new for old, new in zip(lines, shown, strict=True) if not is_heading(old.strip()))
+        is_line = len(text.splitlines()) == 1  # its key is the document's own
+        paragraphs = [] if is_line else [line for line in _long_lines(kept) if not is_heading(line)]
+        yield _Document("\n".join(shown), paragraphs)
 
 
-def _long_ones(lines: Iterable[str]) -> list[str]:
+def _long_lines(text: str) -> list[str]:
+    """Return the lines of a text that are long enough, whatever ends them: a line feed, a carriage return, U+2028."""
+    lines = map(str.strip, text.splitlines())
     return [line for line in lines if len(line) >= PARAGRAPH_CHARACTERS]
 
 
@@ -260,9 +273,9 @@ def _sample_parts(sample: AlpacaSample) -> list[str]:
 
     So is each line of an instruction of several, which brings a text of its own; one line is shared by many tasks.
     """
-    texts = [sample.input, sample.output, *([sample.instruction] if "\n" in sample.instruction.strip() else [])]
-    lines = (line.strip() for text in texts for line in text.split("\n"))
-    return [f"{sample.instruction}\n{sample.input}", *_long_ones(lines)]
+    instructions = [sample.instruction] if len(sample.instruction.strip().splitlines()) > 1 else []
+    texts = "\n".join([sample.input, sample.output, *instructions])
+    return [f"{sample.instruction}\n{sample.input}", *_long_lines(texts)]
 
 
 def _draw(usable: np.ndarray, option: SourceOption, seed: int) -> tuple[np.ndarray, int]:
@@ -282,26 +295,57 @@ def _draw(usable: np.ndarray, option: SourceOption, seed: int) -> tuple[np.ndarr
 
 def _hold_out(first: SourceOption, drawn: list[DrawnSource], keys: list[Keys]) -> None:
     """Decide which part each document goes to; of a held-out document that a weight repeats, one copy is used."""
-    used = []  # the keys of what was drawn, each document once, in new places
-    for source, of_source in zip(drawn, keys, strict=True):
-        is_used = np.zeros(len(of_source.documents), dtype=bool)
-        is_used[source.numbers] = True
-        if is_used.all():
-            used.append(of_source)
-            continue
-        new_place = np.cumsum(is_used) - 1
-        kept = is_used[of_source.owners]
-        used.append(
-            Keys(of_source.documents[is_used], of_source.paragraphs[kept], new_place[of_source.owners[kept]])
-        )  # fmt: skip
+    used = [_used_keys(source, of_source) for source, of_source in zip(drawn, keys, strict=True)]
     parts = hold_out(used)
     if not any((of_source == VALIDATION).any() for of_source in parts):
-        allowed = "must give at least 2 different documents that share no paragraph, because 1 is held out"
-        found = counted(sum(len(of_source.documents) for of_source in keys), "document")
-        raise UserError(first.field, first.path, "; ".join([allowed, f"it gives {found}", *drawn[0].reading.notes]))
+        raise _nothing_held_out(first, drawn, keys, used)
     for source, once in zip(drawn, parts, strict=True):
         repeated = source.numbers[1:] == source.numbers[:-1]
         repeated = np.concatenate([[False], repeated]) if len(source.numbers) else np.zeros(0, dtype=bool)
         of_each = once[np.cumsum(~repeated) - 1]
         kept = (of_each == TRAIN) | ~repeated
         source.numbers, source.parts = source.numbers[kept], of_each[kept]
+
+
+def _used_keys(source: DrawnSource, keys: Keys) -> Keys:
+    """The keys of what was drawn, each document once, in new places, without the paragraphs that very many have."""
+    is_used = np.zeros(len(keys.documents), dtype=bool)
+    is_used[source.numbers] = True
+    if not is_used.all():
+        new_place = np.cumsum(is_used) - 1
+        kept = is_used[keys.owners]
+        keys = Keys(keys.documents[is_used], keys.paragraphs[kept], new_place[keys.owners[kept]])
+    without = without_common(keys)
+    if without.common:
+        most = max(without.common, key=lambda common: common.documents)
+        text = _paragraph(source, int(np.flatnonzero(is_used)[most.owner]), most.key)
+        others = len(without.common) - 1
+        more = f"; so may {counted(others, 'other text')} of many documents" if others else ""
+        source.reading.note(
+            f"the text {text[:60]!r} is in {most.documents:,} different documents, so it may be in several splits{more}"
+        )
+    return without.keys
+
+
+def _paragraph(source: DrawnSource, place: int, key: int) -> str:
+    """Read the source again as far as a document, and return its paragraph with this key; empty if it has changed."""
+    document = next(itertools.islice(source.read(), place, None), None)
+    paragraphs = document.paragraphs if document else []
+    return next((paragraph for paragraph in paragraphs if text_key(paragraph.encode()) == key), "")
+
+
+def _nothing_held_out(first: SourceOption, drawn: list[DrawnSource], keys: list[Keys], used: list[Keys]) -> UserError:
+    """Return the error for sources of which no document can be held out; it says why."""
+    found, taken = (sum(len(of_source.documents) for of_source in sources) for sources in (keys, used))
+    different = [different_documents(of_source) for of_source in used]
+    told = f"{'it gives' if len(drawn) == 1 else 'the sources give'} {counted(found, 'document')}"
+    if taken < found:
+        told += f", of which {taken:,} {'was' if taken == 1 else 'were'} drawn"
+    if sum(different) < taken:
+        told += f", with {counted(sum(different), 'different text')}"
+    if max(different) > 1:
+        told += "; those that share a paragraph stay together, and each group of them is too large to be held out"
+    elif len(drawn) > 1:
+        told += "; no source has 2 that differ"
+    allowed = "must give at least 2 different documents that share no paragraph, because 1 is held out"
+    return UserError(first.field, first.path, "; ".join([allowed, told, *drawn[0].reading.notes]))

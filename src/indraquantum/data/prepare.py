@@ -10,7 +10,6 @@ bytes.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -37,7 +36,7 @@ from indraquantum.data.padded import checksum_path, write_checksum, write_padded
 from indraquantum.data.records import readable
 from indraquantum.data.split import Split
 from indraquantum.data.temporary import temporary_folder
-from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
+from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer, text_chunks
 from indraquantum.errors import Unreachable, UserError, all_or_missing
 from indraquantum.files import atomic_file, make_folder, sha256_of
 from indraquantum.progress import Progress
@@ -46,7 +45,6 @@ WINDOW_DOCUMENTS = 1 << 17  # packed together
 CHUNK_ROWS = (
     1 << 10
 )  # moved at once; each row may read 64 kB of a mapped file, which stay in memory until they are released
-CHUNK_DOCUMENTS = 1024  # texts handed to the tokenizer at once: enough for all cores, little memory
 # Numbers of the independent random streams that a seed gives.
 ROW_ORDER, PICKLE_ORDER = 1, 2  # stream 0 draws the samples
 
@@ -256,9 +254,8 @@ def _encode(
 ) -> SourceReport:
     """Encode a source's documents in chunks."""
     done, tokens, kept = 0, 0, 0
-    texts = drawn.read_texts()
     with Progress(f"tokenize {drawn.name}", len(drawn.numbers), "documents") as progress:
-        while chunk := list(itertools.islice(texts, CHUNK_DOCUMENTS)):
+        for chunk in text_chunks(drawn.read_texts()):
             documents = tokenizer.encode_documents(chunk)
             parts, numbers = (values[done : done + len(chunk)] for values in (drawn.parts, drawn.numbers))
             for side in sides.values():

@@ -62,21 +62,25 @@ class Exchange(NamedTuple):
 def exchanges(messages: Iterable[Message]) -> list[Exchange]:
     """Return a chat as documents in Alpaca's form, as the chat template of an exported model does.
 
-    A system message is the instruction of the questions after it, and their text is the input. Each question with its
-    answer is a document of its own, as in training.
+    The system messages before a question, joined by blank lines, are its instruction, and its text is the input. Each
+    question with its answer is a document of its own, as in training.
 
     Raises:
-        ValueError: the messages are not questions and answers in turn, with a question at the end.
+        ValueError: the messages are not questions and answers in turn, with a question at the end, or a system message
+            comes between a question and its answer.
     """
     found: list[Exchange] = []
     system = ""
     for role, content in messages:
-        if role == "system":
-            system = content
-        elif role == "user" and (not found or found[-1].answer is not None):
+        is_open = bool(found) and found[-1].answer is None  # a question waits for its answer
+        if role == "system" and not is_open:
+            system = "\n\n".join(filter(None, (system, content)))
+        elif role == "user" and not is_open:
             found.append(Exchange(format_alpaca(system, content) if system else format_alpaca(content, ""), None))
-        elif role == "assistant" and found and found[-1].answer is None:
+        elif role == "assistant" and is_open:
             found[-1] = Exchange(found[-1].prompt, content)
+        elif role == "system":
+            raise ValueError("must have each system message before a message of user")
         else:
             raise ValueError("must be messages of user and assistant in turn, beginning with user")
     if not found or found[-1].answer is not None:

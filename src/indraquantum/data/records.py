@@ -93,7 +93,7 @@ def source_files(field: str, name: str, suffixes: tuple[str, ...], remedy: str, 
         name: A file, a folder of shards, a folder of `save_to_disk`, or a glob such as `shards/*.parquet`.
         suffixes: The endings that can be read.
         remedy: What to give instead, for errors.
-        reading: Collects the files that are left out.
+        reading: Collects what is left out: other files, folders, other splits, empty shards.
 
     Raises:
         UserError: there is nothing, nothing that can be read, or the files of a folder differ in kind.
@@ -112,7 +112,7 @@ def source_files(field: str, name: str, suffixes: tuple[str, ...], remedy: str, 
             raise UserError(field, file, f"does not exist; {remedy}")
         if not file.is_file() or file.suffix not in suffixes:
             raise UserError(field, file, f"has an unknown ending {file.suffix!r}; {remedy}")
-    return found
+    return _without_empty(field, found, reading)
 
 
 def _folder_files(field: str, folder: Path, suffixes: tuple[str, ...], remedy: str, reading: Reading) -> list[Path]:
@@ -125,10 +125,10 @@ def _folder_files(field: str, folder: Path, suffixes: tuple[str, ...], remedy: s
                 f"{error}); {remedy}"
             )
             raise UserError(field, folder, allowed) from None
-    visible = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    found = [file for file in visible if file.suffix in suffixes]
+    visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    found = [path for path in visible if path.is_file() and path.suffix in suffixes]
     if not found:
-        inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())[:5])
+        inside = ", ".join([path.name for path in visible if path.is_dir()][:5])
         more = f", only folders ({inside})" if inside else ""
         raise UserError(field, folder, f"holds no file that can be read{more}; {remedy}")
     if len(kinds := sorted({file.suffix for file in found})) > 1:
@@ -137,13 +137,31 @@ def _folder_files(field: str, folder: Path, suffixes: tuple[str, ...], remedy: s
         )
     splits = {file: SPLIT_WORD.findall(file.name.lower()) for file in found}
     training = [file for file in found if any(word.startswith("train") for word in splits[file])]
-    taken = training or found
-    others = [file.name for file in visible if file not in taken]
+    of_no_split = [file for file in found if not splits[file]]
+    chosen = training or of_no_split or found
+    taken = _without_empty(field, chosen, reading)
+    others = [f"{path.name}/" if path.is_dir() else path.name for path in visible if path not in chosen]
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         read = taken[0].name if len(taken) == 1 else f"{len(taken)} files"
         reading.note(f"read {read} of the folder and left out {', '.join(others[:5])}{more}")
     return taken
+
+
+def _without_empty(field: str, files: list[Path], reading: Reading) -> list[Path]:
+    """Leave out empty shards, and say so. If all files are empty, all stay, and reading them raises the error."""
+    empty = [file for file in files if _is_empty(field, file)] if len(files) > 1 else []
+    if not empty or len(empty) == len(files):
+        return files
+    reading.note(f"left out {counted(len(empty), 'empty file')}, such as {empty[0].name}")
+    return [file for file in files if file not in empty]
+
+
+def _is_empty(field: str, file: Path) -> bool:
+    """Return whether a file has no byte, or, unless it is a table, nothing but blank lines."""
+    if file.suffix in TABLE_SUFFIXES:
+        return not file.stat().st_size
+    return not _first_lines(field, file)[0]
 
 
 def _saved_dataset(field: str, folder: Path, reading: Reading) -> list[Path]:

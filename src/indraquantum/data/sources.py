@@ -6,6 +6,7 @@ Text is not changed unless you ask for it. That includes WikiText's own tokenisa
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -43,9 +44,12 @@ SPECIAL = tuple(marker for marker in MARKERS if marker.startswith("<|"))
 _SPECIAL = "|".join(map(re.escape, SPECIAL))
 # A marker that joins two texts touches both of them. In a text about markers there are spaces or quotes beside it.
 _BEFORE = r"""[^\s"'`(\[{<]"""
-JOINS = re.compile(rf"{_BEFORE}({_SPECIAL})\w")
+JOINS = re.compile(rf"{_BEFORE}({_SPECIAL})(?=\w)")
 # Inside a record, it stands alone on a line, or touches the text before or after it.
 INSIDE = re.compile(rf"(?:^[ \t]*|{_BEFORE})({_SPECIAL})(?:\w|[ \t\r]*$)", re.MULTILINE)
+# In a file that has such a marker, the texts beside it may also end and begin with a quotation.
+_ENDED = rf"""(?:^[ \t]*|(?<={_BEFORE})|(?<=[^\s(\[{{<=:,]["']))"""
+_BEGINS = r"(?=[^\w\s]*\w|[ \t\r]*$)"
 BLANK_LINE = "blank-line"
 BLOCK_BYTES = 1 << 16  # searched at once
 END = None  # in a stream of lines: a document ends here
@@ -59,7 +63,16 @@ class TextSource(NamedTuple):
     files: list[Path]
     documents: str  # auto, paragraphs, articles or records
     separators: dict[Path, str | None]  # of each file: what stands between two documents; BLANK_LINE for a blank line
-    apart: set[Path]  # those whose rows are never joined, because the first separator is inside a row
+    are_found: bool  # the separators were found in the files, not given
+    apart: set[Path]  # files whose records are never joined, because the first separator is inside a record
+    titled: bool = False  # its records are lines of articles, because one of them is a title
+
+
+class _Mark(NamedTuple):
+    """A marker that separates documents."""
+
+    marker: str
+    inside: bool  # in a record that it parts for itself: a JSON object, or a row of several lines
 
 
 def read_wikitext(field: str, name: str, *, reading: Reading | None = None, **options: str) -> list[str]:
@@ -95,67 +108,94 @@ def open_text(
     )
     files = _hub_files(field, name, remedy) if hub else source_files(field, name, SUFFIXES, remedy, reading)
     given = None if separator in ("auto", "none") else separator
-    source = TextSource(field, name, files, documents, dict.fromkeys(files, given), set())
+    source = TextSource(field, name, files, documents, dict.fromkeys(files, given), given is None, set())
     if separator == "auto" and not hub:
-        for path in files:
-            source.separators[path] = _marker(source, path)
-        what = "is not taken as a document" if documents in ("paragraphs", "articles") else "separates documents"
-        for found in filter(None, source.separators.values()):
-            reading.note(f"{found} {what}")
-    return source
+        _find_separators(source, reading)
+    return source._replace(titled=_has_titles(source)) if documents == "articles" else source
 
 
-def _marker(source: TextSource, path: Path) -> str | None:
-    """The first of MARKERS that separates the documents of a file, or None. If it is inside a row, `apart` has it."""
+def _find_separators(source: TextSource, reading: Reading) -> None:
+    """Find the first of MARKERS that separates the documents of each file, and note what it does.
+
+    A marker that occurs once would join all lines before it and all behind it. With auto, it is text.
+    """
+    joining: list[Path] = []  # files with a marker that joins the lines around it; the first twice if it has two
+    for path in source.files:
+        marks = _marks(source, path)
+        if (first := next(marks, None)) is None:
+            continue
+        source.separators[path] = first.marker
+        if first.inside:
+            source.apart.add(path)
+        else:
+            joining.append(path)
+            if len(joining) == 1 and any(mark.marker == first.marker for mark in marks):
+                joining.append(path)
+    if len(joining) == 1 and source.documents == "auto":
+        found, source.separators[joining[0]] = source.separators[joining[0]], None
+        reading.note(f"{found} occurs once and is read as text; with --documents records it separates documents")
+    what = "is not taken as a document" if source.documents in ("paragraphs", "articles") else "separates documents"
+    for found in filter(None, source.separators.values()):
+        reading.note(f"{found} {what}")
+
+
+def _marks(source: TextSource, path: Path) -> Iterator[_Mark]:
+    """Yield the markers that separate the documents of a file, in order."""
     if path.suffix in TEXT_SUFFIXES:
-        return _marker_of_file(path)
+        yield from (_Mark(marker, inside=False) for marker in _markers_of_file(path))
+        return
     for text in _records(source, path, Reading("", skip=True)):
-        if found := _marker_of_record(text):
-            if "\n" in text.strip():
-                source.apart.add(path)
-            return found
-    return None
+        inside = path.suffix in JSON_SUFFIXES or "\n" in text.strip()
+        yield from (_Mark(marker, inside) for marker in _markers_of_record(text))
 
 
-def _marker_of_file(path: Path) -> str | None:
+def _markers_of_file(path: Path) -> Iterator[str]:
     tail, is_long = b"", False
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
             is_long = b"\n" not in block and (is_long or len(tail) > BLOCK_BYTES)
             if is_long:  # no marker begins a line here, but one may be inside it or at its end
-                if b"<|" in tail + block and (found := JOINS.search((tail + block).decode(errors="replace"))):
-                    return found[1]
-                tail = b"." + block[-1024:]
-                continue
-            lines, newline, tail = (tail + block).rpartition(b"\n")
-            if found := _marker_of_lines(lines + newline):
-                return found
-    return _marker_of_lines(tail)
+                text, end = (tail + block).decode(errors="surrogateescape"), 0
+                for found in JOINS.finditer(text):
+                    end = found.end()
+                    yield found[1]
+                tail = b"." + text[end:].encode(errors="surrogateescape")[-1024:]
+            else:
+                lines, newline, tail = (tail + block).rpartition(b"\n")
+                yield from _markers_of_lines(lines + newline)
+    yield from _markers_of_lines(tail)
 
 
-def _marker_of_lines(lines: bytes) -> str | None:
-    if not any(marker.encode() in lines for marker in MARKERS):
-        return None
-    texts = (line.decode("utf-8-sig", errors="replace") for line in lines.split(b"\n"))
-    return next(filter(None, map(_marker_in, texts)), None)
+def _markers_of_lines(lines: bytes) -> Iterator[str]:
+    if any(marker.encode() in lines for marker in MARKERS):
+        for line in lines.split(b"\n"):
+            yield from _markers_in(line.decode("utf-8-sig", errors="replace"))
 
 
-def _marker_in(text: str) -> str | None:
-    """Return the marker that a text is, or that begins, ends or joins it and can't be in a text by chance."""
+def _markers_in(text: str) -> Iterator[str]:
+    """Yield the marker that a text is, and those that begin, end or join it and can't be in a text by chance."""
     text = text.strip()
     for marker in MARKERS:
-        if text == marker or (_is_special(marker) and (text.startswith(marker) or text.endswith(marker))):
-            return marker
-    found = JOINS.search(text)
-    return found[1] if found else None
+        if text == marker:
+            yield marker
+        elif _is_special(marker):
+            yield from [marker] * (text.startswith(marker) + text.endswith(marker))
+    yield from (found[1] for found in JOINS.finditer(text))
 
 
-def _marker_of_record(text: str) -> str | None:
-    """Return the marker of a record. Only a special one may be on a line inside it: HTML has lines such as </s>."""
-    if found := _marker_in(text):
-        return found
-    inside = INSIDE.search(text) if any(marker in text for marker in SPECIAL) else None
-    return inside[1] if inside else None
+def _markers_of_record(text: str) -> Iterator[str]:
+    """Yield the markers of a record. Only a special one may be on a line inside it: HTML has lines such as </s>."""
+    around = list(_markers_in(text))
+    yield from around
+    if not around and any(marker in text for marker in SPECIAL):
+        yield from (found[1] for found in INSIDE.finditer(text))
+
+
+def _has_titles(source: TextSource) -> bool:
+    """Return whether a record is nothing but a title. Then records are lines, and articles consist of several."""
+    paths = (path for path in source.files if path.suffix not in TEXT_SUFFIXES)
+    texts = itertools.chain.from_iterable(_records(source, path, Reading("", skip=True)) for path in paths)
+    return any(_is_title(text.strip()) for text in texts)
 
 
 def _is_special(separator: str) -> bool:
@@ -167,9 +207,10 @@ def text_documents(source: TextSource, reading: Reading) -> Iterator[str]:
     """Yield the documents of a text source, stripped of surrounding space.
 
     A paragraph is a line that is neither blank nor a heading. An article reaches from one `= Title =` to the next, with
-    its headings; a text without titles or separators is one article. A record is a row, a JSON object, the text between
-    two separators, or else a whole file. With auto, a document is a record for JSON, tables and text with separators,
-    and a paragraph for any other text. A table's row of a single line is treated as a line of a text.
+    its headings; a text without titles or separators is one article, and so is each record if no record is a title. A
+    record is a row, a JSON object, the text between two separators, or else a whole file. With auto, a document is a
+    record for JSON, tables and text with separators, and a paragraph for any other text. A table's row of a single line
+    is treated as a line of a text.
 
     Args:
         source: From `open_text`.
@@ -230,38 +271,69 @@ def _records_of_file(source: TextSource, path: Path, reading: Reading) -> Iterat
 def _with_ends(source: TextSource, path: Path, reading: Reading) -> Iterator[str | None]:
     """Yield the lines of a file, with END where a document ends: at a separator, and around some records.
 
-    These are records of several lines, JSON objects and the rows of tables in `apart`. Other records of one line are
-    lines of a text, and so are all of one line if documents are articles, which a list of lines makes up.
+    These are records of several lines, and those that `_stay_apart`. Other records of one line are lines of a text.
     """
-    if path.suffix in TEXT_SUFFIXES:
-        records: Iterable[list[str]] = ([line] for line in _lines(source, path, reading))
-    else:
-        records = (text.removesuffix("\n").split("\n") for text in _records(source, path, reading))
-    separator = source.separators[path]
-    all_end = (path.suffix in JSON_SUFFIXES or path in source.apart) and source.documents != "articles"
-    for lines in records:
-        ends = all_end or len(lines) > 1
+    is_text, separator, all_end = path.suffix in TEXT_SUFFIXES, source.separators[path], _stay_apart(source, path)
+    for record in (_lines if is_text else _records)(source, path, reading):
+        text = record.removesuffix("\n")
+        if source.are_found and not is_text:
+            parts = _parted_record(text, separator, reading)
+        else:
+            parts = _parted(text, separator)
+        ends = all_end or "\n" in text
         if ends:
             yield END
-        for line in lines:
-            parts = _parted(line, separator)
-            yield parts[0]
-            for part in parts[1:]:
+        for number, part in enumerate(parts):
+            if number:
                 if separator != BLANK_LINE:
                     reading.left_out["separators"] += 1
                 yield END
-                yield part
+            yield from part.split("\n")
         if ends:
             yield END
 
 
-def _parted(line: str, separator: str | None) -> list[str]:
-    """Return the parts of a line between separators, or the line if it has none."""
+def _stay_apart(source: TextSource, path: Path) -> bool:
+    """Return whether each record of a file ends a document, also one of a single line."""
+    if path.suffix in TEXT_SUFFIXES or source.titled:
+        return False
+    return path.suffix in JSON_SUFFIXES or path in source.apart or source.separators[path] is None
+
+
+def _parted(text: str, separator: str | None) -> list[str]:
+    """Return the parts of a text between separators that were given, or that a text file has; the text if it has none.
+
+    A special one separates wherever it is, any other and a blank line as a line of its own.
+    """
     if separator is None:
-        return [line]
-    if line.strip() == ("" if separator == BLANK_LINE else separator):
-        return ["", ""]
-    return line.split(separator) if _is_special(separator) else [line]
+        return [text]
+    if _is_special(separator):
+        return text.split(separator)
+    parts: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if line.strip() == ("" if separator == BLANK_LINE else separator):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    return ["\n".join(lines) for lines in parts]
+
+
+def _parted_record(text: str, separator: str | None, reading: Reading) -> list[str]:
+    """Return the parts of a record at the markers that look like separators. One inside a sentence is text."""
+    if separator is None or separator not in text:
+        return [text]
+    parts = _places(separator).split(text)
+    if _is_special(separator) and any(separator in part for part in parts):
+        reading.note(f"{separator} inside a sentence is text; with --separator '{separator}' it separates there too")
+    return parts
+
+
+@functools.cache
+def _places(marker: str) -> re.Pattern[str]:
+    """Return where a marker that was found separates records: as one of its own; a special one also inside them."""
+    sign = re.escape(marker)
+    inside = rf"|\A\s*{sign}|{sign}\s*\Z|{_ENDED}{sign}{_BEGINS}" if _is_special(marker) else ""
+    return re.compile(rf"\A\s*{sign}\s*\Z{inside}", re.MULTILINE)
 
 
 def _joined(path: Path, lines: Iterable[str | None], reading: Reading) -> Iterator[str]:
@@ -288,19 +360,23 @@ def _articles(lines: Iterable[str | None]) -> Iterator[str]:
     paragraphs = 0
     for line in itertools.chain(lines, [END]):
         stripped = "" if line is END else line.strip()
-        heading = is_heading(stripped)
-        if line is END or (heading and not stripped.startswith("= =")):
+        if line is END or _is_title(stripped):
             if paragraphs:
                 yield "\n".join(article)
             article, paragraphs = [], 0
         if stripped:
             article.append(stripped)
-            paragraphs += not heading
+            paragraphs += not is_heading(stripped)
 
 
 def is_heading(line: str) -> bool:
     """Return whether a stripped line is one of WikiText's headings: `= Title =`, `= = Section = =`."""
     return line.startswith("= ") and line.endswith(" =") and len(line) > 3
+
+
+def _is_title(line: str) -> bool:
+    """Return whether a stripped text is the title of an article and nothing else."""
+    return is_heading(line) and not line.startswith("= =") and "\n" not in line
 
 
 def _records(source: TextSource, path: Path, reading: Reading) -> Iterator[str]:

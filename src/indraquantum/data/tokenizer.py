@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from indraquantum.data.gguf_tokenizer import Described
 from indraquantum.data.sentencepiece_check import warn_of_difference
 from indraquantum.errors import UserError
 from indraquantum.files import NOT_ITS_SUM, damaged_file, read_json, sha256_of
+from indraquantum.progress import warn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -41,6 +42,11 @@ JSON_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 FILES = [JSON_FILE, CONFIG, MAP, SENTENCEPIECE_FILE]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 UNSEEN = "a \u0378"  # holds a code point without a character, which no vocabulary has
+NEEDED = "\u00e9\u0436\u6f22\U0001f600"  # Latin with an accent, Cyrillic, Chinese, an emoji: a text often has one such
+RARER = "\r\u05d0\u0639\u0905\ud55c"  # a line end of Windows, Hebrew, Arabic, Devanagari, Korean
+# Texts encoded at once: enough for all cores. The library takes about 25 bytes for each character.
+CHUNK_DOCUMENTS = 1024
+CHUNK_CHARACTERS = 1 << 22
 REMEDY = "put tokenizer.json and tokenizer_config.json into a folder and give it with --tokenizer FOLDER"
 
 
@@ -60,10 +66,8 @@ class TextTokenizer:
 
     @cached_property
     def backend(self) -> Tokenizer:
-        """The library's tokenizer, without truncation and padding. Control tokens in a text stay text."""
-        backend = self._given() if callable(self._given) else self._given
-        backend.no_truncation()
-        backend.no_padding()
+        """The library's tokenizer, without truncation, padding and dropout. Control tokens in a text stay text."""
+        backend = _turn_off_extras(self._given() if callable(self._given) else self._given)
         backend.encode_special_tokens = True
         return backend
 
@@ -103,9 +107,11 @@ class TextTokenizer:
         Returns:
             One array of ids a document: BOS if there is one, the text, EOS.
         """
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        dtype = self.dtype
-        return [np.array([*self._beginning, *encoding.ids, self.eos_id], dtype=dtype) for encoding in encodings]
+        dtype, documents = self.dtype, []
+        for chunk in text_chunks(texts):
+            encodings = self.backend.encode_batch_fast(chunk, add_special_tokens=False)
+            documents += [np.array([*self._beginning, *each.ids, self.eos_id], dtype=dtype) for each in encodings]
+        return documents
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a prompt that a model continues: BOS, if there is one, and the ids of `text`."""
@@ -184,12 +190,26 @@ class TextTokenizer:
         return tokenizer
 
 
+def text_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield texts in lists of at most CHUNK_DOCUMENTS, and of CHUNK_CHARACTERS if no single text is longer."""
+    chunk: list[str] = []
+    characters = 0
+    for text in texts:
+        if chunk and (len(chunk) == CHUNK_DOCUMENTS or characters + len(text) > CHUNK_CHARACTERS):
+            yield chunk
+            chunk, characters = [], 0
+        chunk.append(text)
+        characters += len(text)
+    if chunk:
+        yield chunk
+
+
 def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenizer:
     """Load a tokenizer from a folder, a file, or the Hugging Face hub.
 
     A folder without tokenizer.json may hold a SentencePiece model, tokenizer.model, which is converted. If both are
     there, tokenizer.json is used, and a line on stderr warns if the two give different ids. A GGUF file holds its
-    tokenizer, which is converted too.
+    tokenizer, which is converted too. A line on stderr warns if rare characters are dropped.
 
     Args:
         field: The option to name in an error.
@@ -197,8 +217,8 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
         start: What documents begin with; see `choose_control_tokens`.
 
     Raises:
-        UserError: there is no tokenizer, it has no EOS, or no BOS although `start` asks for one, or text could become
-            one of them.
+        UserError: there is no tokenizer, it has no EOS, or no BOS although `start` asks for one, text could become one
+            of them, or it drops common characters.
     """
     file = _tokenizer_file(field, name)
     if damaged_file(file.parent, [file.name]) is not None:
@@ -218,6 +238,8 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
     model = file if file.suffix == ".model" else file.with_name(SENTENCEPIECE_FILE)
     if model.is_file() and not is_gguf(file):
         warn_of_difference(field, file, model, tokenizer.backend)
+    if dropped := _dropped(tokenizer.backend, RARER):
+        warn(f"warning: {file} has no token for {', '.join(map(repr, dropped))}; a text loses what has no token")
     return tokenizer
 
 
@@ -235,18 +257,46 @@ def _described(field: str, file: Path) -> Described:
 
 
 def _backend(field: str, file: Path, description: Any) -> Tokenizer:
-    """Return the library's tokenizer, without the truncation and padding that a file may ask for."""
+    """Return the library's tokenizer, without the truncation, padding and dropout that a file may ask for."""
     from tokenizers import Tokenizer
 
     if not isinstance(description, dict) or "model" not in description:
         raise UserError(field, file, "must be a tokenizer.json, which is a JSON object with a model")
     with _refusing(field, file, "must be a tokenizer.json that the tokenizers library can read"):
         backend = Tokenizer.from_str(json.dumps(description))
-    backend.no_truncation()
-    backend.no_padding()
+    _turn_off_extras(backend)
     with _refusing(field, file, "must have a token for unknown characters"):
         backend.encode(UNSEEN, add_special_tokens=False)
+        dropped = _dropped(backend, NEEDED)
+    if dropped:
+        raise UserError(field, file, f"must have a token for unknown characters; it drops {dropped[0]!r} from a text")
     return backend
+
+
+def _turn_off_extras(backend: Tokenizer) -> Tokenizer:
+    """Turn off what a file may ask for and documents must not have: truncation, padding, merges left out at random."""
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
+    return backend
+
+
+def _dropped(backend: Tokenizer, characters: str) -> str:
+    """Return those characters that no token covers, or only in part.
+
+    The library's BPE leaves out what it does not know if it has no token for it. What the normalizer and the
+    pre-tokenizer remove is meant to be removed.
+    """
+
+    def is_whole(character: str) -> bool:
+        text = backend.normalizer.normalize_str(character) if backend.normalizer else character
+        cut = backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer else [(text, None)]
+        pieces = [piece for piece, _ in cut if piece]
+        spans = (token.offsets for piece in pieces for token in backend.model.tokenize(piece))
+        return sum(end - begin for begin, end in spans) >= len("".join(pieces).encode())
+
+    return "".join(character for character in characters if not is_whole(character))
 
 
 @contextlib.contextmanager
