@@ -88,13 +88,33 @@ def test_no_gradient_work_without_gradients(inputs, monkeypatch):
     torch.testing.assert_close(total, detached)
 
 
-def test_autocast_changes_nothing(inputs):
+WAYS = {"auto": {}, "reference": {"implementation": "reference"}, "born": {"options": ObjectiveOptions(head="born")}}
+
+
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+def test_autocast_changes_nothing(inputs, how):
     """Precision follows the inputs; an autocast region around the loss must not round its sums."""
     states, table, labels = inputs
-    expected = fused_linear_objective(states, table, labels).total
+    expected = fused_linear_objective(states, table, labels, **how).total
     with torch.autocast("cpu", torch.bfloat16):
-        actual = fused_linear_objective(states, table, labels).total
+        actual = fused_linear_objective(states, table, labels, **how).total
     assert torch.equal(actual, expected)
+    gradients = (torch.autograd.grad(total, (states, table)) for total in (actual, expected))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "cuda"])
+def test_a_loss_scale_saves_gradients_too_small_for_float16(inputs, implementation):
+    states, table, labels = inputs
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        rounded = states.detach().half().to(dtype).requires_grad_()
+        total = fused_linear_objective(rounded, table, labels, token_count=1e7, implementation=implementation).total
+        (gradient,) = torch.autograd.grad(65536 * total, rounded)
+        assert gradient.dtype == dtype
+        found.append(gradient.float())
+    assert found[1].abs().max() / 65536 < 1e-6  # where float16 has only the multiples of 6e-8
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

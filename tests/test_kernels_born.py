@@ -71,12 +71,14 @@ def test_no_rows_and_no_labels_give_zero():
         assert not torch.autograd.grad(found.total, case["table"])[0].any()
 
 
-def test_half_precision_states_are_computed_in_the_tables_own():
+def test_halves_are_computed_in_the_higher_precision_of_states_and_table():
     case, labels, *_ = make_case(23)
     states, table = case["states"].detach().bfloat16(), case["table"].detach().float()
     options = ObjectiveOptions(head="born")
     rounded = fused_linear_objective(states.float(), table, labels, options=options)
     assert fused_linear_objective(states, table, labels, options=options).ce == rounded.ce
+    narrow = fused_linear_objective(states.float(), table.bfloat16(), labels, options=options)
+    assert narrow.ce == fused_linear_objective(states.float(), table.bfloat16().float(), labels, options=options).ce
 
 
 @pytest.mark.parametrize(("head", "implementation"), [("borne", "auto"), ("born", "cpu")])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers.integrations.neftune import activate_neftune
 
 from indraquantum.model import IndraQuantumPhase2
@@ -35,8 +35,17 @@ def adapted(name="embedding", base=None, **options):
     return peft.eval()
 
 
-@pytest.mark.parametrize("options", [{"ends": "shared"}, {"ends": "separate"}, NARROW], ids=str)
-@pytest.mark.parametrize("name", TARGETS)
+SEPARATE = {"ends": "separate"}
+MERGED = [
+    pytest.param(name, options, id=f"{name}-{options}",
+                 marks=() if options == SEPARATE or name in ("embedding", "projector", "whole head and readout")
+                 else pytest.mark.slow)
+    for name in TARGETS
+    for options in ({"ends": "shared"}, SEPARATE, NARROW)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), MERGED)
 def test_merging_changes_no_logits(name, options):
     ids = torch.cat([tokens(2, 9), torch.tensor([[5, 7] * 4 + [5]])])
     peft = adapted(name, make(**options))
@@ -148,3 +157,21 @@ def test_prompts_are_tuned_in_the_width_of_the_embedding(sizes):
     assert torch.equal(written[:, 9:], model.generate(inputs_embeds=embeddings, **options))
     output.loss.backward()
     assert peft.prompt_encoder.default.embedding.weight.grad.any()
+
+
+@pytest.mark.parametrize("sizes", [{}, NARROW, {"num_key_value_heads": 1}], ids=str)
+def test_a_tuned_prefix_acts_as_text_before_the_input(sizes):
+    model, ids, text = make(**sizes), tokens(2, 9), tokens(1, 3, seed=5)
+    layers = model(text).past_key_values.layers
+    keys_and_values = [part[0].transpose(0, 1) for layer in layers for part in (layer.keys, layer.values)]
+    expected = model(torch.cat([text.expand(2, -1), ids], dim=1)).logits[:, 3:]
+    peft = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    prefix = peft.prompt_encoder.default.embedding.weight
+    prefix.data.copy_(torch.stack(keys_and_values, dim=1).flatten(1))
+    output = peft(ids, attention_mask=torch.ones_like(ids), labels=ids)
+    torch.testing.assert_close(output.logits, expected)
+    torch.testing.assert_close(
+        output.loss, torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    )
+    output.loss.backward()
+    assert prefix.grad.any()

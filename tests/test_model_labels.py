@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from indraquantum.loss_v2 import TeacherSignals
+from indraquantum.model import IndraQuantumPhase2
 from small_model import V, make, make_with_twin, tokens
 
 
@@ -111,6 +112,16 @@ def test_training_with_labels_never_builds_logits_unless_asked():
     assert model.eval()(ids, labels=ids, skip_logits=True).logits is None
 
 
+@pytest.mark.parametrize(("chosen", "skipped_in"), [(None, [True]), (False, []), (True, [True, False])])
+def test_the_configuration_says_where_calls_with_labels_skip_logits(chosen, skipped_in, tmp_path):
+    make(skip_logits=chosen).save_pretrained(tmp_path)
+    model, ids = IndraQuantumPhase2.from_pretrained(tmp_path), tokens(2, 7)
+    for training in (True, False):
+        assert (model.train(training)(ids, labels=ids).logits is None) == (training in skipped_in)
+        assert model(ids, labels=ids, skip_logits=False).logits is not None
+        assert model(ids).logits is not None
+
+
 @pytest.mark.parametrize("given", [{}, {"labels": True}, {"output_hidden_states": True}, {"use_cache": False}])
 def test_a_tuple_is_what_llama_returns(given):
     model, llama = make_with_twin()
@@ -210,6 +221,18 @@ def test_embeddings_may_stand_in_for_ids(options):
     embeddings = model.get_input_embeddings()(ids)
     torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(ids).logits)
     torch.testing.assert_close(model(inputs_embeds=embeddings, labels=ids).loss, model(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": True}, {"projector": "mlp"}])
+def test_embeddings_of_another_format_are_converted_to_the_projectors(options):
+    model, ids = make(**options), tokens(2, 7)
+    rounded = model.get_input_embeddings()(ids).bfloat16()
+    assert torch.equal(model(inputs_embeds=rounded).logits, model(inputs_embeds=rounded.float()).logits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, expected = (model(inputs_embeds=given, labels=ids) for given in (rounded, rounded.float()))
+    assert torch.equal(ours.loss, expected.loss)
+    model.bfloat16()
+    assert torch.equal(model(inputs_embeds=rounded.float()).logits, model(inputs_embeds=rounded).logits)
 
 
 @pytest.mark.parametrize(

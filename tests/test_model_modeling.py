@@ -1,11 +1,15 @@
 """The whole model: packing, weights, saving, heads, and transformers' Llama as an independent reference."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from indraquantum.config import ModelSettings
+from indraquantum.files import write_sums
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
 from small_model import D_MODEL, LAYERS, MLP, NARROW, WIDE, V, make, make_with_twin, tokens
@@ -93,6 +97,21 @@ def test_save_and_load_give_the_same_bits(tmp_path, options):
     for other in (loaded.eval(), twin):
         assert torch.equal(other(ids).logits, model(ids).logits)
         assert torch.equal(other(ids).phase, model(ids).phase)
+
+
+def test_a_saved_model_replaces_the_checksums_of_an_export(tmp_path):
+    """A push adds files to those of a repository, or replaces them, but removes none."""
+    make().save_pretrained(tmp_path / "repository")
+    write_sums(tmp_path / "repository")
+    model, config = make(seed=1, use_cache=False), tmp_path / "repository" / "config.json"
+    model.save_pretrained(tmp_path / "pushed")
+    shutil.copytree(tmp_path / "pushed", tmp_path / "repository", dirs_exist_ok=True)
+    config.write_text(config.read_text() + "\n")  # which people edit
+    loaded = IndraQuantumPhase2.from_pretrained(tmp_path / "repository")
+    assert torch.equal(loaded.embedding.weight, model.embedding.weight)
+    save_file(make().state_dict(), tmp_path / "repository" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OSError, match=r"model.safetensors is damaged"):
+        IndraQuantumPhase2.from_pretrained(tmp_path / "repository")
 
 
 @pytest.mark.parametrize(

@@ -217,3 +217,24 @@ def test_wrong_configurations_name_the_field(field, value, others):
 
 def test_a_residual_needs_states_as_wide_as_the_table():
     assert IndraQuantumConfig(**SIZES, state_width=20, residual=True).hidden_size == 40
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_positions_that_the_layers_do_not_have_are_refused(name):
+    for key in ("rope_type", "type"):
+        with pytest.raises(ValueError, match=f"{name}: got the type linear; must be default"):
+            IndraQuantumConfig(**SIZES, **{name: {key: "linear", "factor": 2.0}})
+    own = {name: {"rope_type": "default", "rope_theta": 500.0}}
+    with pytest.raises(ValueError, match=f"{name}: got rope_theta 500.0; must be the field rope_theta, 10000.0"):
+        IndraQuantumConfig(**SIZES, **own)
+    config = IndraQuantumConfig(**SIZES, **own, rope_theta=500.0)
+    assert config == IndraQuantumConfig(**SIZES, rope_theta=500.0)
+    assert config.backbone().rope_parameters["rope_theta"] == 500.0
+
+
+def test_a_configuration_shows_the_width_of_a_head_and_can_be_made_of_what_it_shows():
+    config = IndraQuantumConfig(**SIZES)
+    values = config.to_dict()
+    assert values["head_dim"] == 20
+    for again in (IndraQuantumConfig(**values), IndraQuantumConfig.from_dict(values)):
+        assert again.to_dict() == values

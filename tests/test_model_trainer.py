@@ -75,6 +75,19 @@ def test_logged_loss_is_the_next_token_loss_and_falls(tmp_path):
     assert next_token_loss(model, data) == pytest.approx(logged[-1, 0], rel=0.2)
 
 
+def test_documents_of_a_row_are_counted_as_they_are_learnt(tmp_path):
+    """Trainer counts all labels from position 1 on, so the first token of a document has none."""
+    model, pieces = make(), (4, 3, 2)
+    segments = torch.repeat_interleave(torch.arange(3), torch.tensor(pieces))
+    starts, data, alone = segments.diff(prepend=segments[:1] - 1) > 0, [], []
+    for row in range(8):
+        ids = tokens(9, seed=row)
+        data.append({"input_ids": ids, "segment_ids": segments, "labels": ids.masked_fill(starts, -100)})
+        alone += [{"input_ids": piece, "attention_mask": torch.ones_like(piece)} for piece in ids.split(pieces)]
+    expected = next_token_loss(model, alone)
+    assert trained(model, tmp_path, data=data, max_steps=1)[0, 0] == pytest.approx(expected, rel=1e-4)
+
+
 def test_accumulation_changes_neither_loss_nor_gradient(tmp_path):
     logged = [
         trained(

@@ -134,14 +134,17 @@ def test_a_decode_loop_of_ones_own_lifts_the_table_once(options, monkeypatch):
 
 
 @pytest.mark.parametrize("options", VARIANTS)
-def test_offloaded_weights_give_the_same_logits_and_text(options):
+def test_offloaded_weights_give_the_same_logits_text_and_loss(options):
     model, ids = make(**options), tokens(2, 5)
     how = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     logits, text = model(ids).logits, model.generate(ids, **how)
+    loss = model(ids, labels=ids).loss
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(weight.is_meta for weight in model.parameters())
     assert torch.equal(model(ids).logits, logits)
     assert torch.equal(model.generate(ids, **how), text)
+    assert torch.equal(model(ids, labels=ids).loss, loss)
+    assert all(weight.is_meta for weight in model.parameters())
 
 
 def changes():

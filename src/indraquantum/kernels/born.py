@@ -35,9 +35,9 @@ def born_logits(states: Tensor, table_VD: Tensor, bias_V: Tensor | None, scale: 
 
 
 def born_objective(inputs: LinearInputs, options: ObjectiveOptions) -> ObjectiveResult:
-    """The objective of `born_logits`, differentiable by autograd, in the table's precision at least."""
+    """The objective of `born_logits`, differentiable by autograd, in the highest precision of states and table."""
     dtype = torch.promote_types(inputs.states_ND.dtype, inputs.table_VD.dtype)
-    inputs = inputs._replace(states_ND=inputs.states_ND.to(dtype))
+    inputs = inputs._replace(states_ND=inputs.states_ND.to(dtype), table_VD=inputs.table_VD.to(dtype))
 
     def part(chunk: LinearInputs) -> ObjectiveResult:
         logits_nV = born_logits(chunk.states_ND, chunk.table_VD, chunk.bias_V, chunk.scale)

@@ -75,7 +75,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the total; None if not wanted."""
+    """Gradients of the total in the plan's dtype; None if not wanted."""
 
     states_ND: Tensor | None
     table_VD: Tensor | None
@@ -115,7 +115,7 @@ class ChunkedObjective:
         self.table_sum_D = self.table_VD.sum(dim=0, dtype=plan.dtype) if self.is_even else None
         make = self.table_VD.new_zeros
         self.gradients = Gradients(
-            torch.zeros_like(self.states_ND, memory_format=torch.contiguous_format) if wanted.states else None,
+            make(self.states_ND.shape, dtype=plan.dtype) if wanted.states else None,
             make(self.table_VD.shape, dtype=plan.dtype) if wanted.table else None,
             make(self.vocabulary_size, dtype=plan.dtype) if wanted.bias else None,
             make((), dtype=plan.dtype) if wanted.scale else None,
@@ -303,4 +303,4 @@ class ChunkedObjective:
             gradients.scale.add_((back_nD * states_nD).sum())
         if gradients.states_ND is not None:
             back_nD = back_nD if self.scale is None else back_nD.mul_(self.scale)
-            gradients.states_ND[rows] = back_nD.to(gradients.states_ND.dtype)
+            gradients.states_ND[rows] = back_nD

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from indraquantum.kernels.arguments import ObjectiveOptions, ObjectiveResult, check_inputs, require
@@ -60,9 +61,11 @@ def fused_linear_objective(
         signal_probs_NK=signal_probs_NK, token_count=token_count,
     )  # fmt: skip
     options = options or ObjectiveOptions()
-    if options.head == "born":
-        require(implementation == "auto", "implementation", implementation, "auto for the head born")
-        return born_objective(inputs, options)
-    if implementation == "auto":
-        implementation = "cpu" if states_ND.device.type == "cpu" else "cuda"
-    return _IMPLEMENTATIONS[implementation](inputs, options)
+    # Autocast would round the products of some implementations. The inputs alone decide on precision.
+    with torch.autocast(states_ND.device.type, enabled=False):
+        if options.head == "born":
+            require(implementation == "auto", "implementation", implementation, "auto for the head born")
+            return born_objective(inputs, options)
+        if implementation == "auto":
+            implementation = "cpu" if states_ND.device.type == "cpu" else "cuda"
+        return _IMPLEMENTATIONS[implementation](inputs, options)

@@ -5,6 +5,8 @@ It is a transformers config class, so that save_pretrained, from_pretrained and 
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig
 
@@ -25,13 +27,29 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
     eos_token_id: int | None = 2
     pad_token_id: int | None = None
     use_cache: bool = True
+    skip_logits: bool | None = None  # in calls with labels; None: only in training mode
     # The head reuses the lifted table by construction; transformers has no second weight to tie.
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: object) -> None:
         """Fill in what follows from other fields."""
+        kwargs.pop("head_dim", None)  # to_dict shows it
+        for name in ("rope_parameters", "rope_scaling"):
+            self._require_default_positions(name, kwargs.pop(name, None) or {})
         ModelShape.__post_init__(self)
         PreTrainedConfig.__post_init__(self, **kwargs)
+
+    def _require_default_positions(self, name: str, rope: Any) -> None:
+        """Refuse a dict of rotary positions, as other models have, that asks for more than the layers do."""
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{name}: got the type {kind}; must be default")
+        if (base := rope.get("rope_theta", self.rope_theta)) != self.rope_theta:
+            raise ValueError(f"{name}: got rope_theta {base}; must be the field rope_theta, {self.rope_theta}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all values, and the width of a head, which PEFT's prefix tuning would else compute from d_model."""
+        return super().to_dict() | {"head_dim": self.head_dim}
 
     def backbone(self) -> LlamaConfig:
         """Return the configuration of the Llama layers between projector and head."""

@@ -58,6 +58,7 @@ class QuantumCore:
         """Return the states (..., D) of `embeddings` (..., d), plus the embedding if the configuration asks for it."""
         # A phase of several radians loses its digits in 16 bits.
         with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings.to(_format_of(projector, embeddings))
             states = projector(embeddings)
             return states + F.pad(embeddings, (0, embeddings.shape[-1])) if self.config.residual else states
 
@@ -109,3 +110,9 @@ class QuantumCore:
         """Return the complex readout c (...) of `states` (..., D): |c| is the magnitude, its angle the phase."""
         with torch.autocast(states.device.type, enabled=False):  # there are no complex numbers of 16 bits
             return self.readout(states)
+
+
+def _format_of(projector: nn.Module, embeddings: Tensor) -> torch.dtype:
+    """Return the format of the projector's weights, or that of `embeddings` if it has none or they are quantised."""
+    formats = (weight.dtype for weight in projector.parameters() if weight.is_floating_point() and weight.itemsize > 1)
+    return next(formats, embeddings.dtype)

@@ -37,8 +37,8 @@ class TrainingLoss:
     ) -> CrossEntropy:
         if signals is not None or objective is not None:
             raise ValueError("signals, objective: need the package indraquantum; import it before you load the model")
-        labels_N = shift_labels_BT.flatten().to(states_BTD.device)
         logits_NV = self.logits(states_BTD, table_VD).flatten(0, 1).float()
+        labels_N = shift_labels_BT.flatten().to(logits_NV.device)
         total = F.cross_entropy(logits_NV, labels_N, ignore_index=-100, reduction="sum")
         count = (labels_N != -100).sum() if num_items_in_batch is None else num_items_in_batch
         # A step without any label has a loss of 0.

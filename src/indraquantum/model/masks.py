@@ -28,6 +28,19 @@ def document_mask(segments_BT: Tensor) -> Tensor:
     return (same_BTT & causal_TT & real_BT1 | self_TT)[:, None]
 
 
+def document_mask_for(attention: str, segments_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `document_mask` in the form that an attention of transformers takes.
+
+    Args:
+        attention: the name of its implementation. "eager" adds its mask to the scores, so a bool one would silently let
+            everything through.
+        segments_BT: see `document_mask`.
+        dtype: of the scores.
+    """
+    mask_B1TT = document_mask(segments_BT)
+    return additive(mask_B1TT, dtype) if attention == "eager" else mask_B1TT
+
+
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a bool mask as numbers to add to attention scores: 0 for True, the least finite number for False."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

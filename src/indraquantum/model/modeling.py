@@ -27,11 +27,11 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from indraquantum.files import NOT_ITS_SUM, SUMS_NAME, damaged_file
+from indraquantum.files import NOT_ITS_SUM, damaged_file, write_sums
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.core import QuantumCore
 from indraquantum.model.head import InterferenceHead
-from indraquantum.model.masks import additive
+from indraquantum.model.masks import document_mask_for
 from indraquantum.model.objective import Objective, Signals, TrainingLoss
 from indraquantum.model.output import CACHE, PASSED_ON, IndraQuantumOutput, unknown_argument
 from indraquantum.model.projector import LiftLinear, PhaseLinear, uniform_by_fan_in
@@ -117,10 +117,8 @@ class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrained
             module.initialise()
 
     def _document_mask(self, segment_ids_BT: Tensor) -> Tensor:
-        mask_B1TT = super()._document_mask(segment_ids_BT)
-        # Eager attention adds its mask to the scores, so a bool one would silently let everything through.
-        is_eager = cast(Backbone, self.backbone).config._attn_implementation == "eager"
-        return additive(mask_B1TT, self.dtype) if is_eager else mask_B1TT
+        attention = cast(Backbone, self.backbone).config._attn_implementation
+        return document_mask_for(attention, segment_ids_BT, self.dtype)
 
     def _run_layers(self, states_BTD: Tensor, mask: Tensor | None, position_ids_BT: Tensor | None) -> Tensor:
         return self.backbone(
@@ -171,9 +169,10 @@ class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrained
                 in training mode and not for packed documents.
             logits_to_keep: how many of the last positions get logits; 0 for all. The loss is of all positions.
             num_items_in_batch: labelled tokens of the whole optimiser step, which divide the loss. By default they are
-                those of this call.
-            skip_logits: leave out the logits. By default this is so in training mode with labels, where they would take
-                most of the memory.
+                those of this call. With segment_ids, transformers' Trainer counts the first token of each document too,
+                which no position learns: set its label to -100, or give shift_labels beside labels.
+            skip_logits: leave out the logits. By default, calls with labels do as the configuration's skip_logits says.
+                If that is None, they leave them out in training mode, where they would take most of the memory.
             segment_ids: (B, T) number of the document within the row, -1 on padding. It can't be combined with
                 attention_mask or a cache.
             signals: the teacher's signals for the N = B*T positions, row by row, or a dict of their fields. Those of
@@ -236,8 +235,8 @@ class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrained
             terms = self._terms(
                 states_BTD, table_VD, amplitude_BT, shift_labels, signals, objective, num_items_in_batch
             )
-        if skip_logits is None:
-            skip_logits = self.training and terms is not None
+        if skip_logits is None and terms is not None:
+            skip_logits = self.training if self.config.skip_logits is None else self.config.skip_logits
         if not skip_logits:
             logits = self.logits(_kept(states_BTD, logits_to_keep), table_VD)
         return IndraQuantumOutput(
@@ -253,7 +252,7 @@ class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrained
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does. If the folder has SHA256SUMS, as from `indra export`, check the weights.
+        """Load as transformers does. If the folder has a SHA256SUMS, check the files in it.
 
         Raises:
             OSError: a file of weights, or config.json, does not match SHA256SUMS.
@@ -269,12 +268,13 @@ class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrained
                     projector.requires_grad_(False)
         return loaded
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, and remove the SHA256SUMS of earlier files."""
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with a SHA256SUMS of the weights."""
         if self._auto_class is None:  # transformers copies the code that config.json names only for code of a folder
             self.config.__dict__.pop("auto_map", None)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        Path(save_directory).joinpath(SUMS_NAME).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:  # push_to_hub uploads it too, and so replaces the one of an earlier export
+            write_sums(Path(save_directory), "*.safetensors")
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,10 +5,11 @@ Legend: B batch, T positions, N = B*T, V vocabulary, D real width.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
@@ -38,17 +39,28 @@ class TrainingLoss:
             objective = SemanticDistillationLoss(*_default_weights(signals), head=self.config.head)
         if objective.head != self.config.head:
             raise ValueError(f"objective: its head is {objective.head}; must be the model's, {self.config.head}")
-        return objective(
-            states_BTD.flatten(0, 1),
-            table_VD,
-            shift_labels_BT.flatten().to(states_BTD.device),
-            bias_V=self.bias_V,
-            scale=self.scale,
-            signals=signals,
-            amplitude_N=amplitude_BT.flatten(),
-            # A step without any label has a loss of 0, here as elsewhere.
-            token_count=None if num_items_in_batch is None else max(1.0, float(num_items_in_batch)),
-        )
+        device = states_BTD.device  # accelerate may have put the parts of the model on several
+        with _readable(self.head):
+            return objective(
+                states_BTD.flatten(0, 1),
+                table_VD.to(device),
+                shift_labels_BT.flatten().to(device),
+                bias_V=None if self.bias_V is None else self.bias_V.to(device),
+                scale=self.scale,
+                signals=None if signals is None else signals.to(device),
+                amplitude_N=amplitude_BT.flatten().to(device),
+                # A step without any label has a loss of 0, here as elsewhere.
+                token_count=None if num_items_in_batch is None else max(1.0, float(num_items_in_batch)),
+            )
+
+
+def _readable(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which the weights of `module` can be read, also if accelerate has offloaded them."""
+    if not hasattr(module, "_hf_hook"):
+        return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
 
 
 def _default_weights(signals: TeacherSignals | None) -> tuple[float, float, float]:

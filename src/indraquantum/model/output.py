@@ -26,6 +26,7 @@ class IndraQuantumOutput(CausalLMOutputWithPast):
     """The output of Llama's forward, and the readouts. Fields that do not apply are None.
 
     As a tuple (`return_dict=False`, or by index) it equals Llama's: loss, logits, the cache, hidden_states, attentions.
+    In training with labels, it has neither logits nor cache, unless you ask for them.
     `hidden_states` begins with the lifted inputs and ends with the states psi, all (B, T, D).
     """
 

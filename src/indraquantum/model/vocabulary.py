@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +89,7 @@ class LiftedVocabulary:
             device = next(self.embedding.parameters()).device
             # accelerate keeps offloaded weights on the meta device, and its forward moves the ids to where they run
             ids_R = torch.arange(self.config.vocab_size, device="cpu" if device.type == "meta" else device)
-        # Forward hooks are for the inputs: NEFTune's, for example, would add its noise to the head's table.
-        return self._lift(self.projector, self.embedding.forward(ids_R))
+        return self._lift(self.projector, _look_up(self.embedding, ids_R))
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
@@ -122,6 +122,21 @@ class LiftedVocabulary:
         if hooked or not all(map(_is_plain, [self.embedding, *modules])):
             return self.lift_table()  # it may depend on more than the weights
         return self._kept.get([self.embedding.weight, *self.projector.parameters()], self.lift_table)
+
+
+def _look_up(embedding: Any, ids_R: Tensor) -> Tensor:
+    """Return the rows (R, d) of `embedding` without its forward hooks, which are for the inputs.
+
+    NEFTune's, for example, would add its noise to the head's table. Only FSDP2's run, because they gather the weights.
+    """
+    if not hasattr(embedding, "unshard"):
+        return embedding.forward(ids_R)
+    if not hasattr(embedding, "bare_forward"):
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        embedding.bare_forward = embedding.forward
+        register_fsdp_forward_method(embedding, "bare_forward")
+    return embedding.bare_forward(ids_R)
 
 
 def _is_plain(module: nn.Module) -> bool:
