@@ -5,15 +5,18 @@ from __future__ import annotations
 import http.client
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 
 from browser import chromium, expect, page_of, served  # noqa: F401 - a fixture
 from indraquantum import cli
 from indraquantum.config import TestSettings, TrainSettings
 from indraquantum.data.dataset import open_dataset
+from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.evaluation.held_out import to_tensors
 from indraquantum.inference.explore import held_out_row, vocabulary, written
@@ -99,6 +102,25 @@ def test_a_held_out_row_stands_beside_the_teachers_figures(world, loaded):
         held_out_row(loaded, dataset.validation, dataset.validation.num_rows, signals)
 
 
+def test_the_tokens_of_a_row_make_up_its_text_with_blanks(world, loaded):
+    """Decoders such as those of SentencePiece drop the blank before the first token of what they decode."""
+    control = {loaded.tokenizer.bos_id: "<s>", loaded.tokenizer.eos_id: "</s>"}
+    names = {control.get(number, f"▁w{number}"): number for number in range(loaded.tokenizer.vocabulary_size)}
+    backend = Tokenizer(models.WordLevel(names, unk_token="<s>"))
+    backend.decoder = decoders.Metaspace()
+    spaced = TextTokenizer(backend, loaded.tokenizer.bos_id, loaded.tokenizer.eos_id)
+    split = open_dataset("--data", world.data).validation
+    found = held_out_row(replace(loaded, tokenizer=spaced), split, 1, None)["tokens"]
+    batch, expected = split.batch(np.array([1])), ""
+    for segment in range(batch.segments.max() + 1):
+        there = batch.labelled[0] & (batch.segments[0] == segment)
+        first = batch.input_ids[0, there][:1].tolist()
+        whole = spaced.decode([*first, *batch.labels[0, there].tolist()])
+        expected += whole[len(spaced.decode(first)) :]
+    assert "".join(token["text"] for token in found) == expected
+    assert expected.count(" ") > 3
+
+
 def test_the_map_of_a_dimension_is_the_projectors(loaded):
     magnitude, phase = loaded.model.projector.polar(loaded.model.embedding.weight)
     states = torch.polar(magnitude.abs(), phase) * magnitude.sign()
@@ -172,3 +194,26 @@ def test_the_explorer_in_a_browser_with_a_hostile_prompt(chromium, run, loaded):
         assert page.title() == "IndraQuantum monitor"
         assert page.locator("img").count() == 0
         assert page.locator("main script").count() == 0
+
+
+def test_a_vocabulary_of_any_size_is_drawn_and_a_late_answer_replaces_nothing(chromium, run):  # noqa: F811
+    count, site = 200_000, site_of(run.metrics.parent.parent)
+    many = json.dumps({"magnitude": [0.5] * count, "phase": [0.1] * count, "texts": ["a"] * count})
+    (run_id,) = (one["id"] for one in site.get["/api/runs"]({})["runs"])
+    with served(site) as server, page_of(chromium, f"{server.url}#view=state&runs={run_id}") as page:
+        page.route("**/api/vocabulary?*", lambda route: route.fulfill(body=many, content_type="application/json"))
+        page.get_by_role("button", name="Show the vocabulary").click()
+        page.get_by_text("200,000 tokens").wait_for()
+        held = []
+        page.route("**/api/details?*", lambda route: held.append(route))
+        page.get_by_role("tab", name="Curves").click()
+        with page.expect_request("**/api/details?*"):
+            page.get_by_role("tab", name="State explorer").click()
+        page.get_by_role("tab", name="Curves").click()
+        expect(page.locator("#chart-loss canvas")).to_have_count(1)
+        with page.expect_response("**/api/details?*"):
+            for route in held:
+                route.continue_()
+        page.wait_for_timeout(300)
+        expect(page.get_by_role("heading", name="Ask")).to_have_count(0)
+        expect(page.locator("#chart-loss canvas")).to_have_count(1)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import survival
 from indraquantum import cli
-from indraquantum.config import ExportSettings, TrainSettings
+from indraquantum.config import ALPACA, WIKITEXT, ExportSettings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.files import combined_sha256
 from indraquantum.inference import load as load_module
@@ -71,6 +71,7 @@ def test_transformers_reads_the_same_model(exported):
 
 
 @pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_its_tokenizer_gives_the_ids_of_training(exported, text):
     from transformers import AutoTokenizer
 
@@ -84,6 +85,7 @@ def test_its_tokenizer_gives_the_ids_of_training(exported, text):
     assert again(spelled, split_special_tokens=True)["input_ids"] == tokenizer.encode_prompt(spelled)
 
 
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_a_pipeline_writes_for_a_batch_what_it_writes_for_each(exported, monkeypatch):
     from transformers import AutoTokenizer, pipeline
 
@@ -106,6 +108,7 @@ def test_a_pipeline_writes_for_a_batch_what_it_writes_for_each(exported, monkeyp
         assert found == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_trainer_with_the_usual_collator_learns_the_next_token(exported, tmp_path):
     from datasets import Dataset
     from transformers import (
@@ -150,6 +153,7 @@ def test_trainer_with_the_usual_collator_learns_the_next_token(exported, tmp_pat
     assert copies < 0.2
 
 
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_nothing_is_replaced_and_a_bad_checkpoint_is_one_line(exported, tmp_path, capsys, monkeypatch):
     checkpoint, folder = exported
     before = sorted(path.name for path in folder.iterdir())
@@ -320,6 +324,28 @@ def test_data_that_no_record_names_may_not_be_used_commercially(exported, monkey
     assert ("Not recorded here" in card) == ("non-commercial" in card) == (licence != "other")
 
 
+@pytest.mark.parametrize(
+    ("sources", "options", "settings", "is_known"),
+    [
+        (["wikitext", "alpaca"], {}, {}, True),
+        (["wikitext"], {}, {}, True),
+        (["wikitext", "alpaca"], {"alpaca": "alpaca_fr.json"}, {}, False),
+        (["wikitext", "briefe"], {}, {}, False),
+        (["wikitext"], {}, {"start_from": OTHER}, False),
+    ],
+)
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
+def test_the_card_names_the_language_of_known_data_alone(exported, monkeypatch, sources, options, settings, is_known):
+    manifest = {
+        "sources": [{"name": name} for name in sources],
+        "options": {"wikitext": WIKITEXT, "alpaca": ALPACA} | options,
+    }
+    monkeypatch.setattr(card_module, "_manifest", lambda *_: manifest)
+    card = card_of(exported[0], **settings)
+    assert ('\nlanguage: ["en"]\n' in card) == is_known
+    assert ("tatsu-lab/alpaca" in card) == ("alpaca" in sources and not options)
+
+
 def test_a_pickle_as_the_data_may_not_be_used_commercially():
     facts = RunFacts(1, 1, {}, held_out={"all": 2.0, "pickle": 2.0})
     assert facts.source_names == ()
@@ -367,6 +393,7 @@ def test_a_folder_of_another_model_is_one_line(exported, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_a_folder_in_16_bits_is_read_in_float32(exported, tmp_path, kind):
     from indraquantum.model import IndraQuantumPhase2
 
@@ -380,6 +407,7 @@ def test_a_folder_in_16_bits_is_read_in_float32(exported, tmp_path, kind):
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_a_device_without_room_for_the_model_is_one_line(exported, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -390,6 +418,7 @@ def test_a_device_without_room_for_the_model_is_one_line(exported, monkeypatch):
             load(path, torch.device("cuda"))
 
 
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_weights_that_torch_refuses_in_one_line_are_one_line(exported, monkeypatch):
     def refuse(*_):
         raise RuntimeError("of a single line")
@@ -418,6 +447,7 @@ def flip(path):
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_sums_are_those_of_sha256sum(exported):
     _, folder = exported
     lines = (folder / "SHA256SUMS").read_text().splitlines()
@@ -428,6 +458,7 @@ def test_sums_are_those_of_sha256sum(exported):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_a_flipped_bit_of_an_exported_model_is_told(exported, tmp_path, name):
     from transformers import AutoModelForCausalLM
 
@@ -443,6 +474,7 @@ def test_a_flipped_bit_of_an_exported_model_is_told(exported, tmp_path, name):
     AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
 def test_a_model_saved_in_its_place_is_no_damage(exported, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import jinja2
@@ -15,18 +17,21 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from byte_tokenizer import EOS, byte_tokenizer
 from indraquantum.config import ExportSettings
-from indraquantum.data.fast_tokenizer import save_chat_tokenizer
+from indraquantum.data.fast_tokenizer import chat_template, save_chat_tokenizer
 from indraquantum.data.prompt import Message, format_alpaca
 from indraquantum.data.same_tokenizer import require_same_tokenizer
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
-from indraquantum.inference.export_gguf import write
+from indraquantum.inference.export_gguf import EXAMPLE, modelfile, write
 from indraquantum.inference.gguf_tokenizer import TokenType, gguf_tokenizer
 from indraquantum.inference.load import Loaded
 from indraquantum.model.inference_model import InferenceModel
 from indraquantum.model.shape import ModelShape
 from small_model import make, tokens
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +113,48 @@ def test_the_template_of_a_tokenizer_without_bos_writes_none(tokenizer, tmp_path
     chat = [Message("system", "Be short."), Message("user", "One?"), Message("assistant", "yes"), Message("user", "?")]
     text = jinja2.Template(template).render(messages=chat, bos_token="another", eos_token="</s>")
     assert text == "</s>".join([format_alpaca("Be short.", "One?", "yes"), format_alpaca("Be short.", "?")])
+
+
+GO_AS_JINJA = {
+    "{{- range .Messages }}": "{%- for message in messages %}",
+    '{{- if eq .Role "user" }}': '{%- if message.role == "user" %}',
+    '{{ else if eq .Role "assistant" }}': '{% elif message.role == "assistant" %}',
+    "{{ if $.System }}": "{% if system %}", "{{ $.System }}": "{{ system }}", "{{ .Content }}": "{{ message.content }}",
+    "{{ end }}": "{% endif %}", "{{- end }}\n{{- end }}": "{%- endif %}\n{%- endfor %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("system", ["", "Be short."])
+def test_the_modelfile_is_the_chat_template_in_ollamas_language(tokenizer, tmp_path, system):
+    _, loaded = loaded_of(tokenizer)
+    exported = write(loaded, tmp_path, ExportSettings(as_="gguf"))
+    content = (tmp_path / "Modelfile").read_text()
+    assert content.startswith("FROM ./model-f16.gguf\n")
+    assert "ollama create my-model -f Modelfile" in exported.example
+    theirs = re.search(r'^TEMPLATE """(.*?)"""$', content, re.DOTALL | re.MULTILINE)[1]
+    for action, counterpart in GO_AS_JINJA.items():
+        assert action in theirs
+        theirs = theirs.replace(action, counterpart)
+    chat = [Message("user", "One?"), Message("assistant", "yes"), Message("user", "Two\nlines?")]
+    chat = [Message("system", system), *chat] if system else chat
+    names = {"bos_token": tokenizer.beginning, "eos_token": tokenizer.ending}
+    ours = jinja2.Template(chat_template(tokenizer)).render(messages=chat, **names)
+    assert tokenizer.beginning + jinja2.Template(theirs).render(messages=chat, system=system) == ours
+
+
+def test_the_documentation_shows_the_modelfile():
+    page = (ROOT / "docs" / "using-a-model.md").read_text(encoding="utf-8")
+    assert f"```\n{modelfile('model-q8_0.gguf', byte_tokenizer())}```\n" in page
+    without_bos = TextTokenizer(byte_tokenizer().backend, None, EOS)
+    assert "{{ .Content }}</s>\n" in modelfile("model-q8_0.gguf", without_bos)
+
+
+@pytest.mark.parametrize("program", ["llama-completion", "llama-cli"])
+def test_a_text_is_continued_without_the_chat_that_a_template_opens(program):
+    page = (ROOT / "docs" / "using-a-model.md").read_text(encoding="utf-8")
+    for line in (page + EXAMPLE).splitlines():
+        if line.startswith(program):
+            assert ("-no-cnv" in line) == (' -p "' in line)
 
 
 def merged_by_score(text, fields):

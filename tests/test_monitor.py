@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -11,7 +12,7 @@ from indraquantum.errors import UserError
 from indraquantum.metrics import FIELDS, Line, _line
 from indraquantum.monitor import plots
 from indraquantum.monitor.curves import Curves
-from indraquantum.monitor.runs import find_run, find_runs
+from indraquantum.monitor.runs import find_run, find_runs, metrics_files
 
 
 def line(step: int, **values) -> dict:
@@ -71,10 +72,19 @@ def test_several_runs_are_drawn_over_each_other():
     assert labels == ["one", "held-out CE, one", "held-out CE, begun"]
 
 
-@pytest.mark.parametrize("metrics", [[], METRICS[:1], METRICS[1:2]], ids=["empty", "step 0", "one step"])
-@pytest.mark.parametrize("draw", plots.PANELS)
-def test_a_run_with_hardly_a_line_is_drawn_as_far_as_it_goes(draw, metrics):
-    drawn(draw, metrics)
+@pytest.mark.parametrize(
+    ("draw", "step_0", "one_step"),
+    [
+        (plots.draw_total_loss, {"held-out CE, wikitext", "held-out CE, all"}, {"total loss"}),
+        (plots.draw_ce_and_kd, set(), {"CE (text)", "KD (against the signals)"}),
+        (plots.draw_alignment, set(), {"phase term (circular distance)", "magnitude term (squared error)"}),
+        (plots.draw_stability, set(), {"magnitude", "phase (radians)"}),
+    ],
+)
+def test_a_run_with_hardly_a_line_is_drawn_as_far_as_it_goes(draw, step_0, one_step):
+    assert drawn(draw, []) == {}
+    assert drawn(draw, METRICS[:1]).keys() == step_0
+    assert drawn(draw, METRICS[1:2]).keys() == one_step
 
 
 def test_the_overview_is_a_picture(tmp_path):
@@ -108,3 +118,21 @@ def test_no_run_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("INDRA_METRICS", raising=False)
     with pytest.raises(UserError, match="train first"):
         find_run(tmp_path)
+
+
+def test_a_folder_that_can_not_be_read_hides_no_other_run(tmp_path, monkeypatch):
+    for name in ("gone", "there"):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+        (tmp_path / "logs" / name / "metrics.jsonl").write_text("{}\n")
+    scandir = os.scandir
+
+    def failing(path="."):
+        if os.path.basename(path) == "gone":
+            raise OSError(errno.ESTALE, "Stale file handle", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert metrics_files(tmp_path / "logs") == [tmp_path / "logs" / "there" / "metrics.jsonl"]
+    with pytest.raises(OSError, match="Stale"):  # the folder that was asked for
+        metrics_files(tmp_path / "logs" / "gone")
+    assert metrics_files(tmp_path / "nowhere") == metrics_files(tmp_path / "logs" / "there" / "metrics.jsonl") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -152,6 +153,29 @@ def test_an_error_of_one_run_is_shown_and_goes_away(chromium, logs):  # noqa: F8
         page.get_by_role("rowheader", name="--seed").wait_for()
         shutil.rmtree(logs / HOSTILE)
         page.get_by_text("Choose two or more runs").wait_for()
+        context.close()
+
+
+def test_a_removed_run_leaves_the_page_and_an_error_of_the_list_is_told(chromium, logs):  # noqa: F811
+    with served(site_of(logs)) as server:
+        context = chromium.new_context()
+        context.set_default_timeout(60_000)
+        page = context.new_page()
+        page.goto(server.url)
+        page.locator("#runs tbody tr").nth(1).wait_for()
+        for name in ("real", HOSTILE):
+            page.get_by_role("checkbox", name=name, exact=True).check()
+        wait_for(page, "loss", HOSTILE)
+        expect(page).to_have_url(re.compile(r"runs=[0-9a-f]{16},[0-9a-f]{16}$"))
+        shutil.rmtree(logs / HOSTILE)
+        expect(summary(page, "loss")).not_to_contain_text(HOSTILE)
+        expect(summary(page, "loss")).to_contain_text("total loss")
+        expect(page).to_have_url(re.compile(r"runs=[0-9a-f]{16}$"))
+        problem = json.dumps({"error": "a file can't be read: no such disk"})
+        page.route("**/api/runs", lambda route: route.fulfill(status=500, body=problem))
+        expect(page.locator("#connection")).to_have_text("a file can't be read: no such disk")
+        page.unroute("**/api/runs")
+        expect(page.locator("#connection")).to_have_text("")
         context.close()
 
 

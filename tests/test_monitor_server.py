@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 from indraquantum import cli
 from indraquantum.config import MonitorSettings
 from indraquantum.errors import UserError
-from indraquantum.live import details
+from indraquantum.live import details, watched
 from indraquantum.live.monitor import FILES, monitor, site_of
 from indraquantum.live.server import MOST_BYTES, PageServer, Site
 from indraquantum.metrics import FIELDS, _line
@@ -129,6 +130,48 @@ def test_a_disk_that_fails_or_is_slow_does_not_stop_the_page(logs, serve, monkey
     assert waiting.is_alive()
     hangs.set()
     waiting.join()
+
+
+def test_a_run_on_a_drive_that_is_gone_hides_no_other_run(logs, serve, monkeypatch):
+    fingerprint = watched._fingerprint
+
+    def failing(path):
+        if path.parent.name == "one":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return fingerprint(path)
+
+    monkeypatch.setattr(watched, "_fingerprint", failing)
+    runs = {run["name"]: run for run in told(serve(site_of(logs)), "/api/runs")["runs"]}
+    assert (runs["one"]["state"], runs["one"]["problem"]) == ("damaged", "can't be read (Stale file handle)")
+    assert runs[HOSTILE]["steps"] == 4
+
+
+def failing_with(error):
+    def fail(_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (failing_with(RuntimeError("no memory\nat all")), "RuntimeError: no memory at all"),
+        (failing_with(ValueError("the logits are NaN")), "ValueError: the logits are NaN"),
+        (lambda _: {"figure": float("nan")}, "RuntimeError: the answer is no JSON"),
+    ],
+    ids=["error", "value", "NaN"],
+)
+def test_a_failure_in_here_is_told_to_the_page_and_on_stderr(serve, capsys, answer, reason):
+    server = serve(Site({}, {"/api/x": answer}, {"/api/y": answer}))
+    status, _, content = ask(server, "/api/x?a=1")
+    assert (status, reason in json.loads(content)["error"]) == (500, True)
+    status, _, content = ask(server, "/api/y", "POST", b"{}", Content_Type="application/json")
+    assert (status, reason in json.loads(content)["error"]) == (500, True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(reason)[0] for line in lines] == [
+        "warning: GET /api/x failed: ", "warning: POST /api/y failed: ",
+    ]  # fmt: skip
 
 
 def test_checkpoints_are_listed_with_the_steps_of_their_manifests(logs, serve):

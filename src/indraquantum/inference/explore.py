@@ -12,6 +12,7 @@ Legend: T positions, W tokens shown, V vocabulary, D real width, D/2 complex wid
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor
 
 from indraquantum.config import TestSettings
-from indraquantum.data.split import Split
+from indraquantum.data.split import Batch, Split
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.inference.generate import TokenState, generate_text, prompt_text, uncertainty_nats
 from indraquantum.inference.load import Loaded
+from indraquantum.inference.token_texts import token_texts
 from indraquantum.inference.write import state_figures
 from indraquantum.model.readout import wrapped_phase
 from indraquantum.teacher.signals import SignalStore
@@ -83,19 +85,27 @@ def held_out_row(loaded: Loaded, split: Split, row: int, signals: SignalStore | 
         ids, positions, segments = (torch.from_numpy(part).to(model.device) for part in batch[:1] + batch[2:4])
         psi_WD = model.hidden_states(ids, positions, segments)[0, torch.from_numpy(places)]
         states = _states(loaded, psi_WD, batch.labels[0, places].tolist())
-        tokens = _tokens(loaded, states, _read(loaded, states))
+        tokens = _tokens(loaded, states, _read(loaded, states, _label_texts(loaded.tokenizer, batch, places)))
     teacher = _teacher(signals, batch.index[0, places])
     return {**_about(loaded), "tokens": [token | found for token, found in zip(tokens, teacher, strict=True)]}
 
 
-def _read(loaded: Loaded, states: _States) -> list[TokenState]:
-    """Read the states of tokens that the model did not write."""
+def _read(loaded: Loaded, states: _States, texts: list[str]) -> list[TokenState]:
+    """Read the states of tokens that the model did not write, whose texts are given."""
     amplitude_W = loaded.inference_model.amplitude(states.psi_WD)
     probability_W = states.logits_WV.softmax(-1).gather(-1, torch.tensor(states.ids)[:, None].to(states.psi_WD.device))
     nats_W = uncertainty_nats(amplitude_W.angle(), loaded.inference_model.config.vocab_size)
-    texts = [loaded.tokenizer.decode([token]) for token in states.ids]
     rows = zip(texts, probability_W[:, 0].tolist(), amplitude_W.abs().tolist(), nats_W.tolist(), strict=True)
     return [TokenState(*row) for row in rows]
+
+
+def _label_texts(tokenizer: TextTokenizer, batch: Batch, places: np.ndarray) -> list[str]:
+    """Return the text of the label at each of these places of a row, as a share of the text of its document."""
+    texts: list[str] = []
+    for _, group in itertools.groupby(places.tolist(), key=lambda place: batch.segments[0, place]):
+        there = list(group)
+        texts += token_texts(tokenizer, batch.input_ids[0, there[:1]].tolist(), batch.labels[0, there].tolist())
+    return texts
 
 
 def _teacher(signals: SignalStore | None, index_W: np.ndarray) -> list[dict[str, float | None]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from indraquantum.config import ExportSettings
 from indraquantum.data.fast_tokenizer import chat_template, padding_id
+from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError, optional_package
 from indraquantum.inference.export_llama import NO_READOUTS
 from indraquantum.inference.folding import FoldedModel, fold
@@ -32,10 +33,27 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 EXAMPLE = """```sh
-llama-cli -m {name} -p "The history of the city begins"    # text
-llama-cli -m {name} -cnv                                   # chat, in Alpaca's form
-ollama create my-model -f Modelfile                        # with `FROM ./{name}` in Modelfile
+llama-completion -m {name} -no-cnv -p "The history of the city begins"  # text; older builds: llama-cli
+llama-cli -m {name} -cnv --jinja                                        # chat, in Alpaca's form
+ollama create my-model -f Modelfile && ollama run my-model              # chat
 ```"""
+# Ollama does not run the chat template of the file. This one does the same, in Go's language: between two exchanges are
+# EOS and, if there is one, BOS.
+MODELFILE = '''\
+FROM ./NAME
+TEMPLATE """{{- range .Messages }}
+{{- if eq .Role "user" }}### Instruction:
+{{ if $.System }}{{ $.System }}
+
+### Input:
+{{ end }}{{ .Content }}
+
+### Response:
+{{ else if eq .Role "assistant" }}{{ .Content }}BETWEEN
+{{- end }}
+{{- end }}"""
+PARAMETER stop "### Instruction:"
+'''
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # llama.cpp's numbers
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -45,7 +63,7 @@ NAMES = {
 
 
 def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Exported:
-    """Write the model at `loaded` into a GGUF file in `folder`.
+    """Write the model at `loaded` into a GGUF file in `folder`, and beside it a Modelfile for Ollama.
 
     Raises:
         UserError: the model can't be folded, the format does not fit its width, llama.cpp does not know its tokenizer,
@@ -72,12 +90,19 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Exported:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    (folder / "Modelfile").write_text(modelfile(name, loaded.tokenizer), encoding="utf-8")
     return Exported(
-        use=f"`llama-cli -m {name}` runs it.",
+        use=f"`llama-cli -m {name} -cnv --jinja` opens a chat with it, and its `Modelfile` is for Ollama.",
         example=EXAMPLE.format(name=name),
         notes=(f"`{name}` has the architecture {architecture}.", NO_READOUTS),
         library="gguf",
     )
+
+
+def modelfile(name: str, tokenizer: TextTokenizer) -> str:
+    """Return what Ollama needs to know about the GGUF file `name`."""
+    beginning = "" if tokenizer.bos_id is None else tokenizer.beginning
+    return MODELFILE.replace("NAME", name).replace("BETWEEN", tokenizer.ending + beginning)
 
 
 def write_sizes(writer: GGUFWriter, folded: FoldedModel, outtype: str) -> None:

@@ -33,6 +33,9 @@ LICENCES = {
     "alpaca": "Stanford Alpaca, written by OpenAI's text-davinci-003: CC BY-NC 4.0, so for non-commercial use only",
     "python": "Python's manual and docstrings: PSF licence",
 }
+# The sources that come from the hub by default: name in the manifest, default of the option, name on the hub. Both
+# are in English.
+HUB_SOURCES = {"wikitext": (WIKITEXT, WIKITEXT), "alpaca": (ALPACA, "tatsu-lab/alpaca")}
 CITATION = """@software{indraquantum,
   title = {IndraQuantum: a small language model with a quantum projector, trained by semantic distillation},
   author = {{IndraQuantum developers}},
@@ -147,9 +150,9 @@ def model_card(name: str, loaded: Loaded, facts: RunFacts, exported: Exported) -
         "library_name": exported.library,
         "pipeline_tag": "text-generation",
         "license": NON_COMMERCIAL if facts.non_commercial else "other",
-        "language": ["en"],
+        "language": _languages(facts),
         "tags": ["indraquantum", "distillation", *(["non-commercial"] if facts.non_commercial else [])],
-        "datasets": _hub_datasets(facts),
+        "datasets": list(_hub_datasets(facts).values()),
     }
     lines = [
         "---",
@@ -228,14 +231,19 @@ def _licence(name: str) -> str:
     return known or "Its licence is the one of that text"
 
 
-def _hub_datasets(facts: RunFacts) -> list[str]:
-    """Return the data that came from the hub under their names there."""
-    found = []
-    if facts.options.get("wikitext") == WIKITEXT:
-        found.append(WIKITEXT)
-    if facts.options.get("alpaca") == ALPACA:
-        found.append("tatsu-lab/alpaca")
-    return found
+def _hub_datasets(facts: RunFacts) -> dict[str, str]:
+    """Return the sources that came from the hub, with their names there."""
+    return {
+        source: name
+        for source, (given, name) in HUB_SOURCES.items()
+        if source in facts.source_names and facts.options.get(source) == given
+    }
+
+
+def _languages(facts: RunFacts) -> list[str]:
+    """Return English if all data are known to be English. Of other texts nobody knows the language."""
+    known = facts.source_names and not facts.other_data and set(facts.source_names) <= set(_hub_datasets(facts))
+    return ["en"] if known else []
 
 
 def _training(loaded: Loaded, facts: RunFacts) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from indraquantum.config import MonitorSettings, TestSettings
 from indraquantum.errors import UserError
 from indraquantum.live.details import checkpoints_of
-from indraquantum.live.server import Query, Refused
+from indraquantum.live.server import Query, Refused, whole_number
 from indraquantum.live.watched import Watched
 from indraquantum.metrics import read_record
 
@@ -70,7 +70,7 @@ class Explorer:
     def vocabulary(self, query: Query) -> dict[str, Any]:
         """Return the vocabulary as a map; with `texts=1` also the tokens themselves."""
         first = {name: values[0] for name, values in query.items()}
-        dimension = int(first["dimension"]) if first.get("dimension") else None
+        dimension = whole_number("dimension", first["dimension"]) if first.get("dimension") else None
         with self._lock:
             from indraquantum.inference.explore import token_name, vocabulary
 

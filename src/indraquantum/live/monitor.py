@@ -19,7 +19,7 @@ from indraquantum.config import MonitorSettings
 from indraquantum.errors import UserError
 from indraquantum.live.details import details_of, differences_of
 from indraquantum.live.explorer import Explorer
-from indraquantum.live.server import Answer, PageServer, Query, Refused, Site
+from indraquantum.live.server import Answer, PageServer, Query, Refused, Site, whole_number
 from indraquantum.live.watched import Watched
 from indraquantum.progress import tell, warn
 from indraquantum.web import asset
@@ -61,7 +61,7 @@ def site_of(logs: Path, settings: MonitorSettings | None = None) -> Site:
         return {"logs": str(logs), "runs": watched.overviews()}
 
     def curves(query: Query) -> dict[str, Any]:
-        first = int(_one(query, "first", "0"))
+        first = whole_number("first", _one(query, "first", "0"))
         return watched.curves(_one(query, "run"), _one(query, "key", ""), first, _one(query, "series", "").split(","))
 
     def details(query: Query) -> dict[str, Any]:

@@ -19,10 +19,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-from indraquantum.errors import IndraError, UserError
+from indraquantum.errors import IndraError, UserError, reason
+from indraquantum.progress import warn
 
 MOST_CONNECTIONS = 64
 MOST_BYTES = 1 << 16  # of a request's body
@@ -169,17 +170,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _respond(self, method: Callable[[str, Query], Answer]) -> None:
         try:
-            parts = urlsplit(self.path)
-            self._check(parts.path)
-            status, answer = 200, method(parts.path, parse_qs(parts.query, max_num_fields=100))
+            asked = _asked(self.path)
+            self._check(asked.path)
+            status, answer = 200, method(asked.path, asked.query)
         except Refused as refused:
             status, answer = refused.status, _json({"error": refused.reason})
         except IndraError as error:
             status, answer = 400, _json({"error": str(error)})
-        except ValueError as error:
-            status, answer = 400, _json({"error": f"the request can't be read: {error}"})
         except OSError as error:
-            status, answer = 500, _json({"error": f"a file can't be read: {error.strerror}"})
+            status, answer = 500, _json({"error": f"a file can't be read: {error.strerror or reason(error)}"})
+        except Exception as error:  # such as of torch; the page says which, and the next request is answered
+            failure = f"{type(error).__name__}: {reason(error)}"
+            warn(f"warning: {self.command} {asked.path} failed: {failure}")
+            status, answer = 500, _json({"error": f"the monitor failed: {failure}"})
         if status != 200:
             self.close_connection = True  # the body may not have been read
         self._send(status, answer)
@@ -233,5 +236,41 @@ class _Handler(BaseHTTPRequestHandler):
         return _json(site.post[path](body))
 
 
+class _Asked(NamedTuple):
+    """What a request asks for."""
+
+    path: str
+    query: Query
+
+
+def _asked(target: str) -> _Asked:
+    """Read the target of a request.
+
+    Raises:
+        Refused: it is no address.
+    """
+    try:
+        parts = urlsplit(target)
+        return _Asked(parts.path, parse_qs(parts.query, max_num_fields=100))
+    except ValueError as error:
+        raise Refused(400, f"the request can't be read: {error}") from None
+
+
+def whole_number(name: str, text: str) -> int:
+    """Return the whole number that a request gives as `name`.
+
+    Raises:
+        Refused: it is none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise Refused(400, f"{name} must be a whole number") from None
+
+
 def _json(value: Any) -> Answer:
-    return Answer(json.dumps(value, allow_nan=False, separators=(",", ":")).encode(), "application/json")
+    try:
+        content = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except ValueError as error:  # as of a NaN; the request is right
+        raise RuntimeError(f"the answer is no JSON: {error}") from None
+    return Answer(content.encode(), "application/json")

@@ -18,7 +18,7 @@ from indraquantum.live.server import Refused
 from indraquantum.metrics import RECORD_NAME
 from indraquantum.monitor.curves import SERIES, Curves, Follower
 from indraquantum.monitor.overview import Overview, overview_of
-from indraquantum.monitor.runs import metrics_files
+from indraquantum.monitor.runs import metrics_files, name_of
 
 SECONDS_BETWEEN_LISTS = 0.8
 SECONDS_TO_READ = 0.2  # of metrics for one answer; the page asks for the rest at once
@@ -63,6 +63,12 @@ class Watched:
         return [{"id": run, **without_nan(asdict(self._overview(run, path)))} for run, path in self.paths().items()]
 
     def _overview(self, run: str, path: Path) -> Overview:
+        try:
+            return self._known_overview(run, path)
+        except OSError as error:  # as of a drive of the network that is gone
+            return Overview(name_of(path, self.root), "damaged", f"can't be read ({error.strerror})")
+
+    def _known_overview(self, run: str, path: Path) -> Overview:
         now = _fingerprint(path)
         before, overview = self._overviews.get(run, (None, None))
         if overview is None or now != before:

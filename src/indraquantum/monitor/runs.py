@@ -13,6 +13,8 @@ from indraquantum.files import HELD, is_locked
 from indraquantum.metrics import Line, checked_lines, read_record
 from indraquantum.monitor.tail import Tail
 
+METRICS = "metrics.jsonl"
+
 
 def find_run(*roots: str | Path) -> Path:
     """Return the metrics file to show: the first of `find_runs`.
@@ -43,8 +45,18 @@ def find_runs(*roots: str | Path) -> list[Path]:
 
 
 def metrics_files(root: Path) -> list[Path]:
-    """Return the metrics files below `root`, sorted."""
-    return sorted(path for path in root.rglob("metrics.jsonl") if path.is_file())
+    """Return the metrics files below `root`, sorted. A folder in it that can't be read, or is gone, is left out.
+
+    Raises:
+        OSError: `root` itself is there but can't be read.
+    """
+
+    def skip(error: OSError) -> None:
+        if error.filename == str(root) and root.is_dir():
+            raise error
+
+    found = (Path(folder, METRICS) for folder, _, names in os.walk(root, onerror=skip) if METRICS in names)
+    return sorted(path for path in found if os.path.isfile(path))  # unlike Path.is_file, False if the system refuses
 
 
 def name_of(metrics_path: Path, root: Path) -> str:
@@ -170,7 +182,7 @@ def named_runs(root: Path, names: tuple[str, ...]) -> list[RunSummary]:
     """
     runs = []
     for name in names:
-        paths = [folder / "metrics.jsonl" for folder in (root / name, Path(name))]
+        paths = [folder / METRICS for folder in (root / name, Path(name))]
         there = next((path for path in paths if path.is_file()), None)
         if there is None:
             known = ", ".join(str(path.parent.relative_to(root)) for path in metrics_files(root))

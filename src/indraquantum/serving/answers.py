@@ -17,17 +17,19 @@ class TokenNames:
     """The text of single tokens, as the lists of the likeliest show it."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer, self._known = tokenizer, dict[int, str]()
+        self._tokenizer, self._known = tokenizer, dict[int, str | None]()
         self._before = tokenizer.encode_text("a")  # decoders drop a blank at the beginning
 
     def __call__(self, token: int) -> str:
         """Return the token's text; for a control token, or a part of a character, its name in the vocabulary."""
+        return self.text(token) or self._tokenizer.backend.id_to_token(token) or f"<{token}>"
+
+    def text(self, token: int) -> str | None:
+        """Return the token's text; None for a control token, or a part of a character."""
         if token not in self._known:
             whole = self._tokenizer.decode([*self._before, token])
             text = whole[len(self._tokenizer.decode(self._before)) :]
-            if not text or UNFINISHED in text:
-                text = self._tokenizer.backend.id_to_token(token) or f"<{token}>"
-            self._known[token] = text
+            self._known[token] = None if not text or UNFINISHED in text else text
         return self._known[token]
 
 
@@ -44,6 +46,7 @@ class Piece(NamedTuple):
     text: str
     tokens: list[WrittenToken]
     reason: str | None  # why the text ended; None if it goes on
+    end: Token | None = None  # the EOS that ended it, if one did
 
 
 class Failed(Exception):
@@ -100,7 +103,7 @@ class Answer:
                 else:
                     self._hold(self._stream.finish(), None)
                     stopped = self._stopped()
-                    yield stopped or Piece(self._held, self._pending, event.reason)
+                    yield stopped or Piece(self._held, self._pending, event.reason, event.token)
                     return
                 if isinstance(event, Token):
                     if stopped := self._stopped():
@@ -114,7 +117,7 @@ class Answer:
         """Return the complete text."""
         pieces = [piece async for piece in self.pieces()]
         tokens = list(itertools.chain.from_iterable(piece.tokens for piece in pieces))
-        return Piece("".join(piece.text for piece in pieces), tokens, pieces[-1].reason)
+        return Piece("".join(piece.text for piece in pieces), tokens, pieces[-1].reason, pieces[-1].end)
 
     def _hold(self, text: str, token: Token | None) -> None:
         self._held += text
@@ -159,9 +162,15 @@ class Form:
     def __init__(self, names: TokenNames, model: str, identity: str, created: int) -> None:
         self.names, self.head = names, {"id": identity, "created": created, "model": model}
 
-    def top(self, ranked: Sequence[Ranked]) -> dict[str, float]:
-        """Return the likeliest tokens as completions list them."""
-        return {self.names(token): logprob for token, logprob in ranked}
+    def top(self, text: str, token: int, logprob: float, ranked: Sequence[Ranked]) -> dict[str, float]:
+        """Return the likeliest tokens as completions list them, and the actual one, which is called `text` there.
+
+        Of several tokens with the same text, the likeliest is listed.
+        """
+        found: dict[str, float] = {}
+        for other, value in (*ranked, (token, logprob)):
+            found.setdefault(text if other == token else self.names(other), value)
+        return found
 
     def completion_logprobs(self, tokens: Sequence[WrittenToken], offset: int) -> dict[str, Any]:
         """Return the log-probabilities of a completion's tokens, whose text begins at `offset`."""
@@ -169,50 +178,84 @@ class Form:
         return {
             "tokens": [written.text for written in tokens],
             "token_logprobs": [written.token.logprob for written in tokens],
-            "top_logprobs": [self.top(written.token.top) for written in tokens],
+            "top_logprobs": [self.top(text, *token) for text, token in tokens],
             "text_offset": list(lengths)[:-1],
+        }
+
+    def end_logprobs(self, end: Token, offset: int) -> dict[str, Any]:
+        """Return the log-probabilities of the EOS that ended a completion at `offset`. It has a name but no text."""
+        name = self.names(end.id)
+        return {
+            "tokens": [name],
+            "token_logprobs": [end.logprob],
+            "top_logprobs": [self.top(name, *end)],
+            "text_offset": [offset],
         }
 
     def chat_logprobs(self, tokens: Sequence[WrittenToken]) -> dict[str, Any]:
         """Return the log-probabilities of a chat answer's tokens."""
         return {
             "content": [
-                self._entry(written.text, written.token.logprob)
-                | {"top_logprobs": [self._entry(self.names(token), value) for token, value in written.token.top]}
+                self._entry(written.text, written.token.logprob, written.text)
+                | {
+                    "top_logprobs": [
+                        self._entry(self.names(token), value, self.names.text(token))
+                        for token, value in written.token.top
+                    ]
+                }
                 for written in tokens
             ],
             "refusal": None,
         }
 
-    def prompt_logprobs(self, answer: Answer) -> list[dict[str, Any] | None]:
-        """Return what the model thought of the prompt, in vLLM's form: a dict by token id for each but the first."""
+    def prompt_logprobs(self, answer: Answer, most: int) -> list[dict[str, Any] | None]:
+        """Return what the model thought of the prompt, in vLLM's form: a dict by token id for each but the first.
+
+        Args:
+            answer: an answer to the prompt.
+            most: how many of the likeliest tokens to list with the actual one.
+        """
         return [
-            None if about is None else self._about(token, about)
+            None if about is None else self._about(token, about, most)
             for token, about in zip(answer.prompt_ids, answer.prompt_tokens, strict=True)
         ]
 
-    def _about(self, actual: int, about: PromptToken) -> dict[str, Any]:
+    def _about(self, actual: int, about: PromptToken, most: int) -> dict[str, Any]:
         entries = [(actual, about.logprob, about.rank)]
-        entries += [(token, value, rank) for rank, (token, value) in enumerate(about.top, 1) if token != actual]
+        ranked = enumerate(about.top[:most], 1)
+        entries += [(token, value, rank) for rank, (token, value) in ranked if token != actual]
         return {
             str(token): {"logprob": value, "rank": rank, "decoded_token": self.names(token)}
             for token, value, rank in entries
         }
 
     @staticmethod
-    def _entry(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def _entry(token: str, logprob: float, text: str | None) -> dict[str, Any]:
+        """Return a token of a chat's lists. It has no bytes where it has no text of whole characters."""
+        known = None if text is None or UNFINISHED in text else list(text.encode())
+        return {"token": token, "logprob": logprob, "bytes": known}
 
 
-def echoed(form: Form, tokenizer: TextTokenizer, answer: Answer, text: str) -> dict[str, Any]:
-    """Return the log-probabilities of the prompt's tokens, as completions list them with `echo`."""
+def echoed(form: Form, tokenizer: TextTokenizer, answer: Answer, text: str, most: int) -> dict[str, Any]:
+    """Return the log-probabilities of the prompt's tokens, as completions list them with `echo`.
+
+    Args:
+        form: how to write them.
+        tokenizer: the tokenizer.
+        answer: an answer to the prompt.
+        text: the prompt's text.
+        most: how many of the likeliest tokens to list with the actual one.
+    """
     shares = token_texts(tokenizer, [], answer.prompt_ids)
     offsets = list(itertools.accumulate(map(len, shares), initial=0))[:-1]
-    about = answer.prompt_tokens
+    names = [share or form.names(token) for share, token in zip(shares, answer.prompt_ids, strict=True)]
+    told = list(zip(names, answer.prompt_ids, answer.prompt_tokens, strict=True))
     return {
-        "tokens": [share or form.names(token) for share, token in zip(shares, answer.prompt_ids, strict=True)],
-        "token_logprobs": [each and each.logprob for each in about],
-        "top_logprobs": [each and form.top(each.top) for each in about],
+        "tokens": names,
+        "token_logprobs": [about and about.logprob for _, _, about in told],
+        "top_logprobs": [
+            about and form.top(name, token, about.logprob, about.top[:most]) for name, token, about in told
+        ],
         "text_offset": [min(offset, len(text)) for offset in offsets],
     }
 

@@ -169,22 +169,26 @@ class Application:
         room = body.max_tokens if "max_tokens" in body.model_fields_set else None
         answers = self._answers(body, ids, room, 16, top=body.logprobs, prompt_top=_largest(body.prompt_logprobs, told))
         form = self._form("cmpl")
-        texts = [
-            (prompt if isinstance(prompt, str) else self.served.tokenizer.decode(prompt)) if body.echo else ""
+        texts: list[str | None] = [  # what is echoed; it is echoed once
+            (prompt if isinstance(prompt, str) else self.served.tokenizer.decode(prompt)) if body.echo else None
             for prompt in body.prompts
             for _ in range(body.n)
         ]
-        offsets = [len(text) for text in texts]
+        offsets = [len(text or "") for text in texts]
 
         def choice(number: int, piece: Piece) -> dict[str, Any]:
-            text, logprobs = texts[number] + piece.text, None
+            prompt, logprobs = texts[number], None
+            end = offsets[number] + len(piece.text)
             if body.logprobs is not None:
                 logprobs = form.completion_logprobs(piece.tokens, offsets[number])
-                if texts[number]:
-                    before = echoed(form, self.served.tokenizer, answers[number], texts[number])
+                if prompt is not None:
+                    before = echoed(form, self.served.tokenizer, answers[number], prompt, body.logprobs)
                     logprobs = joined(before, logprobs)
-            offsets[number] += len(piece.text)
-            texts[number] = ""  # it is echoed once
+                # lm-eval asks for one token and leaves the last one of the list out, so it must be there.
+                if body.echo and piece.end is not None:
+                    logprobs = joined(logprobs, form.end_logprobs(piece.end, end))
+            offsets[number], texts[number] = end, None
+            text = (prompt or "") + piece.text
             return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": piece.reason}
 
         if body.stream:
@@ -193,7 +197,7 @@ class Application:
         choices = [choice(number, piece) for number, piece in enumerate(pieces)]
         if body.prompt_logprobs is not None:
             for each, answer in zip(choices, answers, strict=True):
-                each["prompt_logprobs"] = form.prompt_logprobs(answer)
+                each["prompt_logprobs"] = form.prompt_logprobs(answer, body.prompt_logprobs)
         return JSONResponse(
             form.head | {"object": "text_completion", "choices": choices, "usage": _usage(answers, body.n)}
         )
@@ -243,7 +247,7 @@ class Application:
         ]
         answer = form.head | {"object": "chat.completion", "choices": choices, "usage": _usage(answers, body.n)}
         if body.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = form.prompt_logprobs(answers[0])
+            answer["prompt_logprobs"] = form.prompt_logprobs(answers[0], body.prompt_logprobs)
         return JSONResponse(answer)
 
     async def _body(self, request: Request, kind: type[B]) -> B:
@@ -312,8 +316,8 @@ class Application:
             message = f"{name}: got {wanted} texts to write; must be at most {most}, the length of this server's queue"
             raise Refused(400, message, param=name)
         # Of a prompt that is only measured, the last token is not read, so it may lie just beyond the context. vLLM
-        # always writes a token, so clients that want a prompt measured ask for one; it is left out if it does not fit.
-        measured = room == 0 or options["prompt_top"] is not None
+        # always writes a token, so clients that want prompt_logprobs ask for one; it is left out if it does not fit.
+        measured = room == 0 or body.prompt_logprobs is not None
         for ids in prompts:
             left = context - len(ids)
             if not measured and (room or 0) >= context:

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 LONGEST_LIST = 20  # likeliest tokens with each written one, OpenAI's limit
 LONGEST_PROMPT_LIST = 128  # the same for the tokens of a prompt
 MOST_STOPS = 4
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+
+
+def _zero(value: float) -> float:
+    if value != 0:
+        raise ValueError("must be 0")
+    return value
+
+
+Zero = Annotated[float, AfterValidator(_zero)]  # 0 or 0.0, as clients in Python write it
 
 
 class StreamOptions(BaseModel):
@@ -40,9 +49,9 @@ class Body(BaseModel):
     stream_options: StreamOptions | None = None
     prompt_logprobs: int | None = Field(default=None, ge=0, le=LONGEST_PROMPT_LIST)
     # Only these values, which change nothing.
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logit_bias: dict[str, Zero] | None = None
     # About whoever asks; they change no answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None

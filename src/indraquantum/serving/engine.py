@@ -58,6 +58,7 @@ class End(NamedTuple):
     """Nothing more comes."""
 
     reason: Literal["stop", "length", "error"]
+    token: Token | None = None  # the EOS that ended it, which is not written
 
 
 Event = Token | Prompt | End
@@ -139,6 +140,7 @@ class Engine:
             Full: the queue has no room for them, or the engine is closing.
         """
         with self._changed:
+            self._waiting = deque(job for job in self._waiting if not job.cancelled)
             if self._closing or len(self._waiting) + len(jobs) > self.longest_queue:
                 raise Full
             self._waiting.extend(jobs)
@@ -223,12 +225,12 @@ class Engine:
                 ended.append(slot)
                 continue
             token = likeliest[row] if job.temperature < GREEDY_BELOW else drawn(logits_V, job)
-            events: list[Event] = []
-            if token != self._eos_id:
-                events.append(_written(logits_V, token, job.top))
+            written = _written(logits_V, token, job.top)
             job.room -= 1
-            if token == self._eos_id or job.room == 0:
-                events.append(End("stop" if token == self._eos_id else "length"))
+            events: list[Event] = [written] if job.room else [written, End("length")]
+            if token == self._eos_id:
+                events = [End("stop", written)]
+            if isinstance(events[-1], End):
                 ended.append(slot)
             job.tell(events)
             self._next[slot] = token

@@ -10,11 +10,14 @@ const IndraExplorer = (() => {
   const number = (name, more) => element("input", { type: "number", value: kept[name], onchange: (event) => { kept[name] = event.target.value; }, ...more });
   const figure = (value, digits = 3) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 
-  async function open(panel, ask, runs) {
+  // `isWanted` says whether this run is still the one to show when an answer arrives.
+  async function open(panel, ask, runs, isWanted) {
     if (!runs.length) { panel.replaceChildren(element("p", { class: "none" }, "Choose a run in the list above.")); return; }
     const run = runs[0];
     let details;
-    try { details = await ask("/api/details", { run: run.id }); } catch (error) { panel.replaceChildren(element("p", { class: "problem" }, error.message)); return; }
+    try { details = await ask("/api/details", { run: run.id }); } catch (error) { details = { problem: error.message }; }
+    if (!isWanted()) return;
+    if (details.problem) { panel.replaceChildren(element("p", { class: "problem" }, details.problem)); return; }
     if (!details.checkpoints.length) { panel.replaceChildren(element("p", { class: "none" }, `${run.name} has no checkpoint yet.`)); return; }
     const checkpoint = element("select", {}, ...details.checkpoints.map((found) => element("option", { value: found.name }, found.name)));
     const prompt = element("textarea", { spellcheck: "false", oninput: (event) => { kept.prompt = event.target.value; } }, kept.prompt);
@@ -120,7 +123,7 @@ const IndraExplorer = (() => {
     const canvas = element("canvas", { class: "map", role: "img", "aria-label": "each token by the phase and the magnitude of its state; search below for their figures" });
     const search = element("input", { type: "search", autocomplete: "off", spellcheck: "false" }), list = element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "tokens found" });
     const dimension = element("input", { type: "number", min: "0", value: kept.dimension, placeholder: "readout", onchange: (event) => redraw(event.target.value) });
-    const most = Math.max(...answer.magnitude, 1e-9);
+    const most = answer.magnitude.reduce((largest, one) => Math.max(largest, one), 1e-9); // too many to be arguments
 
     function found() {
       const wanted = search.value.toLowerCase();

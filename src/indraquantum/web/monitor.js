@@ -5,14 +5,15 @@
   const { CHARTS, Chart, seriesOf, colour, shown } = IndraCharts;
   const find = (id) => document.getElementById(id);
   const SECOND = 1000, MOST_CHOSEN = 12;
+  const GONE = "The monitor does not answer. Is `indra monitor` still running?";
   const VIEWS = { curves: "Curves", comparison: "Comparison", files: "Checkpoints and samples", state: "State explorer" };
   const page = { runs: [], chosen: [], view: "curves", decay: "0.9", range: [null, null], data: new Map(), charts: [], list: "" };
 
   async function ask(path, parameters = {}, body = null) {
     const query = new URLSearchParams(parameters).toString();
     const options = body === null ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-    const answer = await fetch(query ? `${path}?${query}` : path, options);
-    const content = await answer.json();
+    const answer = await fetch(query ? `${path}?${query}` : path, options).catch(() => { throw new Error(GONE); });
+    const content = await answer.json().catch(() => { throw new Error(answer.ok ? GONE : `error ${answer.status}`); });
     if (!answer.ok) throw new Error(content.error || `error ${answer.status}`);
     return content;
   }
@@ -118,7 +119,7 @@
       try {
         answer = await ask("/api/curves", { run: id, key: before?.key || "", first: before?.complete || 0, series: seriesOf(decay).join(",") });
       } catch (error) {
-        if (error instanceof TypeError) throw error; // the server is gone
+        if (error.message === GONE) throw error;
         page.data.set(id, { ...(before || { steps: [], series: {}, held_out: { steps: [], sources: {} }, collapse: [], every: 1 }), problem: error.message, changed: before?.problem !== error.message });
         return;
       }
@@ -244,7 +245,10 @@
     find("panel").replaceChildren(...(runs.length ? runs.map((run, at) => filesOf(run, details[at])) : [element("p", { class: "none" }, "Choose a run in the list above.")]));
   }
 
-  const stateView = () => IndraExplorer.open(find("panel"), ask, chosenRuns());
+  function stateView() {
+    const runs = chosenRuns();
+    return IndraExplorer.open(find("panel"), ask, runs, () => page.view === "state" && chosenRuns()[0]?.id === runs[0].id);
+  }
   const views = { curves: curvesView, comparison: comparisonView, files: filesView, state: stateView };
 
   function buildTabs() {
@@ -281,7 +285,8 @@
         const answer = await ask("/api/runs"), first = !page.runs.length;
         page.runs = answer.runs;
         find("where").textContent = answer.logs;
-        page.chosen = page.chosen.filter((id) => page.runs.some((run) => run.id === id));
+        const there = page.chosen.filter((id) => page.runs.some((run) => run.id === id));
+        if (there.length < page.chosen.length) { page.chosen = there; writeAddress(); drawCharts(true); }
         if (first && !page.chosen.length && page.runs.length) {
           page.chosen = [page.runs.reduce((newest, run) => (run.seconds_since < newest.seconds_since ? run : newest)).id];
         }
@@ -295,7 +300,7 @@
       }
       find("connection").textContent = "";
     } catch (error) {
-      find("connection").textContent = "The monitor does not answer. Is `indra monitor` still running?";
+      find("connection").textContent = error.message;
     }
     busy = false;
     timer = setTimeout(tick, wait);
