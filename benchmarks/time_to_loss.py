@@ -8,9 +8,10 @@ The plan names the runs. Each has a commit (its source is unpacked from git and 
 An older commit may need data of its own format. The learning rate falls to the end of a run, so a loss is reached
 soonest by a run of the right length: give several.
 
-The time counts from the start of the command, so imports are in it. Evaluations are not counted. The runs take turns,
-seed by seed. Run it on an idle machine. Finished runs have a JSON file each in the output folder, and the same command
-runs only those that are missing. A run of other options than the plan's is refused; the table says which commits ran.
+The time counts from the start of the command, so imports are in it. Evaluations are not counted, and a loss between two
+of them is interpolated. The runs take turns, seed by seed. Run it on an idle machine. Finished runs have a JSON file
+each in the output folder, and the same command runs only those that are missing. A run of other options than the plan's
+is refused; the table says which commits ran.
 """
 
 from __future__ import annotations
@@ -160,9 +161,15 @@ def head() -> str:
 
 
 def minutes_to(record: dict[str, Any], target: float) -> float:
-    """Return the minutes until the held-out loss was first at `target` or below; infinity if never."""
-    reached = [seconds for seconds, loss, _ in record["curve"] if loss <= target]
-    return record["minutes_before"] + (reached[0] / 60 if reached else float("inf"))
+    """Return the minutes until the held-out loss was first at `target` or below; infinity if never.
+
+    Between two evaluations the loss counts as a straight line, so that runs with few evaluations are not late.
+    """
+    for (earlier, before, _), (seconds, loss, _) in itertools.pairwise(record["curve"]):
+        if loss <= target:
+            part = (before - target) / (before - loss)
+            return record["minutes_before"] + (earlier + part * (seconds - earlier)) / 60
+    return float("inf")
 
 
 def best_minutes(records: list[dict[str, Any]], target: float) -> tuple[float, bool]:

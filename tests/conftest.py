@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,22 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+# What takes longest, and begins first: a long file that begins last has one core for itself.
+LONG_FILES = (
+    "test_survival.py", "test_serving.py", "test_ablation.py", "test_ablation_plan.py", "test_parallel_runs.py",
+    "test_trainer_options.py", "test_inference_onnx.py", "test_inference_export.py", "test_damage.py", "test_demo.py",
+    "test_readme.py", "test_examples.py", "test_kernels_bench.py", "test_demo_real.py", "test_teacher_workers.py",
+)  # fmt: skip
+
+
+def pytest_configure(config):
+    """Let xdist hand out files in the order of the tests, instead of those with the most tests first."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +86,22 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared is not here")
     return SHARED
+
+
+@pytest.fixture
+def deaf_server():
+    """The address of a port that is taken, so that no other program gets it, but at which nobody listens."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{held.getsockname()[1]}"
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """A figure is a few bytes instead of a drawing, which takes a while. Other tests look at real ones."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: path.write_bytes(b"\x89PNG"))
 
 
 @pytest.fixture

@@ -6,24 +6,16 @@ import os
 import pickle
 import signal
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from indraquantum import cli
 from indraquantum.processes import Processes, joined_processes
-from survival import quiet
+from survival import fork
 
 PATIENCE = 60.0  # seconds after which processes that wait for each other are taken for hung
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def start(world: int, action: Callable[[int], object], folder: Path) -> list[int]:
@@ -32,29 +24,17 @@ def start(world: int, action: Callable[[int], object], folder: Path) -> list[int
     What rank R prints goes to `folder/said.R`.
     """
     folder.mkdir(exist_ok=True)
-    port, pids = free_port(), []
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            status = 70
-            try:
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-                os.environ |= {name: str(value) for name, value in place.items()}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-                quiet(folder / f"said.{rank}")
-                status = cli.run_guarded(lambda rank=rank: action(rank))
-            except SystemExit as error:
-                status = error.code
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        pids.append(pid)
-    return pids
+    with socket.socket() as held:  # no other program gets the port; the first process may listen at it nevertheless
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+        return [fork(partial(_take_place, rank, world, here, action), folder / f"said.{rank}") for rank in range(world)]
+
+
+def _take_place(rank: int, world: int, here: dict[str, str], action: Callable[[int], object]) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= here | {name: str(value) for name, value in place.items()}
+    action(rank)
 
 
 def wait(pids: list[int]) -> list[int]:

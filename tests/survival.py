@@ -54,8 +54,8 @@ def quiet(said: Path | None = None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def in_fork(action: Callable[[], object], said: Path | None = None) -> int:
-    """Run `action` in a fork, as the command line would; its exit status, negative for a signal."""
+def fork(action: Callable[[], object], said: Path | None = None) -> int:
+    """Start `action` in a fork, as the command line would; its process id. Whatever happens, the fork ends."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -70,7 +70,12 @@ def in_fork(action: Callable[[], object], said: Path | None = None) -> int:
             traceback.print_exc()
         finally:
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
+
+
+def in_fork(action: Callable[[], object], said: Path | None = None) -> int:
+    """Run `action` in a fork, as the command line would; its exit status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(action, said), 0)[1])
 
 
 def die() -> None:
@@ -113,9 +118,14 @@ def at_every(owner, name, strike):
     setattr(owner, name, wrapped)
 
 
+def last_checkpoint(settings: TrainSettings) -> Path:
+    """The checkpoint of the run's last epoch: by name alone, the tenth would come before the ninth."""
+    return max(settings.output.glob("*_epoch_*.pt"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+
+
 def result(settings: TrainSettings) -> tuple[str, list[dict]]:
     """What two runs must have in common to the bit: weights, optimiser state and position; and every metrics line."""
-    checkpoint = load_checkpoint("", max(settings.output.glob("*_epoch_*.pt")))
+    checkpoint = load_checkpoint("", last_checkpoint(settings))
     state = (checkpoint.step, checkpoint.tokens, checkpoint.finished, checkpoint.best, checkpoint.loss_scale)
     digest = hashlib.sha256(repr(state).encode())
     states = sorted(checkpoint.optimizer["state"].items())

@@ -295,14 +295,14 @@ def test_other_data_are_refused_before_anything_runs(world, finished, tmp_path, 
     assert not (tmp_path / "results" / "broken-seed3.json").exists()
 
 
-def test_checkpoints_that_were_to_be_kept_are_kept_by_the_next_command(world, tmp_path):
+def test_checkpoints_that_were_to_be_kept_are_kept_by_the_next_command(world, tmp_path, no_pictures):
     plan = write_plan(world, tmp_path, seeds=[3], search=None, base=BASE | {"max_steps": 2})
     for options in (("--keep-checkpoints",), ()):
         assert indra("ablate", plan, *folders(tmp_path), "--only", "plain", *options) == 0
         assert list((tmp_path / "work").rglob("*.pt"))
 
 
-def test_a_run_that_resumes_must_be_the_planned_one(world, tmp_path, capsys):
+def test_a_run_that_resumes_must_be_the_planned_one(world, tmp_path, capsys, no_pictures):
     """It keeps some options of its checkpoint that it is not given, and its JSON would not say so."""
     base, changes = BASE | {"max_steps": 2}, {"seeds": [3], "search": None}
     plan = write_plan(world, tmp_path, base=base | {"table_rate": 50}, **changes)
@@ -321,7 +321,7 @@ def test_a_run_that_resumes_must_be_the_planned_one(world, tmp_path, capsys):
     assert record(tmp_path, "plain-seed3")["settings"]["table_rate"] == 10
 
 
-def test_a_run_says_how_it_was_computed(finished, tmp_path):
+def test_a_run_says_how_it_was_computed(finished, tmp_path, no_pictures):
     folder, plan = finished
     run = record(folder, "plain-seed3")
     assert run["settings"]["precision"] == "auto"
@@ -419,7 +419,7 @@ def test_the_figures_are_those_of_the_checkpoint_on_half_of_the_documents(world,
     assert sum(half["alignment"]["positions"] for half in halves) == whole.alignment.positions
 
 
-def test_a_run_that_could_not_be_done_leaves_no_json_and_does_not_stop_the_others(world, tmp_path, capsys):
+def test_a_run_that_could_not_be_done_leaves_no_json_and_does_not_stop_the_others(world, tmp_path, capsys, no_pictures):
     signals = tmp_path / "signals"
     shutil.copytree(world.signals, signals)
     shard = next(signals.glob("train-*.safetensors"))
@@ -474,17 +474,17 @@ def test_a_json_of_before_an_option_came_counts_at_its_default(finished):
         check_result(path, before, planned)
 
 
-def test_unequal_tokens_are_told(finished):
+def test_unequal_tokens_are_told(finished, tmp_path, no_pictures):
     folder, plan = finished
     runs = {name: {3: record(folder, f"{name}-seed3")} for name in ("quantum", "plain")}
-    assert "NOT AT EQUAL" not in markdown(report_blocks(load_plan(plan), folder / "results", runs, runs, {}))
+    assert "NOT AT EQUAL" not in markdown(report_blocks(load_plan(plan), tmp_path, runs, runs, {}))
     tokens = runs["quantum"][3]["tokens"]
     for part, told in (
         (0.0005, "The rows are equally many, but not equally full"),
         (0.002, "NOT AT EQUAL TOKENS: seeds 3"),
     ):
         runs["plain"][3]["tokens"] = round(tokens * (1 + part))
-        said = markdown(report_blocks(load_plan(plan), folder / "results", runs, runs, {}))
+        said = markdown(report_blocks(load_plan(plan), tmp_path, runs, runs, {}))
         assert f"{told}: tokens differ by up to {round(tokens * (1 + part)) / tokens - 1:.3%}." in said
 
 
@@ -497,7 +497,9 @@ def test_unequal_tokens_are_told(finished):
         (one_run, "drop_checkpoints", "before", 1),
     ],
 )
-def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(finished, tmp_path, owner, name, when, occurrence):
+def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(
+    finished, tmp_path, no_pictures, owner, name, when, occurrence
+):
     folder, plan = finished
 
     def killed():

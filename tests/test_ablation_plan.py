@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -137,6 +138,10 @@ def test_a_search_needs_something_held_out_to_choose_by(world, tmp_path, capsys,
 
 
 def test_a_change_anywhere_in_the_program_marks_the_commit(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # a hook of git that runs the tests sets some
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     package = tmp_path / "package"
     for file in (package / "ablation" / "tasks.py", package / "model" / "head.py"):
         file.parent.mkdir(parents=True)
@@ -165,7 +170,7 @@ def test_anchors_and_paths_beside_the_plan(tmp_path):
     assert resolved(plan, "y", {}, data=plan.data, signals=plan.signals).signals is None
 
 
-def test_a_strategy_may_be_what_is_compared(world, tmp_path):
+def test_a_strategy_may_be_what_is_compared(world, tmp_path, no_pictures):
     own = "stages: [{name: a, fraction: 0.5}, {name: b, fraction: 0.5, sources: [alpaca]}]"
     (tmp_path / "mine.yaml").write_text(own)
     variants = {

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import logging
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,10 +112,11 @@ def test_prepare_and_capture_take_a_settings_object_too(world, tmp_path, capsys)
     assert capsys.readouterr() == ("", "")
 
 
-def test_notes_go_to_the_logger(world, trained, caplog, capsys):
+def test_notes_go_to_the_logger(world, trained, tmp_path, caplog, capsys):
     caplog.set_level(logging.INFO, logger="indraquantum")
     output = trained.checkpoint.parent
-    indraquantum.evaluate(trained.checkpoint, data=world.data, split="test")
+    data = shutil.copytree(world.data, tmp_path / "data" / "mixed")  # the reading is recorded beside it
+    indraquantum.evaluate(trained.checkpoint, data=data, split="test")
     assert "The test split is read for the first time." in caplog.text
     assert indraquantum.train(
         data=world.data, signals=world.signals, output=output, logs=output.parent / "logs", max_steps=4, **RUN
@@ -254,6 +256,13 @@ def test_the_system_s_refusal_belongs_to_the_family(trained, monkeypatch):
         indraquantum.load(trained.checkpoint)
 
 
+def test_minutes_are_refused_in_several_processes(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidInput, match=r"^minutes: got 5\.0; must be left out with several processes"):
+        indraquantum.train(minutes=5)
+
+
 def test_a_signal_ends_the_call_and_not_the_program(world, tmp_path, monkeypatch):
     import indraquantum.training.loop as loop
 
@@ -266,7 +275,7 @@ def test_a_signal_ends_the_call_and_not_the_program(world, tmp_path, monkeypatch
 
     options = {**RUN, "data": world.data, "no_teacher": True, "output": tmp_path / "run", "logs": tmp_path / "logs"}
     monkeypatch.setattr(loop, "take_step", interrupted)
-    with pytest.raises(TrainingInterrupted, match="SIGINT") as raised:
+    with pytest.raises(TrainingInterrupted, match="by SIGINT; the same call with `resume` auto resumes it") as raised:
         indraquantum.train(**options, max_steps=5)
     assert isinstance(raised.value, IndraError)
     assert isinstance(raised.value, KeyboardInterrupt)

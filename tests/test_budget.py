@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +16,7 @@ from indraquantum.errors import UserError
 from indraquantum.training.loop import train
 from indraquantum.training.run import trial_run
 from indraquantum.trials import budget
-from indraquantum.trials.budget import REACHED, expected_loss, step_seconds, within_minutes
+from indraquantum.trials.budget import REACHED, evaluation_seconds, expected_loss, step_seconds, within_minutes
 from indraquantum.trials.dry_run import dry_run
 from indraquantum.trials.lr_range import lr_range_test
 
@@ -29,7 +32,7 @@ def settings(world, tmp_path, **changes):
 def slow(monkeypatch):
     """A step takes 4 seconds, and an evaluation 7."""
     monkeypatch.setattr(budget, "step_seconds", lambda run: 4.0)
-    monkeypatch.setattr(budget, "_evaluation_seconds", lambda run, seconds: 7.0)
+    monkeypatch.setattr(budget, "evaluation_seconds", lambda run: 7.0)
 
 
 @pytest.mark.parametrize(("minutes", "evaluate_every"), [(4, 10), (30, 10), (30, 200), (77, 33)])
@@ -55,6 +58,23 @@ def test_the_minutes_are_those_of_the_stages_that_are_left(world, tmp_path, slow
     evaluated = {0, plan.total_steps, *range(0, plan.total_steps + 1, 10)}
     evaluated |= {step for step in range(plan.total_steps + 1) if plan.epoch_ends(step)}
     assert 27 * 60 < plan.total_steps * 4 + len(evaluated) * 7 <= 30 * 60
+
+
+def test_an_evaluation_takes_as_long_for_each_row_as_its_first_batches(world, tmp_path, monkeypatch):
+    """A row takes a quarter of a second here, but half of one in the first batch, which warms the processor up."""
+    run, clock, seen = trial_run(settings(world, tmp_path, minutes=None)), [0.0], []
+    run.plan = replace(run.plan, dataset=replace(run.dataset, validation=run.dataset.train))  # many rows
+
+    def losses_of(learner, table_VD, batch, device):
+        assert not learner.training
+        seen.append(len(batch.labels))
+        clock[0] += seen[-1] * (0.25 if len(seen) > 1 else 0.5)
+
+    monkeypatch.setattr(budget, "losses_of", losses_of)
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert evaluation_seconds(run) == 0.25 * run.dataset.validation.num_rows
+    assert sum(seen) < run.dataset.validation.num_rows
+    assert run.model.training
 
 
 def test_without_minutes_nothing_is_timed(world, tmp_path, monkeypatch):
@@ -83,6 +103,28 @@ def test_a_run_keeps_what_was_chosen(world, tmp_path, slow, monkeypatch, capsys)
         within_minutes(settings(world, tmp_path, minutes=9))
     elsewhere = within_minutes(settings(world, tmp_path, minutes=9, output=tmp_path / "other"))
     assert elsewhere.max_steps > report.steps
+
+
+def test_a_run_that_was_moved_keeps_what_was_chosen(world, tmp_path, slow, monkeypatch):
+    given = settings(world, tmp_path, minutes=3)
+    report = train(within_minutes(given))
+    moved = given.model_copy(update={"output": shutil.move(given.output, tmp_path / "moved")})
+    monkeypatch.setattr(budget, "step_seconds", lambda run: 1.0)
+    again = within_minutes(moved)
+    assert (again.max_steps, again.batch_tokens) == (report.steps, 480)
+    assert train(again).steps == report.steps
+    for _ in ("with the record of the run", "without"):
+        with pytest.raises(UserError, match=r"--batch-tokens: got 512; must be 480, as in the run that \S+moved holds"):
+            within_minutes(moved.model_copy(update={"batch_tokens": 512}))
+        shutil.rmtree(moved.logs, ignore_errors=True)
+
+
+def test_several_processes_would_choose_different_lengths(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^--minutes: got 5\.0; must be left out with several processes.*--max-steps"):
+        within_minutes(settings(world, tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_tells_the_cost_of_these_minutes(world, tmp_path, slow, capsys):

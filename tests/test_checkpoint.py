@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import pickle
 import zipfile
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from indraquantum.errors import UserError
+from indraquantum.training import checkpoint as checkpoints
 from indraquantum.training.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -17,6 +20,7 @@ from indraquantum.training.checkpoint import (
     manifest_path,
     newest_checkpoint,
     save_checkpoint,
+    set_aside,
     step_checkpoint_path,
 )
 
@@ -109,3 +113,67 @@ def test_a_zip_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "x.pt").write_bytes(buffer.getvalue())
     with pytest.raises(UserError, match="must be a checkpoint"):
         load_checkpoint("CHECKPOINT", tmp_path / "x.pt")
+
+
+def test_nothing_that_was_set_aside_is_overwritten(tmp_path):
+    path = checkpoint_path(tmp_path, 2)
+    for step in (5, 6, 7):
+        save_checkpoint(path, example(step=step))
+        if step == 6:  # copied without its manifest
+            manifest_path(path).unlink()
+        set_aside([path])
+    names = [f"{path.name}.set-aside-{number}" for number in (1, 2, 3)]
+    assert [load_checkpoint("", tmp_path / name).step for name in names] == [5, 6, 7]
+    manifests = [f"{manifest_path(path).name}.set-aside-{number}" for number in (1, 3)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names + manifests)
+
+
+NO_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+OBSTACLES = {
+    "disk": (checkpoints, "sha256_of", OSError(errno.EIO, os.strerror(errno.EIO))),
+    "permission": (checkpoints.Path, "read_bytes", PermissionError(errno.EACCES, os.strerror(errno.EACCES))),
+    "memory of torch": (torch, "load", NO_MEMORY),
+    "memory of Python": (torch, "load", MemoryError()),
+    "a zip without its manifest": (zipfile.ZipFile, "testzip", OSError(errno.EIO, os.strerror(errno.EIO))),
+    "its memory": (torch, "load", NO_MEMORY),
+}
+
+
+@pytest.mark.parametrize("case", OBSTACLES)
+def test_a_checkpoint_that_cannot_be_read_at_present_is_left_alone(tmp_path, monkeypatch, case):
+    for step in (3, 4):
+        save_checkpoint(step_checkpoint_path(tmp_path, step), example(step=step))
+    if case in ("a zip without its manifest", "its memory"):
+        manifest_path(step_checkpoint_path(tmp_path, 4)).unlink()
+    before = sorted(tmp_path.iterdir())
+    owner, name, error = OBSTACLES[case]
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as obstacle:
+        obstacle.setattr(owner, name, fail)
+        with pytest.raises(UserError, match=r"--output: got \S+step_4\.pt; .*; it was left as it is\. To") as refused:
+            newest_checkpoint(tmp_path, int)
+    assert "\n" not in str(refused.value)
+    assert sorted(tmp_path.iterdir()) == before
+    assert newest_checkpoint(tmp_path, int).checkpoint.step == 4
+
+
+def test_a_checkpoint_of_a_later_version_is_left_alone(tmp_path):
+    save_checkpoint(step_checkpoint_path(tmp_path, 3), example(step=3))
+    later = step_checkpoint_path(tmp_path, 4)
+    torch.save({"format": "indraquantum-checkpoint", "format_version": 99}, later)
+    with pytest.raises(UserError, match=r"step_4\.pt; .*format version 4, not 99\); it was left as it is"):
+        newest_checkpoint(tmp_path, int)
+    assert later.exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_shards(tmp_path):
+    path = checkpoint_path(tmp_path, 1)
+    save_checkpoint(path, example())
+    content = torch.load(path, weights_only=True)
+    del content["signal_shards"]
+    manifest_path(path).unlink()
+    torch.save(content, path)
+    assert load_checkpoint("", path).signal_shards == {}

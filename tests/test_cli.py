@@ -34,6 +34,8 @@ COMMANDS = {
     "chat": config.ChatSettings,
     "serve": config.ServeSettings,
     "eval": config.EvalSettings,
+    "export": config.ExportSettings,
+    "monitor": config.MonitorSettings,
 }
 
 
@@ -49,12 +51,25 @@ def words(text: str) -> str:
     return re.sub(r"[\s│╭╮╰╯─]+", "", text)
 
 
+def option(name: str) -> str:
+    """How the command line writes the field `name`."""
+    return "--" + name.strip("_").replace("_", "-")
+
+
+def test_the_table_has_every_command_that_has_settings(root, monkeypatch):
+    monkeypatch.syspath_prepend(root / "docs" / "tools")
+    from options_page import commands, settings_of
+
+    found = {name: settings_of(command.default_command) for name, command in commands(cli.app)}
+    assert {name: settings for name, settings in found.items() if settings} == COMMANDS
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_every_field_with_its_sentence(capsys, command):
     status, out, _ = run(capsys, *command.split(), "--help")
     assert status == 0
     for name, field in COMMANDS[command].model_fields.items():
-        assert "--" + name.replace("_", "-") in out
+        assert option(name) in out
         assert words(field.description) in words(out)
         if field.default is not None:
             assert words(f"[default: {field.default}]") in words(out)

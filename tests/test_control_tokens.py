@@ -230,23 +230,28 @@ def test_a_prompt_begins_with_its_text_and_must_have_one(checkpoint):
         generate_text(model, tokenizer, TestSettings(max_new_tokens=2), "")
 
 
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export_checkpoint(checkpoint, folder)
+    return folder
+
+
 @pytest.mark.parametrize("text", ["Über cat", " two  spaces", f"{END}a{ENDOFTEXT}"])
-def test_its_export_begins_with_the_text_and_has_the_same_hash(qwen, checkpoint, tmp_path, text):
+def test_its_export_begins_with_the_text_and_has_the_same_hash(qwen, exported, text):
     from transformers import AutoTokenizer
 
-    export_checkpoint(checkpoint, tmp_path / "model")
     tokenizer = open_dataset("--data", qwen / "d").tokenizer
-    again = AutoTokenizer.from_pretrained(tmp_path / "model")
+    again = AutoTokenizer.from_pretrained(exported)
     assert again(text, split_special_tokens=True)["input_ids"] == tokenizer.encode_prompt(text)
     assert again.bos_token_id is None
-    loaded = load_tokenizer("--tokenizer", str(tmp_path / "model"))
+    loaded = load_tokenizer("--tokenizer", str(exported))
     assert (loaded.sha256, loaded.bos_id, loaded.eos_id) == (tokenizer.sha256, None, 2)
 
 
-def test_data_prepared_with_the_export_are_the_same_everywhere(qwen, checkpoint, lines, tmp_path):
-    export_checkpoint(checkpoint, tmp_path / "model")
+def test_data_prepared_with_the_export_are_the_same_everywhere(qwen, checkpoint, exported, lines, tmp_path):
     prepare(
-        PrepareSettings(text=(str(lines),), wikitext_samples=0, alpaca_samples=0, tokenizer=str(tmp_path / "model"),
+        PrepareSettings(text=(str(lines),), wikitext_samples=0, alpaca_samples=0, tokenizer=str(exported),
                         max_length=40, output=tmp_path / "again.pkl")
     )  # fmt: skip
     first, again = (open_dataset("--data", folder, verify=True) for folder in (qwen / "d", tmp_path / "again"))

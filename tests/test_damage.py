@@ -23,6 +23,7 @@ from indraquantum.metrics import MetricsLog, read_metrics
 from indraquantum.teacher.signals import verify_signals
 from indraquantum.training import checkpoint, loop
 from indraquantum.training.checkpoint import load_checkpoint, manifest_path, newest_checkpoint
+from indraquantum.training.samples import Samples
 
 
 @pytest.fixture(scope="module")
@@ -133,16 +134,21 @@ def test_going_back_on_purpose_is_exact_too(world, run, tmp_path):
     back = settings.model_copy(update={"resume": str(settings.output / "checkpoint_v4_step_2.pt")})
     survival.train_small(back)
     assert survival.result(settings) == survival.result(run)
-    assert (settings.output / "checkpoint_v4_step_4.pt.set-aside").exists()
+    assert (settings.output / "checkpoint_v4_step_4.pt.set-aside-1").exists()
 
 
 WRITES = [(checkpoint.Path, "write_bytes"), (checkpoint.Path, "write_text"), (os, "fsync"), (os, "replace"),
           (files, "fsync_folder")]  # fmt: skip
+FAILURES = [
+    pytest.param(owner, name, code, id=f"{owner.__name__}-{name}-{errno.errorcode[code]}",
+                 marks=() if code == errno.ENOSPC or name == "write_bytes" else pytest.mark.slow)
+    for owner, name in WRITES
+    for code in (errno.ENOSPC, errno.EROFS, errno.EIO)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("occurrence", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO], ids=errno.errorcode.get)
-@pytest.mark.parametrize(("owner", "name"), WRITES, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(("owner", "name", "code"), FAILURES)
 def test_a_write_that_fails_harms_nothing(world, run, tmp_path, owner, name, code, occurrence):
     settings = survival.small_run(world, tmp_path, data=run.data, epochs=1, keep_last=9)
 
@@ -180,6 +186,28 @@ def test_a_disk_that_is_really_full(world, run, tmp_path):
     assert survival.in_fork(limited, tmp_path / "said") == 2
     assert "could not be written: File too large" in (tmp_path / "said").read_text()
     assert newest_checkpoint(settings.output, lambda epoch: epoch * 10**6).checkpoint.step == 2
+    survival.train_small(settings)
+    assert survival.result(settings) == survival.result(run)
+
+
+@pytest.mark.parametrize("step", [5, 6])  # without an evaluation, and with the last one, which is the best so far
+@pytest.mark.parametrize(("owner", "name"), [(MetricsLog, "write"), (Samples, "__call__")], ids=["metrics", "samples"])
+def test_a_full_disk_of_the_logs_costs_no_step(world, run, tmp_path, owner, name, step):
+    sampled = {"sample_every": 1, "sample_prompt": ("the cat",)}
+    settings = survival.small_run(world, tmp_path, data=run.data, epochs=1, save_every=1000, **sampled)
+
+    def full(*_):
+        raise files.not_written("--logs", settings.logs, 9, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    def failing():
+        survival.at(loop, "take_step", "after", step, lambda: setattr(owner, name, full))
+        survival.train_small(settings)
+
+    assert survival.in_fork(failing, tmp_path / "said") == 2
+    said = (tmp_path / "said").read_text()
+    assert said.count("indra: error: --logs: got ") == 1
+    assert f"step {step} is saved in {settings.output}: to resume, run the same command\n" in said
+    assert newest_checkpoint(settings.output, lambda epoch: epoch * 10**6).checkpoint.step == step
     survival.train_small(settings)
     assert survival.result(settings) == survival.result(run)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
+import survival
 from indraquantum import cli
 from indraquantum.config import DemoSettings
 from indraquantum.demo import PROMPTS, run_demo
@@ -162,12 +164,18 @@ def test_a_missing_checkpoint_is_one_line(capsys, tmp_path):
 
 
 def test_the_three_scripts_on_local_files(demo, tmp_path):
-    """The user's own three commands, in a fresh process each, on the demo's corpus, tokenizer and teacher."""
+    """The three commands of the README, on the demo's corpus, tokenizer and teacher; test_cli.py starts them anew."""
     files = demo[0].files
 
     def script(name: str, *arguments: object) -> str:
-        command = [sys.executable, ROOT / "scripts" / name, *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        def act():
+            os.chdir(tmp_path)
+            sys.argv = [name, *map(str, arguments)]
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+
+        said = tmp_path / "said"
+        assert survival.in_fork(act, said) == 0, said.read_text()
+        return said.read_text()
 
     prepared = script(
         "prepare_mixed_data.py", "--wikitext", files["corpus"] / "manual.txt",

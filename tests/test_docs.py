@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from test_cli import COMMANDS
+from test_cli import COMMANDS, option
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "docs" / "tools"
@@ -38,7 +38,7 @@ def test_every_option_is_on_the_page(options, command):
     for link in re.findall(r"every option of \[indra (\S+)\]", section):
         section += options[link]
     for name, field in COMMANDS[command].model_fields.items():
-        label = "--" + name.replace("_", "-")
+        label = option(name)
         (entry,) = re.findall(rf"^`{label}` (.*?)(?=^`|^#|^And|\Z)", section, re.DOTALL | re.MULTILINE)
         assert plain(field.description) in plain(entry)
         if field.default is not None and field.annotation is not bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.metadata import version
 
 import pytest
@@ -31,7 +32,7 @@ def test_the_report_tells_what_is_here(capsys, tmp_path, monkeypatch):
     for name in ("torch", "transformers", "tokenizers"):
         assert found["versions"][name] == version(name)
     assert found["optional packages"]["peft"] == version("peft")
-    assert found["torch"]["threads"] == 1
+    assert found["torch"]["threads"] == int(os.environ["OMP_NUM_THREADS"])
     assert found["torch"]["products of the CPU"] == "onednn:512x1000 (INDRA_PRODUCTS asks for it)"
     assert found["environment"]["INDRA_PRODUCTS"] == "onednn:512x1000"
     for section in found.values():

@@ -182,10 +182,12 @@ def test_each_stage_is_timed(world, tmp_path, monkeypatch):
     """A step of stage 1 takes a second here, one with the teacher ten."""
     run = trial_run(settings(world, tmp_path, strategy="stage2-v3-gentle"))
     monkeypatch.setattr(costly, "_step_seconds", lambda _, stage: 1.0 if stage.number == 0 else 10.0)
-    monkeypatch.setattr(costly, "_evaluation_seconds", lambda *_: 0.5)
+    monkeypatch.setattr(costly, "evaluation_seconds", lambda _: 0.5)
     first, second = (stage.steps for stage in run.plan.stages)
-    found = measure(run)
-    assert (found.seconds_per_step, found.seconds_to_finish) == (1.0, first + 10 * second + 0.5)
+    found, steps = measure(run), range(run.total_steps + 1)
+    evaluated = {step for step in steps if run.plan.epoch_ends(step) or step % run.settings.evaluate_every == 0}
+    evaluations = len(evaluated | {run.total_steps})
+    assert (found.seconds_per_step, found.seconds_to_finish) == (1.0, first + 10 * second + 0.5 * evaluations)
 
 
 def test_a_dry_run_says_which_loss_such_runs_reached(world, tmp_path, monkeypatch, capsys):

@@ -67,7 +67,7 @@ def data(world, tmp_path):
     return tmp_path / "data" / "mixed"
 
 
-def test_nothing_but_a_final_report_reads_the_test_split(world, data, tmp_path, poisoned):
+def test_nothing_but_a_final_report_reads_the_test_split(world, data, tmp_path, poisoned, no_pictures):
     small = {**SMALL, "data": data, "output": tmp_path / "run", "logs": tmp_path / "logs"}
     pretrain_teacher(
         TeacherSettings(
@@ -154,7 +154,7 @@ def test_what_can_not_be_read_or_recorded_is_one_line(world, data, checkpoint, t
         evaluate_checkpoint(checkpoint, EvalSettings(**test))
 
 
-def test_a_final_report_measures_every_run_once(world, data, tmp_path, capsys):
+def test_a_final_report_measures_every_run_once(world, data, tmp_path, capsys, no_pictures):
     changes = {"data": str(data), "seeds": [3], "search": None, "base": BASE | {"max_steps": 2}}
     variants = {"wide": {"no_teacher": True, "d_model": 8}, "narrow": {"no_teacher": True, "d_model": 6}}
     plan = write_plan(world, tmp_path, **changes, variants=variants, pairs=[["wide", "narrow"]])
@@ -198,7 +198,7 @@ def test_a_final_report_measures_every_run_once(world, data, tmp_path, capsys):
         read_final(tmp_path / "results")
 
 
-def test_final_figures_that_lack_a_run_say_so(world, data, tmp_path, capsys):
+def test_final_figures_that_lack_a_run_say_so(world, data, tmp_path, capsys, no_pictures):
     changes = {"data": str(data), "search": None, "pairs": [], "base": BASE | {"max_steps": 2}}
     variants = {"wide": {"no_teacher": True, "d_model": 8}}
     plan = write_plan(world, tmp_path, **changes, variants=variants, seeds=[3])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 
+import filelock
 import pytest
 
 from indraquantum import files
@@ -16,6 +18,7 @@ from indraquantum.files import (
     folder_lock,
     is_locked,
     make_folder,
+    names_aside,
     read_json,
     sha256_of,
     write_json,
@@ -157,3 +160,21 @@ def test_who_holds_a_folder_is_seen_by_all_who_look(tmp_path):
         assert is_locked(tmp_path)
     assert not is_locked(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path, monkeypatch):
+    def no_locks(_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    said = rf"^--logs: got \S+; must be on a file system with locks, .*{os.strerror(errno.ENOLCK)}\); give another"
+    with pytest.raises(UserError, match=said), folder_lock("--logs", tmp_path):
+        pass
+
+
+def test_names_aside_are_free_for_all(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert names_aside(one, other) == [tmp_path / "one.set-aside-1", tmp_path / "other.set-aside-1"]
+    (tmp_path / "other.set-aside-1").touch()
+    (tmp_path / "one.set-aside-2").touch()
+    assert names_aside(one, other) == [tmp_path / "one.set-aside-3", tmp_path / "other.set-aside-3"]

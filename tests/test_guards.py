@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -18,7 +19,12 @@ from indraquantum.training import loop
 from indraquantum.training.checkpoint import newest_checkpoint
 from indraquantum.training.schedule import rows_of_step
 
-BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+
+def bad(name: str, places: list[str], infinite: list[str]):
+    """Parametrise a test with NaN in each of the places, and with infinity: quickly in those named, slowly in all."""
+    cases = [pytest.param(place, math.nan) for place in places]
+    cases += [pytest.param(place, math.inf, marks=() if place in infinite else pytest.mark.slow) for place in places]
+    return pytest.mark.parametrize((name, "value"), cases)
 
 
 def stopped(settings) -> str:
@@ -55,20 +61,18 @@ def at_fourth_step(monkeypatch, strike):
     monkeypatch.setattr(loop, "take_step", struck)
 
 
-@BAD
-@pytest.mark.parametrize("name", ["embedding.weight", "head.bias_V", "backbone.norm.weight"])
-def test_weights(world, tmp_path, monkeypatch, bad, name):
+@bad("name", ["embedding.weight", "head.bias_V", "backbone.norm.weight"], infinite=["embedding.weight"])
+def test_weights(world, tmp_path, monkeypatch, name, value):
     def strike(run):
         with torch.no_grad():
-            run.model.get_parameter(name).view(-1)[5] = -bad
+            run.model.get_parameter(name).view(-1)[5] = -value
 
     at_fourth_step(monkeypatch, strike)
     assert stopped(survival.small_run(world, tmp_path)).startswith("step 4: 1 weights are not finite")
 
 
-@BAD
-@pytest.mark.parametrize("part", ["probs_NK", "entropy_N", "confidence_N"])
-def test_signals(world, tmp_path, monkeypatch, bad, part):
+@bad("part", ["probs_NK", "entropy_N", "confidence_N"], infinite=["entropy_N"])
+def test_signals(world, tmp_path, monkeypatch, part, value):
     settings = survival.small_run(world, tmp_path)
     batch = SignalStore.batch
     dataset = open_dataset("--data", world.data)
@@ -78,16 +82,15 @@ def test_signals(world, tmp_path, monkeypatch, bad, part):
 
     def poisoned(self, split, index_N):
         signals = batch(self, split, index_N)
-        getattr(signals, part)[torch.from_numpy(np.flatnonzero(index_N == place))] = bad
+        getattr(signals, part)[torch.from_numpy(np.flatnonzero(index_N == place))] = value
         return signals
 
     at_fourth_step(monkeypatch, lambda run: monkeypatch.setattr(SignalStore, "batch", poisoned))
     assert stopped(settings).startswith(f"step 4: the teacher's signals of rows [{guilty}] are not finite")
 
 
-@BAD
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_loss_and_gradients(world, tmp_path, monkeypatch, bad, where):
+@bad("where", ["loss", "gradient"], infinite=["loss", "gradient"])
+def test_loss_and_gradients(world, tmp_path, monkeypatch, where, value):
     settings = survival.small_run(world, tmp_path)
     num_rows = open_dataset("--data", world.data).train.num_rows
     guilty = sorted(rows_of_step(num_rows, 30, settings.seed, 3).tolist())[:2]
@@ -102,8 +105,8 @@ def test_loss_and_gradients(world, tmp_path, monkeypatch, bad, where):
             mask = torch.tensor([tuple(row.tolist()) in marks for row in input_ids_BT])
             if mask.any():
                 if where == "loss":
-                    return torch.where(mask[:, None, None], states * bad, states)
-                states.register_hook(lambda gradient: torch.where(mask[:, None, None], gradient * bad, gradient))
+                    return torch.where(mask[:, None, None], states * value, states)
+                states.register_hook(lambda gradient: torch.where(mask[:, None, None], gradient * value, gradient))
             return states
 
         monkeypatch.setattr(run.model, "hidden_states", poisoned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import stat
 from pathlib import Path
 
@@ -169,10 +170,8 @@ def test_a_tokenizer_that_browsers_do_not_know_is_refused(tmp_path, world):
     description = json.loads((world.tokenizer / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"String": "x"}, "behavior": "MergedWithNext", "invert": False}
     steps = {"type": "Sequence", "pretokenizers": [split, description["pre_tokenizer"]]}
-    (world.tokenizer.parent / "other").mkdir()
-    for file in world.tokenizer.iterdir():
-        (world.tokenizer.parent / "other" / file.name).write_bytes(file.read_bytes())
-    (world.tokenizer.parent / "other" / "tokenizer.json").write_text(json.dumps(description | {"pre_tokenizer": steps}))
-    other = load_tokenizer("--tokenizer", str(world.tokenizer.parent / "other"))
+    folder = shutil.copytree(world.tokenizer, tmp_path / "other")
+    (folder / "tokenizer.json").write_text(json.dumps(description | {"pre_tokenizer": steps}))
+    other = load_tokenizer("--tokenizer", str(folder))
     with pytest.raises(UserError, match="tokenizer's pre tokenizer Split with MergedWithNext"):
         export_page.browser_tokenizer(Loaded(None, other, {}, None, Path()))

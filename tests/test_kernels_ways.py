@@ -131,11 +131,11 @@ def test_a_run_goes_on_as_it_began_whatever_is_quickest_by_then(world, free, tmp
     loop.train(settings)
     assert seen == ["torch:32x100"] * 3
     assert ways._in_force is None  # what comes after in this process is free again
-    whole = load_checkpoint("", max(settings.output.glob("*_epoch_*.pt")))
+    whole = load_checkpoint("", survival.last_checkpoint(settings))
     free.unlink()
     monkeypatch.setattr(measured, "measure", lambda: Way("onednn", 16, 50))
     assert train_from(1) == ["torch:32x100"] * 2
-    again = load_checkpoint("", max(settings.output.glob("*_epoch_*.pt")))
+    again = load_checkpoint("", survival.last_checkpoint(settings))
     assert all(torch.equal(weight, again.model[name]) for name, weight in whole.model.items())
 
     monkeypatch.setenv(ways.VARIABLE, "torch:8x40")

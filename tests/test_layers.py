@@ -42,15 +42,18 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imports_of(path: Path) -> list[str]:
-    """The modules of this package that the one at `path` imports, in functions and for types too: `folder.module`."""
-    nodes = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom))
-    return [
-        whole if (whole := f"{name}.{alias.name}") in NAMES else name
-        for node in nodes
-        if (node.module or "").startswith("indraquantum.")
-        for name in [node.module.removeprefix("indraquantum.")]
-        for alias in node.names
-    ]
+    """The modules of this package that the one at `path` imports, in functions and for types too: `folder.module`.
+
+    The package's own names, which it loads from above, count as `__init__`; its version is there from the start.
+    """
+    found: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    names = [name.removeprefix("indraquantum.") for name in found if name.startswith("indraquantum.")]
+    return [name if name in NAMES else name.rpartition(".")[0] or "__init__" for name in names if name != "__version__"]
 
 
 def own_name(path: Path) -> str:
@@ -84,3 +87,20 @@ def test_no_circle_between_folders():
 
 def test_no_two_modules_need_each_other():
     require_no_circle(lambda name: name)
+
+
+def test_each_form_of_an_import_is_seen(tmp_path):
+    forms = {
+        "from indraquantum.training.loop import train": "training.loop",
+        "from indraquantum.training import loop": "training.loop",
+        "from indraquantum import web": "web",
+        "from indraquantum import load": "__init__",
+        "import indraquantum.training.loop": "training.loop",
+        "import os, indraquantum.training.loop as loop": "training.loop",
+        "def later():\n    import indraquantum.training.loop": "training.loop",
+    }
+    for form, name in forms.items():
+        (tmp_path / "x.py").write_text(form)
+        assert imports_of(tmp_path / "x.py") == [name], form
+    (tmp_path / "x.py").write_text("import os\nfrom os import path\nfrom indraquantum import __version__")
+    assert imports_of(tmp_path / "x.py") == []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
 
+import survival
 from indraquantum.evaluation.collapse import CollapseFigures
 from indraquantum.files import folder_lock
 from indraquantum.metrics import FIELDS, MetricsLog, _line
@@ -204,11 +206,12 @@ def test_the_overview_by_hand(tmp_path):
 
 def test_a_killed_run_has_died_and_one_that_ended_itself_was_stopped(tmp_path):
     path = write(tmp_path / "run", [line(1)])
-    pid = os.fork()
-    if pid == 0:
+
+    def killed():
         with folder_lock("--logs", path.parent):
-            os.kill(os.getpid(), 9)
-    os.waitpid(pid, 0)
+            survival.die()
+
+    assert survival.in_fork(killed) == -signal.SIGKILL
     assert overview_of(path, tmp_path).state == "died"
     with folder_lock("--logs", path.parent):
         assert overview_of(path, tmp_path).state == "running"

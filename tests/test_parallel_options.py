@@ -16,7 +16,7 @@ from test_parallel_runs import stop_after
 
 LENGTH = {"dropout": 0.0, "epochs": 100, "max_steps": 12, "evaluate_every": 5, "save_every": 4, "layers": 2,
           **survival.STEADY}  # fmt: skip
-AVERAGED = {"ema_decay": 0.9, "keep_best": True}
+AVERAGED = {"ema_decay": 0.9, "keep_best": True, "patience": 3, "gradient_checkpointing": True}
 TURNED = {"optimizer": "muon"}
 STAGED = {"strategy": "stage2-v3-gentle"}
 OPTIONS = [
@@ -39,7 +39,7 @@ CASES = [
 
 def last_of(settings, changes):
     """The checkpoint to compare."""
-    return settings.output / checkpoint.BEST_NAME if changes is AVERAGED else max(settings.output.glob("*_epoch_*.pt"))
+    return settings.output / checkpoint.BEST_NAME if changes is AVERAGED else survival.last_checkpoint(settings)
 
 
 @pytest.mark.filterwarnings("default")  # the compiler emits warnings

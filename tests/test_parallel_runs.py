@@ -57,7 +57,7 @@ def same_run(settings, one) -> None:
             other["tokens"], other["epoch"], other["learning_rate"],
         )  # fmt: skip
         assert line["held_out"] == (other["held_out"] and pytest.approx(other["held_out"], abs=1e-4))
-    a, b = (load_checkpoint("", max(s.output.glob("*_epoch_*.pt"))) for s in (settings, one))
+    a, b = (load_checkpoint("", survival.last_checkpoint(s)) for s in (settings, one))
     assert (a.step, a.tokens, a.finished, a.settings, a.guard["found"]) == (
         b.step, b.tokens, b.finished, b.settings, b.guard["found"],
     )  # fmt: skip
@@ -123,8 +123,15 @@ def test_a_killed_process_ends_the_others_and_the_same_command_resumes(world, on
     same_run(settings, one)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("where", ["signals of one process", "weights"])
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        ("ddp", "signals of one process"),
+        ("fsdp2", "weights"),
+        pytest.param("ddp", "weights", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "signals of one process", marks=pytest.mark.slow),
+    ],
+)
 def test_nan_stops_all(world, tmp_path, kind, where):
     settings = settings_of(world, tmp_path, parallel=kind, save_every=2)
 
@@ -181,6 +188,25 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_any_process(world, tmp_path
 
     assert forked.run(2, act, tmp_path) == [3, 3], forked.said(tmp_path)
     assert f"not finite because of rows [{(tmp_path / 'row').read_text()}]" in forked.said(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_a_process_without_a_row_too(world, tmp_path):
+    settings = settings_of(world, tmp_path, batch_tokens=48, max_steps=2)
+
+    def act(_):
+        forward = parallel.MicroBatchPass.forward
+
+        def struck(self, batch, *arguments, **options):
+            result = forward(self, batch, *arguments, **options)
+            if not (batch.labels >= 0).any():
+                return result
+            return result._replace(terms=result.terms._replace(total=result.terms.total * float("nan")))
+
+        parallel.MicroBatchPass.forward = struck
+        survival.train_small(settings)
+
+    assert forked.run(2, act, tmp_path) == [3, 3], forked.said(tmp_path)
+    assert "not finite because of rows [" in forked.said(tmp_path)
 
 
 @pytest.mark.parametrize("evaluate_every", [20, 1])

@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,9 +20,19 @@ from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy, unigram_cross_entropy
 from indraquantum.files import read_sums
+from indraquantum.learner import to_tensors
 from indraquantum.metrics import read_metrics
+from indraquantum.model.attention import attend_as
 from indraquantum.training import loop, pretrain_teacher
-from indraquantum.training.pretrain_teacher import LlamaLearner, new_llama, parameter_groups
+from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
+from indraquantum.training.pretrain_teacher import (
+    LlamaLearner,
+    new_llama,
+    parameter_groups,
+    start_teacher,
+    teacher_plan,
+)
+from indraquantum.training.resume import resume
 
 
 def teacher_of(folder: Path, **changes) -> TeacherSettings:
@@ -44,6 +55,16 @@ def test_groups_cover_every_parameter_once_and_muon_gets_the_layers_matrices(wor
         "table": (7, 0.0), "layers": (3, 0.3), "others": (1.0, 0.0),
     }  # fmt: skip
     assert {group["lr"] for group in groups.values()} == {1e-3}
+
+
+def test_eager_attention_keeps_documents_apart_as_torchs_does(world):
+    dataset = open_dataset("--data", world.data)
+    learner = LlamaLearner(new_llama(teacher_of(Path()), dataset)).eval()
+    inputs = to_tensors(dataset.train.batch(np.arange(40)), torch.device("cpu"))
+    assert (inputs["segment_ids_BT"].amax(1) > 0).any()  # a row with several documents
+    fused = learner.hidden_states(**inputs, table_VD=None)
+    attend_as(learner.backbone, "eager")
+    torch.testing.assert_close(learner.hidden_states(**inputs, table_VD=None), fused, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("place", ["full", ".", "file"])
@@ -142,6 +163,43 @@ def test_a_stopped_teacher_resumes_to_the_same_bits(world, tmp_path, finished, h
     assert survival.in_fork(lambda: pretrain_teacher.pretrain_teacher(settings), said) == 0
     assert f"Resuming from step {4 if how == signal.SIGKILL else 5} of 7." in said.read_text()
     assert outcome(settings) == outcome(finished)
+
+
+def test_a_sampled_teacher_in_16_bits_resumes_to_the_same_bits(world, tmp_path, monkeypatch, capsys):
+    quick = {"data": world.data, "softmax": "sampled", "precision": "bfloat16", "steps": 4}
+    whole, halved = (teacher_of(tmp_path / name, **quick) for name in ("whole", "halved"))
+
+    def stopped():
+        survival.at(loop, "take_step", "after", 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        pretrain_teacher.pretrain_teacher(halved)
+
+    assert survival.in_fork(lambda: pretrain_teacher.pretrain_teacher(whole)) == 0
+    assert survival.in_fork(stopped) == -signal.SIGKILL
+    said = tmp_path / "said"
+    assert survival.in_fork(lambda: pretrain_teacher.pretrain_teacher(halved), said) == 0
+    assert "Resuming from step 2 of 4." in said.read_text()
+    assert outcome(halved) == outcome(whole)
+    identity = load_checkpoint("", max(pretrain_teacher.run_folder(halved).glob("*.pt"))).settings
+    assert (identity["softmax"], identity["precision"], identity["objective_precision"]) == (
+        "sampled", "bfloat16", "bfloat16",
+    )  # fmt: skip
+
+
+def test_a_teacher_of_before_resumes_in_float32_with_the_exact_softmax(world, tmp_path):
+    begun = teacher_of(tmp_path, data=world.data, precision="float32", softmax="exact", steps=3, save_every=1)
+    pretrain_teacher.pretrain_teacher(begun)
+    path = max(pretrain_teacher.run_folder(begun).glob("*.pt"))
+    checkpoint = load_checkpoint("", path)
+    for name in ("precision", "objective_precision", "attention_precision", "softmax"):
+        del checkpoint.settings[name]
+    save_checkpoint(path, checkpoint)
+    settings = teacher_of(tmp_path, data=world.data, steps=3, save_every=1)
+    dataset = open_dataset("--data", world.data)
+    run = start_teacher(settings, teacher_plan(settings, dataset), torch.device("cpu"))
+    assert resume(run)
+    assert run.parallel.precision.name == run.parallel.precision.name_of_objective == "float32"
+    assert run.engine.sampler is None
+    assert run.model.config._attn_implementation == "sdpa"
 
 
 def test_a_teacher_stopped_in_its_last_evaluation_is_finished_by_one_more_command(world, tmp_path, finished):

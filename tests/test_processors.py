@@ -32,6 +32,7 @@ def sweep(root, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_it_names_what_fails_and_where(sweep):
     status, said = sweep("--only", "default-avx2-[12]")
     assert status == 1

@@ -20,6 +20,7 @@ from indraquantum.inference.write import continued
 from indraquantum.live.details import details_of
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training.folders import set_others_metrics_aside
 from indraquantum.training.parallel import WeightAverage
 from indraquantum.training.samples import held_out_prompts, sample
 
@@ -89,6 +90,27 @@ def test_interrupted_in_its_last_evaluation_a_run_still_writes_its_last_samples(
     assert survival.in_fork(struck) == 128 + signal.SIGTERM
     report = loop.train(given)
     assert samples_in(report) == samples_in(sampled)
+
+
+def test_a_run_without_samples_keeps_none_that_are_not_its_own(world, tmp_path):
+    loop.train(settings(world, tmp_path, sample_every=2, sample_prompt=PROMPTS, max_steps=5))
+    (tmp_path / "run" / "checkpoint_v4_epoch_1.pt").unlink()  # resume at step 4
+    report = loop.train(settings(world, tmp_path, max_steps=5))
+    assert [one["step"] for one in samples_in(report)] == [2, 2, 4, 4]
+    for path in (tmp_path / "run").glob("checkpoint*"):
+        path.unlink()
+    report = loop.train(settings(world, tmp_path, max_steps=1, seed=1))
+    assert samples_in(report) == []
+
+
+def test_samples_of_another_run_are_set_aside_with_its_metrics(tmp_path):
+    for name in ("metrics.jsonl", "samples.jsonl", "metrics.jsonl.set-aside-1"):
+        (tmp_path / name).write_text("{}\n")
+    run = SimpleNamespace(folder=tmp_path / "run")
+    set_others_metrics_aside(tmp_path / "metrics.jsonl", run, resumed=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "metrics.jsonl.set-aside-1", "metrics.jsonl.set-aside-2", "samples.jsonl.set-aside-2"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("prompt", "allowed"), [("", "must not be empty"), ("\ud800", "must be UTF-8 text")])

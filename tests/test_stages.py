@@ -235,7 +235,10 @@ def gentle(world, tmp_path_factory):
     return survival.result(settings), len(metrics(settings)) - 1
 
 
-@pytest.mark.parametrize("place", ["early", "first", "boundary", "second", "late"])
+@pytest.mark.parametrize(
+    "place",
+    ["first", "boundary", "second", *(pytest.param(name, marks=pytest.mark.slow) for name in ("early", "late"))],
+)
 def test_killed_in_any_stage_the_same_bits_follow(world, tmp_path, gentle, place):
     settings = survival.small_run(world, tmp_path, strategy="stage2-v3-gentle", ema_decay=0.9)
     expected, steps = gentle

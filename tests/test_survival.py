@@ -52,16 +52,20 @@ def half_written(write):
     return wrapped
 
 
-# Where a run may die: the loop, the metrics, and each step of a checkpoint's commit.
+# Where a run may die: the loop, the metrics, and each step of a checkpoint's commit; and on which side of it the quick
+# tests strike. The slow ones strike on both.
 POINTS = [
-    (owner, name, when)
-    for owner, name in (
-        (loop, "start_run"), (loop, "resume"), (loop, "take_step"), (plan, "rows_of_step"), (loop, "evaluate"),
-        (Engine, "step"), (torch.Tensor, "backward"), (torch.nn.utils, "clip_grads_with_norm_"),
-        (torch.optim.AdamW, "step"), (MetricsLog, "write"), (MetricsLog, "sync"), (loop, "save"),
-        (loop, "save_checkpoint"), (torch, "save"), (checkpoint.Path, "write_bytes"), (checkpoint.Path, "write_text"),
-        (os, "fsync"), (os, "replace"), (files, "fsync_folder"), (checkpoint.Path, "unlink"),
-        (loop, "prune_step_checkpoints"),
+    pytest.param(owner, name, when, marks=() if when in quick else pytest.mark.slow)
+    for owner, name, quick in (
+        (loop, "start_run", ["before"]), (loop, "resume", []), (loop, "take_step", ["after"]),
+        (plan, "rows_of_step", []), (loop, "evaluate", ["before", "after"]), (Engine, "step", []),
+        (torch.Tensor, "backward", ["after"]), (torch.nn.utils, "clip_grads_with_norm_", []),
+        (torch.optim.AdamW, "step", []), (MetricsLog, "write", ["after"]), (MetricsLog, "sync", ["before", "after"]),
+        (loop, "save", ["after"]), (loop, "save_checkpoint", ["after"]), (torch, "save", []),
+        (checkpoint.Path, "write_bytes", ["before", "after"]), (checkpoint.Path, "write_text", ["before", "after"]),
+        (os, "fsync", ["before", "after"]), (os, "replace", ["before", "after"]),
+        (files, "fsync_folder", ["before", "after"]), (checkpoint.Path, "unlink", ["before", "after"]),
+        (loop, "prune_step_checkpoints", ["after"]),
     )
     for when in ("before", "after")
 ]  # fmt: skip
@@ -124,11 +128,7 @@ def test_kill_9_at_100_random_times(world, whole, tmp_path):
     assert survival.in_fork(lambda: survival.train_small(untouched)) == 0
     draw, kills = random.Random(0), 0
     for _ in range(100):
-        pid = os.fork()
-        if pid == 0:
-            survival.quiet()
-            survival.train_small(settings)
-            os._exit(0)
+        pid = survival.fork(lambda: survival.train_small(settings))
         wait_for_steps(settings.logs / "run" / "metrics.jsonl", draw.randint(0, 9), pid)
         os.kill(pid, signal.SIGKILL)
         kills += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
@@ -188,7 +188,7 @@ def test_a_chain_of_resumes_is_exact_with_every_state_there_is(world, tmp_path):
     untouched = survival.small_run(world, tmp_path / "untouched", **options)
     assert survival.in_fork(lambda: train(untouched)) == 0
     settings = survival.small_run(world, tmp_path, **options)
-    last = load_checkpoint("", max(untouched.output.glob("*_epoch_*.pt")))
+    last = load_checkpoint("", survival.last_checkpoint(untouched))
     assert (last.best["step"], last.step, last.best["stopped"]) == (6, 9, True)
     # Killed early, then, gone on from step 4, in the step whose evaluation is to end the wait.
     for occurrence in (5, last.step - 4):
@@ -215,10 +215,15 @@ STRIKES = {
     "during a save": (torch, "save", "after", 1),
     "between the renames of a save": (os, "replace", "after", 3),
 }
+BY_CTRL_C = ("mid-step", "during a save")  # the quick tests' share: both signals take the same way
+SIGNALS = [
+    pytest.param(where, number, marks=() if number == signal.SIGTERM or where in BY_CTRL_C else pytest.mark.slow)
+    for where in STRIKES
+    for number in (signal.SIGTERM, signal.SIGINT)
+]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("where", STRIKES)
+@pytest.mark.parametrize(("where", "number"), SIGNALS)
 def test_a_signal_leaves_after_the_step_in_hand(world, whole, tmp_path, where, number):
     settings = survival.small_run(world, tmp_path, save_every=1000)  # only the signal saves inside an epoch
     log = settings.logs / "run" / "metrics.jsonl"
@@ -352,7 +357,7 @@ def test_another_runs_folder_in_place_of_the_removed_one_is_left_alone(world, tm
     assert "was replaced by another run's folder" in said.read_text()
     assert [path.name for path in settings.output.iterdir()] == ["checkpoint_v4_epoch_1.pt"]
     assert metrics.read_text() == "another run's\n"
-    assert [line["step"] for line in read_metrics(metrics.with_name("metrics.jsonl.set-aside"))] == [0, 1]
+    assert [line["step"] for line in read_metrics(metrics.with_name("metrics.jsonl.set-aside-1"))] == [0, 1]
 
 
 def test_a_second_trainer_is_refused_and_leaves_everything_alone(world, tmp_path):
@@ -367,14 +372,20 @@ def test_a_second_trainer_is_refused_and_leaves_everything_alone(world, tmp_path
 
 
 def test_readers_never_see_a_torn_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    pid = os.fork()
-    if pid == 0:
+    path, said, lengths = tmp_path / "metrics.jsonl", tmp_path / "said", set()
+
+    def write():
         log = MetricsLog(path)
         for step in range(3000):
             log.write({"step": step, "held_out": {"all": 1.5}})
-        os._exit(0)
-    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+            if step % 100 == 0:
+                time.sleep(0.005)  # so that even a busy machine reads in between
+
+    pid = survival.fork(write, said)
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
         steps = [line["step"] for line in read_metrics(path)]
         assert steps == list(range(len(steps)))
+        lengths.add(len(steps))
+    assert os.waitstatus_to_exitcode(ended[1]) == 0, said.read_text()
+    assert len(lengths - {0, 3000}) >= 3
     assert len(read_metrics(path)) == 3000

@@ -160,21 +160,27 @@ def test_missing_weights_are_refused_not_invented(copy, dataset):
         load(copy, dataset)
 
 
+NOT_LOADED = "must be a causal LM that transformers can load "
+
+
 @pytest.mark.parametrize(
-    "spoil",
+    ("name", "content", "said"),
     [
-        lambda copy: (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:-100]),
-        lambda copy: (copy / "model.safetensors").write_bytes(b""),
-        lambda copy: (copy / "model.safetensors").unlink(),
-        lambda copy: (copy / "config.json").unlink(),
-        lambda copy: (copy / "config.json").write_text("{"),
-        lambda copy: (copy / "config.json").write_text('{"model_type": "nobody-knows"}'),
-        lambda copy: (copy / "config.json").write_text('{"model_type": "vit"}'),
+        ("model.safetensors", lambda whole: whole[:-100], NOT_LOADED + r"\(.*header"),
+        ("model.safetensors", lambda whole: b"", NOT_LOADED + r"\(.*header"),
+        ("model.safetensors", None, NOT_LOADED + r"\(.*no file named model\.safetensors"),
+        ("config.json", None, r"has no config\.json"),
+        ("config.json", lambda whole: b"{", r"config\.json; must be JSON"),
+        ("config.json", lambda whole: b'{"model_type": "nobody-knows"}', NOT_LOADED + r"\(.*model type nobody-knows"),
+        ("config.json", lambda whole: b'{"model_type": "vit"}', NOT_LOADED + r"\(vit is not a causal LM\)"),
     ],
 )
-def test_what_is_no_causal_lm_is_one_line(copy, dataset, spoil):
-    spoil(copy)
-    with pytest.raises(UserError) as caught:
+def test_what_is_no_causal_lm_is_one_line(copy, dataset, name, content, said):
+    whole = (copy / name).read_bytes()
+    (copy / name).unlink()
+    if content:
+        (copy / name).write_bytes(content(whole))
+    with pytest.raises(UserError, match=said) as caught:
         load(copy, dataset)
     assert str(caught.value).startswith("--teacher: got ")
     assert "\n" not in str(caught.value)

@@ -2,11 +2,11 @@
 
 import dataclasses
 import errno
+import functools
 import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,23 +30,6 @@ from indraquantum.teacher.teacher_model import Teacher
 from teacher_world import stop_after_a_shard
 
 SHARD = 480  # ten rows of 48
-KILLED = """
-import os, signal, sys
-from indraquantum.config import CaptureSettings
-from indraquantum.teacher.capture import capture
-from indraquantum.teacher.teacher_model import Teacher
-
-answers, logits = [], Teacher.logits
-
-def mortal(self, batch):
-    if len(answers) == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    answers.append(1)
-    return logits(self, batch)
-
-Teacher.logits = mortal
-capture(CaptureSettings.model_validate_json(sys.argv[1]), None, 480)
-"""
 
 
 @pytest.fixture
@@ -78,12 +61,24 @@ def whole(world, tmp_path_factory):
     return files
 
 
+@pytest.fixture
+def quick_workers(monkeypatch):
+    """Workers are forks of a process that has torch, instead of new ones that load it. Real ones are in a slow test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["indraquantum.teacher.loading", "indraquantum.training.loop"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: context)
+
+
 @pytest.mark.parametrize(("answers", "shards"), [(7, 1), (3, 0)])
-def test_a_killed_capture_goes_on_with_the_next_question(settings, whole, monkeypatch, answers, shards):
+def test_a_killed_capture_goes_on_with_the_next_question(settings, whole, tmp_path, monkeypatch, answers, shards):
     """Within its second shard, or within its first, when the manifest lists none yet."""
-    command = [sys.executable, "-c", KILLED, settings.model_dump_json(), str(answers)]
-    dead = subprocess.run(command, capture_output=True, text=True)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr
+
+    def killed():
+        survival.at(Teacher, "logits", "before", answers + 1, survival.die)
+        capture(settings, None, SHARD)
+
+    said = tmp_path / "said"
+    assert survival.in_fork(killed, said) == -signal.SIGKILL, said.read_text()
     assert len(read_manifest("--output", settings.output).shards) == shards
     journals = list(settings.output.glob("*.journal"))
     assert len(journals) == 1
@@ -118,7 +113,7 @@ def test_a_folder_that_is_removed_under_a_capture_stops_it_in_one_line(settings,
     assert not settings.output.exists()
 
 
-def test_workers_give_the_same_bytes_and_one_may_be_killed(settings, whole, monkeypatch, capsys):
+def test_workers_give_the_same_bytes_and_one_may_be_killed(settings, whole, monkeypatch, capsys, quick_workers):
     write, killed = capture_module.write_manifest, []
 
     def murderous(folder, manifest):
@@ -176,7 +171,7 @@ def test_a_device_that_no_worker_has_is_one_line(settings, monkeypatch, engine):
 
 
 @pytest.mark.slow
-def test_four_workers_give_the_same_bytes(settings, whole):
+def test_four_new_workers_give_the_same_bytes(settings, whole):
     capture(changed(settings, workers=4), None, SHARD)
     assert files_of(settings.output) == whole
 
@@ -195,43 +190,84 @@ def begin_nothing(*_):
     pass
 
 
-def nap(job):
+def nap(folder, job):
+    (folder / f"napping.{os.getpid()}").touch()
     time.sleep(60)
 
 
-def test_a_capture_that_is_stopped_stops_its_workers_within_their_shard(settings, monkeypatch):
-    workers = []
+def test_a_capture_that_is_stopped_stops_its_workers_within_their_shard(settings, tmp_path, monkeypatch, quick_workers):
+    workers, napping = [], functools.partial(nap, tmp_path)
 
     def stop(futures):
         workers.extend(multiprocessing.active_children())
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("napping.*"))) < 2:
+            assert time.monotonic() < deadline, "the workers have not begun after a minute"
+            time.sleep(0.01)
         sys.exit(143)
 
-    for name, function in {"_begin_process": begin_nothing, "_do_job": nap, "as_completed": stop}.items():
+    for name, function in {"_begin_process": begin_nothing, "_do_job": napping, "as_completed": stop}.items():
         monkeypatch.setattr(engines, name, function)
     with pytest.raises(SystemExit):
         capture(changed(settings, workers=2), None, SHARD)
     assert [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 2
 
 
-def fail_or_nap(job):
+def fail_or_nap(folder, job):
     if (job.split, job.number) == ("validation", 0):
         raise UserError("--teacher", "x", "must be y")
-    nap(job)
+    nap(folder, job)
 
 
-def test_the_error_of_one_worker_does_not_wait_for_the_others(settings, monkeypatch):
+def test_the_error_of_one_worker_does_not_wait_for_the_others(settings, tmp_path, monkeypatch, quick_workers):
     workers, completed = [], engines.as_completed
 
     def watched(futures):
         workers.extend(multiprocessing.active_children())
         return completed(futures)
 
-    changes = {"_begin_process": begin_nothing, "_do_job": fail_or_nap, "as_completed": watched}
+    failing = functools.partial(fail_or_nap, tmp_path)
+    changes = {"_begin_process": begin_nothing, "_do_job": failing, "as_completed": watched}
     for name, function in changes.items():
         monkeypatch.setattr(engines, name, function)
     with pytest.raises(UserError, match=r"^--teacher: got x; must be y$"):
         capture(changed(settings, workers=2), None, SHARD)
     assert [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 2
+
+
+def test_an_error_in_the_start_of_a_worker_is_told_as_it_is(settings, tmp_path, monkeypatch, quick_workers):
+    data, processes = shutil.copytree(settings.data, tmp_path / "mixed"), engines._processes
+
+    def without_data(plan, jobs):
+        shutil.rmtree(data)
+        return processes(plan, jobs)
+
+    monkeypatch.setattr(engines, "_processes", without_data)
+    with pytest.raises(UserError, match=r"^--data: got \S+mixed; does not exist"):
+        capture(changed(settings, workers=2, data=data), None, SHARD)
+
+
+def test_ctrl_c_reaches_no_worker_which_would_print_a_traceback(settings, monkeypatch):
+    """The parent ends them. A process that starts while a signal is blocked has it blocked for good."""
+    blocked = []
+
+    class Watched:
+        def __init__(self, *arguments):
+            pass
+
+        def submit(self, *arguments):
+            blocked.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            signal.raise_signal(signal.SIGINT)
+
+        def shutdown(self, **options):
+            pass
+
+    monkeypatch.setattr(engines, "ProcessPoolExecutor", Watched)
+    with pytest.raises(KeyboardInterrupt):
+        capture(changed(settings, workers=2), None, SHARD)
+    assert len(blocked) > 1
+    assert all(blocked)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_an_error_crosses_from_worker_to_parent(settings):

@@ -11,7 +11,7 @@ from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint
 
 @pytest.mark.parametrize(
     ("parallel", "options"),
-    [("ddp", {"optimizer": "muon"}), ("fsdp2", {"gradient_checkpointing": True})],
+    [("ddp", {"optimizer": "muon"}), pytest.param("fsdp2", {"gradient_checkpointing": True}, marks=pytest.mark.slow)],
 )
 def test_two_processes_end_where_one_does(world, tmp_path, parallel, options):
     common = {"ema_decay": 0.9, "patience": 3, "keep_best": True, "max_steps": 6, "evaluate_every": 2, "dropout": 0.0}

@@ -71,7 +71,7 @@ def section(name: str, command: App) -> Iterator[str]:
         for field, info in fields.items():
             text = escaped(" ".join((info.description or "").split()))
             text = text.replace("docs/FORMATS.md", "[Formats](FORMATS.md)")
-            yield entry(name, "--" + field.replace("_", "-"), allowed(info), text)
+            yield entry(name, "--" + field.strip("_").replace("_", "-"), allowed(info), text)
 
     if inherited:
         yield f"And every option of [indra {inherited}](#indra-{inherited}).\n"

@@ -218,7 +218,8 @@ class CaptureSettings(DeviceSettings):
     takes mixed if that is faster and agrees with float32 on held-out rows. A resumed capture keeps its format."""
     workers: int = Field(default=1, ge=1, le=1024)
     """How many processes ask the teacher, each with its own copy of it. Raise it for several GPUs, or if one process
-    does not use all cores. For the same --threads, any number of workers gives the same signals."""
+    does not use all cores. If you give --threads, any number of workers gives the same signals. By default each worker
+    takes its part of the cores, and another number of threads may change the last bits."""
     engine: Literal["local", "ray"] = "local"
     """Where the workers run: on this machine (local), or on a Ray cluster (pip install 'indraquantum[ray]')."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -326,6 +327,15 @@ class OptimizerSettings(Settings):
     chance."""
 
 
+class PrecisionSettings(Settings):
+    """In which number format a model is trained."""
+
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the matrix products. bfloat16 is much faster on GPUs, and on CPUs that support it (AMX). float16
+    is for older GPUs, and only the layers use it. Weights and sums stay float32. auto uses 16 bits where the device
+    supports them, and float32 elsewhere."""
+
+
 class TrainerSettings(Settings):
     """Further choices of a training run."""
 
@@ -337,10 +347,6 @@ class TrainerSettings(Settings):
     --table-start normal."""
     table_weight_decay: float = Field(default=0.0, ge=0, le=10)
     """Decoupled weight decay of the embedding table. You rarely need to change it."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the matrix products. bfloat16 is much faster on GPUs, and on CPUs that support it (AMX). float16
-    is for older GPUs, and only the layers use it. Weights and sums stay float32. auto uses 16 bits where the device
-    supports them, and float32 elsewhere."""
     gradient_checkpointing: bool = False
     """Keep only the input of each layer and compute the rest again in the backward pass. Use it if memory runs out; it
     costs a third more work."""
@@ -379,7 +385,7 @@ class RunSettings(Settings):
     if there is none. never fails if there is one. Give the path of a checkpoint to resume from that one."""
 
 
-class TrainSettings(ModelSettings, OptimizerSettings, TrainerSettings, RunSettings, DeviceSettings):
+class TrainSettings(ModelSettings, OptimizerSettings, PrecisionSettings, TrainerSettings, RunSettings, DeviceSettings):
     """One run of semantic distillation, by default with the unified strategy v4.
 
     An option that you give replaces the strategy's value. It is refused if the strategy's stages differ in it.
@@ -461,7 +467,7 @@ class LrTestSettings(TrainSettings):
     """The file for the plot of the loss over the learning rate: .png, .pdf or .svg."""
 
 
-class TeacherSettings(OptimizerSettings, RunSettings, DeviceSettings):
+class TeacherSettings(OptimizerSettings, PrecisionSettings, RunSettings, DeviceSettings):
     """Trains a small Llama teacher from scratch on a prepared dataset. The same command resumes after a stop."""
 
     learning_rate: float = Field(default=3e-3, gt=0, le=10)
@@ -481,6 +487,10 @@ class TeacherSettings(OptimizerSettings, RunSettings, DeviceSettings):
     rarely need to change it."""
     steps: int = Field(default=1000, ge=1)
     """Number of optimiser steps. More steps make a better teacher, as long as its held-out loss falls."""
+    softmax: Literal["exact", "sampled"] = "exact"
+    """Which tokens of the vocabulary the loss of a training step compares: all of them, or the more frequent ones and a
+    sample of the others, as in `indra train`. With 32,000 tokens, sampled makes a step about twice as fast. A Llama has
+    no bias that knows the token frequencies, so it learns a little less in each step then: give it more steps."""
 
 
 class WeightsSettings(Settings):

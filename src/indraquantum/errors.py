@@ -110,7 +110,7 @@ class TrainingStopped(IndraError):
 
 
 class TrainingInterrupted(IndraError, KeyboardInterrupt):
-    """A signal stopped `train` after a step and a checkpoint; the same call resumes. It is a KeyboardInterrupt.
+    """A signal stopped `train` after a step and a checkpoint. It is a KeyboardInterrupt.
 
     Attributes:
         signal: the name of the signal, such as SIGTERM.
@@ -123,7 +123,7 @@ class TrainingInterrupted(IndraError, KeyboardInterrupt):
         super().__init__(signal)
 
     def __str__(self) -> str:
-        return f"training was stopped by {self.signal}; the same call resumes from its last checkpoint"
+        return worded(f"training was stopped by {self.signal}; the same call with --resume auto resumes it")
 
 
 class Problem(NamedTuple):

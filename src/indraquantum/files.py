@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -91,7 +92,7 @@ def folder_lock(field: str, folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone. The system drops the lock when the process ends, however it ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or it can't be locked.
     """
     from filelock import FileLock, Timeout
 
@@ -100,6 +101,9 @@ def folder_lock(field: str, folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(field, folder, "is in use by another run; wait until it ends, or give another folder") from None
+    except OSError as error:  # such as ENOLCK of a network folder
+        allowed = f"must be on a file system with locks, but can't be locked ({error.strerror}); give another folder"
+        raise UserError(field, folder, allowed) from None
     try:
         with _shown_as_held(folder / HELD):
             yield
@@ -246,6 +250,12 @@ def _on_disk(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
+def names_aside(*paths: Path) -> list[Path]:
+    """Return a free name beside each of `paths` for a file that is set aside: NAME.set-aside-N, with one N for all."""
+    numbered = ([path.with_name(f"{path.name}.set-aside-{n}") for path in paths] for n in itertools.count(1))
+    return next(names for names in numbered if not any(name.exists() for name in names))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_file(path) as temporary:
@@ -317,9 +327,9 @@ SUMS_NAME = "SHA256SUMS"  # in the format of sha256sum: `sha256sum -c SHA256SUMS
 _SUM = re.compile(r"([0-9a-f]{64}) [ *]([^\\\0]+)")
 
 
-def write_sums(folder: Path) -> None:
-    """Write `folder`/SHA256SUMS for all other files of the folder and of the folders in it."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+def write_sums(folder: Path, pattern: str = "**/*") -> None:
+    """Write `folder`/SHA256SUMS for its other files that match `pattern`; by default all, also in the folders in it."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file())
     lines = [f"{sha256_of(folder / name)}  {name}\n" for name in names if name != SUMS_NAME]
     (folder / SUMS_NAME).write_text("".join(lines), encoding="utf-8")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, not_written, read_json
+from indraquantum.files import atomic_file, names_aside, not_written, read_json
 from indraquantum.trackers import NullTracker
 
 RECORD_NAME = "run.json"  # beside the metrics, with the run's settings
@@ -33,7 +33,8 @@ FIELDS = {
     "ce": "cross-entropy of the batch, nats per token",
     "kd": "KL divergence from the teacher's signals as given, times temperature squared; 0 without signals. With "
     "sampled signals it never reaches 0. With top-k signals and `--tail bucket` it is at most the true KL",
-    "kd_estimate": "unbiased estimate of the true KL where there are signals; may be below 0; null for topk",
+    "kd_estimate": "estimate of the true KL from the teacher's stored entropy, 0 at tokens without signals; may be "
+    "below 0; null for top-k signals. It is unbiased, but for the small error of a sampled softmax",
     "phase": "phase term: mean circular distance, 0 to 2, and 0 at tokens without signals",
     "magnitude": "magnitude term: mean squared error, 0 at tokens without signals",
     "kd_weight": "weight of kd at this step",
@@ -117,7 +118,7 @@ class MetricsLog:
         """
         self._file.seek(0)
         content = self._file.read()
-        path = self.path.with_name(self.path.name + ".set-aside") if self.path.exists() else self.path
+        path = names_aside(self.path)[0] if self.path.exists() else self.path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary:

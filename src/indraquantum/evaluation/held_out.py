@@ -45,7 +45,7 @@ def held_out_cross_entropy(
         for place in range(math.ceil(len(starts) / processes.world)):
             between()
             batch = batch_at(split, own[place] if place < len(own) else 0)
-            losses_n = _losses(learner, table_VD, batch, device)
+            losses_n = losses_of(learner, table_VD, batch, device)
             if place < len(own):
                 losses_N.append(losses_n)
                 sources_N.append(batch.sources[batch.labelled])
@@ -94,7 +94,7 @@ def batch_at(split: Split, start: int) -> Batch:
     return split.batch(np.arange(start, min(start + ROWS_PER_BATCH, split.num_rows)))
 
 
-def _losses(learner: Learner, table_VD: torch.Tensor, batch: Batch, device: torch.device) -> np.ndarray:
+def losses_of(learner: Learner, table_VD: torch.Tensor, batch: Batch, device: torch.device) -> np.ndarray:
     """Return the cross-entropy of each labelled position of `batch`, (N,)."""
     states_BTD = learner.hidden_states(**to_tensors(batch, device), table_VD=table_VD)
     states_ND, labels_N = labelled_positions(states_BTD, batch)

@@ -1,7 +1,8 @@
 """The engines that capture shards: this process, several processes of this machine, or a Ray cluster.
 
-Every engine takes the same jobs and gives the same shards, in any order. A worker that ends unexpectedly is replaced,
-and its successor continues after the last batch in the journal.
+Every engine takes the same jobs and gives the same shards, in any order, if --threads is given. By default, several
+workers share the processor's cores, and the number of threads decides the last bits. A worker that ends unexpectedly is
+replaced, and its successor continues after the last batch in the journal.
 
     indra capture --workers 4
     indra capture --engine ray --workers 16
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -105,7 +107,9 @@ def _remote_worker(plan: Plan, number: int) -> ShardWorker:
     return _worker(plan, files, dataset, number, lambda positions: None)
 
 
-_process_worker: ShardWorker | None = None  # the worker of this process, if it is one of `_processes`
+# If this process is one of `_processes`: its worker, or the error of its start, which each of its jobs raises. An error
+# in `_begin_process` itself would only tell the parent that the process ended.
+_process_worker: ShardWorker | Exception | None = None
 
 
 def _begin_process(plan: Plan, counter: Any, of_a_command: bool) -> None:
@@ -118,11 +122,26 @@ def _begin_process(plan: Plan, counter: Any, of_a_command: bool) -> None:
     with counter.get_lock():
         number = counter.value
         counter.value += 1
-    _process_worker = _remote_worker(plan, number)
+    try:
+        _process_worker = _remote_worker(plan, number)
+    except Exception as error:
+        _process_worker = error
 
 
 def _do_job(job: Job) -> ShardResult:
+    if isinstance(_process_worker, Exception):
+        raise _process_worker
     return _process_worker.shard(job)
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Inside, Ctrl-C waits. The processes that start inside never get it: this one ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _processes(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
@@ -133,7 +152,8 @@ def _processes(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
         counter = context.Value("i", 0)
         pool = ProcessPoolExecutor(plan.settings.workers, context, _begin_process, (plan, counter, are_options_named()))
         try:
-            futures = {pool.submit(_do_job, job): job for job in jobs if job in left}
+            with _without_ctrl_c():
+                futures = {pool.submit(_do_job, job): job for job in jobs if job in left}
             for future in as_completed(futures):
                 result = future.result()
                 left.discard(futures[future])

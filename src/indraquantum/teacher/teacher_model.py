@@ -71,11 +71,10 @@ class Teacher:
         """Return one mask for all layers, (B, 1, T, T)."""
         import torch
 
-        from indraquantum.model.masks import additive, document_mask
+        from indraquantum.model.masks import document_mask_for
 
-        mask_B1TT = document_mask(torch.from_numpy(batch.segments).to(self.device))
-        sdpa = self.model.config._attn_implementation == "sdpa"
-        return mask_B1TT if sdpa else additive(mask_B1TT, self.model.dtype)  # eager attention adds its mask to scores
+        segments_BT = torch.from_numpy(batch.segments).to(self.device)
+        return document_mask_for(self.model.config._attn_implementation, segments_BT, self.model.dtype)
 
     def _layer_masks(self, positions_BT: torch.Tensor) -> dict[str, torch.Tensor | None] | torch.Tensor | None:
         """Return a mask for each kind of layer, which transformers makes from the restarting positions."""

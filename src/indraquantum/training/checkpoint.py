@@ -9,6 +9,7 @@ do not cover the padding between the parts, which holds no data.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -17,7 +18,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, fsync_folder, not_written, sha256_of
+from indraquantum.files import atomic_file, fsync_folder, names_aside, not_written, sha256_of
 from indraquantum.progress import warn
 
 FORMAT = "indraquantum-checkpoint"
@@ -39,6 +40,10 @@ MALFORMED = (
     OverflowError, struct.error,
 )  # fmt: skip
 MUST = "must be a checkpoint that `indra train` wrote"
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint is not as it was written. If it can't be read at present, that is another UserError."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Checkpoint:
     loss_scale: dict[str, Any]  # state of float16's loss scale; empty for the other formats
     settings: dict[str, Any]  # what decides the run, see run.run_identity
     tokenizer: dict[str, Any]  # json, bos_id (None if documents begin with their text), eos_id
+    # The SHA-256 of each shard of signals, by the SHA-256 of all; see signals.shards_of. Earlier versions had none.
+    signal_shards: dict[str, list[str]] = field(default_factory=dict)
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
@@ -105,29 +112,47 @@ def load_checkpoint(field: str, path: Path) -> Checkpoint:
     """Verify and read a checkpoint, without running code from the file.
 
     Raises:
-        UserError: `path` is missing, damaged, or not a checkpoint of this program; `field` is the option to name.
+        DamagedCheckpoint: `path` is damaged, or nothing that this program wrote; `field` is the option to name.
+        UserError: it is missing or can't be read at present, or another version wrote it.
     """
+    manifest = None
     try:
         manifest = _verify(field, path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:  # which is a ValueError
         raise
-    except OSError as error:
-        raise UserError(field, path, f"{MUST} ({error.strerror})") from None
-    except MALFORMED as error:
-        raise UserError(field, path, f"{MUST} (incomplete or damaged: {_first_line(error)})") from None
     except UnpicklingError:
-        raise UserError(field, path, f"{MUST} (it holds more than tensors and plain values)") from None
+        raise DamagedCheckpoint(field, path, f"{MUST} (it holds more than tensors and plain values)") from None
+    except (OSError, MemoryError, *MALFORMED) as error:
+        raise _not_loaded(field, path, error, verified=manifest is not None) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(field, path, MUST)
+        raise DamagedCheckpoint(field, path, MUST)
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(field, path, f"{MUST} (format version {FORMAT_VERSION}, not {content.get('format_version')})")
+    content = {"signal_shards": {}} | content  # a newer part
     if missing := sorted(Checkpoint.__annotations__.keys() - content.keys()):
-        raise UserError(field, path, f"{MUST} (it lacks {missing[0]})")
+        raise DamagedCheckpoint(field, path, f"{MUST} (it lacks {missing[0]})")
     checkpoint = Checkpoint(**{name: content[name] for name in Checkpoint.__annotations__})
     if manifest is not None and manifest["step"] != checkpoint.step:
-        raise UserError(field, manifest_path(path), f"is damaged: step {manifest['step']}, not {checkpoint.step}")
+        allowed = f"is damaged: step {manifest['step']}, not {checkpoint.step}"
+        raise DamagedCheckpoint(field, manifest_path(path), allowed)
     return checkpoint
+
+
+def _not_loaded(field: str, path: Path, error: Exception, *, verified: bool) -> UserError:
+    """Return the error for a checkpoint that can't be loaded: it is damaged, or can't be read at present.
+
+    Args:
+        field: the option to name.
+        path: the file.
+        error: what went wrong.
+        verified: whether the SHA-256 has shown that the bytes are those that were written.
+    """
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # zipfile seeks to where damaged bytes point
+        return UserError(field, path, f"{MUST} ({error.strerror})")
+    if verified or isinstance(error, MemoryError) or "allocat" in str(error):
+        return UserError(field, path, f"{MUST} (it can't be loaded: {_first_line(error) or 'memory ran out'})")
+    return DamagedCheckpoint(field, path, f"{MUST} (incomplete or damaged: {_first_line(error)})")
 
 
 def require_student(field: str, path: Path, checkpoint: Checkpoint) -> None:
@@ -157,20 +182,24 @@ def _verify(field: str, path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         with zipfile.ZipFile(path) as archive:
             if (part := archive.testzip()) is not None:
-                raise UserError(field, path, f"{MUST} (its part {part} is damaged)") from None
+                raise DamagedCheckpoint(field, path, f"{MUST} (its part {part} is damaged)") from None
         return None
     size, actual = path.stat().st_size, sha256_of(path)
     try:
         manifest = json.loads(text)
         step, expected, expected_size = (manifest[name] for name in ("step", "sha256", "bytes"))
     except (ValueError, KeyError, TypeError):
-        raise UserError(field, manifest_path(path), "is damaged: it is not the manifest that was written") from None
+        raise _not_as_written(field, path) from None
     if (size, actual) != (expected_size, expected):
         found = f"{size} bytes, sha256 {actual}; its manifest says {expected_size} bytes, sha256 {expected}"
-        raise UserError(field, path, f"{MUST} (damaged: {found})")
+        raise DamagedCheckpoint(field, path, f"{MUST} (damaged: {found})")
     if text != manifest_text(path.name, size, actual, step).encode():
-        raise UserError(field, manifest_path(path), "is damaged: it is not the manifest that was written")
+        raise _not_as_written(field, path)
     return manifest
+
+
+def _not_as_written(field: str, path: Path) -> DamagedCheckpoint:
+    return DamagedCheckpoint(field, manifest_path(path), "is damaged: it is not the manifest that was written")
 
 
 @dataclass(frozen=True)
@@ -197,10 +226,12 @@ def checkpoints_in(folder: Path, step_of_epoch: Callable[[int], int]) -> list[tu
 def newest_checkpoint(folder: Path, step_of_epoch: Callable[[int], int]) -> Found | None:
     """Return the newest valid checkpoint of `folder`, or None if there is no checkpoint. Warn once about damaged ones.
 
+    Damaged ones are set aside. One that can't be read at present is not: the run would go back and lose its steps.
+
     Raises:
-        UserError: there are checkpoints, and all are damaged.
+        UserError: there are checkpoints, and all are damaged, or a newer one can't be read at present.
     """
-    passed: list[tuple[Path, UserError]] = []
+    passed: list[tuple[Path, DamagedCheckpoint]] = []
     newest: Found | None = None
     for step, path in checkpoints_in(folder, step_of_epoch):
         # After a run was extended, the checkpoint at its former end may have the name of an epoch that now ends later.
@@ -208,9 +239,12 @@ def newest_checkpoint(folder: Path, step_of_epoch: Callable[[int], int]) -> Foun
             break
         try:
             found = Found(path, load_checkpoint("--output", path))
-        except UserError as error:
+        except DamagedCheckpoint as error:
             passed.append((path, error))
             continue
+        except UserError as error:
+            allowed = f"{error.allowed}; it was left as it is. To resume from an earlier one, use --resume PATH"
+            raise UserError(error.field, error.value, allowed) from None
         if newest is None or found.checkpoint.step > newest.checkpoint.step:
             newest = found
     if passed and newest is not None:
@@ -224,11 +258,12 @@ def newest_checkpoint(folder: Path, step_of_epoch: Callable[[int], int]) -> Foun
 
 
 def set_aside(paths: Iterable[Path]) -> None:
-    """Rename checkpoints, so that no run resumes from them."""
+    """Rename checkpoints, so that no run resumes from them. None that was set aside earlier is overwritten."""
     for path in paths:
-        for part in (manifest_path(path), path):
+        parts = (manifest_path(path), path)
+        for part, aside in zip(parts, names_aside(*parts), strict=True):
             if part.exists():
-                os.replace(part, part.with_name(part.name + ".set-aside"))
+                os.replace(part, aside)
         fsync_folder(path.parent)
 
 

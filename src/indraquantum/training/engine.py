@@ -131,7 +131,8 @@ class Engine:
             self.optimizer.zero_grad(set_to_none=True)
             work = _work(step, np.array([row]))
             with parallel.part(last=False):  # nothing is reduced
-                found = parallel.run_pass(work.batch, work.teacher, objective, token_count, candidates=candidates)
+                # Not `run_pass`: DDP would wait for the buffers of a process that has no row.
+                found = parallel.bare(work.batch, work.teacher, objective, token_count, candidates=candidates)
                 result = _backward(parallel, found)
             gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
             if not all_finite(result.terms.total.item(), gradients):

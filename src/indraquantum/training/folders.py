@@ -9,18 +9,18 @@ gone, the run saves what it can and stops.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 from pathlib import Path
 
 from indraquantum.config import TeacherSettings, TrainSettings
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, folder_lock, is_locked, make_folder, not_written
+from indraquantum.files import atomic_file, folder_lock, is_locked, make_folder, names_aside, not_written
 from indraquantum.metrics import RECORD_NAME, MetricsLog, checked_lines, read_record
 from indraquantum.progress import warn
 from indraquantum.training.checkpoint import remove_leftovers
 from indraquantum.training.run import Run
+from indraquantum.training.samples import NAME as SAMPLES_NAME
 
 
 class FolderRemoved(UserError):
@@ -111,6 +111,8 @@ def folder_of_record(folder: Path) -> Path | None:
 def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
     """Rename the metrics at `path` if they belong to another run, so that `run` neither continues nor replaces them.
 
+    The samples beside them are renamed too.
+
     The metrics belong to `run` if run.json says so. Without a valid run.json, as in a copied folder, a resumed run
     compares them with figures in its checkpoint: the best evaluation, or the tokens of its step if there was none.
     """
@@ -121,11 +123,12 @@ def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
         return
     if resumed and _are_of(path, run):
         return
-    aside = next(
-        name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.set-aside-{n}")).exists()
-    )
-    path.rename(aside)
-    said = f"{path} belongs to another run. It is renamed to {aside.name}, and this run starts a new file."
+    parts = (path, path.with_name(SAMPLES_NAME))
+    names = names_aside(*parts)
+    for part, aside in zip(parts, names, strict=True):
+        if part.exists():
+            part.rename(aside)
+    said = f"{path} belongs to another run. It is renamed to {names[0].name}, and this run starts a new file."
     warn(f"warning: {said}")
 
 

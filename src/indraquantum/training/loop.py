@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
-from indraquantum.errors import TrainingStopped
+from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.evaluation.held_out import held_out_cross_entropy
 from indraquantum.interrupts import Interrupted, Interrupts
 from indraquantum.kernels.measured import way_for
@@ -42,10 +42,10 @@ from indraquantum.training.folders import (
 )
 from indraquantum.training.guards import PROBE_EVERY, probe, require_finite_state
 from indraquantum.training.plan import plan_run
-from indraquantum.training.resume import resume, will_resume
-from indraquantum.training.run import Run, check_settings, start_run
+from indraquantum.training.resume import require_signals, resume
+from indraquantum.training.run import Run, check_settings, start_run, will_resume
 from indraquantum.training.samples import check_samples, samples_of
-from indraquantum.training.signals import capture_signals, check_folders, find_signals
+from indraquantum.training.signals import capture_signals, check_folders, find_signals, shards_of
 from indraquantum.training.step import StepInput, StepResult
 
 
@@ -88,11 +88,12 @@ def train(settings: TrainSettings) -> TrainReport:
             check_folders(plan)
             if processes.is_first:
                 folders = HeldFolders(settings.output, metrics_path.parent, stack)
+        processes.first(lambda: require_signals(settings, plan))
         plan = capture_signals(plan, processes)
         stack.enter_context(using(processes.first(lambda: way_for(device))))
-        is_new = not processes.first(lambda: will_resume(settings, plan))
+        resumes = processes.first(lambda: will_resume(settings, plan))
         with processes.together():
-            run = start_run(settings, plan, device, processes, counts_text=is_new)
+            run = start_run(settings, plan, device, processes, replaced=resumes)
         complete(run, metrics_path, interrupts, folders)
         return TrainReport(run.milestone_path, metrics_path, run.step, run.held_out or evaluate(run))
 
@@ -137,11 +138,16 @@ def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: Held
     except Interrupted as interrupted:
         if processes.is_first:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                said = f"Stopped at step {run.step} by {interrupted.name}. Run the same command to resume."
+                said = f"Stopped at step {run.step} by {interrupted.name}. To resume, {_same_command(run)}."
                 warn(said)
         raise
     finally:
         log.close()
+
+
+def _same_command(run: Run) -> str:
+    """Say which command resumes `run`. With --resume PATH, the same one would go back to PATH."""
+    return "run the same command" if run.settings.resume == "auto" else "run the same command with --resume auto"
 
 
 def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, folders: HeldFolders | None = None) -> None:
@@ -156,13 +162,15 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
     Raises:
         Interrupted: a signal came.
         FolderRemoved: one of the folders is gone.
+        UserError: something can't be written. If it is a step's metrics or samples, the run saves that step if it can.
     """
     silent = not run.processes.is_first
     progress = Progress(run.name, run.total_steps, "steps", done=run.step, silent=silent)
+    best = run.best
     with interrupts.deferred(), progress:
         try:
             while run.pending is not None or not run.finished:
-                is_best, collapsed = False, None
+                is_best, collapsed, best = False, None, replace(run.best)
                 with run.processes.together():
                     if run.pending is None:
                         run.pending = take_step(run)
@@ -196,8 +204,20 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
             said = run.processes.first(lambda: folders.make_again(log))
             if run.step:
                 save(run, run.milestone_path if run.finished else run.step_path, log)
-                said = [*said, f"step {run.step} is saved in {run.folder}: run the same command to resume"]
+                said = [*said, _saved(run)]
             raise FolderRemoved(removed.field, removed.value, "; ".join([removed.allowed, *said])) from None
+        except UserError as error:
+            if error.field != "--logs" or run.pending is None or not run.step or run.saved:
+                raise
+            run.best, allowed = best, error.allowed  # a resumed run evaluates this step again
+            with contextlib.suppress(UserError):  # the disk of the checkpoints may be full too
+                save(run, run.step_path, log)
+                allowed = f"{allowed}; {_saved(run)}"
+            raise UserError(error.field, error.value, allowed) from None
+
+
+def _saved(run: Run) -> str:
+    return f"step {run.step} is saved in {run.folder}: to resume, {_same_command(run)}"
 
 
 def take_step(run: Run) -> dict[str, Any]:
@@ -364,6 +384,7 @@ def checkpoint_of(run: Run) -> Checkpoint:
         loss_scale=run.parallel.precision.scaler.state_dict(),
         settings=run.identity,
         tokenizer={"json": tokenizer.to_json(), "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
+        signal_shards=shards_of(run.plan),
     )
 
 

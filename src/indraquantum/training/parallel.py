@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from indraquantum.config import TrainSettings
+from indraquantum.config import PrecisionSettings
 from indraquantum.data.split import Batch
 from indraquantum.device import best_16_bits
 from indraquantum.errors import UserError
@@ -83,7 +83,7 @@ def _name(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known is dtype)
 
 
-def choose_precision(settings: TrainSettings, device: torch.device) -> Precision:
+def choose_precision(settings: PrecisionSettings, device: torch.device) -> Precision:
     """Return the format of `settings`. auto takes 16 bits where the device supports them, else float32."""
     if settings.precision != "auto":
         return Precision(DTYPES[settings.precision], device)

@@ -26,7 +26,7 @@ from indraquantum.files import atomic_folder, write_sums
 from indraquantum.interrupts import Interrupts
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import using
-from indraquantum.model.masks import document_mask
+from indraquantum.model.masks import document_mask_for
 from indraquantum.progress import tell
 from indraquantum.strategy import RATES, Stage, Strategy, check_decay
 from indraquantum.trackers import require_tracker
@@ -34,9 +34,17 @@ from indraquantum.training.engine import Engine
 from indraquantum.training.folders import HeldFolders, metrics_path_of
 from indraquantum.training.loop import complete, evaluate
 from indraquantum.training.optimizers import MUON_GROUP, MuonAdamW
-from indraquantum.training.parallel import SingleProcess, WeightAverage
+from indraquantum.training.parallel import SingleProcess, WeightAverage, choose_precision
 from indraquantum.training.plan import Plan, RunStage
-from indraquantum.training.run import FREE_SETTINGS, Run, check_resume, computed_by, stage_identity
+from indraquantum.training.run import (
+    FREE_SETTINGS,
+    Run,
+    check_resume,
+    choose_attention,
+    computed_by,
+    sampler_of,
+    stage_identity,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -67,6 +75,11 @@ class LlamaLearner(nn.Module):
         """The Llama's configuration."""
         return self.llama.config
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The Llama's layers."""
+        return self.llama.model
+
     def lift_table(self, ids_R: Tensor | None = None) -> Tensor:
         """The embedding table (V, D), or its rows (R, D) of the tokens `ids_R`."""
         weight = self.llama.get_input_embeddings().weight
@@ -77,10 +90,10 @@ class LlamaLearner(nn.Module):
     ) -> Tensor:
         """Return the states (B, T, D) after the last norm. Documents of a packed row don't see each other."""
         table_VD = self.lift_table() if table_VD is None else table_VD
-        return self.llama.model(
+        return self.backbone(
             inputs_embeds=nn.functional.embedding(input_ids_BT, table_VD),
             position_ids=position_ids_BT,
-            attention_mask=document_mask(segment_ids_BT),
+            attention_mask=document_mask_for(self.config._attn_implementation, segment_ids_BT, table_VD.dtype),
             use_cache=False,
         ).last_hidden_state
 
@@ -163,16 +176,18 @@ def start_teacher(settings: TeacherSettings, plan: Plan, device: torch.device) -
     """Return the run of a teacher at its first step, with seeded weights and a new optimiser."""
     torch.manual_seed(settings.seed)
     learner = LlamaLearner(new_llama(settings, plan.dataset)).to(device).train()
-    parallel = SingleProcess(learner)
+    precision, sampler = choose_precision(settings, device), sampler_of(settings.softmax, plan)
+    choose_attention(learner.backbone, plan, precision, device)
+    parallel = SingleProcess(learner, precision=precision)
     chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS)
     stages = {stage.spec.name: stage_identity(stage, plan) for stage in plan.stages}
     return Run(
         settings=settings,
         plan=plan,
-        engine=Engine(parallel, MuonAdamW(parameter_groups(learner, settings))),
+        engine=Engine(parallel, MuonAdamW(parameter_groups(learner, settings)), sampler=sampler),
         device=device,
         average=WeightAverage(learner, 0.0),
-        identity={**chosen, "data": plan.dataset.content_sha256, "stages": stages, **computed_by(parallel.precision)},
+        identity={**chosen, "data": plan.dataset.content_sha256, "stages": stages, **computed_by(precision)},
         folder=run_folder(settings),
         name="teacher",
         epoch_checkpoints=False,  # a teacher often sees its rows many times

@@ -17,14 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from indraquantum.config import Settings, TeacherSettings, TrainSettings
+from indraquantum.config import RunSettings, Settings, TeacherSettings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.kernels.ways import continued, put_in_force
 from indraquantum.model.attention import attend_as
 from indraquantum.progress import tell
 from indraquantum.strategy import RATES
 from indraquantum.training.checkpoint import (
+    BEST_NAME,
     Checkpoint,
+    DamagedCheckpoint,
     Found,
     checkpoints_in,
     load_checkpoint,
@@ -35,8 +37,17 @@ from indraquantum.training.checkpoint import (
 from indraquantum.training.guards import CollapseGuard
 from indraquantum.training.parallel import DTYPES, scattered, scattered_optimizer
 from indraquantum.training.plan import Plan, RunStage
-from indraquantum.training.run import BestHeldOut, Run, refuse_checkpoints, sampler_of, stage_identity
+from indraquantum.training.run import (
+    BestHeldOut,
+    Run,
+    own_signals_sha256,
+    refuse_checkpoints,
+    sampler_of,
+    stage_identity,
+    will_resume,
+)
 from indraquantum.training.schedule import decay_begins
+from indraquantum.training.signals import folder_of, with_shards
 
 # What the program did before it had an option, for options whose default is something else.
 BEFORE_THE_OPTION = {
@@ -65,7 +76,7 @@ def resume(run: Run) -> bool:
     processes, read = run.processes, []
 
     def choose() -> Path | None:
-        read.append(_wanted_checkpoint(run))
+        read.append(_wanted_checkpoint(run.settings.resume, run.folder, run.plan))
         return read[0] and read[0].path
 
     path = processes.first(choose)
@@ -86,32 +97,59 @@ def resume(run: Run) -> bool:
     return True
 
 
-def will_resume(settings: TrainSettings, plan: Plan) -> bool:
-    """Return whether a run of these settings resumes from a checkpoint, or fails because no checkpoint is valid."""
-    if settings.resume == "auto":
-        return bool(checkpoints_in(settings.output, plan.step_of_epoch))
-    return settings.resume != "never"
+def require_signals(settings: TrainSettings, plan: Plan) -> None:
+    """Check before a capture, which may take hours, that the run to resume did not begin with other signals or none.
+
+    Raises:
+        UserError: it began with signals that are not there now, or without a teacher; or no checkpoint is valid.
+    """
+    lacking = [stage for stage in plan.stages if stage.lacks_signals]
+    if not lacking or not will_resume(settings, plan):
+        return
+    found = _wanted_checkpoint(settings.resume, settings.output, plan)
+    before = {} if found is None else found.checkpoint.settings
+    if before.get("no_teacher"):
+        raise UserError("--no-teacher", False, _as_there(settings, settings.output, True))
+    for stage in lacking:
+        if _signals_before(stage, plan, before) is not None:
+            which = _which_run(settings, settings.output)
+            allowed = f"must hold the signals that {which} began with; give their folder with --signals"
+            raise UserError("--signals", folder_of(stage.settings), f"{allowed}, or give another --output")
 
 
-def _wanted_checkpoint(run: Run) -> Found | None:
-    """Return the checkpoint that the settings ask for, or None to begin a new run."""
-    folder, wanted = run.folder, run.settings.resume
+def _signals_before(stage: RunStage, plan: Plan, before: Mapping[str, Any]) -> str | None:
+    """Return the SHA-256 of the signals that `stage` had in an earlier part of the run; None if it had none."""
+    if stage.dataset is plan.dataset:
+        return before.get("signals")
+    return before.get("stages", {}).get(stage.spec.name, {}).get("signals")
+
+
+def _wanted_checkpoint(wanted: str, folder: Path, plan: Plan) -> Found | None:
+    """Return the checkpoint of --resume `wanted` for a run in `folder`, or None to begin a new run."""
     if wanted == "never":
-        refuse_checkpoints(run.folder, run.plan)
+        refuse_checkpoints(folder, plan)
         return None
     if wanted == "auto":
-        return newest_checkpoint(folder, run.plan.step_of_epoch)
+        return newest_checkpoint(folder, plan.step_of_epoch)
     return Found(Path(wanted), load_checkpoint("--resume", Path(wanted)))
 
 
 def _set_later_ones_aside(run: Run, used: Path) -> None:
     """Set later checkpoints aside when a run goes back to an earlier one. They would be ahead of the metrics."""
-    later = (
-        path
-        for step, path in checkpoints_in(run.folder, run.plan.step_of_epoch)
-        if step > run.step and path.resolve() != used.resolve()
-    )
-    set_aside(later)
+    later = [path for step, path in checkpoints_in(run.folder, run.plan.step_of_epoch) if step > run.step]
+    best = run.folder / BEST_NAME
+    # Automatic resume may find one that is ahead too, after a crash. Then the same steps will write it again.
+    if run.settings.resume != "auto" and best.exists() and _is_ahead(best, run.step):
+        later.append(best)
+    set_aside(path for path in later if path.resolve() != used.resolve())
+
+
+def _is_ahead(path: Path, step: int) -> bool:
+    """Return whether the checkpoint at `path`, whose name does not tell its step, is later than `step`, or damaged."""
+    try:
+        return load_checkpoint("--output", path).step > step
+    except DamagedCheckpoint:
+        return True
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
@@ -124,6 +162,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         UserError: the checkpoint comes from a run with other settings; the message names the first that differs.
     """
     before, kept = with_defaults(checkpoint.settings, run.identity, type(run.settings)), {}
+    if isinstance(run.settings, TrainSettings):
+        _keep_start(run, before)
+        _keep_signals(run, before, checkpoint.signal_shards)
     if "tail" in run.identity:
         if run.settings.tail == "auto":
             run.identity["tail"] = before["tail"]
@@ -138,10 +179,10 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     put_in_force(way)
     run.identity["products"] = before["products"] = str(way)
     if (found := first_difference(without_length(run.identity), without_length(before))) is not None:
-        raise UserError(*found.option_and_value(), _as_there(run, found.then))
+        raise _refused(run, found)
     now, then = (", ".join(settings["stages"]) for settings in (run.identity, checkpoint.settings))
     if now != then:
-        raise UserError("--strategy", f"stages {now}", _as_there(run, then))
+        raise UserError("--strategy", f"stages {now}", _as_there(run.settings, run.folder, then))
     try:
         plan = extended(run.plan, before, checkpoint.step)
     except NotExtensible as error:
@@ -161,9 +202,47 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     precision = run.parallel.precision
     precision.use(DTYPES[before["precision"]])
     precision.objective, precision.attention = DTYPES[before["objective_precision"]], before["attention_precision"]
-    if hasattr(run.model, "backbone"):  # a teacher has none
-        attend_as(run.model.backbone, precision.attention)
+    attend_as(run.model.backbone, precision.attention)
     precision.scaler.load_state_dict(checkpoint.loss_scale)
+
+
+def _keep_start(run: Run, before: Mapping[str, Any]) -> None:
+    """Let `run` resume without the checkpoint that it started from, whose weights it needs no more.
+
+    Raises:
+        UserError: it is given another one; or none, although the strategy then has more stages.
+    """
+    path, now, then = run.plan.strategy.start_from, run.identity["start_from"], before.get("start_from")
+    if then is None:
+        if path is not None:
+            raise UserError("--start-from", path, _as_there(run.settings, run.folder, None))
+        return
+    has_more_stages = any(stage.spec.only_from_scratch for stage in run.plan.stages)
+    if has_more_stages or now not in (None, then):
+        allowed = (
+            f"must be the checkpoint that {_which_run(run.settings, run.folder)} started from; if that is gone or was "
+            "replaced, give a path without a file, because the run needs it no more"
+        )
+        raise UserError("--start-from", path or "nothing", allowed)
+    run.identity["start_from"] = then
+
+
+def _keep_signals(run: Run, before: Mapping[str, Any], shards: Mapping[str, list[str]]) -> None:
+    """Let each stage of `run` use exactly the shards of signals that it began with, if their capture has gone on since.
+
+    Args:
+        run: the run to resume.
+        before: what decided the run so far.
+        shards: the shards that it began with, as in its checkpoint.
+    """
+    stages = []
+    for stage in run.plan.stages:
+        wanted = shards.get(_signals_before(stage, run.plan, before) or "")
+        if stage.signals is not None and wanted is not None:
+            stage = with_shards(stage, stage.signals, wanted)
+        stages.append(stage)
+    run.plan = replace(run.plan, stages=tuple(stages))
+    run.identity["signals"] = own_signals_sha256(run.plan)
 
 
 def _keep_older_defaults(run: Run, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,12 +268,27 @@ def _settings_of(stage: RunStage, kept: Mapping[str, Any]) -> TrainSettings | Te
     return stage.settings.model_copy(update={**kept, **own})
 
 
-def _as_there(run: Run, then: Any) -> str:
+def _refused(run: Run, found: Difference) -> UserError:
+    """Return the error for a run that can't resume because of the difference `found`."""
+    option, value = found.option_and_value()
+    if found.path == ("signals",) and found.now is not None:
+        allowed = (
+            f"must hold exactly the signals that {_which_run(run.settings, run.folder)} began with; if their capture "
+            "has gone on since, begin a new run with another --output"
+        )
+        return UserError(option, folder_of(run.settings), allowed)
+    return UserError(option, value, _as_there(run.settings, run.folder, found.then))
+
+
+def _as_there(settings: RunSettings, folder: Path, then: Any) -> str:
     """Say what an option must be, so that the run can resume from its checkpoint."""
     must = "must be left out" if then is None else f"must be {then}"
-    if run.settings.resume == "auto":
-        return f"{must}, as in the run that {run.folder} holds, or give another --output"
-    return f"{must}, as in the run of --resume {run.settings.resume}"
+    other = ", or give another --output" if settings.resume == "auto" else ""
+    return f"{must}, as in {_which_run(settings, folder)}{other}"
+
+
+def _which_run(settings: RunSettings, folder: Path) -> str:
+    return f"the run that {folder} holds" if settings.resume == "auto" else f"the run of --resume {settings.resume}"
 
 
 def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -> UserError:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from indraquantum.config import TeacherSettings, TrainSettings
 from indraquantum.data.dataset import PreparedDataset, open_dataset
@@ -21,7 +22,7 @@ from indraquantum.data.same_tokenizer import require_same_tokenizer
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
-from indraquantum.files import combined_sha256, sha256_of
+from indraquantum.files import sha256_of
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import in_force, put_in_force
 from indraquantum.model.attention import SHORT, attend_as
@@ -29,7 +30,6 @@ from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.processes import ALONE, Processes
 from indraquantum.progress import tell
-from indraquantum.teacher.signals import SignalStore
 from indraquantum.training.candidates import CandidateSampler
 from indraquantum.training.checkpoint import (
     checkpoint_path,
@@ -45,7 +45,7 @@ from indraquantum.training.optimizers import check_rates, new_optimizer
 from indraquantum.training.parallel import Precision, SingleProcess, WeightAverage, choose_precision, make_parallel
 from indraquantum.training.plan import Plan, RunStage, plan_run, tail_of
 from indraquantum.training.schedule import ORDER
-from indraquantum.training.signals import find_signals, folder_of
+from indraquantum.training.signals import find_signals, folder_of, sha256_of_signals
 
 # Settings that may change when a run resumes, because they do not change what it computes.
 FREE_SETTINGS = {
@@ -176,6 +176,7 @@ def start_run(
     processes: Processes = ALONE,
     *,
     counts_text: bool = True,
+    replaced: bool = False,
 ) -> Run:
     """Return a run at its first step, with seeded weights and a new optimiser. It is the same in all `processes`.
 
@@ -185,25 +186,23 @@ def start_run(
         device: where the weights are.
         processes: the processes that share the work.
         counts_text: whether --bias-start and --table-start may count the training text, which takes seconds. Not needed
-            where a checkpoint replaces the weights, or where the steps are only timed.
+            where the steps are only timed.
+        replaced: whether the weights of the run's own checkpoint replace those of its start, which then need not exist.
 
     Raises:
         UserError: settings contradict each other, or ask for a compiler where none works.
     """
-    weights = starting_weights(settings, plan)
+    weights = None if replaced else starting_weights(settings, plan)
     torch.manual_seed(settings.seed)
     model = IndraQuantumPhase2(model_config(settings, plan)).to(device).train()
     if weights is not None:
         model.load_state_dict(weights)
-    elif counts_text:
+    elif counts_text and not replaced:
         _start_from_counts(model, settings, plan)
     accelerate(model, settings, device)
     # A stage without signals does not use the readout.
     precision, unused = choose_precision(settings, device), any(stage.signals is None for stage in plan.stages)
-    is_short = all(stage.dataset.row_length < SHORT for stage in plan.stages)
-    if device.type == "cpu" and precision.dtype is not torch.float32 and is_short:
-        precision.attention = "eager"
-        attend_as(model.backbone, "eager")
+    choose_attention(model.backbone, plan, precision, device)
     parallel = make_parallel(settings.parallel, model, processes, device, unused=unused, precision=precision)
     return Run(
         settings=settings,
@@ -221,6 +220,14 @@ def start_run(
         keep_best=settings.keep_best,
         patience=settings.patience,
     )
+
+
+def choose_attention(backbone: PreTrainedModel, plan: Plan, precision: Precision, device: torch.device) -> None:
+    """Let the layers of `backbone` compute attention in the way that is fastest for a new run."""
+    is_short = all(stage.dataset.row_length < SHORT for stage in plan.stages)
+    if device.type == "cpu" and precision.dtype is not torch.float32 and is_short:
+        precision.attention = "eager"
+        attend_as(backbone, "eager")
 
 
 @torch.no_grad()
@@ -251,9 +258,14 @@ def softmax_of(settings: TrainSettings, plan: Plan) -> Literal["exact", "sampled
 
 def sampler_of(softmax: str, plan: Plan) -> CandidateSampler | None:
     """Return what chooses the tokens that each step compares; None if all are compared."""
-    if softmax == "exact" or plan.stages[0].settings.head == "born":
+    if softmax == "exact" or _is_born(plan.stages[0].settings):
         return None
     return CandidateSampler(_label_counts(plan))
+
+
+def _is_born(settings: TrainSettings | TeacherSettings) -> bool:
+    """Return whether the head is Born's rule, which compares all tokens."""
+    return isinstance(settings, TrainSettings) and settings.head == "born"
 
 
 def _label_counts(plan: Plan) -> np.ndarray:
@@ -332,13 +344,21 @@ def check_settings(settings: TrainSettings, plan: Plan, device: torch.device) ->
     Raises:
         UserError: settings contradict each other, a compiler is missing, or a checkpoint is missing or does not fit.
     """
-    starting_weights(settings, plan)
+    if not will_resume(settings, plan):
+        starting_weights(settings, plan)
     with torch.device("meta"):
         model = IndraQuantumPhase2(model_config(settings, plan))
     check_rates(model, settings)
     if settings.compile:
         require_compiler(device)
     check_resume(settings.resume, settings.output, plan)
+
+
+def will_resume(settings: TrainSettings, plan: Plan) -> bool:
+    """Return whether a run of these settings resumes from a checkpoint, or fails because no checkpoint is valid."""
+    if settings.resume == "auto":
+        return bool(checkpoints_in(settings.output, plan.step_of_epoch))
+    return settings.resume != "never"
 
 
 def check_resume(resume: str, folder: Path, plan: Plan) -> None:
@@ -393,16 +413,21 @@ def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
     # The names of the strategy and of the checkpoint are replaced by their content.
     chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS | {"strategy", "start_from"})
     start = plan.strategy.start_from
-    own = [stage.signals for stage in plan.stages if stage.dataset is plan.dataset and stage.signals is not None]
     return {
         **chosen,
         "tail": _tail(settings, plan),
         "softmax": softmax_of(settings, plan),
         "data": plan.dataset.content_sha256,
-        "signals": _signals_sha256(own[0]) if own else None,
-        "start_from": start and sha256_of(start),
+        "signals": own_signals_sha256(plan),
+        "start_from": sha256_of(start) if start and start.is_file() else None,  # a resumed run needs no file
         "stages": {stage.spec.name: stage_identity(stage, plan) for stage in plan.stages},
     }
+
+
+def own_signals_sha256(plan: Plan) -> str | None:
+    """Return the SHA-256 of the signals for the dataset of `plan`; None if no stage uses any."""
+    own = (stage.signals for stage in plan.stages if stage.dataset is plan.dataset and stage.signals is not None)
+    return next(map(sha256_of_signals, own), None)
 
 
 COMPUTED_BY = ("precision", "objective_precision", "attention_precision", "row_order", "products")
@@ -426,11 +451,7 @@ def stage_identity(stage: RunStage, plan: Plan) -> dict[str, Any]:
     lengths = {"fraction", "epochs", "steps"}  # `steps` is the number of steps that results from them
     stated = stage.spec.model_dump(mode="json", exclude={"name", "only_from_scratch", "data", "signals", *lengths})
     if stage.dataset is not plan.dataset:
-        signals = None if stage.signals is None else _signals_sha256(stage.signals)
+        signals = None if stage.signals is None else sha256_of_signals(stage.signals)
         stated |= {"data": stage.dataset.content_sha256, "signals": signals}
     planned = {} if stage.planned_steps is None else {"planned_steps": stage.planned_steps}
     return {**stated, "steps": stage.steps, **planned}
-
-
-def _signals_sha256(signals: SignalStore) -> str:
-    return combined_sha256(entry.sha256 for entry in signals.manifest.shards)

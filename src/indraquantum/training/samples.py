@@ -2,7 +2,7 @@
 
 They go to samples.jsonl beside the metrics, a JSON object on each line: `step`, `prompt` and `text`. The seed is fixed,
 and torch's random state is restored, so the run's bits are the same with and without samples. A resumed run keeps the
-lines up to its step.
+lines up to its step, and a new one replaces the file, also without --sample-every.
 """
 
 from __future__ import annotations
@@ -37,23 +37,10 @@ class Samples:
         folder: the folder of the run's metrics.
         every: optimiser steps between two samples.
         prompts: the texts to continue.
-        resumed_step: the last step whose samples are kept; None begins a new file.
-
-    Raises:
-        UserError: the file can't be written.
     """
 
-    def __init__(self, folder: Path, every: int, prompts: tuple[str, ...], resumed_step: int | None) -> None:
+    def __init__(self, folder: Path, every: int, prompts: tuple[str, ...]) -> None:
         self._path, self._every, self._prompts = folder / NAME, every, prompts
-        kept = "" if resumed_step is None else "".join(_lines_up_to(self._path, resumed_step))
-        self._write_whole(kept)
-
-    def _write_whole(self, content: str) -> None:
-        try:
-            with atomic_file(self._path) as temporary:
-                temporary.write_text(content, encoding="utf-8")
-        except OSError as error:
-            raise not_written("--logs", self._path, len(content), error) from None
 
     def __call__(self, run: Run) -> None:
         """Write the samples of the last finished step of `run`, if some are due.
@@ -73,12 +60,24 @@ class Samples:
 
 
 def samples_of(run: Run, folder: Path, resumed_step: int | None) -> Samples | None:
-    """Return what writes the samples that the settings of `run` ask for; None if they ask for none."""
+    """Return what writes the samples that the settings of `run` ask for; None if they ask for none.
+
+    Args:
+        run: the run.
+        folder: the folder of its metrics.
+        resumed_step: the last step whose samples are kept; None keeps none.
+
+    Raises:
+        UserError: the file can't be written.
+    """
     settings: Any = run.settings  # a teacher's have no samples
-    if not getattr(settings, "sample_every", 0):
+    every, path = getattr(settings, "sample_every", 0), folder / NAME
+    if every or path.exists():
+        _keep_up_to(path, resumed_step)
+    if not every:
         return None
     prompts = settings.sample_prompt or held_out_prompts(run.dataset)
-    return Samples(folder, settings.sample_every, prompts, resumed_step)
+    return Samples(folder, every, prompts)
 
 
 def held_out_prompts(dataset: PreparedDataset) -> tuple[str, ...]:
@@ -129,6 +128,16 @@ def check_samples(settings: Any, tokenizer: TextTokenizer) -> None:
     if settings.sample_every and settings.parallel == "fsdp2":
         allowed = "must be 0 with --parallel fsdp2, because no process holds the whole model"
         raise UserError("--sample-every", settings.sample_every, allowed)
+
+
+def _keep_up_to(path: Path, step: int | None) -> None:
+    """Write the samples at `path` again without those after `step`, which no longer belong to the run."""
+    content = "" if step is None else "".join(_lines_up_to(path, step))
+    try:
+        with atomic_file(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise not_written("--logs", path, len(content), error) from None
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

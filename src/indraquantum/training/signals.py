@@ -1,20 +1,29 @@
 """The teacher's signals for the stages of a run: this module finds those that exist and captures the others.
 
 A stage whose weights are all 0 needs no signals.
+
+Training completes a capture that it began itself, which the file MARK in the folder tells. One that `indra capture`
+began is used as it is, also if it is unfinished.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from indraquantum.config import CaptureSettings, TrainSettings
 from indraquantum.errors import UserError
+from indraquantum.files import combined_sha256, make_folder
 from indraquantum.processes import ALONE, Processes
 from indraquantum.progress import tell
 from indraquantum.teacher.capture import capture
+from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest, statistics_of
 from indraquantum.teacher.signals import SignalStore, verify_signals
 from indraquantum.training.plan import Plan, RunStage
+
+MARK = ".begun-by-train"  # beside the manifest of a capture that training began and has not completed
 
 
 def find_signals(plan: Plan, processes: Processes = ALONE, opened: SignalStore | None = None) -> Plan:
@@ -96,9 +105,9 @@ def check_folders(plan: Plan) -> None:
 
 
 def _verified_signals(stage: RunStage, processes: Processes) -> SignalStore | None:
-    """Return the signals for the dataset of `stage`, or None if they are not captured yet."""
+    """Return the signals for the dataset of `stage`, or None if training is still to capture them."""
     settings, folder = stage.settings, folder_of(stage.settings)
-    if processes.first(lambda: settings.signals is None and not (folder / "manifest.json").exists()):
+    if processes.first(lambda: settings.signals is None and _is_to_capture(folder)):
         return None
     with processes.together():
         store = verify_signals("--signals", folder, stage.dataset)
@@ -114,24 +123,51 @@ def folder_of(settings: TrainSettings) -> Path:
     return settings.signals or settings.data.parent / "teacher_signals"
 
 
+def _is_to_capture(folder: Path) -> bool:
+    """Return whether there are no signals in `folder`, or only those of an unfinished capture that training began."""
+    if not (folder / MANIFEST_NAME).exists():
+        return True
+    return (folder / MARK).exists() and not read_manifest("--signals", folder).complete
+
+
+@contextlib.contextmanager
+def _marked(folder: Path) -> Iterator[None]:
+    """Mark the capture in `folder` as one that training completes, until it is complete or nothing of it is left."""
+    mark = make_folder("--signals", folder) / MARK
+    mark.touch()
+    try:
+        yield
+    except BaseException:
+        if not (folder / MANIFEST_NAME).exists():
+            mark.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds something else, or is gone
+                folder.rmdir()
+        raise
+    mark.unlink(missing_ok=True)
+
+
 def _capture(stage: RunStage) -> None:
     settings, folder = stage.settings, folder_of(stage.settings)
-    tell(f"No teacher signals at {folder}: capturing from {settings.teacher}.")
+    begun = (folder / MANIFEST_NAME).exists()
+    found = "Unfinished" if begun else "No"
+    tell(f"{found} teacher signals at {folder}: capturing from {settings.teacher}.")
     stated = {} if stage.spec.temperature is None else {"temperature": stage.spec.temperature}
+    options = CaptureSettings(
+        data=settings.data,
+        teacher=settings.teacher,
+        output=folder,
+        device=settings.device,
+        threads=settings.threads,
+        **stated,
+    )
     try:
-        capture(
-            CaptureSettings(
-                data=settings.data,
-                teacher=settings.teacher,
-                output=folder,
-                device=settings.device,
-                threads=settings.threads,
-                **stated,
-            ),
-            stage.dataset,
-        )
+        with _marked(folder):
+            capture(options, stage.dataset)
     except UserError as error:
-        raise UserError(error.field, error.value, f"{error.allowed}; or --no-teacher") from None
+        way_out = "or --no-teacher"
+        if begun:
+            way_out = f"to train on what is there, use --signals {folder}; to capture anew, remove that folder"
+        raise UserError(error.field, error.value, f"{error.allowed}; {way_out}") from None
 
 
 def _check_signals(stage: RunStage, signals: SignalStore) -> None:
@@ -151,3 +187,27 @@ def _check_signals(stage: RunStage, signals: SignalStore) -> None:
     if not any(((places >= start) & (places < end)).any() for start, end in covered):
         allowed = "must cover a row of the stage: resume the capture with `indra capture`, or train with --no-teacher"
         raise UserError(f"{where}signals", stage.settings.signals or "those beside the data", allowed)
+
+
+def sha256_of_signals(signals: SignalStore) -> str:
+    """Return one SHA-256 for all shards of `signals`."""
+    return combined_sha256(entry.sha256 for entry in signals.manifest.shards)
+
+
+def shards_of(plan: Plan) -> dict[str, list[str]]:
+    """Return the SHA-256 of each shard of the plan's signals, by the SHA-256 of all of them."""
+    stores = [stage.signals for stage in plan.stages if stage.signals is not None]
+    return {sha256_of_signals(store): [entry.sha256 for entry in store.manifest.shards] for store in stores}
+
+
+def with_shards(stage: RunStage, signals: SignalStore, wanted: Sequence[str]) -> RunStage:
+    """Return `stage` with those shards of `signals` whose SHA-256 is in `wanted`; unchanged if one is not there."""
+    there, names = signals.manifest, set(wanted)
+    shards = tuple(entry for entry in there.shards if entry.sha256 in names)
+    if shards == there.shards or [entry.sha256 for entry in shards] != list(wanted):
+        return stage
+    part = there.model_copy(update={"shards": shards, "complete": False, "statistics": statistics_of(shards)})
+    kept = SignalStore("--signals", folder_of(stage.settings), part, stage.dataset)
+    said = f"This run began with a part of the signals, and keeps it: {100 * kept.coverage:.1f} % of the training rows."
+    tell(f"{said} To use all of them, begin a new run with another --output.")
+    return replace(stage, signals=kept)

@@ -1,21 +1,31 @@
 """Plans a run for a number of minutes: the option `indra train --minutes`.
 
 It times a few real steps, whose results are discarded, and chooses the number of steps. From then on the run is like
-any other: what was chosen are its `max_steps`, `epochs` and `batch_tokens`, and the same command resumes it.
+any other: what was chosen are its `max_steps`, `epochs` and `batch_tokens`. Its checkpoints hold them, so that the same
+command resumes it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+import os
 import statistics
 import time
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from indraquantum.config import TrainSettings
 from indraquantum.errors import UserError
+from indraquantum.evaluation.held_out import batches, losses_of
+from indraquantum.kernels.onednn import onednn_products
 from indraquantum.metrics import read_record
 from indraquantum.progress import duration, tell
 from indraquantum.strategy import resolve
+from indraquantum.training.checkpoint import DamagedCheckpoint, load_checkpoint
 from indraquantum.training.folders import folder_of_record, metrics_path_of
 from indraquantum.training.loop import take_step
 from indraquantum.training.plan import rows_per_step
@@ -40,10 +50,14 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
     A run that was begun with the same number of minutes keeps its steps.
 
     Raises:
-        UserError: the minutes are too few, another option sets the length, or the run there has other minutes.
+        UserError: the minutes are too few, another option sets the length, the run there has other minutes, or several
+            processes would choose.
     """
     if settings.minutes is None:
         return settings
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        allowed = "must be left out with several processes, which would choose different lengths; give --max-steps"
+        raise UserError("--minutes", settings.minutes, allowed)
     for option in ("epochs", "max_steps"):
         if option in settings.model_fields_set and getattr(settings, option) is not None:
             allowed = "must be left out with --minutes, which chooses the number of steps"
@@ -58,9 +72,10 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
     settings = settings.model_copy(update={"epochs": 1} | given)
     run = trial_run(settings, counts_text=False)
     seconds = step_seconds(run)
-    steps = _steps_within(run, settings.minutes * 60 - (time.perf_counter() - started), seconds)
+    evaluation = evaluation_seconds(run)
+    steps = _steps_within(run, settings.minutes * 60 - (time.perf_counter() - started), seconds, evaluation)
     if steps < FEWEST_STEPS:
-        least = math.ceil((FEWEST_STEPS * seconds + 3 * _evaluation_seconds(run, seconds)) / 60 + 1)
+        least = math.ceil((FEWEST_STEPS * seconds + 3 * evaluation) / 60 + 1)
         raise UserError(
             "--minutes", settings.minutes, f"must be at least {least} here, where a step takes {seconds:.2g} s"
         )
@@ -82,16 +97,35 @@ def _lengths(run: Run, steps: int) -> dict[str, int]:
 
 
 def _begun(settings: TrainSettings) -> dict[str, Any] | None:
-    """Return what was chosen for the run that the output folder holds; None if it holds none."""
-    logs = metrics_path_of(settings).parent
-    there = any(settings.output.glob("checkpoint_v4_*.pt"))
-    if not there or (folder := folder_of_record(logs)) is None or folder.resolve() != settings.output.resolve():
+    """Return what was chosen for the run that is to resume; None if there is none.
+
+    Raises:
+        UserError: it was begun with other minutes or another size of a step, or its checkpoint can't be read.
+    """
+    if (before := _settings_of_checkpoint(settings)) is None:
         return None
-    before = (read_record(logs) or {})["settings"]
-    if before.get("minutes") != settings.minutes:
-        allowed = f"must be {before.get('minutes') or 'left out'}, as in the run that {settings.output} holds"
-        raise UserError("--minutes", settings.minutes, f"{allowed}, or give another --output")
-    return {name: before[name] for name in ("max_steps", "epochs", "batch_tokens")}
+    there = f"as in the run that {settings.output} holds, or give another --output"
+    logs = metrics_path_of(settings).parent
+    if (folder := folder_of_record(logs)) is not None and folder.resolve() == settings.output.resolve():
+        minutes = (read_record(logs) or {})["settings"].get("minutes")
+        if minutes != settings.minutes:
+            raise UserError("--minutes", settings.minutes, f"must be {minutes or 'left out'}, {there}")
+    chosen = {name: before[name] for name in ("max_steps", "epochs", "batch_tokens") if name in before}
+    given = settings.batch_tokens
+    if "batch_tokens" in settings.model_fields_set and given != chosen.get("batch_tokens", given):
+        raise UserError("--batch-tokens", given, f"must be {chosen['batch_tokens']}, {there}")
+    return chosen
+
+
+def _settings_of_checkpoint(settings: TrainSettings) -> dict[str, Any] | None:
+    """Return what decides the run of the checkpoint to resume from, or of one of the same run; None without one."""
+    if settings.resume not in ("auto", "never"):
+        return load_checkpoint("--resume", Path(settings.resume)).settings
+    there = settings.output.glob("checkpoint_v4_*.pt")
+    for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(DamagedCheckpoint):  # automatic resume skips it too
+            return load_checkpoint("--output", path).settings
+    return None
 
 
 def step_seconds(run: Run) -> float:
@@ -105,14 +139,26 @@ def step_seconds(run: Run) -> float:
     return statistics.median(seconds[WARM_UP:])
 
 
-def _evaluation_seconds(run: Run, seconds: float) -> float:
-    """Return the time of an evaluation: a forward pass takes a third of a step's time for each row."""
-    return seconds / 3 * run.dataset.validation.num_rows / run.plan.stages[0].rows_per_step
+@onednn_products()
+@torch.no_grad()
+def evaluation_seconds(run: Run) -> float:
+    """Return the time of an evaluation of `run`, from that of its first batches.
+
+    A part of a step's time would be too little: an evaluation compares all tokens, in float32.
+    """
+    split, seconds = run.dataset.validation, []
+    run.model.eval()
+    table_VD = run.model.lift_table()
+    for batch in itertools.islice(batches(split), TIMED):
+        started = time.perf_counter()
+        losses_of(run.model, table_VD, batch, run.device)
+        seconds.append((time.perf_counter() - started) / len(batch.labels))
+    run.model.train()
+    return statistics.median(seconds) * split.num_rows
 
 
-def _steps_within(run: Run, budget: float, seconds: float) -> int:
-    """Return how many steps of `seconds` fit into `budget` seconds, with all evaluations."""
-    evaluation = _evaluation_seconds(run, seconds)
+def _steps_within(run: Run, budget: float, seconds: float, evaluation: float) -> int:
+    """Return how many steps of `seconds` fit into `budget` seconds, with all evaluations of `evaluation` seconds."""
     fractions = [stage.spec.fraction for stage in run.plan.stages]
     epochs = sum(part / stage.steps_per_epoch for part, stage in zip(fractions, run.plan.stages, strict=True))
     between = 1 / run.settings.evaluate_every + epochs / sum(fractions)

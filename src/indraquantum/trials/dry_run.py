@@ -20,7 +20,7 @@ from indraquantum.progress import duration
 from indraquantum.training.loop import take_step
 from indraquantum.training.plan import RunStage
 from indraquantum.training.run import Run, trial_run
-from indraquantum.trials.budget import expectation, expected_loss, within_minutes
+from indraquantum.trials.budget import evaluation_seconds, expectation, expected_loss, within_minutes
 from indraquantum.trials.costs import StepSize, objective_bytes, parameter_counts, step_flops
 
 MEASURED_STEPS = 2  # in each stage: the first one is the warm-up, and the last one is measured
@@ -78,7 +78,7 @@ def measure(run: Run) -> DryRun:
         flops=step_flops(run.model, size),
         seconds_per_step=seconds[0],
         exports=exports_of(run.model.config),
-        seconds_to_finish=steps_seconds + _evaluation_seconds(run, size, seconds[0]),
+        seconds_to_finish=steps_seconds + _evaluations(run) * evaluation_seconds(run),
         expected_loss=expected_loss(run, tokens),
     )
 
@@ -136,11 +136,10 @@ def _memory(run: Run, size: StepSize, activations: int) -> dict[str, int]:
     return {**parts, "all": sum(parts.values())}
 
 
-def _evaluation_seconds(run: Run, size: StepSize, step_seconds: float) -> float:
-    """Return the seconds of all evaluations: a forward pass takes a third of a step's time for each position."""
-    epochs = run.plan.epoch_of(run.total_steps)
-    count = 1 + epochs + run.total_steps // run.settings.evaluate_every
-    return count * step_seconds / 3 * run.dataset.validation.num_rows / size.rows
+def _evaluations(run: Run) -> int:
+    """Return how often the run is evaluated: at its start and end, at the end of each epoch, and in between."""
+    ends = {run.plan.step_of_epoch(epoch) for epoch in range(1, run.plan.epoch_of(run.total_steps) + 1)}
+    return len({*range(0, run.total_steps, run.settings.evaluate_every), run.total_steps, *ends})
 
 
 def _shapes(run: Run) -> dict[str, tuple[tuple[int, ...], ...]]:

@@ -1,0 +1,213 @@
+"""Resuming after something has changed: a way back by hand, signals that grew or moved, a start that is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+
+import survival
+from indraquantum.config import CaptureSettings
+from indraquantum.errors import UserError
+from indraquantum.metrics import read_metrics
+from indraquantum.teacher import capture as capture_module
+from indraquantum.teacher.capture import capture
+from indraquantum.teacher.manifest import read_manifest
+from indraquantum.training import loop
+from indraquantum.training import signals as training_signals
+from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint, save_checkpoint, step_checkpoint_path
+
+EVERY_STEP = {"save_every": 1, "keep_last": 9, "epochs": 1}
+SHARD = 480  # ten rows of 48
+
+
+def interrupted(settings, step: int) -> None:
+    """Train until SIGTERM comes after `step` steps."""
+    take_step = loop.take_step
+
+    def struck(run):
+        metrics = take_step(run)
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "take_step", struck)
+        with pytest.raises(SystemExit) as left:
+            loop.train(settings)
+    assert left.value.code == 128 + signal.SIGTERM
+
+
+def changed(settings, **changes):
+    return settings.model_copy(update=changes)
+
+
+def test_after_going_back_the_message_names_the_command_that_resumes(world, tmp_path, capsys):
+    settings = survival.small_run(world, tmp_path, **EVERY_STEP)
+    interrupted(settings, 3)
+    assert "Stopped at step 3 by SIGTERM. To resume, run the same command.\n" in capsys.readouterr().err
+    loop.train(settings)
+    whole = survival.result(settings)
+    back = changed(settings, resume=str(step_checkpoint_path(settings.output, 2)))
+    interrupted(back, 4)
+    said = "Stopped at step 4 by SIGTERM. To resume, run the same command with --resume auto.\n"
+    assert said in capsys.readouterr().err
+    first = (settings.output / "checkpoint_v4_step_3.pt.set-aside-1").read_bytes()
+    interrupted(back, 4)  # who types the same command nevertheless loses nothing
+    assert (settings.output / "checkpoint_v4_step_3.pt.set-aside-1").read_bytes() == first
+    assert (settings.output / "checkpoint_v4_step_3.pt.set-aside-2").exists()
+    capsys.readouterr()
+    loop.train(changed(settings, resume="auto"))
+    assert "Resuming from step 4 of 6." in capsys.readouterr().out
+    assert survival.result(settings) == whole
+
+
+def test_going_back_sets_a_later_best_checkpoint_aside(world, tmp_path):
+    settings = survival.small_run(world, tmp_path, **EVERY_STEP, keep_best=True, evaluate_every=1)
+    loop.train(settings)
+    best, aside = settings.output / BEST_NAME, settings.output / f"{BEST_NAME}.set-aside-1"
+    late = load_checkpoint("", best).step
+    assert late > 3
+    interrupted(changed(settings, resume=str(step_checkpoint_path(settings.output, 2))), 3)
+    assert load_checkpoint("", aside).step == late
+    assert not best.exists() or load_checkpoint("", best).step == 3
+    assert (settings.output / f"{best.stem}.json.set-aside-1").exists()
+
+
+def stopped_in_the_training_rows(action) -> None:
+    """Interrupt the capture of `action` when it has a shard of training rows."""
+    write = capture_module.write_manifest
+
+    def stopping(folder, manifest):
+        write(folder, manifest)
+        if any(entry.split == "train" for entry in manifest.shards):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture_module, "write_manifest", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            action()
+
+
+@pytest.fixture
+def to_capture(world, tmp_path, monkeypatch):
+    """A run whose signals are not captured yet; they will be in shards of ten rows."""
+    monkeypatch.setattr(training_signals, "capture", lambda options, dataset: capture(options, dataset, SHARD))
+    data = shutil.copytree(world.data, tmp_path / "mixed")
+    return survival.small_run(world, tmp_path, data=data, teacher=str(world.teacher), max_steps=1)
+
+
+def of_capture(settings, world) -> CaptureSettings:
+    """The options of `indra capture` for the signals beside the data of `settings`."""
+    output = settings.data.parent / "teacher_signals"
+    return CaptureSettings(data=settings.data, teacher=str(world.teacher), output=output, device="cpu", threads=1)
+
+
+def test_training_completes_a_capture_that_it_began(to_capture, tmp_path, capsys):
+    folder = tmp_path / "teacher_signals"
+    stopped_in_the_training_rows(lambda: loop.train(to_capture))
+    assert not read_manifest("", folder).complete
+    # Whoever names the folder trains on the part.
+    loop.train(changed(to_capture, signals=folder, output=tmp_path / "part"))
+    with pytest.raises(UserError, match=r"^--teacher: got .*; to train on what is there, use --signals \S+signals;"):
+        loop.train(changed(to_capture, teacher=str(tmp_path / "nothing")))
+    assert not read_manifest("", folder).complete
+    capsys.readouterr()
+    loop.train(to_capture)
+    assert read_manifest("", folder).complete
+    said = capsys.readouterr().out
+    assert f"Unfinished teacher signals at {folder}: capturing from" in said
+    assert "100.0 % of the training rows covered" in said
+    assert not list(folder.glob(".*"))
+
+
+def test_training_leaves_an_unfinished_capture_of_yours_as_it_is(world, to_capture):
+    options = of_capture(to_capture, world)
+    stopped_in_the_training_rows(lambda: capture(options, None, SHARD))
+    before = {path.name for path in options.output.iterdir()}
+    loop.train(to_capture)
+    assert not read_manifest("", options.output).complete
+    assert {path.name for path in options.output.iterdir()} == before
+
+
+def test_a_capture_that_cannot_begin_leaves_no_folder(to_capture, tmp_path):
+    with pytest.raises(UserError, match=r"--teacher.*or --no-teacher$"):
+        loop.train(changed(to_capture, teacher=str(tmp_path / "nothing")))
+    assert not (tmp_path / "teacher_signals").exists()
+
+
+def test_a_run_on_a_part_of_a_capture_keeps_to_it_when_more_is_captured(world, to_capture, tmp_path, capsys):
+    options = of_capture(to_capture, world)
+    stopped_in_the_training_rows(lambda: capture(options, None, SHARD))
+    whole, parts, older = (
+        changed(to_capture, output=tmp_path / name / "run", logs=tmp_path / name / "logs", max_steps=None)
+        for name in ("whole", "parts", "older")
+    )
+    loop.train(whole)
+    for settings in (parts, older):
+        interrupted(settings, 3)
+    capture(options, None, SHARD)
+    assert read_manifest("", options.output).complete
+    loop.train(parts)
+    assert "This run began with a part of the signals, and keeps it: " in capsys.readouterr().out
+    assert survival.result(parts) == survival.result(whole)
+    # A checkpoint of an earlier version does not list the shards.
+    path = step_checkpoint_path(older.output, 3)
+    save_checkpoint(path, replace(load_checkpoint("", path), signal_shards={}))
+    with pytest.raises(UserError, match=r"^--signals: got \S+signals; must hold exactly the signals that the run that"):
+        loop.train(older)
+
+
+def test_signals_that_were_moved_are_not_captured_again_for_a_run_that_has_begun(world, tmp_path, monkeypatch):
+    data = shutil.copytree(world.data, tmp_path / "mixed")
+    signals = shutil.copytree(world.signals, tmp_path / "teacher_signals")
+    settings = survival.small_run(world, tmp_path, data=data, teacher=str(world.teacher), max_steps=2)
+    untaught = changed(settings, output=tmp_path / "untaught", no_teacher=True)
+    for begun in (settings, untaught):
+        loop.train(begun)
+    moved = signals.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(training_signals, "capture", None)
+    with pytest.raises(UserError, match=r"^--signals: got \S+signals; must hold the signals that the run that \S+run"):
+        loop.train(settings)
+    with pytest.raises(UserError, match=r"^--no-teacher: got False; must be True, as in the run that \S+untaught"):
+        loop.train(changed(untaught, no_teacher=False))
+    assert loop.train(changed(settings, signals=moved)).steps == 2
+
+
+@pytest.mark.parametrize("strategy", ["v4-unified", "stage2-v3-gentle"])
+def test_a_run_needs_the_checkpoint_that_it_started_from_only_once(world, tmp_path, strategy):
+    first, second = (
+        loop.train(survival.small_run(world, tmp_path / name, seed=seed, max_steps=1, no_teacher=True)).checkpoint
+        for seed, name in enumerate(("first", "second"))
+    )
+    start = shutil.copy(first, tmp_path / "start.pt")
+    whole, parts = (
+        survival.small_run(world, tmp_path / name, strategy=strategy, start_from=start, max_steps=6)
+        for name in ("whole", "parts")
+    )
+    loop.train(whole)
+    interrupted(parts, 1)
+    shutil.copy(second, start)
+    with pytest.raises(UserError, match=r"^--start-from: got \S+start\.pt; must be the checkpoint that the run that "):
+        loop.train(parts)
+    start.unlink()
+    left_out = parts.model_dump(exclude_unset=True, exclude={"start_from"})
+    if strategy == "v4-unified":
+        interrupted(type(parts)(**left_out), 3)
+    else:  # the strategy would begin with its first stage
+        with pytest.raises(UserError, match=r"^--start-from: got nothing; .* give a path without a file"):
+            loop.train(type(parts)(**left_out))
+    loop.train(parts)
+    assert survival.result(parts) == survival.result(whole)
+    assert load_checkpoint("", survival.last_checkpoint(parts)).settings["start_from"] is not None
+
+
+def test_a_run_from_scratch_does_not_resume_from_another_start(world, tmp_path):
+    settings = survival.small_run(world, tmp_path, max_steps=2)
+    report = loop.train(settings)
+    with pytest.raises(UserError, match=r"^--start-from: got \S+\.pt; must be left out, as in the run that"):
+        loop.train(changed(settings, start_from=report.checkpoint))
+    assert [line["step"] for line in read_metrics(report.metrics)] == [0, 1, 2]
