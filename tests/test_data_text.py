@@ -28,6 +28,16 @@ def read(path, **options):
     return read_wikitext("--text", str(path), reading=reading, **options), reading
 
 
+def written(path, texts):
+    """Write a record for each of `texts`, as the suffix of `path` says, and return it."""
+    objects = [{"text": text} for text in texts]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, objects)) if path.suffix == ".jsonl" else json.dumps(objects))
+    return path
+
+
 @pytest.mark.parametrize(
     ("between", "options"),
     [
@@ -197,12 +207,7 @@ def test_each_json_object_is_a_document_also_if_there_are_separators(tmp_path, n
 @pytest.mark.parametrize("between", [f"\n{MARKER}\n", f"\r\n {MARKER} \r\n", f"{MARKER}\n", f"\n{MARKER}"])
 def test_a_marker_on_a_line_inside_a_record_parts_it(tmp_path, name, between):
     texts = ["One line.", "Another.", between.join(STORIES[:3]), "HTML\n</s>\nin lines", "More."]
-    if name == "a.parquet":
-        pq.write_table(pa.table({"text": texts}), tmp_path / name)
-    else:
-        objects = [{"text": text} for text in texts]
-        (tmp_path / name).write_text("\n".join(map(json.dumps, objects)) if name == "a.jsonl" else json.dumps(objects))
-    found, reading = read(tmp_path / name)
+    found, reading = read(written(tmp_path / name, texts))
     assert found == [*texts[:2], *STORIES[:3], *texts[3:]]
     assert (reading.left_out["separators"], list(reading.notes)) == (2, [f"{MARKER} separates documents"])
 
@@ -214,11 +219,7 @@ def test_records_about_markers_are_not_parted(tmp_path, name):
         f'eos_token="{MARKER}"\nsets it,\n"{MARKER} ends it',
         f"See ({MARKER})\nand:",
     ]
-    if name == "a.parquet":
-        pq.write_table(pa.table({"text": texts}), tmp_path / name)
-    else:
-        (tmp_path / name).write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    assert read(tmp_path / name)[0] == texts
+    assert read(written(tmp_path / name, texts))[0] == texts
 
 
 def test_a_separator_for_several_sources_leaves_json_objects_apart(tmp_path):
@@ -430,14 +431,7 @@ def test_empty_shards_are_left_out_but_an_empty_source_is_refused(tmp_path, suff
 @pytest.mark.parametrize("separator", ["auto", "none"])
 def test_records_are_lines_of_articles_only_if_one_is_a_title(tmp_path, name, separator):
     def articles(texts):
-        if name == "a.parquet":
-            pq.write_table(pa.table({"text": texts}), tmp_path / name)
-        else:
-            objects = [{"text": text} for text in texts]
-            (tmp_path / name).write_text(
-                json.dumps(objects) if name == "a.json" else "\n".join(map(json.dumps, objects))
-            )
-        return read(tmp_path / name, documents="articles", separator=separator)[0]
+        return read(written(tmp_path / name, texts), documents="articles", separator=separator)[0]
 
     assert articles(["First.", "Second.", "Third\nof two lines."]) == ["First.", "Second.", "Third\nof two lines."]
     whole = "= Title =\nof an article in one record"
@@ -507,11 +501,7 @@ def test_a_marker_inside_a_sentence_parts_no_record(tmp_path, name):
         f"It names {MARKER} too.\nThen comes\n  {MARKER}\nand the rest.",
         f'"So it ends."{MARKER}"Really?" he asked.{MARKER}{MARKER}(Yes.)\nThe end. {MARKER}',
     ]
-    if name == "a.parquet":
-        pq.write_table(pa.table({"text": texts}), tmp_path / name)
-    else:
-        (tmp_path / name).write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    found, reading = read(tmp_path / name)
+    found, reading = read(written(tmp_path / name, texts))
     assert found == [
         "A story.", "Another story.", *texts[1:3], f"It names {MARKER} too.\nThen comes", "and the rest.",
         '"So it ends."', '"Really?" he asked.', "(Yes.)\nThe end."

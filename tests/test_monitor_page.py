@@ -123,18 +123,24 @@ def test_a_run_that_grows_in_two_tabs_and_a_server_that_is_gone_for_a_while(chro
         context.close()
 
 
+def with_both_runs(browser, server):
+    """Return a page of its own context, closed by the caller, on which both runs are chosen."""
+    context = browser.new_context()
+    context.set_default_timeout(60_000)
+    page = context.new_page()
+    page.goto(server.url)
+    page.locator("#runs tbody tr").nth(1).wait_for()
+    for name in ("real", HOSTILE):
+        page.get_by_role("checkbox", name=name, exact=True).check()
+    return page
+
+
 def test_an_error_of_one_run_is_shown_and_goes_away(chromium, logs):  # noqa: F811
     def failing(route):
         route.fulfill(status=500, body=json.dumps({"error": "a file can't be read: no such disk"}))
 
     with served(site_of(logs)) as server:
-        context = chromium.new_context()
-        context.set_default_timeout(60_000)
-        page = context.new_page()
-        page.goto(server.url)
-        page.locator("#runs tbody tr").nth(1).wait_for()
-        for name in ("real", HOSTILE):
-            page.get_by_role("checkbox", name=name, exact=True).check()
+        page = with_both_runs(chromium, server)
         problem = page.get_by_text("a file can't be read: no such disk").first
         for tab, path, found in (
             ("Curves", "curves", page.locator("#chart-loss canvas")),
@@ -153,18 +159,12 @@ def test_an_error_of_one_run_is_shown_and_goes_away(chromium, logs):  # noqa: F8
         page.get_by_role("rowheader", name="--seed").wait_for()
         shutil.rmtree(logs / HOSTILE)
         page.get_by_text("Choose two or more runs").wait_for()
-        context.close()
+        page.context.close()
 
 
 def test_a_removed_run_leaves_the_page_and_an_error_of_the_list_is_told(chromium, logs):  # noqa: F811
     with served(site_of(logs)) as server:
-        context = chromium.new_context()
-        context.set_default_timeout(60_000)
-        page = context.new_page()
-        page.goto(server.url)
-        page.locator("#runs tbody tr").nth(1).wait_for()
-        for name in ("real", HOSTILE):
-            page.get_by_role("checkbox", name=name, exact=True).check()
+        page = with_both_runs(chromium, server)
         wait_for(page, "loss", HOSTILE)
         expect(page).to_have_url(re.compile(r"runs=[0-9a-f]{16},[0-9a-f]{16}$"))
         shutil.rmtree(logs / HOSTILE)
@@ -176,7 +176,7 @@ def test_a_removed_run_leaves_the_page_and_an_error_of_the_list_is_told(chromium
         expect(page.locator("#connection")).to_have_text("a file can't be read: no such disk")
         page.unroute("**/api/runs")
         expect(page.locator("#connection")).to_have_text("")
-        context.close()
+        page.context.close()
 
 
 @pytest.mark.slow

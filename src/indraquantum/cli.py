@@ -215,7 +215,6 @@ def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings.model_c
             from indraquantum.training.loop import train as run
 
         if settings.minutes is not None:
-            require_one_process()
             from indraquantum.trials.budget import within_minutes
 
             settings = within_minutes(settings)

@@ -21,6 +21,7 @@ from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, names_aside, not_written, read_json
 from indraquantum.trackers import NullTracker
 
+METRICS_NAME = "metrics.jsonl"  # in the folder of a run's logs
 RECORD_NAME = "run.json"  # beside the metrics, with the run's settings
 RECORD_KINDS = {"settings": dict, "total_steps": int | None, "finished": bool}
 RECORD_BYTES = 1 << 20  # none is ever as large

@@ -27,6 +27,7 @@ from indraquantum.memory import peak_bytes
 from indraquantum.metrics import checked_lines, read_metrics
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training.checkpoint import load_checkpoint, newest_checkpoint
+from indraquantum.training.folders import metrics_path_of
 from indraquantum.training.loop import train
 from indraquantum.training.plan import plan_run
 from indraquantum.training.resume import with_defaults
@@ -46,7 +47,7 @@ def run_task(task: Task) -> None:
         Interrupted: a signal came; the same task resumes.
     """
     settings, started = task.settings, time.monotonic()
-    metrics_path = settings.logs / settings.output.name / "metrics.jsonl"
+    metrics_path = metrics_path_of(settings)
     steps_before = max((line.step for line in checked_lines(metrics_path)), default=0)
     dataset = open_dataset("--data", settings.data)
     record: Result = {**task.planned, **task.origin, "seed": settings.seed, **asdict(sizes_of(settings, dataset))}

@@ -20,7 +20,7 @@ from indraquantum.data.padded import SOURCE as PICKLE
 from indraquantum.errors import UserError
 from indraquantum.files import combined_sha256
 from indraquantum.inference.load import Loaded
-from indraquantum.metrics import RECORD_NAME, read_record
+from indraquantum.metrics import METRICS_NAME, RECORD_NAME, read_record
 from indraquantum.monitor.runs import summarise
 from indraquantum.progress import tell
 from indraquantum.teacher.manifest import read_manifest
@@ -115,7 +115,7 @@ class RunFacts:
 
 
 def _held_out(folder: Path) -> Mapping[str, float]:
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / METRICS_NAME
     return summarise(metrics, folder.parent).last_held_out if metrics.is_file() else {}
 
 

@@ -10,10 +10,8 @@ from typing import Any
 
 from indraquantum.errors import UserError
 from indraquantum.files import HELD, is_locked
-from indraquantum.metrics import Line, checked_lines, read_record
+from indraquantum.metrics import METRICS_NAME, Line, checked_lines, read_record
 from indraquantum.monitor.tail import Tail
-
-METRICS = "metrics.jsonl"
 
 
 def find_run(*roots: str | Path) -> Path:
@@ -55,7 +53,7 @@ def metrics_files(root: Path) -> list[Path]:
         if error.filename == str(root) and root.is_dir():
             raise error
 
-    found = (Path(folder, METRICS) for folder, _, names in os.walk(root, onerror=skip) if METRICS in names)
+    found = (Path(folder, METRICS_NAME) for folder, _, names in os.walk(root, onerror=skip) if METRICS_NAME in names)
     return sorted(path for path in found if os.path.isfile(path))  # unlike Path.is_file, False if the system refuses
 
 
@@ -182,7 +180,7 @@ def named_runs(root: Path, names: tuple[str, ...]) -> list[RunSummary]:
     """
     runs = []
     for name in names:
-        paths = [folder / METRICS for folder in (root / name, Path(name))]
+        paths = [folder / METRICS_NAME for folder in (root / name, Path(name))]
         there = next((path for path in paths if path.is_file()), None)
         if there is None:
             known = ", ".join(str(path.parent.relative_to(root)) for path in metrics_files(root))

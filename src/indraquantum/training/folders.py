@@ -16,7 +16,7 @@ from pathlib import Path
 from indraquantum.config import TeacherSettings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, folder_lock, is_locked, make_folder, names_aside, not_written
-from indraquantum.metrics import RECORD_NAME, MetricsLog, checked_lines, read_record
+from indraquantum.metrics import METRICS_NAME, RECORD_NAME, MetricsLog, checked_lines, read_record
 from indraquantum.progress import warn
 from indraquantum.training.checkpoint import remove_leftovers
 from indraquantum.training.run import Run
@@ -92,7 +92,7 @@ class HeldFolders:
 
 def metrics_path_of(settings: TrainSettings | TeacherSettings) -> Path:
     """Return the path of a run's metrics. run.json is in the same folder."""
-    return settings.logs / settings.output.resolve().name / "metrics.jsonl"
+    return settings.logs / settings.output.resolve().name / METRICS_NAME
 
 
 def folder_of_record(folder: Path) -> Path | None:
