@@ -234,8 +234,8 @@ def export(
         checkpoint: a checkpoint that `train` wrote.
         folder: the folder to write; it must be new or empty.
         settings: all options in one object.
-        options: or those of `ExportSettings` that differ from their defaults, such as `as_` (`transformers`, `llama` or
-            `gguf`), `outtype` and `push`.
+        options: or those of `ExportSettings` that differ from their defaults, such as `as_` (`transformers`, `llama`,
+            `gguf`, `onnx` or `page`), `outtype` and `push`.
 
     Returns:
         The folder, a sentence that says how to use it, and the address if it was uploaded.
