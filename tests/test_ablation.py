@@ -486,6 +486,10 @@ def test_unequal_tokens_are_told(finished, tmp_path, no_pictures):
         runs["plain"][3]["tokens"] = round(tokens * (1 + part))
         said = markdown(report_blocks(load_plan(plan), tmp_path, runs, runs, {}))
         assert f"{told}: tokens differ by up to {round(tokens * (1 + part)) / tokens - 1:.3%}." in said
+    unequal = load_plan(plan).model_copy(update={"equal_rows": False})
+    said = markdown(report_blocks(unequal, tmp_path, runs, runs, {}))
+    assert "NOT AT EQUAL" not in said
+    assert "different numbers of rows, as the plan says" in said
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,13 @@ def test_a_bad_plan_is_one_line(world, tmp_path, capsys, changes, field, value, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml"]
 
 
+def test_a_plan_at_equal_time_may_have_other_lengths(world, tmp_path, capsys):
+    variants = {"a": {}, "b": {"max_steps": 19}}
+    plan = write_plan(world, tmp_path, variants=variants, pairs=[], search=None, equal_rows=False)
+    assert indra("ablate", plan, *folders(tmp_path), "--dry-run") == 0
+    assert {"19", "20"} <= set(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [("a: [", "must be YAML"), ("- a", "must hold name, data and variants"), ("name: a\nname: b", "is given twice")],

@@ -71,6 +71,8 @@ class Plan(Settings):
     """The seeds. Each variant is trained once with each seed."""
     pairs: tuple[tuple[str, str], ...] = ()
     """Pairs of variants whose difference at equal seeds is reported: the first minus the second."""
+    equal_rows: bool = True
+    """Whether all variants must train on equally many rows. A plan at equal time turns it off."""
     equal_parameters: tuple[tuple[str, ...], ...] = ()
     """Groups of variants whose numbers of parameters must agree within 1 %."""
     equal_work: tuple[tuple[str, ...], ...] = ()

@@ -87,7 +87,7 @@ def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs, trials: T
             "means forgetting."
         )
         blocks += [Heading("After each stage"), Paragraph(said), stages]
-    blocks += [Heading("Size and speed"), Paragraph(_about_sizes(runs)), sizes_table(runs)]
+    blocks += [Heading("Size and speed"), Paragraph(_about_sizes(plan, runs)), sizes_table(runs)]
     if any(variant in runs for variants in plan.families.values() for variant in variants):
         blocks += [Heading("Front"), Paragraph(_about_front(plan)), *front_tables(plan, runs)]
         blocks.append(Picture(save_front(folder, runs, plan.families), draw_front.__doc__.split("\n")[0]))
@@ -311,8 +311,10 @@ def _about_final(final: Result, runs: Runs) -> str:
     return told + apart if others else told
 
 
-def _about_sizes(runs: Runs) -> str:
+def _about_sizes(plan: Plan, runs: Runs) -> str:
     said = f"FLOPs per token = {FLOPS_FORMULA}."
+    if not plan.equal_rows:
+        return f"{said} The variants train on different numbers of rows, as the plan says."
     seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
     seen = {seed: {by_seed[seed]["tokens"] for by_seed in runs.values() if seed in by_seed} for seed in seeds}
     apart = {seed: max(tokens) / min(tokens) - 1 for seed, tokens in seen.items() if len(tokens) > 1}
