@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import survival
 from indraquantum import cli
 from indraquantum.config import ALPACA, WIKITEXT, ExportSettings, TrainSettings
+from indraquantum.data.python_manual import write_manual_corpus
 from indraquantum.errors import UserError
 from indraquantum.files import combined_sha256
 from indraquantum.inference import load as load_module
@@ -344,6 +345,47 @@ def test_the_card_names_the_language_of_known_data_alone(exported, monkeypatch, 
     card = card_of(exported[0], **settings)
     assert ('\nlanguage: ["en"]\n' in card) == is_known
     assert ("tatsu-lab/alpaca" in card) == ("alpaca" in sources and not options)
+
+
+OF_WIKITEXT = "WikiText-103, from Wikipedia: CC BY-SA 3.0 and GFDL."
+NOT_COMMERCIAL = "CC BY-NC 4.0, so for non-commercial use only."
+OF_MANUAL = "Python's manual and docstrings: PSF licence."
+GIVEN = "Given as a file or an address with --"
+
+
+@pytest.mark.parametrize(
+    ("options", "licences", "is_free"),
+    [
+        ({}, {"wikitext": OF_WIKITEXT}, True),
+        ({"wikitext": f"{WIKITEXT}@main"}, {"wikitext": OF_WIKITEXT}, True),
+        ({}, {"alpaca": f"Stanford Alpaca, written by OpenAI's text-davinci-003: {NOT_COMMERCIAL}"}, False),
+        (None, {"wikitext": OF_MANUAL, "alpaca": OF_MANUAL}, True),
+        (None,
+         {"wikitext": OF_MANUAL, "alpaca_fr": f"If it is Stanford Alpaca, its licence is {NOT_COMMERCIAL}"}, False),
+        ({"wikitext": "a.txt"},
+         {"wikitext": f"{GIVEN}wikitext. If it is WikiText-103, its licence is CC BY-SA 3.0 and GFDL."}, True),
+        ({"alpaca": "a.json"},
+         {"alpaca": f"{GIVEN}alpaca. If it is Stanford Alpaca, its licence is {NOT_COMMERCIAL}"}, False),
+        ({}, {"python": "Its licence is the one of that text."}, True),
+    ],
+    ids=["WikiText", "of a revision", "Alpaca", "manual", "manual and Alpaca", "a text", "instructions", "other text"],
+)  # fmt: skip
+@pytest.mark.parametrize("exported", ["quantum"], indirect=True)
+def test_the_card_names_the_licence_of_what_a_source_is_not_of_what_it_is_called(
+    exported, monkeypatch, tmp_path, options, licences, is_free
+):
+    if options is None:
+        corpus = write_manual_corpus(tmp_path, limit=2)
+        options = {"wikitext": str(corpus.text), "alpaca": str(corpus.instructions)}
+    manifest = {
+        "sources": [{"name": name} for name in licences],
+        "options": {"wikitext": WIKITEXT, "alpaca": ALPACA} | options,
+    }
+    monkeypatch.setattr(card_module, "_manifest", lambda *_: manifest)
+    card = card_of(exported[0])
+    assert dict(re.findall(r"^- (\w+): 0 documents, 0 tokens\. (.*)$", card, re.MULTILINE)) == licences
+    assert f'license: "{"other" if is_free else "cc-by-nc-4.0"}"' in card
+    assert ("**non-commercial**" in card) != is_free
 
 
 def test_a_pickle_as_the_data_may_not_be_used_commercially():

@@ -1,13 +1,18 @@
 """The whole model: packing, weights, saving, heads, and transformers' Llama as an independent reference."""
 
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import forked
 from indraquantum.config import ModelSettings
 from indraquantum.files import write_sums
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
@@ -101,17 +106,53 @@ def test_save_and_load_give_the_same_bits(tmp_path, options):
 
 def test_a_saved_model_replaces_the_checksums_of_an_export(tmp_path):
     """A push adds files to those of a repository, or replaces them, but removes none."""
-    make().save_pretrained(tmp_path / "repository")
-    write_sums(tmp_path / "repository")
-    model, config = make(seed=1, use_cache=False), tmp_path / "repository" / "config.json"
-    model.save_pretrained(tmp_path / "pushed")
-    shutil.copytree(tmp_path / "pushed", tmp_path / "repository", dirs_exist_ok=True)
-    config.write_text(config.read_text() + "\n")  # which people edit
-    loaded = IndraQuantumPhase2.from_pretrained(tmp_path / "repository")
-    assert torch.equal(loaded.embedding.weight, model.embedding.weight)
-    save_file(make().state_dict(), tmp_path / "repository" / "model.safetensors", {"format": "pt"})
+    repository, model = tmp_path / "repository", make(seed=1, use_cache=False)
+    make().save_pretrained(repository)
+    write_sums(repository)
+    save_file(model.state_dict(), repository / "model.safetensors", {"format": "pt"})
     with pytest.raises(OSError, match=r"model.safetensors is damaged"):
-        IndraQuantumPhase2.from_pretrained(tmp_path / "repository")
+        IndraQuantumPhase2.from_pretrained(repository)
+    model.save_pretrained(tmp_path / "pushed")
+    shutil.copytree(tmp_path / "pushed", repository, dirs_exist_ok=True)
+    loaded = IndraQuantumPhase2.from_pretrained(repository)
+    assert torch.equal(loaded.embedding.weight, model.embedding.weight)
+
+
+@pytest.mark.parametrize("push", ["save_pretrained", "push_to_hub"])
+def test_a_push_replaces_the_checksums_of_an_export_too(push, tmp_path, monkeypatch):
+    pushed = {}
+    hub = SimpleNamespace(
+        create_repo=lambda name, **_: SimpleNamespace(repo_id=name),
+        create_commit=lambda operations, **_: pushed.update(
+            (operation.path_in_repo, Path(operation.path_or_fileobj).read_bytes()) for operation in operations
+        ),
+    )
+    for module in (transformers.modeling_utils, transformers.utils.hub):
+        monkeypatch.setattr(module, "hf_api", lambda: hub)
+        monkeypatch.setattr(module, "create_and_tag_model_card", lambda *_, **__: ModelCard(""))
+    write_sums(tmp_path)
+    if push == "save_pretrained":
+        make().save_pretrained(tmp_path, push_to_hub=True, repo_id="me/model")
+    else:
+        make().push_to_hub("me/model")
+    assert pushed["SHA256SUMS"] == b""
+    assert pushed.keys() >= {"config.json", "model.safetensors"}
+
+
+def test_others_may_rewrite_the_files_of_a_saved_model(tmp_path):
+    """As Trainer does, which copies a later checkpoint's files to the folder that it pushes."""
+    make().save_pretrained(tmp_path)
+    later = make(seed=1, use_cache=False)
+    save_file(later.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    later.config.save_pretrained(tmp_path)
+    loaded = IndraQuantumPhase2.from_pretrained(tmp_path)
+    assert torch.equal(loaded.embedding.weight, later.embedding.weight)
+
+
+def test_one_process_of_several_saves(tmp_path):
+    forked.values(2, lambda processes: make().save_pretrained(tmp_path / str(processes.rank)), tmp_path)
+    assert (tmp_path / "0" / "SHA256SUMS").read_bytes() == b""
+    assert not list((tmp_path / "1").iterdir())
 
 
 @pytest.mark.parametrize(

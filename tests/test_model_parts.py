@@ -230,6 +230,30 @@ def test_positions_that_the_layers_do_not_have_are_refused(name):
     config = IndraQuantumConfig(**SIZES, **own, rope_theta=500.0)
     assert config == IndraQuantumConfig(**SIZES, rope_theta=500.0)
     assert config.backbone().rope_parameters["rope_theta"] == 500.0
+    config.update({"rope_parameters": {"rope_type": "yarn"}})
+    with pytest.raises(ValueError, match="rope_parameters: got the type yarn; must be default"):
+        config.backbone()
+
+
+def test_widths_that_follow_from_other_fields_can_be_given_but_not_changed(tmp_path):
+    config, other = IndraQuantumConfig(**SIZES), IndraQuantumConfig(**SIZES | {"d_model": 40})
+    expected = config.to_dict()
+    config.update(expected)
+    assert config.to_dict() == expected
+    given = {"hidden_size": config.hidden_size, "head_dim": config.head_dim}
+    assert IndraQuantumConfig(**SIZES, **given) == IndraQuantumConfig(**SIZES)
+    config.save_pretrained(tmp_path)
+    for name in ("hidden_size", "head_dim"):
+        said = f"{name}: got 999; must be left out, or {getattr(config, name)}, which follows from other fields"
+        for wrong in (
+            lambda: IndraQuantumConfig(**SIZES, **{name: 999}),  # noqa: B023
+            lambda: config.update({name: 999}),  # noqa: B023
+            lambda: IndraQuantumConfig.from_pretrained(tmp_path, **{name: 999}),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=said):
+                wrong()
+    config.update(dict(sorted(other.to_dict().items(), reverse=True)))  # in any order
+    assert config.to_dict() == other.to_dict()
 
 
 def test_a_configuration_shows_the_width_of_a_head_and_can_be_made_of_what_it_shows():

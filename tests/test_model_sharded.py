@@ -9,35 +9,39 @@ import forked
 from small_model import make, tokens
 
 
-def sharded():
+def sharded(*own):
+    """The model with a unit for each layer, the embedding, the parts named `own`, and the rest."""
     model = make()
-    for part in (*model.backbone.layers, model.embedding, model):
+    for part in (*model.backbone.layers, model.embedding, *(getattr(model, name) for name in own), model):
         fully_shard(part)
     return model
 
 
 def results(model):
-    """Logits without gradients, the loss, and its gradients."""
+    """Text, logits without gradients, the loss, its gradients, and text again."""
     ids = tokens(2, 9)
+    how = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    first = model.generate(ids, **how)
     with torch.no_grad():
         logits = model(ids).logits
     loss = model.train()(ids, labels=ids).loss
     loss.backward()
-    return logits, loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return first, logits, loss.detach(), gradients, model.eval().generate(ids, **how)
 
 
-@pytest.mark.parametrize("noisy", [False, True])
-def test_two_processes_compute_what_one_does(noisy, tmp_path):
+@pytest.mark.parametrize("case", ["accelerate's units", "each part a unit", "a hook for inputs"])
+def test_two_processes_compute_what_one_does(case, tmp_path):
     """NEFTune's hook, here without noise, must not see the head's table: it knows inputs of three axes only."""
 
     def of_process(_):
-        model = sharded()
-        if noisy:
+        model = sharded(*(["projector", "input_projector", "head", "readout"] if case == "each part a unit" else []))
+        if case == "a hook for inputs":
             activate_neftune(model, 0.0)
-        logits, loss, gradients = results(model)
-        return logits, loss, {name: gradient.full_tensor() for name, gradient in gradients.items()}
+        *others, gradients, text = results(model)
+        return *others, {name: gradient.full_tensor() for name, gradient in gradients.items()}, text
 
     expected = results(make())
-    assert "embedding.weight" in expected[2]
+    assert "embedding.weight" in expected[3]
     for found in forked.values(2, of_process, tmp_path):
         torch.testing.assert_close(found, expected)

@@ -171,6 +171,12 @@ def test_a_removed_run_leaves_the_page_and_an_error_of_the_list_is_told(chromium
         expect(summary(page, "loss")).not_to_contain_text(HOSTILE)
         expect(summary(page, "loss")).to_contain_text("total loss")
         expect(page).to_have_url(re.compile(r"runs=[0-9a-f]{16}$"))
+        away = logs.rename(logs.with_name("away"))  # for a moment, as a network folder may be
+        page.get_by_text("There is no run below this folder yet").wait_for()
+        expect(summary(page, "loss")).not_to_contain_text("total loss")
+        away.rename(logs)
+        expect(summary(page, "loss")).to_contain_text("total loss")
+        expect(page).to_have_url(re.compile(r"runs=[0-9a-f]{16}$"))
         problem = json.dumps({"error": "a file can't be read: no such disk"})
         page.route("**/api/runs", lambda route: route.fulfill(status=500, body=problem))
         expect(page.locator("#connection")).to_have_text("a file can't be read: no such disk")

@@ -403,9 +403,31 @@ def test_the_likeliest_tokens_have_the_written_one_among_them(client, tokenizer,
     assert [len(top) for top in logprobs.top_logprobs] == [count + 1] * 3
 
 
-def test_of_several_tokens_with_the_same_text_the_likeliest_is_listed():
-    form = Form({1: "a", 2: "a", 3: "b"}.__getitem__, "tiny", "id", 0)
-    assert form.top("a", 2, -2.0, [(1, -1.0), (2, -2.0), (3, -3.0)]) == {"a": -1.0, "b": -3.0}
+class Twins:
+    """A tokenizer with several tokens of the same text, as byte fallback has them."""
+
+    vocabulary = {1: "a", 2: "<0x61>", 3: "b", 4: "<0x62>", 9: "-"}
+    backend = SimpleNamespace(id_to_token=vocabulary.get)
+
+    def encode_text(self, text):
+        return [9]
+
+    def decode(self, ids):
+        return "".join({1: "a", 2: "a", 3: "b", 4: "b", 9: "-"}[token] for token in ids)
+
+
+@pytest.mark.parametrize(
+    ("written", "listed"),
+    [
+        ((1, -1.0), {"a": -1.0, "<0x61>": -2.0, "b": -3.0, "<3>": -4.0}),
+        ((2, -2.0), {"<1>": -1.0, "a": -2.0, "b": -3.0, "<3>": -4.0}),
+    ],
+)
+def test_of_several_tokens_with_the_same_text_the_written_one_is_called_so(written, listed):
+    """lm-eval takes a token for greedy if its text is that of the largest value."""
+    form = Form(TokenNames(Twins()), "tiny", "id", 0)
+    assert form.top("a", *written, [(1, -1.0), (2, -2.0), (4, -3.0), (3, -4.0)]) == listed
+    assert form.top("a", *written, [(1, -1.0)]) == dict(list(listed.items())[: written[0]])
 
 
 def test_what_is_no_whole_text_has_no_bytes_in_the_lists_of_a_chat(tokenizer):
@@ -416,6 +438,18 @@ def test_what_is_no_whole_text_has_no_bytes_in_the_lists_of_a_chat(tokenizer):
     )["content"]
     assert (whole["bytes"], part["bytes"]) == ([122], None)
     assert [entry["bytes"] for entry in whole["top_logprobs"]] == [[122], None, None]
+
+
+def test_a_chat_lists_each_written_token_as_its_entry_shows_it(tokenizer):
+    form, euro = Form(TokenNames(tokenizer), "", "", 0), tokenizer.encode_text("€")
+    ranked = [(token, -1.0) for token in euro]
+    told = zip(("", "", "€"), euro, strict=True)
+    content = form.chat_logprobs([WrittenToken(text, Token(token, -1.0, ranked)) for text, token in told])["content"]
+    assert [(entry["token"], bytes(entry["bytes"])) for entry in content] == [("", b""), ("", b""), ("€", "€".encode())]
+    for number, entry in enumerate(content):
+        others = entry.pop("top_logprobs")
+        assert others.pop(number) == entry
+        assert [other["bytes"] for other in others] == [None, None]
 
 
 def test_the_model_is_listed(client, raw):
@@ -479,6 +513,46 @@ def test_a_wrong_request_is_refused_in_one_line_with_the_field(raw, body, messag
 )  # fmt: skip
 def test_fields_that_change_nothing_are_taken(raw, fields):
     assert raw.post("/v1/completions", json={"prompt": "a", "max_tokens": 1} | fields).status_code == 200
+
+
+NEUTRAL = {
+    "response_format": {"type": "text"}, "modalities": ["text"], "tools": [], "tool_choice": "none", "functions": [],
+    "parallel_tool_calls": True, "function_call": "auto", "reasoning_effort": "none", "service_tier": "auto",
+    "logit_bias": {}, "prompt_cache_key": "a",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [NEUTRAL, dict.fromkeys([*NEUTRAL, "audio", "prediction"])], ids=["empty", "null"])
+def test_fields_of_a_chat_that_change_nothing_are_taken(raw, fields):
+    asked = {"messages": [ASKED], "temperature": 0, "max_tokens": 3}
+    plain, answer = (raw.post("/v1/chat/completions", json=asked | more) for more in ({}, fields))
+    assert (answer.status_code, answer.json()["choices"]) == (200, plain.json()["choices"])
+
+
+def test_an_earlier_answer_may_be_sent_back_as_a_client_or_lm_eval_writes_it(client):
+    first = client.chat.completions.create(model="tiny", messages=[ASKED], max_tokens=3).choices[0].message
+    written = [first.model_dump(), {"role": "assistant", "content": first.content, "type": "text", "tool_calls": []}]
+    later = {client.chat.completions.create(
+        model="tiny", messages=[ASKED, message, ASKED], max_tokens=3, temperature=0
+    ).choices[0].message.content for message in written}  # fmt: skip
+    assert len(later) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools: must be left out; this server does not have it"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type: must be 'text'"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice: must be 'none' or 'auto'"),
+        ({"messages": [ASKED | {"audio": {"id": "a"}}]}, "messages.0.audio: must be left out"),
+        ({"messages": [ASKED | {"type": "image"}]}, "messages.0.type: must be 'text'"),
+        ({"messages": [ASKED | {"typ": None}]}, "messages.0.typ: there is no such"),
+    ],
+)
+def test_fields_of_a_chat_that_ask_for_more_are_refused(raw, fields, message):
+    answer = raw.post("/v1/chat/completions", json={"messages": [ASKED], "max_tokens": 1} | fields)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(message)
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])

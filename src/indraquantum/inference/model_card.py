@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from indraquantum import __version__
 from indraquantum.config import ALPACA, WIKITEXT
@@ -28,14 +28,27 @@ from indraquantum.training.checkpoint import Checkpoint
 
 NON_COMMERCIAL = "cc-by-nc-4.0"
 ASK = "Ask whoever trained the model before you use it commercially."
-LICENCES = {
-    "wikitext": "WikiText-103, from Wikipedia: CC BY-SA 3.0 and GFDL",
-    "alpaca": "Stanford Alpaca, written by OpenAI's text-davinci-003: CC BY-NC 4.0, so for non-commercial use only",
-    "python": "Python's manual and docstrings: PSF licence",
-}
-# The sources that come from the hub by default: name in the manifest, default of the option, name on the hub. Both
-# are in English.
-HUB_SOURCES = {"wikitext": (WIKITEXT, WIKITEXT), "alpaca": (ALPACA, "tatsu-lab/alpaca")}
+MANUAL = ("manual.txt", "questions.json")  # what the demo gives as --wikitext and --alpaca, in one folder
+MANUAL_LICENCE = "Python's manual and docstrings: PSF licence"
+
+
+class Public(NamedTuple):
+    """A source that comes from the internet unless a path is given. It is in English."""
+
+    given: str  # default of the option
+    name: str  # on the hub
+    title: str
+    author: str
+    licence: str
+
+
+PUBLIC = {  # by the name of the option, which is also the source's name in the manifest
+    "wikitext": Public(WIKITEXT, WIKITEXT, "WikiText-103", "from Wikipedia", "CC BY-SA 3.0 and GFDL"),
+    "alpaca": Public(
+        ALPACA, "tatsu-lab/alpaca", "Stanford Alpaca", "written by OpenAI's text-davinci-003",
+        "CC BY-NC 4.0, so for non-commercial use only",
+    ),
+}  # fmt: skip
 CITATION = """@software{indraquantum,
   title = {IndraQuantum: a small language model with a quantum projector, trained by semantic distillation},
   author = {{IndraQuantum developers}},
@@ -104,14 +117,29 @@ class RunFacts:
         return (*others, *(["the data of the weights that it started from"] if self.settings.get("start_from") else []))
 
     @property
-    def has_alpaca(self) -> bool:
-        """Whether Alpaca was among the recorded data."""
-        return any("alpaca" in name.lower() for name in self.source_names)
+    def is_manual(self) -> bool:
+        """Whether the demo's corpus, Python's manual, was given in the place of WikiText and Alpaca."""
+        paths = [Path(str(self.options.get(name))) for name in PUBLIC]
+        return tuple(path.name for path in paths) == MANUAL and len({path.parent for path in paths}) == 1
+
+    def is_public(self, source: str) -> bool:
+        """Return whether `source` is WikiText or Alpaca itself, not a file that was given in its place."""
+        given = str(self.options.get(source))  # perhaps with a revision or checksum
+        return source in PUBLIC and source in self.source_names and given.startswith(PUBLIC[source].given)
+
+    def may_be(self, option: str, source: str) -> bool:
+        """Return whether `source` may be WikiText or Alpaca (`option`): a file of that name, or given in its place."""
+        return option in source.lower() and not (self.is_manual and source == option)
+
+    @property
+    def may_have_alpaca(self) -> bool:
+        """Whether Alpaca was, or may have been, among the recorded data."""
+        return any(self.may_be("alpaca", name) for name in self.source_names)
 
     @property
     def non_commercial(self) -> bool:
         """Whether Alpaca was among the data, or may have been."""
-        return self.has_alpaca or not self.source_names or bool(self.other_data)
+        return self.may_have_alpaca or not self.source_names or bool(self.other_data)
 
 
 def _held_out(folder: Path) -> Mapping[str, float]:
@@ -212,32 +240,38 @@ def _about(loaded: Loaded) -> str:
 def _data(facts: RunFacts) -> list[str]:
     lines = [
         f"- {source['name']}: {source.get('documents') or 0:,} documents, {source.get('tokens') or 0:,} tokens. "
-        f"{_licence(source['name'])}."
+        f"{_licence(facts, source['name'])}."
         for source in facts.sources
-    ] or [f"- {name}. {_licence(name)}." for name in facts.source_names]
+    ] or [f"- {name}. {_licence(facts, name)}." for name in facts.source_names]
     if not lines:
         lines = [f"- The data are not recorded here. {ASK}"]
     if facts.other_data:
         lines.append(f"- Not recorded here: {_list(facts.other_data)}. {ASK}")
-    if facts.has_alpaca:
+    if facts.is_public("alpaca"):
         lines += ["", "Alpaca was among the data, so this model is for **non-commercial** use only."]
+    elif facts.may_have_alpaca:
+        doubt = "Alpaca may have been among the data. Unless you know that it was not, this model is for"
+        lines += ["", f"{doubt} **non-commercial** use only."]
     if dataset := facts.settings.get("data"):
         lines += ["", f"SHA-256 of the prepared dataset: `{dataset}`."]
     return lines
 
 
-def _licence(name: str) -> str:
-    known = next((text for key, text in LICENCES.items() if key in name.lower()), None)
-    return known or "Its licence is the one of that text"
+def _licence(facts: RunFacts, source: str) -> str:
+    if facts.is_manual and source in PUBLIC:
+        return MANUAL_LICENCE
+    for option, public in PUBLIC.items():
+        if facts.is_public(source) and source == option:
+            return f"{public.title}, {public.author}: {public.licence}"
+        if facts.may_be(option, source):
+            given = f"Given as a file or an address with --{option}. " if option == source in facts.options else ""
+            return f"{given}If it is {public.title}, its licence is {public.licence}"
+    return "Its licence is the one of that text"
 
 
 def _hub_datasets(facts: RunFacts) -> dict[str, str]:
     """Return the sources that came from the hub, with their names there."""
-    return {
-        source: name
-        for source, (given, name) in HUB_SOURCES.items()
-        if source in facts.source_names and facts.options.get(source) == given
-    }
+    return {source: public.name for source, public in PUBLIC.items() if facts.is_public(source)}
 
 
 def _languages(facts: RunFacts) -> list[str]:

@@ -47,7 +47,7 @@ class Part:
 PARTS = (
     Part(
         "files",
-        only=frozenset({"sha256_of", "SUMS_NAME", "_SUM", "write_sums", "read_sums", "damaged_file", "NOT_ITS_SUM"}),
+        only=frozenset({"sha256_of", "SUMS_NAME", "_SUM", "read_sums", "damaged_file", "NOT_ITS_SUM"}),
     ),
     Part("model/shape", without=frozenset({"from_values"})),
     Part("model/configuration", without=frozenset({"from_settings"})),

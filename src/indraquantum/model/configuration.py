@@ -33,7 +33,6 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         """Fill in what follows from other fields."""
-        kwargs.pop("head_dim", None)  # to_dict shows it
         for name in ("rope_parameters", "rope_scaling"):
             self._require_default_positions(name, kwargs.pop(name, None) or {})
         ModelShape.__post_init__(self)
@@ -47,12 +46,40 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
         if (base := rope.get("rope_theta", self.rope_theta)) != self.rope_theta:
             raise ValueError(f"{name}: got rope_theta {base}; must be the field rope_theta, {self.rope_theta}")
 
+    @property
+    def hidden_size(self) -> int:
+        """Real width D of a state. It follows from other fields, so it can't be set to another value."""
+        return ModelShape.hidden_size.__get__(self)
+
+    @hidden_size.setter
+    def hidden_size(self, value: int | None) -> None:
+        self._require_derived("hidden_size", value)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head. It follows from other fields, so it can't be set to another value."""
+        return ModelShape.head_dim.__get__(self)
+
+    @head_dim.setter
+    def head_dim(self, value: int | None) -> None:
+        self._require_derived("head_dim", value)
+
+    def _require_derived(self, name: str, value: int | None) -> None:
+        if value not in (None, derived := getattr(self, name)):
+            raise ValueError(f"{name}: got {value}; must be left out, or {derived}, which follows from other fields")
+
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """Set fields as transformers does; those that follow from others come last."""
+        derived = ("hidden_size", "head_dim")
+        super().update(dict(sorted(config_dict.items(), key=lambda item: item[0] in derived)))
+
     def to_dict(self) -> dict[str, Any]:
         """Return all values, and the width of a head, which PEFT's prefix tuning would else compute from d_model."""
         return super().to_dict() | {"head_dim": self.head_dim}
 
     def backbone(self) -> LlamaConfig:
         """Return the configuration of the Llama layers between projector and head."""
+        self._require_default_positions("rope_parameters", getattr(self, "rope_parameters", None) or {})  # set later
         return LlamaConfig(
             vocab_size=1,  # its own table is never used; see modeling.Backbone
             bos_token_id=None,

@@ -27,7 +27,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from indraquantum.files import NOT_ITS_SUM, damaged_file, write_sums
+from indraquantum.files import NOT_ITS_SUM, SUMS_NAME, damaged_file
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.core import QuantumCore
 from indraquantum.model.head import InterferenceHead
@@ -269,12 +269,24 @@ class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrained
         return loaded
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, with a SHA256SUMS of the weights."""
+        """Save as transformers does, with a SHA256SUMS that is empty, so that none of an earlier export remains.
+
+        It holds no checksums: others rewrite such a folder later, without knowing of that file.
+        """
         if self._auto_class is None:  # transformers copies the code that config.json names only for code of a folder
             self.config.__dict__.pop("auto_map", None)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:  # push_to_hub uploads it too, and so replaces the one of an earlier export
-            write_sums(Path(save_directory), "*.safetensors")
+        if self.should_save_on_this_rank(is_main_process):
+            self._without_sums(save_directory)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        # A push adds files to a repository and replaces some, but removes none.
+        self._without_sums(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    @staticmethod
+    def _without_sums(folder: Any) -> None:
+        (Path(folder) / SUMS_NAME).write_text("")
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:

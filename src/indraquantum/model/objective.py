@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor, nn
 
+from indraquantum.model.vocabulary import gathered
+
 if TYPE_CHECKING:
     from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
 
@@ -40,7 +42,8 @@ class TrainingLoss:
         if objective.head != self.config.head:
             raise ValueError(f"objective: its head is {objective.head}; must be the model's, {self.config.head}")
         device = states_BTD.device  # accelerate may have put the parts of the model on several
-        with _readable(self.head):
+
+        def of_head() -> LossTerms:
             return objective(
                 states_BTD.flatten(0, 1),
                 table_VD.to(device),
@@ -52,6 +55,9 @@ class TrainingLoss:
                 # A step without any label has a loss of 0, here as elsewhere.
                 token_count=None if num_items_in_batch is None else max(1.0, float(num_items_in_batch)),
             )
+
+        with _readable(self.head):
+            return gathered(self.head, of_head)
 
 
 def _readable(module: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -8,15 +8,22 @@ Legend: V vocabulary, d width of the table, D real width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from indraquantum.model.kept_table import KeptTable
 
+T = TypeVar("T")
 OWN_MODULES = __name__.removesuffix("model.vocabulary")  # `indraquantum.`; in an exported folder, that file itself
+
+
+class _Pin:
+    """An open `lifted()`, and its table once a forward pass has lifted it."""
+
+    table_VD: Tensor | None = None
 
 
 class LiftedVocabulary:
@@ -26,7 +33,7 @@ class LiftedVocabulary:
 
     def __init__(self, *arguments: object, **keywords: object) -> None:
         super().__init__(*arguments, **keywords)
-        self._pinned: dict[object, Tensor] = {}  # the tables of the `lifted()` that are open, perhaps in other threads
+        self._pins: list[_Pin] = []  # of the `lifted()` that are open, perhaps in other threads
         self._kept = KeptTable()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -89,18 +96,18 @@ class LiftedVocabulary:
             device = next(self.embedding.parameters()).device
             # accelerate keeps offloaded weights on the meta device, and its forward moves the ids to where they run
             ids_R = torch.arange(self.config.vocab_size, device="cpu" if device.type == "meta" else device)
-        return self._lift(self.projector, _look_up(self.embedding, ids_R))
+        # `forward`, not a call: hooks are for the inputs. NEFTune's would add its noise to the head's table.
+        return self._lift(self.projector, gathered(self.embedding, lambda: self.embedding.forward(ids_R)))
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
         """Inside, lift the table once for all forward passes without gradients. The weights must not change inside."""
-        pin = object()
-        with torch.no_grad():
-            self._pinned[pin] = self._kept_table()
+        pin = _Pin()  # the first pass lifts it: FSDP2 gathers the weights only inside the model's forward
+        self._pins.append(pin)
         try:
             yield
         finally:
-            del self._pinned[pin]
+            self._pins.remove(pin)
 
     def _table(self, use_cache: bool) -> Tensor:
         """Return the lifted table (V, D).
@@ -111,8 +118,10 @@ class LiftedVocabulary:
         if torch.is_grad_enabled():
             self._kept.drop()
             return self.lift_table()
-        if self._pinned:
-            return next(reversed(self._pinned.values()))
+        if pins := self._pins[-1:]:  # a copy, because another thread may close its own
+            if pins[0].table_VD is None:
+                pins[0].table_VD = self._kept_table()
+            return pins[0].table_VD
         return self._kept_table() if use_cache else self.lift_table()
 
     def _kept_table(self) -> Tensor:
@@ -124,19 +133,23 @@ class LiftedVocabulary:
         return self._kept.get([self.embedding.weight, *self.projector.parameters()], self.lift_table)
 
 
-def _look_up(embedding: Any, ids_R: Tensor) -> Tensor:
-    """Return the rows (R, d) of `embedding` without its forward hooks, which are for the inputs.
+def gathered(module: nn.Module, compute: Callable[[], T]) -> T:
+    """Return `compute()`, which reads the weights of `module` outside its forward.
 
-    NEFTune's, for example, would add its noise to the head's table. Only FSDP2's run, because they gather the weights.
+    If `module` is a unit of FSDP2, they are gathered meanwhile, as in its forward, and its other hooks do not run.
     """
-    if not hasattr(embedding, "unshard"):
-        return embedding.forward(ids_R)
-    if not hasattr(embedding, "bare_forward"):
+    if not hasattr(module, "unshard"):
+        return compute()
+    if not hasattr(module, "compute_gathered"):
         from torch.distributed.fsdp import register_fsdp_forward_method
 
-        embedding.bare_forward = embedding.forward
-        register_fsdp_forward_method(embedding, "bare_forward")
-    return embedding.bare_forward(ids_R)
+        module.compute_gathered = _computed
+        register_fsdp_forward_method(module, "compute_gathered")
+    return module.compute_gathered(compute)
+
+
+def _computed(compute: Callable[[], T]) -> T:
+    return compute()
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -22,7 +22,11 @@ class TokenNames:
 
     def __call__(self, token: int) -> str:
         """Return the token's text; for a control token, or a part of a character, its name in the vocabulary."""
-        return self.text(token) or self._tokenizer.backend.id_to_token(token) or f"<{token}>"
+        return self.text(token) or self.in_vocabulary(token)
+
+    def in_vocabulary(self, token: int) -> str:
+        """Return the token's name in the vocabulary, which no other token has."""
+        return self._tokenizer.backend.id_to_token(token) or f"<{token}>"
 
     def text(self, token: int) -> str | None:
         """Return the token's text; None for a control token, or a part of a character."""
@@ -165,11 +169,13 @@ class Form:
     def top(self, text: str, token: int, logprob: float, ranked: Sequence[Ranked]) -> dict[str, float]:
         """Return the likeliest tokens as completions list them, and the actual one, which is called `text` there.
 
-        Of several tokens with the same text, the likeliest is listed.
+        Another token whose text is taken is listed under its name in the vocabulary, or its number.
         """
         found: dict[str, float] = {}
-        for other, value in (*ranked, (token, logprob)):
-            found.setdefault(text if other == token else self.names(other), value)
+        for other, value in dict([*ranked, (token, logprob)]).items():
+            names = (self.names(other), self.names.in_vocabulary(other), f"<{other}>")
+            free = (name for name in names if name != text and name not in found)
+            found[text if other == token else next(free, names[-1])] = value
         return found
 
     def completion_logprobs(self, tokens: Sequence[WrittenToken], offset: int) -> dict[str, Any]:
@@ -193,16 +199,17 @@ class Form:
         }
 
     def chat_logprobs(self, tokens: Sequence[WrittenToken]) -> dict[str, Any]:
-        """Return the log-probabilities of a chat answer's tokens."""
+        """Return the log-probabilities of a chat answer's tokens. A written token has the same entry in its list."""
+
+        def entry(token: int, value: float, written: WrittenToken) -> dict[str, Any]:
+            if token == written.token.id:
+                return self._entry(written.text, value, written.text)
+            return self._entry(self.names(token), value, self.names.text(token))
+
         return {
             "content": [
-                self._entry(written.text, written.token.logprob, written.text)
-                | {
-                    "top_logprobs": [
-                        self._entry(self.names(token), value, self.names.text(token))
-                        for token, value in written.token.top
-                    ]
-                }
+                entry(*written.token[:2], written)
+                | {"top_logprobs": [entry(*ranked, written) for ranked in written.token.top]}
                 for written in tokens
             ],
             "refusal": None,

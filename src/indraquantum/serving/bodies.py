@@ -1,6 +1,7 @@
 """The bodies of requests, as OpenAI's API defines them, and `prompt_logprobs` as vLLM does.
 
-Fields that are not known here, or that ask for what the server can't do, are refused; none is ignored in silence.
+Fields that are not known here, or that ask for what the server can't do, are refused; none is ignored in silence. Many
+clients send every field they know, so a known field is taken if its value asks for nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,14 @@ def _zero(value: float) -> float:
 
 
 Zero = Annotated[float, AfterValidator(_zero)]  # 0 or 0.0, as clients in Python write it
+
+
+def _nothing(value: Any) -> None:
+    if value not in (None, [], {}):
+        raise ValueError("must be left out; this server does not have it")
+
+
+Nothing = Annotated[Any, AfterValidator(_nothing)]  # null or empty
 
 
 class StreamOptions(BaseModel):
@@ -118,12 +127,26 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
-    refusal: None = None
+    type: Literal["text"] | None = None  # lm-eval writes it
+    # An earlier answer has them, as the official client writes it.
+    annotations: Nothing = None
+    audio: Nothing = None
+    function_call: Nothing = None
+    refusal: Nothing = None
+    tool_calls: Nothing = None
 
     @property
     def text(self) -> str:
         """The content as one text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class TextFormat(BaseModel):
+    """The only form of answers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
 
 
 class ChatBody(Body):
@@ -134,6 +157,26 @@ class ChatBody(Body):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=LONGEST_LIST)
+    # Only these values, which change nothing.
+    response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None  # of tools
+    functions: Nothing = None
+    function_call: Literal["none", "auto"] | None = None
+    audio: Nothing = None
+    moderation: Nothing = None
+    prediction: Nothing = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Nothing = None
+    web_search_options: Nothing = None
+    service_tier: Literal["auto", "default"] | None = None
+    # About whoever asks, and what OpenAI's server keeps; they change no answer.
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
 
     @field_validator("logprobs", mode="before")
     @classmethod

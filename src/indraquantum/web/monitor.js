@@ -113,7 +113,7 @@
   async function updateCurves() {
     let more = false;
     const decay = page.decay;
-    await Promise.all(page.chosen.map(async (id) => {
+    await Promise.all(chosenRuns().map(async ({ id }) => {
       const before = page.data.get(id);
       let answer;
       try {
@@ -286,15 +286,18 @@
         page.runs = answer.runs;
         find("where").textContent = answer.logs;
         const there = page.chosen.filter((id) => page.runs.some((run) => run.id === id));
-        if (there.length < page.chosen.length) { page.chosen = there; writeAddress(); drawCharts(true); }
-        if (first && !page.chosen.length && page.runs.length) {
+        // An empty list drops nothing: the folder may only be away for a moment, and the address may be a bookmark.
+        const gone = there.length < page.chosen.length, appeared = first && page.runs.length > 0;
+        if (gone && page.runs.length) { page.chosen = there; writeAddress(); }
+        if (gone && (page.runs.length || !first)) drawCharts(true);
+        if (appeared && !page.chosen.length) {
           page.chosen = [page.runs.reduce((newest, run) => (run.seconds_since < newest.seconds_since ? run : newest)).id];
         }
-        if (first && page.runs.length && page.view !== "curves") setTimeout(show, 0);
+        if (appeared && page.view !== "curves") setTimeout(show, 0);
         drawList();
         if (page.view === "curves") {
           if (await updateCurves()) wait = Math.min(wait, 50 * page.chosen.length);
-          drawCharts(false);
+          drawCharts(appeared);
         } else if (page.view === "comparison") await comparisonView(false);
         else if (page.view === "files") await filesView(false);
       }
