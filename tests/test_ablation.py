@@ -348,11 +348,15 @@ def test_the_work_of_a_step_is_that_of_whole_rows(finished, tmp_path):
     bench = bench_of(plan, tmp_path)
     settings = bench.run("quantum", 3, {}).settings
 
-    def work(batch_tokens):
-        return sizes_of(settings.model_copy(update={"batch_tokens": batch_tokens}), bench.dataset).flops_per_token
+    def work(batch_tokens, projector="quantum"):
+        changed = settings.model_copy(update={"batch_tokens": batch_tokens, "projector": projector})
+        return sizes_of(changed, bench.dataset).flops_per_token
 
     assert work(480) == work(527) > work(528)
     assert work(7) == work(48)
+    # A frozen projector has no gradients of its weights, which are a third of its work.
+    of_the_table = [work(48, projector) - work(480, projector) for projector in ("quantum", "frozen")]
+    assert of_the_table[1] == pytest.approx(of_the_table[0] * 4 / 6)
 
 
 def test_a_run_that_is_killed_is_said_to_be(world, tmp_path, capsys, monkeypatch):

@@ -10,12 +10,14 @@ import pytest
 
 from indraquantum.ablation.front import (
     Point,
+    at_equal_seeds,
     curves,
     effective_ratios,
     effective_size,
     hypervolume,
     hypervolumes,
     lead,
+    mean_point,
     on_front,
 )
 from indraquantum.ablation.plan import load_plan
@@ -45,6 +47,17 @@ def test_the_size_of_an_equally_good_model():
     assert effective_size(Point(7, 4.25), baseline) == pytest.approx(100**0.75)
     assert effective_size(Point(7, 5.1), baseline) is None
     assert effective_size(Point(7, 3.9), baseline) is None
+    # The model of size 2 is worse than a smaller one, so it says nothing about the size that a loss needs.
+    uneven = [Point(1, 4.0), Point(2, 4.2), Point(4, 3.9)]
+    assert effective_size(Point(1, 4.1), uneven) is None
+    assert effective_size(Point(1, 3.95), uneven) == pytest.approx(2)
+
+
+def test_the_front_compares_the_seeds_that_all_share():
+    runs = {"plain": {0: record(10, 4.50), 1: record(10, 4.60)}, "signed": {0: record(10, 4.52)}}
+    equal = at_equal_seeds(("plain", "signed", "unfinished"), runs)
+    assert on_front({name: mean_point(by_seed, "parameters") for name, by_seed in equal.items()}) == ["plain"]
+    assert at_equal_seeds(("plain", "other"), runs | {"other": {7: record(10, 4.0)}}) == {}
 
 
 def record(parameters: int, loss: float) -> dict:

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from indraquantum.config import TINYLLAMA
 from indraquantum.data import tokenizer as tokenizer_module
@@ -251,3 +251,19 @@ def test_texts_are_encoded_in_chunks_by_number_and_length(folder, monkeypatch):
     assert list(tokenizer_module.text_chunks(texts)) == [texts[:2], texts[2:3], texts[3:4], texts[4:7], texts[7:]]
     assert list(tokenizer_module.text_chunks([])) == []
     assert [document.tolist() for document in tokenizer.encode_documents(texts)] == whole
+
+
+@pytest.mark.parametrize("byte_level", [True, False])
+def test_the_bytes_of_a_character_that_is_cut_off_are_counted_as_they_are_spelled(tmp_path, byte_level):
+    signs = BYTES if byte_level else [*"abc ", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = load_tokenizer(
+        "--tokenizer", str(save_bpe(tmp_path / "tokenizer", signs, byte_level, byte_fallback=not byte_level))
+    )
+    whole = [decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.backend.decoder = decoders.ByteLevel() if byte_level else decoders.Sequence(whole)
+    text = "ab \U00013000\U00013001é\ufffdc"  # with U+FFFD itself, too
+    document = tokenizer.encode_documents([text])[0].tolist()
+    beginning = len(document) - 1 - len(text.encode())  # each token of the text is a byte
+    for cut in range(beginning, len(document)):
+        assert tokenizer.count_bytes(document[:cut]) == cut - beginning
+    assert tokenizer.count_bytes(document) == len(text.encode())

@@ -164,7 +164,11 @@ def test_calibration_error_by_hand():
 
 
 def test_pearson_of_a_constant_is_unknown():
-    assert math.isnan(pearson(np.ones(4), np.arange(4.0)))
+    for count in (3, 7, 10, 1000):  # the mean of so many 0.1 is not always 0.1
+        constant, other = np.full(count, 0.1), np.arange(float(count))
+        for sides in ((constant, other), (other, constant), (constant, np.full(count, 0.7))):
+            assert math.isnan(pearson(*sides))
+    assert math.isnan(pearson(np.zeros(0), np.zeros(0)))
     assert pearson(np.arange(4.0), -2 * np.arange(4.0)) == pytest.approx(-1)
 
 

@@ -53,19 +53,22 @@ def test_terms_equal_the_plain_formulas(temperature):
     q, log_p = dense(signals)[both], (logits[both] / temperature).log_softmax(1)
     ce = F.cross_entropy(logits, labels, ignore_index=-100)
     kd = temperature**2 * F.kl_div(log_p, q, reduction="sum") / count
-    kd_estimate = temperature**2 * (-(q * log_p).sum() - signals.entropy_N[both].sum()) / count
+    kd_estimate = (-(q * log_p).sum() - signals.entropy_N[both].sum()) / count
     c = amplitude.detach()[both]
     phase = (1 - torch.cos(c.angle() - math.pi * signals.entropy_N[both] / math.log(V))).sum() / count
     magnitude = ((c.abs() - signals.confidence_N[both]) ** 2).sum() / count
 
     torch.testing.assert_close(terms.ce, ce)
     torch.testing.assert_close(terms.kd, kd)
-    torch.testing.assert_close(terms.kd_estimate, kd_estimate)
+    if temperature == 1:
+        torch.testing.assert_close(terms.kd_estimate, kd_estimate)
+    else:  # the entropy at the temperature is not there
+        assert terms.kd_estimate is None
     torch.testing.assert_close(terms.phase, phase, rtol=1e-4, atol=0)
     torch.testing.assert_close(terms.magnitude, magnitude)
     total = terms.ce + 0.3 * terms.kd + 0.2 * terms.phase + 0.7 * terms.magnitude
     torch.testing.assert_close(terms.total.detach(), total)
-    assert not any(term.requires_grad for term in terms[1:6])
+    assert not any(term.requires_grad for term in terms[1:6] if term is not None)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
@@ -228,10 +231,23 @@ def test_weights_can_change_between_steps():
 def test_kd_estimate_takes_the_entropy_at_the_temperature():
     states, table, labels, signals, _ = make_case()
     objective = SemanticDistillationLoss(temperature=2.0)
-    warm = signals._replace(temperature_entropy_N=signals.entropy_N + 0.5)
-    difference = objective(states, table, labels, signals=signals).kd_estimate
-    difference = difference - objective(states, table, labels, signals=warm).kd_estimate
-    assert difference.item() == pytest.approx(4 * 0.5 * (N - 2) / (N - 1))
+    assert objective(states, table, labels, signals=signals).kd_estimate is None
+    warm = [signals._replace(temperature_entropy_N=signals.entropy_N + more) for more in (0.0, 0.5)]
+    first, second = (objective(states, table, labels, signals=each).kd_estimate for each in warm)
+    assert (first - second).item() == pytest.approx(4 * 0.5 * (N - 2) / (N - 1))
+
+
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "none"])
+def test_the_likeliest_tokens_alone_give_no_estimate(tail):
+    states, table, labels, _, _ = make_case()
+    log_p = (states @ table.T).detach().log_softmax(1)  # the student is the teacher: the true divergence is 0
+    entropy = -(log_p.exp() * log_p).sum(1)
+    for kept, known in ((K, False), (V, True)):
+        probs, ids = log_p.exp().topk(kept)
+        objective = SemanticDistillationLoss(tail=tail)
+        found = objective(states, table, labels, signals=TeacherSignals(ids, probs, entropy)).kd_estimate
+        assert (math.isnan(found.item()), known) in ((True, False), (False, True))
+    assert found.item() == pytest.approx(0, abs=1e-9)
 
 
 def test_signals_of_another_temperature_are_refused_at_temperature_1():

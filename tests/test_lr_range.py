@@ -49,8 +49,27 @@ def test_a_long_range_test_takes_its_mean_once_a_step(monkeypatch, world, tmp_pa
     monkeypatch.setattr(lr_range.Smoothing, "take", lambda mean, value: (taken.append(value), take(mean, value))[1])
     monkeypatch.setattr(lr_range, "_loss_of", lambda _, step: 5 - step.learning_rate)
     found = lr_range.climb(run, rising_rates(1e-5, 1.0, 300))
-    assert taken == found.losses
-    assert found.smoothed == smoothed(found.losses, lr_range.SMOOTHING)
+    assert len(taken) == 3 * len(found.losses)  # one that may end the test, and the mean both ways
+
+
+@pytest.mark.parametrize("steps", [30, 100])
+@pytest.mark.parametrize("width", [0.4, 0.8, 1.6])
+def test_the_suggestion_does_not_lag_behind_the_fall(monkeypatch, world, tmp_path, steps, width):
+    run = trial_run(settings(world, tmp_path, no_teacher=True))
+    rates = rising_rates(1e-5, 1e-1, steps)
+
+    def falling(_, step):
+        return 6 - 2 * (1 + math.erf(math.log(step.learning_rate / 1e-3) / width)) / 2  # most steeply at 1e-3
+
+    monkeypatch.setattr(lr_range, "_loss_of", falling)
+    found = lr_range.climb(run, rates)
+    assert abs(math.log(found.suggested / 1e-3)) <= 1.01 * math.log(rates[1] / rates[0])
+
+
+def test_losses_that_explode_leave_the_mean_of_the_others_alone():
+    losses = [6.0 - step / 10 for step in range(20)]
+    usual, exploded = (lr_range.smoothed_both_ways([*losses, end]) for end in (9.0, 1e12))
+    assert exploded == usual
 
 
 def test_a_test_leaves_a_picture_and_nothing_else(world, tmp_path, capsys):

@@ -19,6 +19,7 @@ from torch import Tensor
 from indraquantum.kernels import Implementation, ObjectiveOptions, ObjectiveResult, fused_linear_objective
 from indraquantum.kernels.arguments import IGNORE_INDEX, Head, Tail, require, require_floating, require_shape
 
+CUT_OFF = 1e-3  # probability that a row of signals lacks, beyond the rounding of 16-bit numbers
 _PHASE_EPSILON = 1e-6  # keeps the direction's gradient finite where the amplitude is 0
 
 
@@ -29,7 +30,7 @@ class TeacherSignals(NamedTuple):
     probs_NK: Tensor  # counts / draws, or probabilities; a row sums to at most 1
     entropy_N: Tensor | None = None  # nats, exact, at temperature 1
     confidence_N: Tensor | None = None  # max p, exact, at temperature 1
-    # nats, at the distillation temperature; without it, kd_estimate uses entropy_N, which is exact only at 1
+    # nats, exact, at the distillation temperature if that is not 1; without it there is no kd_estimate then
     temperature_entropy_N: Tensor | None = None
 
     def to(self, device: torch.device) -> TeacherSignals:
@@ -44,7 +45,9 @@ class LossTerms(NamedTuple):
     total: Tensor  # differentiable; all others are detached
     ce: Tensor  # nats
     kd: Tensor | None  # tau^2 * sum q (ln q - ln p): the divergence from the signals as given
-    kd_estimate: Tensor | None  # tau^2 * (sum -q ln p - H): unbiased for the true divergence, may dip below 0
+    # tau^2 * (sum -q ln p - H): unbiased for the true divergence if q was sampled, and may dip below 0. NaN if q is cut
+    # off, such as the likeliest tokens alone.
+    kd_estimate: Tensor | None
     phase: Tensor | None  # 1 - cos of the angle to the target, in [0, 2]
     magnitude: Tensor | None  # squared error of |c|
 
@@ -184,14 +187,15 @@ class SemanticDistillationLoss:
     def _kd_estimate(
         self, objective: ObjectiveResult, signals: TeacherSignals, rows_R: Tensor, token_count: float
     ) -> Tensor | None:
-        """Return `kd` with the teacher's exact entropy instead of the signals' own."""
-        entropy_N = signals.temperature_entropy_N
-        if entropy_N is None:
-            entropy_N = signals.entropy_N
+        """Return `kd` with the teacher's exact entropy at the temperature instead of the signals' own."""
+        entropy_N = signals.entropy_N if self.temperature == 1 else signals.temperature_entropy_N
         if entropy_N is None or objective.kd_cross_entropy is None:
             return None
+        probs_RK = signals.probs_NK[rows_R].masked_fill(signals.ids_NK[rows_R] < 0, 0)
+        is_cut = (probs_RK.sum(dim=1) < 1 - CUT_OFF).any()
         entropy = entropy_N[rows_R].to(objective.kd_cross_entropy).sum() / token_count
-        return objective.kd_cross_entropy - self.temperature**2 * entropy
+        estimate = objective.kd_cross_entropy - self.temperature**2 * entropy
+        return estimate.masked_fill(is_cut, math.nan)  # no branch, for which a GPU would have to be waited for
 
 
 def phase_loss(amplitude_R: Tensor, entropy_R: Tensor, vocabulary_size: int) -> Tensor:

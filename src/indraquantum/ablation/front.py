@@ -35,6 +35,13 @@ def mean_point(by_seed: dict[int, Result], size: str) -> Point:
     return Point(next(iter(by_seed.values()))[size], table_loss(by_seed).mean)
 
 
+def at_equal_seeds(variants: Iterable[str], runs: dict[str, dict[int, Result]]) -> dict[str, dict[int, Result]]:
+    """Return the runs of those of `variants` that have any, with the seeds that all of these share."""
+    there = {variant: runs[variant] for variant in variants if runs.get(variant)}
+    seeds = set.intersection(*map(set, there.values())) if there else set()
+    return {variant: {seed: by_seed[seed] for seed in sorted(seeds)} for variant, by_seed in there.items() if seeds}
+
+
 Curves = dict[str, dict[int, list[Point]]]  # by family and seed, by rising size
 
 
@@ -90,8 +97,12 @@ def effective_size(point: Point, baseline: Sequence[Point]) -> float | None:
 
     Between two measured sizes, the loss counts as linear in the logarithm of the size.
     """
-    for smaller, larger in itertools.pairwise(baseline):
-        if larger.loss <= point.loss <= smaller.loss and larger.loss < smaller.loss:
+    useful: list[Point] = []  # a model that is no better than a smaller one is not needed for any loss
+    for model in baseline:
+        if not useful or model.loss < useful[-1].loss:
+            useful.append(model)
+    for smaller, larger in itertools.pairwise(useful):
+        if larger.loss <= point.loss <= smaller.loss:
             share = (smaller.loss - point.loss) / (smaller.loss - larger.loss)
             return smaller.size * (larger.size / smaller.size) ** share
     return None

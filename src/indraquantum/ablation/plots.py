@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from indraquantum.ablation.front import SIZES, Point, mean_point, on_front, table_loss
+from indraquantum.ablation.front import SIZES, at_equal_seeds, mean_point, on_front, table_loss
 from indraquantum.ablation.results import Result
 from indraquantum.evaluation.collapse import CollapseFigures
 from indraquantum.files import atomic_file
@@ -88,15 +88,15 @@ def draw_collapse(figure: Figure, runs: Runs) -> None:
 def draw_front(figure: Figure, runs: Runs, families: dict[str, tuple[str, ...]]) -> None:
     """Loss of each family over parameters and over work. A ring marks the variants that no other dominates."""
     for axes, (size, title) in zip(figure.subplots(1, 2), SIZES.items(), strict=True):
-        means: dict[str, Point] = {}
         for number, (family, variants) in enumerate(families.items()):
             there = [variant for variant in variants if variant in runs]
             points = {variant: mean_point(runs[variant], size) for variant in there}
-            means |= points
             line = sorted((point, table_loss(runs[variant]).half_width or 0) for variant, point in points.items())
             places = [point.size for point, _ in line], [point.loss for point, _ in line]
             axes.errorbar(*places, yerr=[half for _, half in line], fmt="o-", color=f"C{number}", label=family)
-        best = [means[name] for name in on_front(means)]
+        equal = at_equal_seeds((variant for variants in families.values() for variant in variants), runs)
+        means = {variant: mean_point(by_seed, size) for variant, by_seed in equal.items()}
+        best = [mean_point(runs[name], size) for name in on_front(means)]
         axes.plot([p.size for p in best], [p.loss for p in best], "o", markersize=12, mfc="none", color="black")
         axes.set_xscale("log")
         finish_axes(axes, f"Loss over {title}, table half", "cross-entropy, nats per token", title)

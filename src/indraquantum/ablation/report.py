@@ -9,7 +9,16 @@ from typing import Any
 
 from indraquantum.ablation.blocks import Block, Code, Heading, Paragraph, Picture, Table, html_page, markdown
 from indraquantum.ablation.final import read_final
-from indraquantum.ablation.front import SIZES, curves, effective_ratios, hypervolumes, lead, mean_point, on_front
+from indraquantum.ablation.front import (
+    SIZES,
+    at_equal_seeds,
+    curves,
+    effective_ratios,
+    hypervolumes,
+    lead,
+    mean_point,
+    on_front,
+)
 from indraquantum.ablation.intervals import Interval, interval, paired
 from indraquantum.ablation.plan import Plan
 from indraquantum.ablation.plots import PICTURES, Runs, draw_front, save_front, save_picture
@@ -203,7 +212,7 @@ def front_tables(plan: Plan, runs: Runs) -> list[Table]:
         if not all(by_seed for by_seed in found.values()):
             continue
         members = [variant for variants in plan.families.values() for variant in variants]
-        means = {v: mean_point(runs[v], size) for v in members}
+        means = {v: mean_point(by_seed, size) for v, by_seed in at_equal_seeds(members, runs).items()}
         best, volumes = on_front(means), hypervolumes(found)
         for family, variants in plan.families.items():
             ahead = lead(volumes, family, baseline) if family != baseline else None
@@ -226,7 +235,8 @@ def front_tables(plan: Plan, runs: Runs) -> list[Table]:
 
 def _about_front(plan: Plan) -> str:
     return (
-        "A variant is on the front if no other variant of at most its size has a lower mean loss. The mean lead is the "
+        "A variant is on the front if no other variant of at most its size has a lower mean loss, over the seeds that "
+        "all of them share. The mean lead is the "
         "hypervolume: for each size, take the lowest loss of the family's models up to that size. The figure says how "
         "far it is below the worst loss of any run, averaged over the logarithm of the size, up to twice the largest "
         f"model. The second table asks how large a model of {next(iter(plan.families))} with the same loss is. Between "

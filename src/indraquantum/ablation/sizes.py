@@ -19,9 +19,10 @@ from indraquantum.training.plan import RunStage, plan_run, rows_per_step
 from indraquantum.trials.costs import products_of_the_head
 
 FLOPS_FORMULA = (
-    "6 (L (4 D² + 3 D m + T D) + V D + V P / B + I): forward and backward, a multiply-add is 2, for rows of T "
+    "6 (L (4 D² + 3 D m + T D) + V D) + F (V P / B + I): forward and backward, a multiply-add is 2, for rows of T "
     "positions that each hold one document; P weights of the projector, applied to the whole table once a step of B "
-    "positions; I weights of the inputs' own projector, if there is one; V D twice under Born's rule; as if a step "
+    "positions; I weights of the inputs' own projector, if there is one; F is 6, or 4 if the "
+    "projectors are frozen and need no gradients; V D twice under Born's rule; as if a step "
     "compared all V tokens, though with the sampled softmax it compares fewer"
 )
 
@@ -94,7 +95,8 @@ def flops_per_token(model: IndraQuantumPhase2, row_length: int, batch_tokens: in
     head = config.vocab_size * config.hidden_size * products_of_the_head(model)
     inputs = 0 if model.input_projector is None else projector
     positions = rows_per_step(batch_tokens, row_length) * row_length
-    return 6 * (layers + attention + head + config.vocab_size * projector / positions + inputs)
+    factor = 6 if any(p.requires_grad for p in model.projector.parameters()) else 4
+    return 6 * (layers + attention + head) + factor * (config.vocab_size * projector / positions + inputs)
 
 
 def planned_steps(settings: TrainSettings, dataset: PreparedDataset) -> int:

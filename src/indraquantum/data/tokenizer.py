@@ -148,13 +148,35 @@ class TextTokenizer:
         return self.backend.decode(kept, skip_special_tokens=True)
 
     def unpredicted_bytes(self, document: Sequence[int]) -> int:
-        """Return the UTF-8 bytes of a document that are never predicted: those of its first token if there is no BOS.
+        """Return the UTF-8 bytes that are never predicted: those of a document's first token if there is no BOS."""
+        return 0 if self.bos_id is not None else self.count_bytes(document[:1])
 
-        A first token that is a part of a character counts as one byte.
+    def count_bytes(self, ids: Sequence[int]) -> int:
+        """Return how many UTF-8 bytes of text `ids` spell, also of characters that are cut off.
+
+        A decoder shows U+FFFD, which has 3 bytes, in the place of what is not a whole character.
         """
-        if self.bos_id is not None:
-            return 0
-        return len(self.decode(document[:1]).replace("\ufffd", "?").encode())
+        text = self.decode(ids)
+        if "\ufffd" not in text:
+            return len(text.encode())
+        kept = [int(token) for token in ids if token not in self.control_ids]
+        if self._is_byte_level:  # each character of a token stands for a byte
+            return sum(len(self.backend.id_to_token(token) or "") for token in kept)
+        letter = self.backend.token_to_id("<0x41>")
+        if letter is None:  # there are no tokens of single bytes, so no character is cut off
+            return len(text.encode())
+        return len(self.decode([letter if token in self._ids_of_bytes else token for token in kept]).encode())
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether tokens are spelled in GPT-2's alphabet of bytes."""
+        return '"ByteLevel"' in json.dumps(json.loads(self.backend.to_str())["decoder"])
+
+    @cached_property
+    def _ids_of_bytes(self) -> frozenset[int]:
+        """The tokens `<0x00>` to `<0xFF>` of tokenizers that spell rare characters byte by byte."""
+        found = (self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(token for token in found if token is not None)
 
     def to_json(self) -> str:
         """Return the content of a tokenizer.json."""

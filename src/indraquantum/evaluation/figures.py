@@ -175,7 +175,9 @@ def bins_of(share_N: np.ndarray, bins: int = CALIBRATION_BINS) -> np.ndarray:
 
 
 def pearson(left_N: np.ndarray, right_N: np.ndarray) -> float:
-    """Return the Pearson correlation; NaN if one side is constant or unknown."""
+    """Return the Pearson correlation; NaN if one side is constant, empty or unknown."""
+    if not len(left_N) or any((side_N == side_N[0]).all() for side_N in (left_N, right_N)):
+        return math.nan  # not by the norm: a mean is rounded, so a constant's distances from it need not be 0
     left_N, right_N = left_N - left_N.mean(), right_N - right_N.mean()
     norm = math.sqrt(float(left_N @ left_N) * float(right_N @ right_N))
     return float(left_N @ right_N) / norm if norm > 0 else math.nan

@@ -66,7 +66,7 @@ def of_documents(found: Predictions, split: Split, documents_U: np.ndarray) -> P
 
 def bytes_by_source(dataset: PreparedDataset, split: Split, documents_U: np.ndarray | None = None) -> dict[str, int]:
     """Return for each source the UTF-8 bytes that are predicted in the documents of `split`, or in the chosen ones."""
-    sizes_U = np.array([len(text) for text in document_texts(dataset, split)], dtype=np.int64)
+    sizes_U = np.array([dataset.tokenizer.count_bytes(ids) for ids in _documents(split)], dtype=np.int64)
     sizes_U -= np.array([dataset.tokenizer.unpredicted_bytes(ids) for ids in _documents(split)], dtype=np.int64)
     if documents_U is not None:
         sizes_U[~documents_U] = 0

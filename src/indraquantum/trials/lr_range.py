@@ -18,7 +18,7 @@ from indraquantum.config import LrTestSettings
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.files import atomic_file, check_new_file
 from indraquantum.progress import Progress
-from indraquantum.smoothing import Smoothing
+from indraquantum.smoothing import Smoothing, smoothed
 from indraquantum.training.run import Run, trial_run
 from indraquantum.training.step import StepInput
 
@@ -33,7 +33,7 @@ class RangeTest:
 
     rates: list[float]  # the rates of the steps
     losses: list[float]
-    smoothed: list[float]
+    smoothed: list[float]  # without a lag: a mean of the steps before and after
     suggested: float | None  # None if no rate lowers the loss
 
 
@@ -74,19 +74,28 @@ def climb(run: Run, rates: Sequence[float]) -> RangeTest:
 
     Rows come from the strategy's first stage; the weights stay as they are at its first step.
     """
-    losses, smooth, mean = [], [], Smoothing(SMOOTHING)
+    losses, mean = [], Smoothing(SMOOTHING)
     with Progress("lr-test", len(rates), "steps") as progress:
         for number, rate in enumerate(rates):
             try:
                 losses.append(_loss_of(run, step_at(run, number, rate)))
             except TrainingStopped:
                 break
-            smooth.append(mean.take(losses[-1]))
+            level = mean.take(losses[-1])
             progress.update(1, f"loss {losses[-1]:.3f}, learning rate {rate:.2e}")
-            if smooth[-1] > DIVERGED * losses[0]:
+            if level > DIVERGED * losses[0]:
                 break
-    taken = list(rates[: len(losses)])
+    taken, smooth = list(rates[: len(losses)]), smoothed_both_ways(losses)
     return RangeTest(taken, losses, smooth, suggested_rate(taken, smooth))
+
+
+def smoothed_both_ways(losses: Sequence[float]) -> list[float]:
+    """Return the exponential mean forwards, and then backwards over that, so that it does not lag behind the losses.
+
+    A loss counts as at most DIVERGED times the first one. Else the last losses would raise the mean of all others.
+    """
+    capped = [min(loss, DIVERGED * losses[0]) for loss in losses]
+    return smoothed(smoothed(capped, SMOOTHING)[::-1], SMOOTHING)[::-1]
 
 
 def step_at(run: Run, number: int, rate: float) -> StepInput:
