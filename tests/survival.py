@@ -111,9 +111,9 @@ def at_every(owner, name, strike):
     """Call `strike` with the arguments before each call of `owner.name`."""
     original = getattr(owner, name)
 
-    def wrapped(*arguments):
+    def wrapped(*arguments, **options):
         strike(*arguments)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     setattr(owner, name, wrapped)
 

@@ -13,6 +13,7 @@ import pytest
 from indraquantum import cli
 from indraquantum.config import LrTestSettings, TrainSettings
 from indraquantum.errors import UserError
+from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
 from indraquantum.training.loop import train
 from indraquantum.training.run import trial_run
 from indraquantum.trials import budget
@@ -113,10 +114,28 @@ def test_a_run_that_was_moved_keeps_what_was_chosen(world, tmp_path, slow, monke
     again = within_minutes(moved)
     assert (again.max_steps, again.batch_tokens) == (report.steps, 480)
     assert train(again).steps == report.steps
-    for _ in ("with the record of the run", "without"):
-        with pytest.raises(UserError, match=r"--batch-tokens: got 512; must be 480, as in the run that \S+moved holds"):
-            within_minutes(moved.model_copy(update={"batch_tokens": 512}))
-        shutil.rmtree(moved.logs, ignore_errors=True)
+    with pytest.raises(UserError, match=r"--batch-tokens: got 512; must be 480, as in the run that \S+moved holds"):
+        within_minutes(moved.model_copy(update={"batch_tokens": 512}))
+
+
+def test_the_minutes_are_compared_wherever_a_run_resumes(world, tmp_path, slow, capsys):
+    given = settings(world, tmp_path, minutes=3)
+    report = train(within_minutes(given))
+    back = given.model_copy(update={"resume": str(report.checkpoint), "output": tmp_path / "new"})
+    assert within_minutes(back).max_steps == report.steps
+    elsewhere = given.model_copy(update={"logs": tmp_path / "elsewhere"})
+    for other, which in ((back, r"of --resume \S+\.pt$"), (elsewhere, r"that \S+run holds, or give another --output")):
+        with pytest.raises(UserError, match=rf"^--minutes: got 9\.0; must be 3\.0, as in the run {which}"):
+            within_minutes(other.model_copy(update={"minutes": 9.0}))
+    begun = load_checkpoint("", report.checkpoint)
+    save_checkpoint(report.checkpoint, replace(begun, settings=begun.settings | {"minutes": None}))
+    with pytest.raises(UserError, match=r"^--minutes: got 3\.0; must be left out, as in the run of --resume "):
+        within_minutes(back)
+    del begun.settings["minutes"]  # an earlier version wrote it
+    save_checkpoint(report.checkpoint, begun)
+    capsys.readouterr()
+    assert within_minutes(back).max_steps == report.steps
+    assert "--minutes 3 changes nothing: the run that resumes keeps its number of steps." in capsys.readouterr().out
 
 
 def test_several_processes_would_choose_different_lengths(world, tmp_path, monkeypatch):

@@ -136,6 +136,8 @@ OBSTACLES = {
     "memory of Python": (torch, "load", MemoryError()),
     "a zip without its manifest": (zipfile.ZipFile, "testzip", OSError(errno.EIO, os.strerror(errno.EIO))),
     "its memory": (torch, "load", NO_MEMORY),
+    "a driver": (torch, "load", RuntimeError("of the driver")),
+    "another torch": (torch, "load", pickle.UnpicklingError("Weights only load failed")),
 }
 
 

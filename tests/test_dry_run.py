@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from indraquantum.kernels.onednn import is_exact
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
+from indraquantum.training import loop
 from indraquantum.training.run import trial_run
 from indraquantum.trials import dry_run as costly
 from indraquantum.trials.costs import StepSize, parameter_counts, step_flops
@@ -203,6 +205,17 @@ def test_a_dry_run_says_which_loss_such_runs_reached(world, tmp_path, monkeypatc
     monkeypatch.undo()
     dry_run(settings(world, tmp_path))  # another size than the default model's
     assert "held-out loss" not in capsys.readouterr().out
+
+
+def test_a_dry_run_of_a_run_that_resumes_needs_no_start(world, tmp_path, capsys):
+    first = loop.train(settings(world, tmp_path / "first", no_teacher=True, max_steps=1))
+    start = shutil.copy(first.checkpoint, tmp_path / "start.pt")
+    second = settings(world, tmp_path, no_teacher=True, max_steps=1, start_from=start)
+    loop.train(second)
+    start.unlink()
+    assert dry_run(second).total_steps == 1
+    with pytest.raises(UserError, match=r"--start-from: got \S+start\.pt"):
+        dry_run(second.model_copy(update={"output": tmp_path / "other"}))
 
 
 def test_a_dry_run_goes_on_without_signals(world, tmp_path, capsys):

@@ -21,6 +21,7 @@ from indraquantum.files import (
     names_aside,
     read_json,
     sha256_of,
+    try_lock,
     write_json,
 )
 
@@ -170,6 +171,32 @@ def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path, monkeypatch):
     said = rf"^--logs: got \S+; must be on a file system with locks, .*{os.strerror(errno.ENOLCK)}\); give another"
     with pytest.raises(UserError, match=said), folder_lock("--logs", tmp_path):
         pass
+
+
+def test_a_lock_file_of_someone_else_is_one_line(tmp_path, monkeypatch):
+    def denied(_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / ".lock"))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", denied)
+    said = r"^--logs: got \S+\.lock; must be accessible to you; check its permissions \(Permission denied\), or give"
+    with pytest.raises(UserError, match=said), folder_lock("--logs", tmp_path):
+        pass
+
+
+def test_a_lock_on_a_folder_that_was_replaced_counts_for_nothing(tmp_path, monkeypatch):
+    folder, flock = tmp_path / "folder", fcntl.flock
+    folder.mkdir()
+    with try_lock(folder) as locked:
+        assert locked
+
+    def replaced(descriptor, kind):
+        folder.rmdir()
+        folder.mkdir()
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", replaced)
+    with try_lock(folder) as locked:
+        assert not locked
 
 
 def test_names_aside_are_free_for_all(tmp_path):

@@ -10,15 +10,21 @@ from dataclasses import replace
 import pytest
 
 import survival
-from indraquantum.config import CaptureSettings
+from indraquantum.config import CaptureSettings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher import capture as capture_module
 from indraquantum.teacher.capture import capture
-from indraquantum.teacher.manifest import read_manifest
+from indraquantum.teacher.manifest import read_manifest, write_manifest
 from indraquantum.training import loop
 from indraquantum.training import signals as training_signals
-from indraquantum.training.checkpoint import BEST_NAME, load_checkpoint, save_checkpoint, step_checkpoint_path
+from indraquantum.training.checkpoint import (
+    BEST_NAME,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    step_checkpoint_path,
+)
 
 EVERY_STEP = {"save_every": 1, "keep_last": 9, "epochs": 1}
 SHARD = 480  # ten rows of 48
@@ -77,6 +83,24 @@ def test_going_back_sets_a_later_best_checkpoint_aside(world, tmp_path):
     assert (settings.output / f"{best.stem}.json.set-aside-1").exists()
 
 
+def test_after_going_back_to_the_best_a_kill_costs_no_step(world, tmp_path):
+    settings = survival.small_run(world, tmp_path, **EVERY_STEP)
+    loop.train(settings)
+    whole, best = survival.result(settings), settings.output / BEST_NAME
+    save_checkpoint(best, load_checkpoint("", step_checkpoint_path(settings.output, 2)))
+    for step in (1, 2):  # the best one is older than all others
+        step_checkpoint_path(settings.output, step).unlink()
+
+    def killed():
+        survival.at(loop, "take_step", "before", 1, survival.die)
+        loop.train(changed(settings, resume=str(best)))
+
+    assert survival.in_fork(killed) == -signal.SIGKILL
+    assert newest_checkpoint(settings.output, lambda epoch: epoch * 10**6).checkpoint.step == 2
+    loop.train(settings)
+    assert survival.result(settings) == whole
+
+
 def stopped_in_the_training_rows(action) -> None:
     """Interrupt the capture of `action` when it has a shard of training rows."""
     write = capture_module.write_manifest
@@ -95,7 +119,8 @@ def stopped_in_the_training_rows(action) -> None:
 @pytest.fixture
 def to_capture(world, tmp_path, monkeypatch):
     """A run whose signals are not captured yet; they will be in shards of ten rows."""
-    monkeypatch.setattr(training_signals, "capture", lambda options, dataset: capture(options, dataset, SHARD))
+    in_shards = lambda options, dataset, **by: capture(options, dataset, SHARD, **by)  # noqa: E731
+    monkeypatch.setattr(training_signals, "capture", in_shards)
     data = shutil.copytree(world.data, tmp_path / "mixed")
     return survival.small_run(world, tmp_path, data=data, teacher=str(world.teacher), max_steps=1)
 
@@ -112,7 +137,7 @@ def test_training_completes_a_capture_that_it_began(to_capture, tmp_path, capsys
     assert not read_manifest("", folder).complete
     # Whoever names the folder trains on the part.
     loop.train(changed(to_capture, signals=folder, output=tmp_path / "part"))
-    with pytest.raises(UserError, match=r"^--teacher: got .*; to train on what is there, use --signals \S+signals;"):
+    with pytest.raises(UserError, match=r"^--teacher: got .*; to train on what is there, give \S+signals with --sig"):
         loop.train(changed(to_capture, teacher=str(tmp_path / "nothing")))
     assert not read_manifest("", folder).complete
     capsys.readouterr()
@@ -131,6 +156,36 @@ def test_training_leaves_an_unfinished_capture_of_yours_as_it_is(world, to_captu
     loop.train(to_capture)
     assert not read_manifest("", options.output).complete
     assert {path.name for path in options.output.iterdir()} == before
+
+
+@pytest.mark.parametrize("where", ["choose_batch_rows", "run_jobs"])  # without a manifest yet, and with one
+def test_a_second_run_leaves_a_capture_that_is_starting_alone(to_capture, tmp_path, monkeypatch, where):
+    original, second = getattr(capture_module, where), changed(to_capture, output=tmp_path / "second")
+
+    def meanwhile(*arguments):
+        with pytest.raises(UserError, match=r"^--signals: got \S+; is in use by another run, .* give another folder$"):
+            loop.train(second)
+        return original(*arguments)
+
+    monkeypatch.setattr(capture_module, where, meanwhile)
+    assert loop.train(to_capture).steps == 1
+    folder = tmp_path / "teacher_signals"
+    assert read_manifest("", folder).complete
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("where", ["write_manifest", "run_jobs"])  # without a manifest yet, and with one
+def test_a_capture_that_you_begin_after_a_training_that_was_killed_is_yours(world, to_capture, where):
+    def killed():
+        survival.at(capture_module, where, "before", 1, survival.die)
+        loop.train(to_capture)
+
+    assert survival.in_fork(killed) == -signal.SIGKILL
+    options = of_capture(to_capture, world)
+    assert (options.output / capture_module.MARK).exists()
+    stopped_in_the_training_rows(lambda: capture(options, None, SHARD))
+    loop.train(to_capture)
+    assert not read_manifest("", options.output).complete
 
 
 def test_a_capture_that_cannot_begin_leaves_no_folder(to_capture, tmp_path):
@@ -175,6 +230,66 @@ def test_signals_that_were_moved_are_not_captured_again_for_a_run_that_has_begun
     with pytest.raises(UserError, match=r"^--no-teacher: got False; must be True, as in the run that \S+untaught"):
         loop.train(changed(untaught, no_teacher=False))
     assert loop.train(changed(settings, signals=moved)).steps == 2
+
+
+def stage_file(folder, stage: str):
+    """A file of a strategy with one stage; its path."""
+    path = folder / "my.yaml"
+    path.write_text(f"stages: [{{name: one, steps: 1, {stage}}}]")
+    return str(path)
+
+
+def test_a_run_that_began_without_signals_resumes_without(world, tmp_path, monkeypatch):
+    data = shutil.copytree(world.data, tmp_path / "mixed")
+    options = {"data": data, "teacher": str(world.teacher), "max_steps": 1, "strategy": "stage1"}
+    untaught = survival.small_run(world, tmp_path, **options)
+    taught = changed(untaught, strategy="v4-unified")
+    loop.train(untaught)
+    monkeypatch.setattr(training_signals, "capture", None)
+    needs = r"^--strategy: got v4-unified; needs signals in stage unified, but the run that \S+run holds began without"
+    with pytest.raises(UserError, match=rf"{needs} them, in the stages stage1; give the strategy"):
+        loop.train(taught)
+    shutil.copytree(world.signals, tmp_path / "teacher_signals")
+    with pytest.raises(UserError, match=r"^--strategy: got stages unified; must be stage1, as in the run that"):
+        loop.train(taught)
+    assert loop.train(untaught).steps == 1
+
+
+def test_other_weights_are_why_a_run_has_signals_now(world, tmp_path):
+    settings = own_lengths(world, tmp_path, strategy=stage_file(tmp_path, "weights: {kd: 0}"))
+    loop.train(settings)
+    stage_file(tmp_path, "weights: {kd: 1}")
+    with pytest.raises(UserError, match=r"^--strategy: got one\.weights\.kd\.\w+ 1\.0; must be 0\.0, as in the run"):
+        loop.train(settings)
+
+
+def own_lengths(world, folder, **changes) -> TrainSettings:
+    """A small run with a strategy whose stages have their own lengths."""
+    common = survival.small_run(world, folder).model_dump(exclude_unset=True, exclude={"epochs"})
+    return TrainSettings(**{**common, **changes})
+
+
+def test_the_signals_of_a_stage_with_its_own_data_are_named_by_its_strategy(world, to_capture, tmp_path, monkeypatch):
+    """They are where --signals does not reach."""
+    taught = {"data": world.data, "teacher": str(world.teacher)}
+    strategy = stage_file(tmp_path, "data: mixed, weights: {kd: 1}")
+    settings = own_lengths(world, tmp_path, **taught, strategy=strategy)
+    stopped_in_the_training_rows(lambda: loop.train(settings))
+    how = r"as `signals` of stage one in the file of --strategy"
+    with pytest.raises(UserError, match=rf"^--teacher: got .*; to train on what is there, give \S+signals {how}; to"):
+        loop.train(changed(settings, teacher=str(tmp_path / "nothing")))
+    loop.train(settings)
+    folder = tmp_path / "teacher_signals"
+    moved = folder.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(training_signals, "capture", None)
+    named = r"^--strategy: stage one: signals: got \S+signals; must hold"
+    with pytest.raises(UserError, match=rf"{named} the signals that the run that .* folder {how}, or give"):
+        loop.train(settings)
+    moved.rename(folder)
+    manifest = read_manifest("", folder)
+    write_manifest(folder, manifest.model_copy(update={"shards": manifest.shards[:-1]}))
+    with pytest.raises(UserError, match=rf"{named} exactly the signals that the run that \S+run holds"):
+        loop.train(settings)
 
 
 @pytest.mark.parametrize("strategy", ["v4-unified", "stage2-v3-gentle"])

@@ -338,14 +338,24 @@ def test_a_capture_does_not_go_on_from_a_manifest_that_was_changed(settings, dat
 
 def test_two_captures_into_one_folder(settings, dataset):
     settings.output.mkdir()
-    with capture_module._only_writer(settings.output, new=True):  # noqa: SIM117 - two different things
+    with capture_module._only_writer(settings.output):  # noqa: SIM117 - two different things
         with pytest.raises(UserError, match=r"--output.*is in use by another run"):
             capture(settings, dataset, SHARD)
 
 
+def test_a_capture_that_ends_while_another_one_starts_is_not_done_twice(settings, dataset, monkeypatch):
+    def meanwhile(field, folder):
+        monkeypatch.undo()
+        capture(settings, dataset, SHARD)
+        return folder
+
+    monkeypatch.setattr(capture_module, "make_folder", meanwhile)
+    assert capture(settings, dataset, SHARD).positions_asked == 0
+
+
 def test_a_capture_that_is_stopped_leaves_nothing_half_written(settings):
     settings.output.mkdir()
-    with pytest.raises(SystemExit), capture_module._only_writer(settings.output, new=True):  # noqa: PT012 - what stops it
+    with pytest.raises(SystemExit), capture_module._only_writer(settings.output):  # noqa: PT012 - what stops it
         (settings.output / ".train-000001.safetensors.7.tmp").write_bytes(b"half")  # a worker's
         raise SystemExit(143)
     assert files_of(settings.output) == {}

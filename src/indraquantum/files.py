@@ -7,6 +7,7 @@ maintained library does this for folders too. filelock provides the lock of a fo
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from indraquantum.errors import UserError
+from indraquantum.errors import UserError, refused_by_system
 
 _UMASK = os.umask(0)  # the only way to read it
 os.umask(_UMASK)
@@ -87,6 +88,9 @@ def not_written(field: str, path: Path, size: int, error: OSError, then: str = "
     return UserError(field, path, f"could not be written: {error.strerror} {room}{then}")
 
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # such as of a network folder
+
+
 @contextlib.contextmanager
 def folder_lock(field: str, folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone. The system drops the lock when the process ends, however it ends.
@@ -101,9 +105,14 @@ def folder_lock(field: str, folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(field, folder, "is in use by another run; wait until it ends, or give another folder") from None
-    except OSError as error:  # such as ENOLCK of a network folder
-        allowed = f"must be on a file system with locks, but can't be locked ({error.strerror}); give another folder"
-        raise UserError(field, folder, allowed) from None
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            said = f"must be on a file system with locks, but can't be locked ({error.strerror}); give another folder"
+            raise UserError(field, folder, said) from None
+        if (refused := refused_by_system(error)) is None:
+            raise
+        path = error.filename or folder
+        raise UserError(field, path, f"{refused.allowed} ({error.strerror}), or give another folder") from None
     try:
         with _shown_as_held(folder / HELD):
             yield
@@ -146,7 +155,7 @@ def try_lock(folder: Path, wait: bool = False) -> Iterator[bool]:
     """Lock `folder` itself, without a file in it; yield whether that succeeded.
 
     Unlike `folder_lock`, it leaves nothing in a folder of yours, and a lock that another process holds is no error. On
-    a file system without locks it never succeeds.
+    a file system without locks it never succeeds, and neither does it on a folder that was just removed or replaced.
 
     Args:
         folder: what to lock.
@@ -160,10 +169,11 @@ def try_lock(folder: Path, wait: bool = False) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            still_there = os.path.samestat(os.fstat(descriptor), folder.stat())
         except OSError:
             yield False
         else:
-            yield True
+            yield still_there
     finally:
         os.close(descriptor)
 

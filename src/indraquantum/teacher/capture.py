@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from indraquantum.data.prepared import PreparedDataset
 
 SHARD_POSITIONS = 65_536  # about 3 MB; one worker captures one shard at a time
+MARK = ".begun-by-train"  # beside the manifest of a capture that training began and has not completed
 # The files that a capture writes besides shards and manifest. It leaves all other files in its folder alone.
 JOURNAL = re.compile(rf"(train|validation)-\d{{6,}}\.safetensors{re.escape(SUFFIX)}")
 LEFTOVER = re.compile(r"\.(manifest\.json|(train|validation)-\d{6,}\.safetensors)\.\d+\.tmp")
@@ -87,8 +88,16 @@ class CaptureReport:
         return self.positions_asked / self.seconds if self.seconds else 0.0
 
 
+class FolderInUse(UserError):
+    """Another process writes to the folder of signals."""
+
+
 def capture(
-    settings: CaptureSettings, dataset: PreparedDataset | None = None, shard_positions: int = SHARD_POSITIONS
+    settings: CaptureSettings,
+    dataset: PreparedDataset | None = None,
+    shard_positions: int = SHARD_POSITIONS,
+    *,
+    by_train: bool = False,
 ) -> CaptureReport:
     """Capture a teacher's signals, or resume a capture that was stopped.
 
@@ -96,11 +105,13 @@ def capture(
         settings: the command's options.
         dataset: `settings.data` if it is already open.
         shard_positions: about how many positions a shard has. A resumed capture keeps its own number.
+        by_train: whether training captures. It completes a capture that it began, which the file MARK tells it.
 
     Returns:
         What was done, and statistics of the signals.
 
     Raises:
+        FolderInUse: another process writes to the output folder, which is left as it is.
         UserError: the teacher or the dataset is wrong, or the output folder holds signals of other settings.
     """
     files = None
@@ -117,10 +128,12 @@ def capture(
         dataset = open_data(settings, files, verify=True)
     if files:
         check_tokenizer(files, dataset)
-    manifest = _begin_or_continue(settings, files, dataset, shard_positions)
+    identity = _identity(settings, files, dataset, shard_positions)
     folder = make_folder("--output", settings.output)
-    with _only_writer(folder, new=not (folder / MANIFEST_NAME).is_file()):
-        manifest = _verified(folder, manifest)
+    with _only_writer(folder):
+        manifest = _verified(folder, _begin_or_continue(settings, files, dataset, identity))
+        if not manifest.shards:  # who captures the first shard has begun the capture
+            _mark(folder, by_train)
         missing = _jobs(dataset, manifest)
         jobs = _wanted(settings, dataset, manifest, missing)
         asked, packed, began = 0, None, time.perf_counter()
@@ -135,6 +148,8 @@ def capture(
                 if folder.is_dir():
                     raise
                 raise UserError("--output", folder, "was removed while the capture wrote to it") from None
+        if manifest.complete:
+            _mark(folder, False)
         seconds = time.perf_counter() - began
     return CaptureReport(
         output=folder,
@@ -149,10 +164,10 @@ def capture(
     )
 
 
-def _begin_or_continue(
+def _identity(
     settings: CaptureSettings, files: TeacherFiles | None, dataset: PreparedDataset, shard_positions: int
-) -> Manifest:
-    """Return the manifest of the output folder if it belongs to the same capture, or a new one."""
+) -> Identity:
+    """Return what the signals of a new capture belong to."""
     identity = Identity(
         served=files is None,
         teacher_sha256=files.sha256() if files else served_identity(settings),
@@ -168,6 +183,13 @@ def _begin_or_continue(
     )
     if settings.kind == "topk" and settings.top_k > identity.vocabulary_size:
         raise UserError("--top-k", settings.top_k, f"must be at most the vocabulary's {identity.vocabulary_size}")
+    return identity
+
+
+def _begin_or_continue(
+    settings: CaptureSettings, files: TeacherFiles | None, dataset: PreparedDataset, identity: Identity
+) -> Manifest:
+    """Return the manifest of the output folder if it belongs to the same capture, or a new one."""
     if (settings.output / MANIFEST_NAME).is_file():
         check_manifest_json("--output", settings.output / MANIFEST_NAME)
         existing = read_manifest("--output", settings.output)
@@ -241,19 +263,32 @@ def _with_batch(
 
 
 @contextlib.contextmanager
-def _only_writer(folder: Path, new: bool) -> Iterator[None]:
-    """Hold the folder, so that two captures don't overwrite each other's manifest."""
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder, so that two captures don't overwrite each other's manifest. Only its holder removes it."""
     with try_lock(folder) as locked:  # not `folder_lock`, which would leave a file among the signals
         if not locked:
             allowed = "is in use by another run, or its file system has no locks; wait, or give another folder"
-            raise UserError("--output", folder, allowed)
+            raise FolderInUse("--output", folder, allowed)
         _remove_leftovers(folder)  # of a capture that was killed
-        for journal in _journals(folder) if new else ():
-            journal.unlink()  # without a manifest it is of no use
+        if not (folder / MANIFEST_NAME).is_file():
+            for journal in _journals(folder):
+                journal.unlink()  # without a manifest it is of no use
         try:
             yield
         finally:
             _remove_leftovers(folder)  # of workers that were killed or stopped
+            if (folder / MARK).exists() and not (folder / MANIFEST_NAME).exists():  # training captured nothing
+                _mark(folder, False)
+                with contextlib.suppress(OSError):  # it holds something else
+                    folder.rmdir()
+
+
+def _mark(folder: Path, by_train: bool) -> None:
+    """Write or remove what says that training began the capture in `folder`. Only the holder of the folder does."""
+    if by_train:
+        (folder / MARK).touch()
+    else:
+        (folder / MARK).unlink(missing_ok=True)
 
 
 def _journals(folder: Path) -> list[Path]:

@@ -121,9 +121,7 @@ def load_checkpoint(field: str, path: Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:  # which is a ValueError
         raise
-    except UnpicklingError:
-        raise DamagedCheckpoint(field, path, f"{MUST} (it holds more than tensors and plain values)") from None
-    except (OSError, MemoryError, *MALFORMED) as error:
+    except (OSError, MemoryError, UnpicklingError, *MALFORMED) as error:
         raise _not_loaded(field, path, error, verified=manifest is not None) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DamagedCheckpoint(field, path, MUST)
@@ -150,6 +148,9 @@ def _not_loaded(field: str, path: Path, error: Exception, *, verified: bool) -> 
     """
     if isinstance(error, OSError) and error.errno != errno.EINVAL:  # zipfile seeks to where damaged bytes point
         return UserError(field, path, f"{MUST} ({error.strerror})")
+    if isinstance(error, UnpicklingError):
+        kind = UserError if verified else DamagedCheckpoint
+        return kind(field, path, f"{MUST} (it holds more than tensors and plain values)")
     if verified or isinstance(error, MemoryError) or "allocat" in str(error):
         return UserError(field, path, f"{MUST} (it can't be loaded: {_first_line(error) or 'memory ran out'})")
     return DamagedCheckpoint(field, path, f"{MUST} (incomplete or damaged: {_first_line(error)})")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,18 +132,29 @@ def complete(run: Run, metrics_path: Path, interrupts: Interrupts, folders: Held
             log = MetricsLog(metrics_path, kept, tracker)
     if not processes.alone:
         interrupts.join(processes.largest)
+    with _closed(log):
+        try:
+            processes.first(lambda: write_run_record(metrics_path.parent, run))
+            continue_run(run, log, interrupts, folders)
+            processes.first(lambda: write_run_record(metrics_path.parent, run))
+        except Interrupted as interrupted:
+            if processes.is_first:
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    said = f"Stopped at step {run.step} by {interrupted.name}. To resume, {_same_command(run)}."
+                    warn(said)
+            raise
+
+
+@contextlib.contextmanager
+def _closed(log: MetricsLog | NoLog) -> Iterator[None]:
+    """Close `log` at the end. If an error ends the block, an error of the log, such as of its disk, doesn't hide it."""
     try:
-        processes.first(lambda: write_run_record(metrics_path.parent, run))
-        continue_run(run, log, interrupts, folders)
-        processes.first(lambda: write_run_record(metrics_path.parent, run))
-    except Interrupted as interrupted:
-        if processes.is_first:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                said = f"Stopped at step {run.step} by {interrupted.name}. To resume, {_same_command(run)}."
-                warn(said)
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            log.close()
         raise
-    finally:
-        log.close()
+    log.close()
 
 
 def _same_command(run: Run) -> str:
@@ -162,11 +174,11 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
     Raises:
         Interrupted: a signal came.
         FolderRemoved: one of the folders is gone.
-        UserError: something can't be written. If it is a step's metrics or samples, the run saves that step if it can.
+        UserError: something can't be written. If it is in the logs, the run saves its last step if it can.
     """
     silent = not run.processes.is_first
     progress = Progress(run.name, run.total_steps, "steps", done=run.step, silent=silent)
-    best = run.best
+    best, pending = run.best, run.pending
     with interrupts.deferred(), progress:
         try:
             while run.pending is not None or not run.finished:
@@ -187,7 +199,8 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
                         raise TrainingStopped(f"{collapsed}; to continue, use --on-collapse warn")
                     if run.after_step is not None:
                         run.after_step(run)
-                run.pending, run.saved = None, False  # a checkpoint may still have what was pending
+                # A checkpoint may still have what was pending.
+                pending, run.pending, run.saved = run.pending, None, False
                 if is_best and run.step and run.keep_best:  # before the one to resume from, which is never ahead
                     write_checkpoint(run, run.folder / BEST_NAME, log)
                 save_where_due(run, log)
@@ -207,11 +220,14 @@ def continue_run(run: Run, log: MetricsLog | NoLog, interrupts: Interrupts, fold
                 said = [*said, _saved(run)]
             raise FolderRemoved(removed.field, removed.value, "; ".join([removed.allowed, *said])) from None
         except UserError as error:
-            if error.field != "--logs" or run.pending is None or not run.step or run.saved:
+            if error.field != "--logs" or not run.step or run.saved:
                 raise
-            run.best, allowed = best, error.allowed  # a resumed run evaluates this step again
+            # A resumed run evaluates this step again and writes its metrics.
+            run.best, run.pending, allowed = best, run.pending or pending, error.allowed
+            with contextlib.suppress(Exception):  # whatever the logs' disk or a tracker raises
+                log.sync()
             with contextlib.suppress(UserError):  # the disk of the checkpoints may be full too
-                save(run, run.step_path, log)
+                save(run, run.step_path, NoLog())
                 allowed = f"{allowed}; {_saved(run)}"
             raise UserError(error.field, error.value, allowed) from None
 

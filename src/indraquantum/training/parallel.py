@@ -271,6 +271,7 @@ class FullyShardedParallel(SingleProcess):
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
         super().__init__(learner, processes, precision)
+        self.device = device
         mesh = init_device_mesh(device.type, (processes.world,))
         for layer in learner.backbone.layers:
             fully_shard(layer, mesh=mesh)
@@ -330,7 +331,8 @@ def make_parallel(
 
     Args:
         kind: auto takes DDP; one process needs neither.
-        learner: on `device`, with the same weights in each process.
+        learner: on the CPU or on `device`, with the same weights in each process. Unless it is sharded, it is moved to
+            `device` as a whole. FSDP2 moves one layer at a time, because a device may be too small for all of them.
         processes: those of the run.
         device: this process's.
         unused: some weights get no gradient.
@@ -340,14 +342,14 @@ def make_parallel(
         UserError: FSDP2 is to work with a loss scale.
     """
     if processes.alone:
-        return SingleProcess(learner, precision=precision)
+        return SingleProcess(learner.to(device), precision=precision)
     precision = precision or Precision()
     if kind == "fsdp2" and precision.scaler.is_enabled():
         # Each process would see only the overflow of its own shards.
         raise UserError("--precision", "float16", "must be float32 or bfloat16 with --parallel fsdp2")
     if kind == "fsdp2":
         return FullyShardedParallel(learner, processes, precision, device)
-    return DataParallel(learner, processes, precision, unused=unused)
+    return DataParallel(learner.to(device), processes, precision, unused=unused)
 
 
 def _numbered(state: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from indraquantum.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     require_model_type,
+    save_checkpoint,
     set_aside,
 )
 from indraquantum.training.guards import CollapseGuard
@@ -47,7 +48,7 @@ from indraquantum.training.run import (
     will_resume,
 )
 from indraquantum.training.schedule import decay_begins
-from indraquantum.training.signals import folder_of, with_shards
+from indraquantum.training.signals import folder_of, how_to_name, option_of, with_shards
 
 # What the program did before it had an option, for options whose default is something else.
 BEFORE_THE_OPTION = {
@@ -62,7 +63,7 @@ BEFORE_THE_OPTION = {
 }
 # Options whose default is another one than when some runs began.
 CHANGED_DEFAULTS = ("table_rate", "projector_rate", "bias_start", "table_start", "precision")
-LENGTHS = ("epochs", "max_steps", "steps")  # options
+LENGTHS = ("minutes", "epochs", "max_steps", "steps")  # options
 STAGE_LENGTHS = ("steps", "planned_steps")  # in a stage's identity
 
 
@@ -87,7 +88,7 @@ def resume(run: Run) -> bool:
         checkpoint = read[0].checkpoint if read else load_checkpoint(field, path)
         require_model_type(field, path, checkpoint, run.model.config.model_type)
         restore(run, checkpoint)
-    processes.first(lambda: _set_later_ones_aside(run, path))
+    processes.first(lambda: _go_back(run, path, checkpoint))
     if not run.finished:
         tell(f"Resuming from step {run.step} of {run.total_steps}.")
     elif run.step < run.total_steps:
@@ -101,20 +102,26 @@ def require_signals(settings: TrainSettings, plan: Plan) -> None:
     """Check before a capture, which may take hours, that the run to resume did not begin with other signals or none.
 
     Raises:
-        UserError: it began with signals that are not there now, or without a teacher; or no checkpoint is valid.
+        UserError: it began with signals that are not there now, or without any; or no checkpoint is valid.
     """
     lacking = [stage for stage in plan.stages if stage.lacks_signals]
     if not lacking or not will_resume(settings, plan):
         return
-    found = _wanted_checkpoint(settings.resume, settings.output, plan)
-    before = {} if found is None else found.checkpoint.settings
+    if (found := _wanted_checkpoint(settings.resume, settings.output, plan)) is None:
+        return
+    before = found.checkpoint.settings
     if before.get("no_teacher"):
-        raise UserError("--no-teacher", False, _as_there(settings, settings.output, True))
+        raise UserError("--no-teacher", False, as_there(settings, settings.output, True))
+    which = _which_run(settings, settings.output)
     for stage in lacking:
         if _signals_before(stage, plan, before) is not None:
-            which = _which_run(settings, settings.output)
-            allowed = f"must hold the signals that {which} began with; give their folder with --signals"
-            raise UserError("--signals", folder_of(stage.settings), f"{allowed}, or give another --output")
+            allowed = f"must hold the signals that {which} began with; give their folder {how_to_name(stage)}"
+            raise UserError(option_of(stage), folder_of(stage.settings), f"{allowed}, or give another --output")
+    allowed = (
+        f"needs signals in stage {lacking[0].spec.name}, but {which} began without them, in the stages "
+        f"{', '.join(before['stages'])}; give the strategy and the weights of that run, or another --output"
+    )
+    raise UserError("--strategy", settings.strategy, allowed)
 
 
 def _signals_before(stage: RunStage, plan: Plan, before: Mapping[str, Any]) -> str | None:
@@ -134,9 +141,18 @@ def _wanted_checkpoint(wanted: str, folder: Path, plan: Plan) -> Found | None:
     return Found(Path(wanted), load_checkpoint("--resume", Path(wanted)))
 
 
-def _set_later_ones_aside(run: Run, used: Path) -> None:
-    """Set later checkpoints aside when a run goes back to an earlier one. They would be ahead of the metrics."""
-    later = [path for step, path in checkpoints_in(run.folder, run.plan.step_of_epoch) if step > run.step]
+def _go_back(run: Run, used: Path, checkpoint: Checkpoint) -> None:
+    """Set later checkpoints aside when a run goes back to an earlier one. They would be ahead of the metrics.
+
+    Args:
+        run: the run, restored.
+        used: the path that it was restored from.
+        checkpoint: what is there. Automatic resume must find it too, even if it has the name of the best one.
+    """
+    there = checkpoints_in(run.folder, run.plan.step_of_epoch)
+    if run.settings.resume != "auto" and run.step not in (step for step, _ in there):
+        save_checkpoint(run.step_path, checkpoint)
+    later = [path for step, path in there if step > run.step]
     best = run.folder / BEST_NAME
     # Automatic resume may find one that is ahead too, after a crash. Then the same steps will write it again.
     if run.settings.resume != "auto" and best.exists() and _is_ahead(best, run.step):
@@ -178,11 +194,11 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     way = continued(before.get("products"), "--resume")
     put_in_force(way)
     run.identity["products"] = before["products"] = str(way)
-    if (found := first_difference(without_length(run.identity), without_length(before))) is not None:
-        raise _refused(run, found)
     now, then = (", ".join(settings["stages"]) for settings in (run.identity, checkpoint.settings))
     if now != then:
-        raise UserError("--strategy", f"stages {now}", _as_there(run.settings, run.folder, then))
+        raise UserError("--strategy", f"stages {now}", as_there(run.settings, run.folder, then))
+    if (found := first_difference(without_length(run.identity), without_length(before))) is not None:
+        raise _refused(run, found)
     try:
         plan = extended(run.plan, before, checkpoint.step)
     except NotExtensible as error:
@@ -215,7 +231,7 @@ def _keep_start(run: Run, before: Mapping[str, Any]) -> None:
     path, now, then = run.plan.strategy.start_from, run.identity["start_from"], before.get("start_from")
     if then is None:
         if path is not None:
-            raise UserError("--start-from", path, _as_there(run.settings, run.folder, None))
+            raise UserError("--start-from", path, as_there(run.settings, run.folder, None))
         return
     has_more_stages = any(stage.spec.only_from_scratch for stage in run.plan.stages)
     if has_more_stages or now not in (None, then):
@@ -271,16 +287,18 @@ def _settings_of(stage: RunStage, kept: Mapping[str, Any]) -> TrainSettings | Te
 def _refused(run: Run, found: Difference) -> UserError:
     """Return the error for a run that can't resume because of the difference `found`."""
     option, value = found.option_and_value()
-    if found.path == ("signals",) and found.now is not None:
+    if found.path[-1] == "signals" and found.now is not None and found.then is not None:
+        asking = [stage for stage in run.plan.stages if stage.signals is not None]
+        stage = next(stage for stage in asking if _signals_before(stage, run.plan, run.identity) == found.now)
         allowed = (
             f"must hold exactly the signals that {_which_run(run.settings, run.folder)} began with; if their capture "
             "has gone on since, begin a new run with another --output"
         )
-        return UserError(option, folder_of(run.settings), allowed)
-    return UserError(option, value, _as_there(run.settings, run.folder, found.then))
+        return UserError(option_of(stage), folder_of(stage.settings), allowed)
+    return UserError(option, value, as_there(run.settings, run.folder, found.then))
 
 
-def _as_there(settings: RunSettings, folder: Path, then: Any) -> str:
+def as_there(settings: RunSettings, folder: Path, then: Any) -> str:
     """Say what an option must be, so that the run can resume from its checkpoint."""
     must = "must be left out" if then is None else f"must be {then}"
     other = ", or give another --output" if settings.resume == "auto" else ""

@@ -194,7 +194,7 @@ def start_run(
     """
     weights = None if replaced else starting_weights(settings, plan)
     torch.manual_seed(settings.seed)
-    model = IndraQuantumPhase2(model_config(settings, plan)).to(device).train()
+    model = IndraQuantumPhase2(model_config(settings, plan)).train()
     if weights is not None:
         model.load_state_dict(weights)
     elif counts_text and not replaced:
@@ -215,7 +215,8 @@ def start_run(
         ),
         device=device,
         average=WeightAverage(model, settings.ema_decay),
-        identity=run_identity(settings, plan) | computed_by(precision),
+        # The lengths that were chosen for the minutes decide the run. The minutes are for a command that resumes it.
+        identity=run_identity(settings, plan) | computed_by(precision) | {"minutes": settings.minutes},
         folder=settings.output,
         keep_best=settings.keep_best,
         patience=settings.patience,
@@ -274,12 +275,13 @@ def _label_counts(plan: Plan) -> np.ndarray:
     return np.sum([stage.train.label_counts(size) for stage in plan.stages], axis=0)
 
 
-def trial_run(settings: TrainSettings, *, counts_text: bool = True) -> Run:
+def trial_run(settings: TrainSettings, *, counts_text: bool = True, may_resume: bool = False) -> Run:
     """Return a run at its first step that writes no files. If signals are not captured yet, its stages have none.
 
     Args:
         settings: the options of the command.
         counts_text: as for `start_run`.
+        may_resume: whether the checkpoint of --start-from need not exist if `indra train` would resume.
 
     Raises:
         UserError: settings, data or signals don't fit.
@@ -290,7 +292,8 @@ def trial_run(settings: TrainSettings, *, counts_text: bool = True) -> Run:
     plan = find_signals(plan_run(settings, dataset))
     for folder in dict.fromkeys(folder_of(stage.settings) for stage in plan.stages if stage.lacks_signals):
         tell(f"No teacher signals at {folder}; this test continues without them. `indra train` captures them first.")
-    return start_run(settings, plan, device, counts_text=counts_text)
+    replaced = may_resume and will_resume(settings, plan)
+    return start_run(settings, plan, device, counts_text=counts_text, replaced=replaced)
 
 
 def accelerate(model: IndraQuantumPhase2, settings: TrainSettings, device: torch.device) -> None:
@@ -418,9 +421,9 @@ def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
         "tail": _tail(settings, plan),
         "softmax": softmax_of(settings, plan),
         "data": plan.dataset.content_sha256,
-        "signals": own_signals_sha256(plan),
         "start_from": sha256_of(start) if start and start.is_file() else None,  # a resumed run needs no file
         "stages": {stage.spec.name: stage_identity(stage, plan) for stage in plan.stages},
+        "signals": own_signals_sha256(plan),  # after the weights, which say more if they are why the signals differ
     }
 
 

@@ -2,28 +2,25 @@
 
 A stage whose weights are all 0 needs no signals.
 
-Training completes a capture that it began itself, which the file MARK in the folder tells. One that `indra capture`
-began is used as it is, also if it is unfinished.
+Training completes a capture that it began itself, which the file MARK of teacher/capture.py tells. One that
+`indra capture` began is used as it is, also if it is unfinished.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from indraquantum.config import CaptureSettings, TrainSettings
 from indraquantum.errors import UserError
-from indraquantum.files import combined_sha256, make_folder
+from indraquantum.files import combined_sha256
 from indraquantum.processes import ALONE, Processes
 from indraquantum.progress import tell
-from indraquantum.teacher.capture import capture
+from indraquantum.teacher.capture import MARK, FolderInUse, capture
 from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest, statistics_of
 from indraquantum.teacher.signals import SignalStore, verify_signals
 from indraquantum.training.plan import Plan, RunStage
-
-MARK = ".begun-by-train"  # beside the manifest of a capture that training began and has not completed
 
 
 def find_signals(plan: Plan, processes: Processes = ALONE, opened: SignalStore | None = None) -> Plan:
@@ -107,13 +104,14 @@ def check_folders(plan: Plan) -> None:
 def _verified_signals(stage: RunStage, processes: Processes) -> SignalStore | None:
     """Return the signals for the dataset of `stage`, or None if training is still to capture them."""
     settings, folder = stage.settings, folder_of(stage.settings)
-    if processes.first(lambda: settings.signals is None and _is_to_capture(folder)):
+    field = option_of(stage)
+    if processes.first(lambda: settings.signals is None and _is_to_capture(field, folder)):
         return None
     with processes.together():
-        store = verify_signals("--signals", folder, stage.dataset)
+        store = verify_signals(field, folder, stage.dataset)
         if store.coverage == 0:  # a capture that was stopped before its first shard
             allowed = "must cover a training row: resume the capture with `indra capture`, or train with --no-teacher"
-            raise UserError("--signals", folder, allowed)
+            raise UserError(field, folder, allowed)
         tell(f"Teacher signals: {folder}, {100 * store.coverage:.1f} % of the training rows covered.")
         return store
 
@@ -123,27 +121,23 @@ def folder_of(settings: TrainSettings) -> Path:
     return settings.signals or settings.data.parent / "teacher_signals"
 
 
-def _is_to_capture(folder: Path) -> bool:
+def option_of(stage: RunStage) -> str:
+    """Return what names the folder of the stage's signals: an option, or an entry of the file of the strategy."""
+    return "--signals" if stage.spec.data is None else f"--strategy: stage {stage.spec.name}: signals"
+
+
+def how_to_name(stage: RunStage) -> str:
+    """Say in a message how to name another folder for the signals of `stage`."""
+    if stage.spec.data is None:
+        return "with --signals"
+    return f"as `signals` of stage {stage.spec.name} in the file of --strategy"
+
+
+def _is_to_capture(field: str, folder: Path) -> bool:
     """Return whether there are no signals in `folder`, or only those of an unfinished capture that training began."""
     if not (folder / MANIFEST_NAME).exists():
         return True
-    return (folder / MARK).exists() and not read_manifest("--signals", folder).complete
-
-
-@contextlib.contextmanager
-def _marked(folder: Path) -> Iterator[None]:
-    """Mark the capture in `folder` as one that training completes, until it is complete or nothing of it is left."""
-    mark = make_folder("--signals", folder) / MARK
-    mark.touch()
-    try:
-        yield
-    except BaseException:
-        if not (folder / MANIFEST_NAME).exists():
-            mark.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it holds something else, or is gone
-                folder.rmdir()
-        raise
-    mark.unlink(missing_ok=True)
+    return (folder / MARK).exists() and not read_manifest(field, folder).complete
 
 
 def _capture(stage: RunStage) -> None:
@@ -161,13 +155,15 @@ def _capture(stage: RunStage) -> None:
         **stated,
     )
     try:
-        with _marked(folder):
-            capture(options, stage.dataset)
+        capture(options, stage.dataset, by_train=True)
+    except FolderInUse as error:
+        raise UserError(option_of(stage), folder, error.allowed) from None
     except UserError as error:
+        field = option_of(stage) if error.field == "--output" else error.field  # of the capture, not of the run
         way_out = "or --no-teacher"
         if begun:
-            way_out = f"to train on what is there, use --signals {folder}; to capture anew, remove that folder"
-        raise UserError(error.field, error.value, f"{error.allowed}; {way_out}") from None
+            way_out = f"to train on what is there, give {folder} {how_to_name(stage)}; to capture anew, remove it"
+        raise UserError(field, error.value, f"{error.allowed}; {way_out}") from None
 
 
 def _check_signals(stage: RunStage, signals: SignalStore) -> None:
@@ -207,7 +203,7 @@ def with_shards(stage: RunStage, signals: SignalStore, wanted: Sequence[str]) ->
     if shards == there.shards or [entry.sha256 for entry in shards] != list(wanted):
         return stage
     part = there.model_copy(update={"shards": shards, "complete": False, "statistics": statistics_of(shards)})
-    kept = SignalStore("--signals", folder_of(stage.settings), part, stage.dataset)
+    kept = SignalStore(option_of(stage), folder_of(stage.settings), part, stage.dataset)
     said = f"This run began with a part of the signals, and keeps it: {100 * kept.coverage:.1f} % of the training rows."
     tell(f"{said} To use all of them, begin a new run with another --output.")
     return replace(stage, signals=kept)

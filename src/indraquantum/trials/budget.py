@@ -22,13 +22,12 @@ from indraquantum.config import TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.evaluation.held_out import batches, losses_of
 from indraquantum.kernels.onednn import onednn_products
-from indraquantum.metrics import read_record
 from indraquantum.progress import duration, tell
 from indraquantum.strategy import resolve
 from indraquantum.training.checkpoint import DamagedCheckpoint, load_checkpoint
-from indraquantum.training.folders import folder_of_record, metrics_path_of
 from indraquantum.training.loop import take_step
 from indraquantum.training.plan import rows_per_step
+from indraquantum.training.resume import as_there
 from indraquantum.training.run import Run, trial_run
 from indraquantum.training.schedule import steps_per_epoch
 
@@ -104,16 +103,14 @@ def _begun(settings: TrainSettings) -> dict[str, Any] | None:
     """
     if (before := _settings_of_checkpoint(settings)) is None:
         return None
-    there = f"as in the run that {settings.output} holds, or give another --output"
-    logs = metrics_path_of(settings).parent
-    if (folder := folder_of_record(logs)) is not None and folder.resolve() == settings.output.resolve():
-        minutes = (read_record(logs) or {})["settings"].get("minutes")
-        if minutes != settings.minutes:
-            raise UserError("--minutes", settings.minutes, f"must be {minutes or 'left out'}, {there}")
+    if before.get("minutes", settings.minutes) != settings.minutes:
+        raise UserError("--minutes", settings.minutes, as_there(settings, settings.output, before["minutes"]))
+    if "minutes" not in before:  # an earlier version wrote it
+        tell(f"--minutes {settings.minutes:g} changes nothing: the run that resumes keeps its number of steps.")
     chosen = {name: before[name] for name in ("max_steps", "epochs", "batch_tokens") if name in before}
     given = settings.batch_tokens
     if "batch_tokens" in settings.model_fields_set and given != chosen.get("batch_tokens", given):
-        raise UserError("--batch-tokens", given, f"must be {chosen['batch_tokens']}, {there}")
+        raise UserError("--batch-tokens", given, as_there(settings, settings.output, chosen["batch_tokens"]))
     return chosen
 
 

@@ -51,7 +51,7 @@ def dry_run(settings: TrainSettings) -> DryRun:
     Raises:
         UserError: settings, data or signals don't fit.
     """
-    run = trial_run(within_minutes(settings), counts_text=False)
+    run = trial_run(within_minutes(settings), counts_text=False, may_resume=True)
     found = measure(run)
     print(report(found))
     return found
