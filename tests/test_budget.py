@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from indraquantum import cli
@@ -17,7 +18,14 @@ from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
 from indraquantum.training.loop import train
 from indraquantum.training.run import trial_run
 from indraquantum.trials import budget
-from indraquantum.trials.budget import REACHED, evaluation_seconds, expected_loss, step_seconds, within_minutes
+from indraquantum.trials.budget import (
+    REACHED,
+    evaluation_seconds,
+    expected_loss,
+    real_tokens_per_step,
+    step_seconds,
+    within_minutes,
+)
 from indraquantum.trials.dry_run import dry_run
 from indraquantum.trials.lr_range import lr_range_test
 
@@ -59,6 +67,15 @@ def test_the_minutes_are_those_of_the_stages_that_are_left(world, tmp_path, slow
     evaluated = {0, plan.total_steps, *range(0, plan.total_steps + 1, 10)}
     evaluated |= {step for step in range(plan.total_steps + 1) if plan.epoch_ends(step)}
     assert 27 * 60 < plan.total_steps * 4 + len(evaluated) * 7 <= 30 * 60
+
+
+def test_padding_is_not_counted_as_tokens(world, tmp_path):
+    run = trial_run(settings(world, tmp_path, minutes=None, data=world.pickle, tokenizer=str(world.tokenizer), epochs=1))
+    stage = run.plan.stages[0]
+    rows = [rows for step in range(stage.steps) for rows in stage.rows_of(step)]
+    seen = sum(int((stage.train.batch(np.array([row])).index >= 0).sum()) for row in rows)
+    assert seen < 0.95 * len(rows) * stage.dataset.row_length
+    assert stage.steps * real_tokens_per_step(stage) == pytest.approx(seen, rel=0.02)
 
 
 def test_an_evaluation_takes_as_long_for_each_row_as_its_first_batches(world, tmp_path, monkeypatch):
@@ -192,7 +209,7 @@ def test_the_command_times_real_steps(world, tmp_path, monkeypatch, capsys):
 
 def test_the_expected_loss_meets_the_measured_ones(world, tmp_path):
     class Known:
-        settings = TrainSettings(no_teacher=True)
+        settings = TrainSettings(no_teacher=True, batch_tokens=2048, seed=7, max_steps=99)
 
         class model:
             class config:
@@ -207,7 +224,11 @@ def test_the_expected_loss_meets_the_measured_ones(world, tmp_path):
     assert expected_loss(Known, 1.4 * most) < REACHED[-1][1]
     assert expected_loss(Known, 0.4 * fewest) is None
     assert expected_loss(Known, 1.6 * most) is None
-    for other in ({"d_model": 64}, {"state_width": 64}):
-        Known.settings = TrainSettings(no_teacher=True, **other)
+    for other in (
+        {"d_model": 64}, {"state_width": 64}, {"no_teacher": False}, {"batch_tokens": 4096}, {"head": "born"},
+        {"phase_spread": 3.0}, {"strategy": "stage1"}, {"dropout": 0.5}, {"table_rate": 1000.0},
+        {"schedule": "constant"}, {"start_from": "other.pt"},
+    ):  # fmt: skip
+        Known.settings = TrainSettings(**{"no_teacher": True, "batch_tokens": 2048, **other})
         assert expected_loss(Known, 820_000) is None
     assert expected_loss(trial_run(settings(world, tmp_path, minutes=None)), 820_000) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,13 @@ def test_text_of_one_token_and_no_pairs_starts_as_drawn():
         table = cooccurrence_table([split_of(documents)], V, 6, seed=3)
         assert table.shape == (V, 6)
         assert torch.isfinite(table).all()
+
+
+def test_a_document_of_several_stages_counts_once(documents):
+    whole = split_of(documents)
+    first = replace(whole, pieces=np.array([[0, 9]]), places_elsewhere=np.zeros(1, dtype=np.int64))
+    assert first.has_document.tolist() == [True] + [False] * 39
+    assert torch.equal(cooccurrence_table([first, whole, whole], V, 3, 1), cooccurrence_table([whole], V, 3, 1))
 
 
 def test_of_a_long_text_whole_documents_are_counted(monkeypatch, documents):

@@ -337,9 +337,9 @@ SUMS_NAME = "SHA256SUMS"  # in the format of sha256sum: `sha256sum -c SHA256SUMS
 _SUM = re.compile(r"([0-9a-f]{64}) [ *]([^\\\0]+)")
 
 
-def write_sums(folder: Path, pattern: str = "**/*") -> None:
-    """Write `folder`/SHA256SUMS for its other files that match `pattern`; by default all, also in the folders in it."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file())
+def write_sums(folder: Path) -> None:
+    """Write `folder`/SHA256SUMS for all other files of the folder and of the folders in it."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     lines = [f"{sha256_of(folder / name)}  {name}\n" for name in names if name != SUMS_NAME]
     (folder / SUMS_NAME).write_text("".join(lines), encoding="utf-8")
 

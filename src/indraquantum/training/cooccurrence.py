@@ -60,13 +60,16 @@ def cooccurrence_table(splits: Sequence[Split], vocabulary_size: int, width: int
 
 
 def _text(splits: Sequence[Split]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of `splits`, and whether a document begins with each of them."""
+    """Return the tokens of `splits`, and whether a document begins with each of them. Each document counts once."""
     tokens, begins = [], []
-    lengths_of = [np.diff(split.document_offsets) for split in splits]
-    size = sum(lengths[split.has_document].sum() for split, lengths in zip(splits, lengths_of, strict=True))
-    every = max(1, math.ceil(size / MOST_TOKENS))
-    for split, lengths in zip(splits, lengths_of, strict=True):
-        chosen = split.has_document & ((np.cumsum(split.has_document) - 1) % every == 0)
+    streams: dict[int, tuple[Split, np.ndarray]] = {}  # several splits may be parts of one stream
+    for split in splits:
+        first, there = streams.get(id(split.tokens), (split, np.False_))
+        streams[id(split.tokens)] = first, there | split.has_document
+    parts = [(split, np.diff(split.document_offsets), there) for split, there in streams.values()]
+    every = max(1, math.ceil(sum(lengths[there].sum() for _, lengths, there in parts) / MOST_TOKENS))
+    for split, lengths, there in parts:
+        chosen = there & ((np.cumsum(there) - 1) % every == 0)
         is_first = np.zeros(len(split.tokens), dtype=bool)
         is_first[split.document_offsets[:-1][lengths > 0]] = True
         kept = np.repeat(chosen, lengths)

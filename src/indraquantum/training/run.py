@@ -239,8 +239,8 @@ def _start_from_counts(model: IndraQuantumPhase2, settings: TrainSettings, plan:
     if settings.table_start == "cooccurrence":
         table_Vd = model.embedding.weight
         std = settings.table_std or model.projector.table_std
-        texts = {id(stage.train): stage.train for stage in plan.stages}
-        table_Vd.copy_(std * cooccurrence_table(list(texts.values()), *table_Vd.shape, settings.seed))
+        texts = [stage.train for stage in plan.stages]
+        table_Vd.copy_(std * cooccurrence_table(texts, *table_Vd.shape, settings.seed))
 
 
 def log_frequencies(plan: Plan) -> np.ndarray:

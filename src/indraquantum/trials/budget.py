@@ -26,9 +26,9 @@ from indraquantum.progress import duration, tell
 from indraquantum.strategy import resolve
 from indraquantum.training.checkpoint import DamagedCheckpoint, load_checkpoint
 from indraquantum.training.loop import take_step
-from indraquantum.training.plan import rows_per_step
+from indraquantum.training.plan import RunStage, rows_per_step
 from indraquantum.training.resume import as_there
-from indraquantum.training.run import Run, trial_run
+from indraquantum.training.run import FREE_SETTINGS, Run, trial_run
 from indraquantum.training.schedule import steps_per_epoch
 
 BATCH_TOKENS = 2048  # better than the default of long runs for every length up to 10M tokens that was tried
@@ -37,10 +37,11 @@ WARM_UP, TIMED, SECONDS = 2, 3, 4.0  # steps before the timed ones; at least so 
 # Held-out nats per token at the end of runs of so many tokens: the default model on WikiText and Alpaca, V = 32,000, no
 # teacher (results/time-to-loss).
 REACHED = ((0.41e6, 4.68), (1.19e6, 4.26), (2.46e6, 4.02))
-ALIKE = (
-    "d_model", "state_width", "layers", "mlp_width", "projector", "magnitude", "ends", "optimizer", "learning_rate",
-    "bias_start", "table_start",
-)  # fmt: skip
+# What may be otherwise than in the measured runs. All other options change the loss, or were not tried.
+MAY_DIFFER = FREE_SETTINGS | {
+    "seed", "epochs", "max_steps", "evaluate_every", "patience", "micro_batch_tokens", "compile", "precision",
+    "softmax",
+}  # fmt: skip
 
 
 def within_minutes(settings: TrainSettings) -> TrainSettings:
@@ -78,13 +79,17 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
         raise UserError(
             "--minutes", settings.minutes, f"must be at least {least} here, where a step takes {seconds:.2g} s"
         )
-    stage = run.plan.stages[0]
-    tokens = steps * stage.rows_per_step * stage.dataset.row_length
+    tokens = round(steps * real_tokens_per_step(run.plan.stages[0]))
     said = f"{settings.minutes:g} minutes: {steps:,} steps of {settings.batch_tokens:,} tokens, {tokens:,} in all"
     tell(f"{said}; a step takes {duration(seconds) if seconds >= 1 else f'{seconds:.2f} s'}.")
     if (loss := expected_loss(run, tokens)) is not None:
         tell(f"Held-out loss: {expectation(loss)}.")
     return settings.model_copy(update=_lengths(run, steps))
+
+
+def real_tokens_per_step(stage: RunStage) -> float:
+    """Return how many tokens a step of `stage` reads on average, without padding."""
+    return stage.rows_per_step * stage.train.num_tokens / stage.train.num_rows
 
 
 def _lengths(run: Run, steps: int) -> dict[str, int]:
@@ -169,8 +174,9 @@ def expectation(loss: float) -> str:
 
 def expected_loss(run: Run, tokens: int) -> float | None:
     """Return the held-out loss of the default model after `tokens` tokens; None if nothing like `run` was measured."""
-    settings, defaults = run.settings, TrainSettings.model_fields
-    alike = all(getattr(settings, name) == defaults[name].default for name in ALIKE) and settings.no_teacher
+    measured = TrainSettings(no_teacher=True, batch_tokens=BATCH_TOKENS)
+    settings, default = (each.model_dump(exclude=MAY_DIFFER) for each in (run.settings, measured))
+    alike = settings == default
     size_differs = abs(run.model.config.vocab_size / 32_000 - 1) > 0.1
     if not alike or size_differs or not REACHED[0][0] / 2 <= tokens <= REACHED[-1][0] * 1.5:
         return None

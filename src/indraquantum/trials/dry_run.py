@@ -20,7 +20,13 @@ from indraquantum.progress import duration
 from indraquantum.training.loop import take_step
 from indraquantum.training.plan import RunStage
 from indraquantum.training.run import Run, trial_run
-from indraquantum.trials.budget import evaluation_seconds, expectation, expected_loss, within_minutes
+from indraquantum.trials.budget import (
+    evaluation_seconds,
+    expectation,
+    expected_loss,
+    real_tokens_per_step,
+    within_minutes,
+)
 from indraquantum.trials.costs import StepSize, objective_bytes, parameter_counts, step_flops
 
 MEASURED_STEPS = 2  # in each stage: the first one is the warm-up, and the last one is measured
@@ -65,7 +71,7 @@ def measure(run: Run) -> DryRun:
     activations = activation_bytes(run, step.rows[: step.micro_batch_rows])
     seconds = [_step_seconds(run, stage) for stage in run.plan.stages]
     steps_seconds = sum(stage.steps * own for stage, own in zip(run.plan.stages, seconds, strict=True))
-    tokens = sum(stage.steps * stage.rows_per_step * stage.dataset.row_length for stage in run.plan.stages)
+    tokens = round(sum(stage.steps * real_tokens_per_step(stage) for stage in run.plan.stages))
     return DryRun(
         size=size,
         micro_batch_rows=step.micro_batch_rows,
