@@ -70,7 +70,8 @@ def test_the_minutes_are_those_of_the_stages_that_are_left(world, tmp_path, slow
 
 
 def test_padding_is_not_counted_as_tokens(world, tmp_path):
-    run = trial_run(settings(world, tmp_path, minutes=None, data=world.pickle, tokenizer=str(world.tokenizer), epochs=1))
+    padded = {"data": world.pickle, "tokenizer": str(world.tokenizer)}
+    run = trial_run(settings(world, tmp_path, minutes=None, epochs=1, **padded))
     stage = run.plan.stages[0]
     rows = [rows for step in range(stage.steps) for rows in stage.rows_of(step)]
     seen = sum(int((stage.train.batch(np.array([row])).index >= 0).sum()) for row in rows)

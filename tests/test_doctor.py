@@ -75,3 +75,25 @@ def test_no_home_folder_is_named(capsys, tmp_path, monkeypatch):
     said = indra(capsys, "doctor")[1].out
     assert "~/.cache/indraquantum" in said
     assert "somebody" not in said
+
+
+@pytest.mark.parametrize(("native", "told"), [(True, "native"), (False, "emulated, or none")])
+def test_a_gpu_is_described(capsys, monkeypatch, native, told):
+    import torch
+
+    facts = {
+        "is_available": True, "device_count": 1, "get_device_name": "NVIDIA T4", "get_device_capability": (7, 5),
+        "is_bf16_supported": native,
+    }  # fmt: skip
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    variables = {"NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "a:1", "PYTORCH_ENABLE_MPS_FALLBACK": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said = indra(capsys, "doctor")[1].out
+    expected = variables | {
+        "devices": "cpu, NVIDIA T4 (compute capability 7.5)", "CUDA of this build": "12.8", "bfloat16 of the GPU": told
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert f"{name:22} {value}\n" in said

@@ -12,11 +12,12 @@ import torch
 import survival
 from indraquantum import cli
 from indraquantum.data.dataset import open_dataset
-from indraquantum.errors import TrainingStopped
+from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher.signals import SignalStore
 from indraquantum.training import loop
 from indraquantum.training.checkpoint import newest_checkpoint
+from indraquantum.training.engine import Engine
 from indraquantum.training.schedule import rows_of_step
 
 
@@ -155,3 +156,12 @@ def test_the_exit_status_is_3(world, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith("indra: error: step 4: 1 weights are not finite")
     assert error.count("\n") == 1
+
+
+def test_a_step_that_does_not_fit_into_the_devices_memory_is_one_line(world, tmp_path, monkeypatch):
+    def full(engine, step):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(Engine, "step", full)
+    with pytest.raises(UserError, match=r"--micro-batch-tokens: got 768; must be smaller, .* memory of cpu"):
+        loop.train(survival.small_run(world, tmp_path))

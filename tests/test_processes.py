@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,10 @@ import forked
 from indraquantum.config import CaptureSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import TrainingStopped, UserError
+from indraquantum.interrupts import Interrupted
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
-from indraquantum.processes import ALONE, Processes, own_device, store_of_this_start
+from indraquantum.processes import ALONE, Processes, joined_processes, own_device, store_of_this_start
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training.engine import Engine
@@ -160,3 +163,29 @@ def test_a_restart_on_one_machine_finds_nothing_of_the_start_before(monkeypatch)
     assert not second.check(["address"])
     second.set("address", "of the living")
     assert peer.get("address") == b"of the living"
+
+
+@pytest.mark.parametrize(
+    ("error", "agreed", "waits"),
+    [
+        (None, False, True),
+        (Interrupted(15), False, True),
+        (UserError("--data", "x", "must be there"), True, True),
+        (UserError("--micro-batch-tokens", 1, "must be smaller"), False, False),
+        (RuntimeError("of this process alone"), False, False),
+    ],
+)
+def test_a_process_that_fails_alone_on_a_gpu_does_not_wait_for_the_others(monkeypatch, error, agreed, waits):
+    """NCCL ends a group only when all have left it, but the others are waiting for this process."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    done = []
+    for name in ("init_process_group", "new_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, name=name, **__: done.append(name))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with contextlib.suppress(UserError, RuntimeError, Interrupted), joined_processes() as processes:
+        processes.agreed = agreed
+        if error is not None:
+            raise error
+    assert ("destroy_process_group" in done) == waits

@@ -86,6 +86,24 @@ def test_the_estimate_covers_what_a_forward_pass_holds(tmp_path, kind, vocabular
     assert live.peak <= size.token * 8 * 64 <= 3 * live.peak
 
 
+def test_quantised_weights_take_as_much_memory_as_their_files(tmp_path):
+    page = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 30,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(page))
+    for number in (1, 2):
+        (tmp_path / f"model-{number}.safetensors").write_bytes(bytes(500))
+    files = find_teacher("--teacher", str(tmp_path))
+    plain = teacher_size(files, 2)
+    (tmp_path / "config.json").write_text(json.dumps(page | {"quantization_config": {"load_in_4bit": True}}))
+    assert plain.weights > 10_000
+    assert teacher_size(files, 2) == (1000, plain.token)
+
+
 def test_the_batch_follows_the_free_memory(settings, monkeypatch):
     files = find_teacher("--teacher", settings.teacher)
     size = teacher_size(files, 4)

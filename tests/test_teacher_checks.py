@@ -5,6 +5,7 @@ Models of the real architectures are made on the spot; each document alone is th
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import torch
 from indraquantum.errors import UserError
 from indraquantum.teacher.checks import differences, is_causal, packs_right, telling_rows
 from indraquantum.teacher.loading import load_teacher, teacher_config
-from indraquantum.teacher.teacher_files import find_teacher
+from indraquantum.teacher.refusals import refused_in_one_line
+from indraquantum.teacher.teacher_files import TeacherFiles, find_teacher
 from teacher_world import (
     ROW,
     VOCABULARY,
@@ -168,6 +170,19 @@ def test_logits_that_are_not_finite_are_refused_when_the_teacher_is_loaded(token
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(UserError, match="must give finite logits"):
         load_teacher(find_teacher("--teacher", str(tmp_path / "nan")), dataset, CPU)
+
+
+def test_too_little_memory_is_no_mixing_of_documents(tmp_path):
+    def packed_logits(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = SimpleNamespace(config=SimpleNamespace())
+    teacher = SimpleNamespace(packed_logits=packed_logits, model=model, precision="float32")
+    with (
+        pytest.raises(UserError, match=r"^--teacher: got t; must fit into the memory of the device"),
+        refused_in_one_line(TeacherFiles("--teacher", "t", tmp_path, None)),
+    ):
+        packs_right(teacher, None)
 
 
 def test_differences_by_hand():

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from indraquantum.teacher import sampling
 from indraquantum.teacher.sampling import count_distinct, draw_tokens, position_signals, row_uniforms
 
 VOCABULARY = 101  # prime, and no multiple of the sampler's blocks
@@ -125,6 +127,31 @@ def test_draws_do_not_depend_on_the_chunks(monkeypatch):
     whole = signals_of(logits_NV.clone())
     monkeypatch.setattr("indraquantum.teacher.sampling._CHUNK_ELEMENTS", 7 * 53 * 32)
     for ours, theirs in zip(signals_of(logits_NV.clone())[:7], whole[:7], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the program waits for a number of the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_accelerators_get_large_chunks_and_are_seldom_waited_for(monkeypatch):
+    logits_NV, chunks = random_logits(41), 6
+    monkeypatch.setattr(sampling, "_CHUNK_ELEMENTS", 7 * 53 * 32)
+    with Waits() as often:
+        small = signals_of(logits_NV.clone())
+    elements = sampling._elements(torch.device("cuda"))
+    monkeypatch.setattr(sampling, "_elements", lambda device: elements)
+    with Waits() as seldom:
+        large = signals_of(logits_NV.clone())
+    assert (often.count, seldom.count) == (chunks, 1)
+    assert elements // 32_000 > 2000  # positions at once
+    for ours, theirs in zip(large[:7], small[:7], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import survival
 from indraquantum.config import CaptureSettings
@@ -157,6 +158,33 @@ def test_the_workers_of_a_cluster_may_have_a_device_that_this_machine_lacks(sett
     stop_after_a_shard(far, None, SHARD)
     capture(changed(far, precision="auto", batch_tokens="auto"), None, SHARD)  # which it then knows
     assert files_of(settings.output) == whole
+
+
+@pytest.mark.parametrize(
+    ("asked", "here", "given"),
+    [("auto", "cuda", "cuda"), ("auto", "cpu", "cpu"), ("cuda", "cpu", "cuda"), ("cpu", "cuda", "cpu")],
+)
+def test_actors_use_the_device_that_decided_on_their_batches(monkeypatch, tmp_path, asked, here, given):
+    found = {}
+
+    class Blocks:
+        def map(self, worker, **options):
+            found.update(options)
+            return self
+
+        def iter_rows(self):
+            return iter(())
+
+    context = SimpleNamespace(get_current=SimpleNamespace)
+    data = SimpleNamespace(DataContext=context, from_items=lambda items, override_num_blocks: Blocks())
+    ray = SimpleNamespace(is_initialized=lambda: True, data=data)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", data)
+    monkeypatch.setattr("indraquantum.device.choose_device", lambda settings: torch.device(here))
+    plan = engines.Plan(CaptureSettings(engine="ray", device=asked, workers=3), tmp_path, None, 0, 0, "")
+    assert list(engines._ray(plan, [])) == []
+    assert found["fn_constructor_args"][0].settings.device == given
+    assert (found.get("num_gpus"), found.get("num_cpus")) == ((1, None) if given == "cuda" else (None, 1))
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])

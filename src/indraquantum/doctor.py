@@ -17,7 +17,9 @@ NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarro
           "cyclopts", "tqdm", "matplotlib")  # fmt: skip
 OPTIONAL = ("accelerate", "datasets", "lm_eval", "peft", "ray", "sentencepiece", "tensorboard", "trackio", "wandb")
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "INDRA_PRODUCTS",
-             "INDRA_BFLOAT16", "INDRAQUANTUM_CACHE", "HF_HOME", "HF_HUB_OFFLINE")  # fmt: skip
+             "INDRA_BFLOAT16", "INDRAQUANTUM_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "PYTORCH_ALLOC_CONF",
+             "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ENABLE_MPS_FALLBACK")  # fmt: skip
+PREFIXES = ("NCCL_", "GLOO_")  # of other variables to show
 
 
 def examine() -> dict[str, dict[str, Any]]:
@@ -35,13 +37,15 @@ def examine() -> dict[str, dict[str, Any]]:
             "threads": _attempt(lambda: _torch().get_num_threads()),
             "instruction set": _attempt(lambda: _torch().backends.cpu.get_cpu_capability()),
             "devices": _attempt(_devices),
+            "CUDA of this build": _attempt(lambda: _torch().version.cuda or "none"),
+            "bfloat16 of the GPU": _attempt(_bfloat16),
             "products of the CPU": _attempt(_products),
         },
         "caches": {
             "indraquantum": _attempt(lambda: _short(str(cache_folder()))),
             "hugging face": _attempt(_hub_cache),
         },
-        "environment": {name: _short(os.environ[name]) or "(empty)" for name in VARIABLES if name in os.environ},
+        "environment": {name: _short(os.environ[name]) or "(empty)" for name in _variables()},
     }
 
 
@@ -101,9 +105,24 @@ def _memory() -> str:
     return f"{free:.1f} GiB free of {total:.1f} GiB"
 
 
+def _variables() -> list[str]:
+    others = sorted(name for name in os.environ if name.startswith(PREFIXES))
+    return [name for name in VARIABLES if name in os.environ] + others
+
+
+def _bfloat16() -> str:
+    torch = _torch()
+    if not torch.cuda.is_available():
+        return "no GPU"
+    return "native" if torch.cuda.is_bf16_supported(including_emulation=False) else "emulated, or none"
+
+
 def _devices() -> str:
     torch = _torch()
-    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    names = []
+    for number in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(number)
+        names.append(f"{torch.cuda.get_device_name(number)} (compute capability {major}.{minor})")
     return ", ".join(["cpu", *(["mps"] if torch.backends.mps.is_available() else []), *names])
 
 

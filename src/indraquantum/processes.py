@@ -129,24 +129,33 @@ def joined_processes() -> Iterator[Processes]:
         return
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
     if one_machine and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # not reachable from other machines
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo")  # not reachable from other machines
     store = store_of_this_start() if one_machine else None
     place = {} if store is None else {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **place)
     rank = torch.distributed.get_rank()
     processes = Processes(rank, world, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
+    end_together = False
     try:
         with contextlib.ExitStack() as stack:
             if rank:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield processes
+        end_together = True
+    except SystemExit:  # a signal, which ends all of them at the same step
+        end_together = True
+        raise
     except (UserError, TrainingStopped) as error:
+        end_together = processes.agreed
         if rank and processes.agreed:
             raise SystemExit(error.exit_status) from None
         raise
     finally:
-        torch.distributed.destroy_process_group()
+        # NCCL would wait for the others, who may be waiting for this process. torchrun ends them when it is gone.
+        if end_together or not torch.cuda.is_available():
+            torch.distributed.destroy_process_group()
 
 
 def store_of_this_start() -> torch.distributed.Store | None:
@@ -190,9 +199,14 @@ def from_process(processes: Processes, rank: int, value: Tensor) -> Tensor:
     return value
 
 
+def is_sharded(value: Tensor) -> bool:
+    """Return whether `value` is a DTensor, of which each process holds a part."""
+    return hasattr(value, "full_tensor")
+
+
 def whole(value: Tensor) -> Tensor:
     """Return a sharded tensor gathered from all processes, which must all call this; other tensors are unchanged."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.full_tensor() if is_sharded(value) else value
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
@@ -200,7 +214,7 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 
     The processes do not communicate: each takes its part from the whole.
     """
-    if not hasattr(like, "full_tensor"):
+    if not is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor
 

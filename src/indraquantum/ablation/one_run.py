@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from indraquantum.ablation.results import Result, check_checkpoint, write_result
 from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Task
@@ -59,7 +61,8 @@ def run_task(task: Task) -> None:
         record |= {"status": "failed", "line": str(stopped), "curve": curve(metrics_path)}
         write_result(task.result, record)
     else:
-        peak = peak_bytes() if report.steps > steps_before else None  # else an earlier process did the work
+        # None if an earlier process did the work.
+        peak = peak_memory(choose_device(settings)) if report.steps > steps_before else None
         timing = {
             "tokens_per_second": tokens_per_second(metrics_path),
             "peak_memory_bytes": peak,
@@ -74,6 +77,11 @@ def run_task(task: Task) -> None:
         record |= {"curve": curve(metrics_path), "timing": timing}
         write_result(task.result, record)
     drop_checkpoints(task)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that this process has held: of tensors on a CUDA device, else of main memory."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
 
 
 def _check_begun(task: Task, dataset: PreparedDataset) -> None:

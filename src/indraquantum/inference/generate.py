@@ -117,7 +117,8 @@ def generate_text(model: Writer, tokenizer: TextTokenizer, settings: TestSetting
     _check_length(len(ids), model.config.max_position_embeddings, settings)
     ids_1T = torch.tensor([ids], device=model.device)
     # Tokens are drawn from the global generator, which inside the fork is used by nothing else.
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    devices = [] if model.device.type == "cpu" else [model.device]  # the CPU's state is always restored
+    with torch.random.fork_rng(devices, device_type=model.device.type):
         torch.manual_seed(settings.seed)
         ids_1T = _continued(model, ids_1T, settings, tokenizer.eos_id)
     texts = token_texts(tokenizer, ids, ids_1T[0, len(ids) :].tolist())

@@ -28,7 +28,7 @@ def differentiable_objective(inputs: LinearInputs, options: ObjectiveOptions, pl
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast(again.states_ND.device.type, enabled=False),
-            plan.products.setting(),
+            plan.products.setting(again.states_ND.device),
         ):
             return ChunkedObjective(again, options, plan, wanted).run()
 

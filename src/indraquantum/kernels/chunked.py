@@ -36,9 +36,13 @@ class Products:
         """Return the table in the format of the products; `dtype` is the plan's."""
         return tensor.to(dtype)
 
-    def setting(self) -> AbstractContextManager[None]:
-        """Inside, torch multiplies as this kind of products needs."""
-        return onednn_products()
+    def setting(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, torch multiplies on `device` as this kind of products needs."""
+        return onednn_products(device)
+
+    def left_factor(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` in the format in which `added` takes its left factor, for a tensor that is used twice."""
+        return tensor
 
     def into(self, out: Tensor, left: Tensor, right: Tensor) -> None:
         """`out = left @ right`."""
@@ -226,7 +230,7 @@ class ChunkedObjective:
                 return total_n
 
             total_n = sum(self.lanes.map(exponentials))
-            named_nJ = line.take(positions_nJ).to(total_n.dtype).log_()
+            named_nJ = line[positions_nJ].to(total_n.dtype).log_()
         else:
 
             def largest(tiles: Tiles) -> Tensor:
@@ -234,7 +238,7 @@ class ChunkedObjective:
                 return torch.stack(tops).amax(dim=0)
 
             shift_n = torch.stack(self.lanes.map(largest)).amax(dim=0)
-            named_nJ = line.take(positions_nJ).sub_(shift_n[:, None])
+            named_nJ = line[positions_nJ].sub_(shift_n[:, None])
 
             def shifted_exponentials(tiles: Tiles) -> Tensor:
                 return sum(buffer_Vn[tile].sub_(shift_n).exp_().sum(dim=0) for tile in tiles)
@@ -258,7 +262,7 @@ class ChunkedObjective:
         """Compute with any options. The buffer becomes the gradient itself."""
         self.lanes.map(lambda tiles: [self._fill(buffer_Vn[tile], tile, scaled_nD) for tile in tiles])
         positions_nJ, temperature = softmax.named_positions(targets), self.options.temperature
-        named_nJ = buffer_Vn.view(-1).take(positions_nJ)
+        named_nJ = buffer_Vn.view(-1)[positions_nJ]
         log_total_n = log_warm_n = softmax.log_sum_exp(buffer_Vn, self.lanes, 1.0)
         log_tail_n = None
         if (signals := targets.signals) is not None:
@@ -285,13 +289,13 @@ class ChunkedObjective:
         def carry(tiles: Tiles) -> Tensor:
             back_nD = torch.zeros_like(states_nD)
             for tile in tiles:
-                buffer_vn = buffer_Vn[tile]
+                left_vn = products.left_factor(buffer_Vn[tile])
                 if self.wanted.states or self.wanted.scale:
-                    products.added(back_nD, buffer_vn.T, self.factor_VD[tile])
+                    products.added(back_nD, left_vn.T, self.factor_VD[tile])
                 if gradients.table_VD is not None:
-                    products.added(gradients.table_VD[tile], buffer_vn, right_nD)
+                    products.added(gradients.table_VD[tile], left_vn, right_nD)
                 if gradients.bias_V is not None:
-                    products.added_vector(gradients.bias_V[tile], buffer_vn, right_n)
+                    products.added_vector(gradients.bias_V[tile], buffer_Vn[tile], right_n)
             return back_nD
 
         back_nD = sum(self.lanes.map(carry)) * factor_n1

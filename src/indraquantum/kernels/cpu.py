@@ -25,7 +25,7 @@ class RoundedProducts(Products):
     A product with kept exponentials is itself rounded to bfloat16 before it is added.
     """
 
-    def setting(self) -> AbstractContextManager[None]:
+    def setting(self, device: torch.device) -> AbstractContextManager[None]:
         """Let oneDNN round the operands."""
         return rounding()
 

@@ -25,9 +25,17 @@ class Bfloat16Products(Products):
         """The table in bfloat16; the plan's dtype is for sums only."""
         return tensor.bfloat16()
 
+    def left_factor(self, tensor: Tensor) -> Tensor:
+        """Round a chunk's gradient to bfloat16 once, for both products that use it."""
+        return tensor.bfloat16()
+
     def into(self, out: Tensor, left: Tensor, right: Tensor) -> None:
         """`out = left @ right`."""
-        out.copy_(self._product(left, right))
+        left, right = left.bfloat16(), right.bfloat16()
+        if left.is_cuda:
+            torch.mm(left, right, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(left.float(), right.float(), out=out)
 
     def added(self, out: Tensor, left: Tensor, right: Tensor) -> None:
         """`out += left @ right`."""

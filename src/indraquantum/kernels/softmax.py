@@ -124,7 +124,7 @@ def log_tail_sum(
 ) -> Tensor:
     """Return `log_sum_exp` over the tokens outside a row's ids. The buffer is unchanged afterwards."""
     line, known = buffer_Vn.view(-1), positions_nJ[:, 1:][signals.is_real_nK]
-    kept = line.take(known)
+    kept = line[known]
     line[known] = float("-inf")
     log_tail_n = log_sum_exp(buffer_Vn, lanes, temperature)
     line[known] = kept
@@ -148,7 +148,7 @@ def logits_to_gradient(
     if log_tail_n is not None:
         known = positions_nJ[:, 1:][signals.is_real_nK]
         known_rows = known % buffer_Vn.shape[1]
-        logits = line.take(known)
+        logits = line[known]
 
     def softmaxes(tiles: Tiles) -> None:
         for tile in tiles:

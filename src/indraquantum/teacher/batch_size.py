@@ -85,8 +85,10 @@ def measured_device(settings: CaptureSettings) -> torch.device:
 def teacher_size(files: TeacherFiles, item_bytes: int) -> TeacherSize:
     """Estimate from the configuration how much memory the teacher takes with numbers of `item_bytes` bytes.
 
+    Quantised weights take as much memory as their files.
+
     Raises:
-        UserError: the configuration is not that of a causal LM.
+        UserError: the configuration is not that of a causal LM, or a quantised teacher has no weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -99,7 +101,10 @@ def teacher_size(files: TeacherFiles, item_bytes: int) -> TeacherSize:
         inner = getattr(about, "intermediate_size", None) or 4 * width
         # The logits; the gated MLP's two products and what becomes of them; states, queries, keys, values, copies.
         per_token = about.vocab_size + 4 * inner + 10 * width
-    return TeacherSize(weights * item_bytes, per_token * item_bytes)
+    weight_bytes = weights * item_bytes
+    if getattr(config, "quantization_config", None) is not None and not files.gguf:  # a GGUF file is dequantised
+        weight_bytes = sum(path.stat().st_size for path in files.weight_files())
+    return TeacherSize(weight_bytes, per_token * item_bytes)
 
 
 def free_memory() -> int:

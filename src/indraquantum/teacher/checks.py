@@ -105,10 +105,18 @@ def is_causal(teacher: Teacher, ids_T: np.ndarray) -> bool:
 
 
 def packs_right(teacher: Teacher, batch: Batch) -> bool:
-    """Return whether packed rows give the logits of each document alone; False if the teacher can't take them."""
+    """Return whether packed rows give the logits of each document alone; False if the teacher can't take them.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no memory left.
+    """
+    import torch
+
     rounding = _rounding(teacher)
     try:
         packed_BTV = teacher.packed_logits(batch)
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError too, but it says nothing about documents
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError):
         return False  # architectures that can't take such a mask raise many kinds of errors
     for row, columns in pieces_of(batch):

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from indraquantum.config import CaptureSettings
@@ -216,6 +217,10 @@ def _ray(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
                 num_cpus=max(settings.workers + 1, os.cpu_count() or 1),
             )  # fmt: skip
     ray.data.DataContext.get_current().enable_progress_bars = False
+    # The device of this machine has decided on precision and batch, so the actors take it too.
+    if settings.device == "auto":
+        settings = settings.model_copy(update={"device": choose_device(settings).type})
+        plan = replace(plan, settings=settings)
     resources = {"num_gpus": 1} if settings.device == "cuda" else {"num_cpus": 1}
     rows = ray.data.from_items([job._asdict() for job in jobs], override_num_blocks=len(jobs))
     results = rows.map(_RayWorker, fn_constructor_args=(plan,), concurrency=settings.workers, **resources)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 SPLITS = ("train", "validation")  # the number of a split is part of the random key, so only append
-_CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32 stay in the cache; eight times as many take 1.5 times as long
+_CHUNK_ELEMENTS = 1 << 20  # 4 MiB of float32 stay in a CPU's cache; eight times as many take 1.5 times as long
+_ACCELERATOR_ELEMENTS = 1 << 26  # 256 MiB: each chunk waits for the device once, and small ones don't fill it
 _BLOCK = 32
 _UNDERFLOW = -104.0  # exp of anything lower is 0 in float32
 
@@ -131,24 +132,30 @@ def position_signals(
     flat = logits.flatten(0, -2)
     device = "cpu" if logits.device.type == "mps" else logits.device  # MPS has no float64
     draws = 0 if uniforms_Nn is None else uniforms_Nn.shape[1]
-    rows = max(1, _CHUNK_ELEMENTS // max(vocabulary_size, draws * _BLOCK))
+    rows = max(1, _elements(torch.device(device)) // max(vocabulary_size, draws * _BLOCK))
+    places = torch.from_numpy(places_N).to(flat.device)
+    labels = torch.from_numpy(labels_N).to(device)
+    uniforms = None if uniforms_Nn is None else torch.from_numpy(uniforms_Nn).to(device)
     chunks = []
     for begin in range(0, len(places_N), rows):
         part = slice(begin, begin + rows)
-        places_C = torch.from_numpy(places_N[part]).to(flat.device)
-        shifted_CV = flat.index_select(0, places_C)[:, :vocabulary_size].to(device, torch.float32)
-        labels_C = torch.from_numpy(labels_N[part]).to(device)
-        exact = _exact_figures(shifted_CV, labels_C, temperature)
-        if uniforms_Nn is None:
+        shifted_CV = flat.index_select(0, places[part])[:, :vocabulary_size].to(device, torch.float32)
+        exact = _exact_figures(shifted_CV, labels[part], temperature)
+        if uniforms is None:
             kept = likeliest_tokens(exact.weights_CV, top_k or vocabulary_size)
         else:
-            kept = (draw_tokens(exact.weights_CV, torch.from_numpy(uniforms_Nn[part]).to(device)),)
+            kept = (draw_tokens(exact.weights_CV, uniforms[part]),)
         chunks.append((*exact[1:], *kept))
     *figures, ids_Nn = (torch.cat(column).cpu().numpy() for column in zip(*(c[:5] for c in chunks), strict=True))
     if uniforms_Nn is not None:
         return PositionSignals(*count_distinct(ids_Nn), *figures)
     probs_Nk = torch.cat([chunk[5] for chunk in chunks]).cpu().numpy()
     return PositionSignals(ids_Nn.reshape(-1), probs_Nk.reshape(-1), np.full(*ids_Nn.shape), *figures)
+
+
+def _elements(device: torch.device) -> int:
+    """Return how many logits a chunk has at most."""
+    return _CHUNK_ELEMENTS if device.type == "cpu" else _ACCELERATOR_ELEMENTS
 
 
 def likeliest_tokens(weights_CV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,7 +51,7 @@ class Teacher:
         """
         from indraquantum.kernels.onednn import onednn_products
 
-        with onednn_products():
+        with onednn_products(self.device):
             return self.packed_logits(batch) if self.packed else self._lone_logits(batch)
 
     def packed_logits(self, batch: Batch) -> torch.Tensor:

@@ -10,7 +10,9 @@ Legend: N labelled tokens of a micro-batch, D real width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,11 +25,38 @@ from indraquantum.kernels.arguments import Head
 from indraquantum.kernels.onednn import onednn_products
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.readout import wrapped_phase
-from indraquantum.processes import Processes, whole
+from indraquantum.processes import Processes, is_sharded, whole
 from indraquantum.training.candidates import Candidates, CandidateSampler
 from indraquantum.training.guards import all_finite, require_finite_signals, require_finite_weights
 from indraquantum.training.parallel import PassResult, SingleProcess, idle
 from indraquantum.training.step import REPORTED_TERMS, StepInput, StepResult
+
+# cuBLAS gives equal bits only with a workspace of a fixed size (https://docs.nvidia.com/cuda/cublas/, "Results
+# Reproducibility"). torch reads the size when it first multiplies on a GPU, which may be long before the first step,
+# when a teacher is captured. So it is set when this module is imported.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Inside, equal inputs give equal bits on `device`, a CPU or a CUDA device. torch promises nothing for MPS.
+
+    On CUDA, torch then takes only deterministic algorithms, and raises RuntimeError for an operator without one. The
+    rest of the program needs other operators, such as running sums of floats, so this is for training steps only.
+    """
+    if device.type != "cuda":
+        with onednn_products(device):
+            yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # all new memory is written before it is read
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 class Engine:
@@ -60,7 +89,6 @@ class Engine:
             head=self.head,
         )
 
-    @onednn_products()
     def step(self, step: StepInput) -> StepResult:
         """Accumulate the gradients of the step's rows over all processes and update the weights once.
 
@@ -70,6 +98,10 @@ class Engine:
         Raises:
             TrainingStopped: a weight, signal, loss or gradient is not finite; the weights are not changed.
         """
+        with repeatable(self.parallel.device):
+            return self._step(step)
+
+    def _step(self, step: StepInput) -> StepResult:
         parallel, optimizer, objective = self.parallel, self.optimizer, self.objective(step)
         processes, own = parallel.processes, parallel.processes.share(step.rows)
         self._set_learning_rates(step)
@@ -188,8 +220,11 @@ def _work(step: StepInput, rows: np.ndarray, *, count_nothing: bool = False) -> 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
     """Scale all gradients down to the norm `max_grad_norm`. Return their norm before that, over all shards."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True))
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=True)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # None takes operators for lists of tensors where the device has them, which MPS does not, but never for shards.
+    foreach = True if any(map(is_sharded, gradients)) else None
+    norm = whole(torch.nn.utils.get_total_norm(gradients, foreach=foreach))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=foreach)
     return norm.item()
 
 

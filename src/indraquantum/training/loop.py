@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
@@ -242,6 +244,9 @@ def take_step(run: Run) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         result = run.engine.step(step)
+    except torch.OutOfMemoryError:
+        allowed = f"must be smaller, because a step does not fit into the free memory of {run.device}"
+        raise UserError("--micro-batch-tokens", run.settings.micro_batch_tokens, allowed) from None
     except TrainingStopped as error:
         counted = "" if stage.train is stage.dataset.train else f" (rows of {', '.join(stage.spec.sources)} alone)"
         raise TrainingStopped(f"step {run.step + 1}: {error}{counted}") from None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from indraquantum.config import TrainSettings
+from indraquantum.device import best_16_bits
 from indraquantum.errors import UserError
 from indraquantum.kernels.onednn import has_16_bit_units
 from indraquantum.model.modeling import IndraQuantumPhase2
@@ -92,8 +93,12 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def turning_format(device_type: str) -> torch.dtype:
-    """Return bfloat16, as in Muon's paper, or float32 on processors without products in bfloat16."""
-    return torch.bfloat16 if device_type != "cpu" or has_16_bit_units() else torch.float32
+    """Return bfloat16, as in Muon's paper, or float32 on devices that lack, or only emulate, products in bfloat16."""
+    if device_type == "cuda":
+        has_units = best_16_bits() is torch.bfloat16
+    else:
+        has_units = device_type == "cpu" and has_16_bit_units()
+    return torch.bfloat16 if has_units else torch.float32
 
 
 def check_rates(model: IndraQuantumPhase2, settings: TrainSettings) -> None:

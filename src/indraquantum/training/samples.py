@@ -97,8 +97,9 @@ def sample(run: Run, prompt: str) -> str:
     """Return what the model of `run` writes after `prompt`. If the run keeps averaged weights, it uses these."""
     tokenizer, model = run.dataset.tokenizer, run.model
     ids = torch.tensor([tokenizer.encode_prompt(prompt)[-MOST_PROMPT_TOKENS:]], device=run.device)
-    training, devices = model.training, [run.device] if run.device.type == "cuda" else []
-    with run.average.in_place_of(model), torch.random.fork_rng(devices), _uncompiled(run.settings):
+    training, devices = model.training, [] if run.device.type == "cpu" else [run.device]
+    random_state = torch.random.fork_rng(devices, device_type=run.device.type)
+    with run.average.in_place_of(model), random_state, _uncompiled(run.settings):
         torch.manual_seed(SETTINGS.seed)
         model.eval()
         try:

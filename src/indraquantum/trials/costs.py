@@ -90,4 +90,6 @@ def objective_bytes(model: IndraQuantumPhase2, size: StepSize, device: torch.dev
     if model.config.head == "born":
         return min(BORN_ROWS, max(1, labelled)) * vocabulary * torch.float32.itemsize * BORN_KEPT
     rows = cpu_plan(vocabulary, torch.float32).rows if device.type == "cpu" else cuda_plan_rows(vocabulary)
-    return min(rows, max(1, labelled)) * vocabulary * torch.float32.itemsize
+    # On CUDA, where --precision auto takes 16 bits, a copy in bfloat16 stands beside the buffer.
+    itemsize = torch.float32.itemsize + (torch.bfloat16.itemsize if device.type == "cuda" else 0)
+    return min(rows, max(1, labelled)) * vocabulary * itemsize
