@@ -135,7 +135,7 @@ def test_fifty_steps_are_those_of_one_process(world, tmp_path, kind, ranks, teac
     for rank, (others, their_weights, their_state) in enumerate(found):
         for one, several in zip(results, others, strict=True):
             assert several.tokens == one.tokens
-            assert several.terms == pytest.approx(one.terms, abs=1e-4)
+            assert several.terms == pytest.approx(one.terms, abs=1e-4, nan_ok=teacher == "topk")  # no estimate
             assert several.readout == pytest.approx(one.readout, abs=1e-3)
             assert several.grad_norm == pytest.approx(one.grad_norm, rel=1e-2)
         if kind == "fsdp2" and rank:  # gathered for the one that writes
