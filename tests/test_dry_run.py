@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from indraquantum import cli
 from indraquantum.config import TrainSettings
-from indraquantum.errors import UserError
+from indraquantum.errors import OutOfMemory, UserError
 from indraquantum.kernels.onednn import is_exact
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.configuration import IndraQuantumConfig
@@ -178,6 +178,16 @@ def test_activations_of_16_bits_are_smaller(world, tmp_path):
         run = trial_run(settings(world, tmp_path, layers=3, mlp_width=75, precision=precision))
         kept[precision] = activation_bytes(run, np.arange(4))
     assert 0.5 * kept["float32"] < kept["bfloat16"] < 0.9 * kept["float32"]
+
+
+def test_a_forward_pass_that_does_not_fit_into_memory_is_one_line(world, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    run = trial_run(settings(world, tmp_path))
+    monkeypatch.setattr(run.model, "hidden_states", full)
+    with pytest.raises(OutOfMemory, match=r"^--micro-batch-tokens: got \d+; must be smaller"):
+        activation_bytes(run, np.arange(4))
 
 
 def test_each_stage_is_timed(world, tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ import torch
 import survival
 from indraquantum import cli
 from indraquantum.data.dataset import open_dataset
-from indraquantum.errors import TrainingStopped, UserError
+from indraquantum.errors import OutOfMemory, TrainingStopped
+from indraquantum.evaluation import held_out
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher.signals import SignalStore
 from indraquantum.training import loop
@@ -158,10 +159,37 @@ def test_the_exit_status_is_3(world, tmp_path, monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_step_that_does_not_fit_into_the_devices_memory_is_one_line(world, tmp_path, monkeypatch):
+# What torch raises on CUDA, in main memory (the real text, see test_memory.py), and on MPS.
+FULL = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB, max allowed: 9 GB)."),
+)
+
+
+@pytest.mark.parametrize("error", FULL, ids=("cuda", "cpu", "mps"))
+def test_a_step_that_does_not_fit_into_memory_is_one_line(world, tmp_path, monkeypatch, error):
     def full(engine, step):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        raise error
 
     monkeypatch.setattr(Engine, "step", full)
-    with pytest.raises(UserError, match=r"--micro-batch-tokens: got 768; must be smaller, .* memory of cpu"):
+    with pytest.raises(OutOfMemory, match=r"--micro-batch-tokens: got 768; must be smaller, .* memory of cpu"):
+        loop.train(survival.small_run(world, tmp_path))
+
+
+def test_an_evaluation_that_does_not_fit_into_memory_names_no_option_of_the_step(world, tmp_path, monkeypatch):
+    def full(*_):
+        raise FULL[0]
+
+    monkeypatch.setattr(held_out, "losses_of", full)
+    with pytest.raises(OutOfMemory, match=r"^--device: got cpu; must have free memory for an evaluation"):
+        loop.train(survival.small_run(world, tmp_path))
+
+
+def test_other_errors_of_a_step_are_no_lack_of_memory(world, tmp_path, monkeypatch):
+    def broken(engine, step):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Engine, "step", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         loop.train(survival.small_run(world, tmp_path))

@@ -12,10 +12,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "indraquantum"
 # A folder, or a module beside it, may import from those before its own line.
 LEVELS = (
-    {"errors", "lazy_names", "memory"},
+    {"errors", "lazy_names"},
     {
         "files",
         "interrupts",
+        "memory",
         "processes",
         "trackers",
         "progress",

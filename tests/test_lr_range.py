@@ -6,11 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from indraquantum import cli
 from indraquantum.config import LrTestSettings
-from indraquantum.errors import TrainingStopped
+from indraquantum.errors import OutOfMemory, TrainingStopped
 from indraquantum.smoothing import smoothed
+from indraquantum.training.engine import Engine
 from indraquantum.training.run import trial_run
 from indraquantum.trials import lr_range
 from indraquantum.trials.lr_range import lr_range_test, rising_rates, suggested_rate
@@ -156,3 +158,12 @@ def test_what_is_wrong_is_one_line(world, tmp_path, capsys, monkeypatch, words, 
     assert (exit_.value.code, error.count("\n")) == (2, 1)
     assert said in error
     assert list(tmp_path.iterdir()) == [tmp_path / "folder.png"]
+
+
+def test_a_step_that_does_not_fit_into_memory_is_one_line(world, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(Engine, "step", full)
+    with pytest.raises(OutOfMemory, match=r"^--micro-batch-tokens: got \d+; must be smaller"):
+        lr_range_test(settings(world, tmp_path))

@@ -209,6 +209,34 @@ def test_a_loss_that_is_not_finite_stops_a_process_without_a_row_too(world, tmp_
     assert "not finite because of rows [" in forked.said(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_a_process_without_memory_ends_all_and_says_it_once(world, tmp_path, kind):
+    """The others wait for its gradients, so it can't ask them before it ends."""
+    settings = settings_of(world, tmp_path, parallel=kind)
+
+    def act(rank):
+        take_step, forward = loop.take_step, parallel.MicroBatchPass.forward
+
+        def step(run):
+            def full(self, *arguments, **options):
+                if rank == 1 and run.step == 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+                return forward(self, *arguments, **options)
+
+            parallel.MicroBatchPass.forward = full
+            return take_step(run)
+
+        loop.take_step = step
+        survival.train_small(settings)
+
+    statuses = forked.run(2, act, tmp_path)
+    assert statuses[1] == 2
+    assert statuses[0] not in (0, -signal.SIGKILL)
+    said = forked.said(tmp_path)
+    assert said.count("--micro-batch-tokens: got 768; must be smaller") == 1
+    assert said.count("indra: error") == 1
+
+
 @pytest.mark.parametrize("evaluate_every", [20, 1])
 def test_a_removed_folder_ends_all_with_a_checkpoint(world, tmp_path, evaluate_every):
     settings = settings_of(world, tmp_path, evaluate_every=evaluate_every)

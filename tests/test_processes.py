@@ -63,6 +63,21 @@ def test_an_error_of_one_is_every_ones_and_said_once(tmp_path, guilty, error, st
     assert forked.said(tmp_path).count("indra: error") == 1
 
 
+def test_an_error_of_one_process_alone_is_said_by_that_one(tmp_path):
+    """Only what all processes have is left to the first one."""
+
+    def act(rank):
+        with forked.joined_processes() as processes:
+            if rank == 1:
+                raise UserError("--x", rank, "must be 2")
+            processes.sums([1.0])  # waits for the other, which does not come
+
+    statuses = forked.run(2, act, tmp_path)
+    assert statuses[1] == 2
+    assert statuses[0] != 0
+    assert forked.said_by(tmp_path / "said.1") == "indra: error: --x: got 1; must be 2\n"
+
+
 def test_an_error_of_the_first_reaches_those_who_wait(tmp_path):
     def act(rank):
         def refuse():

@@ -100,6 +100,10 @@ class Unreachable(InvalidInput):
     """A file can't be downloaded, and is not on this machine either."""
 
 
+class OutOfMemory(InvalidInput):
+    """The memory of this process does not suffice. Other processes of its run may have enough, so it ends alone."""
+
+
 class TrainingStopped(IndraError):
     """A guard stopped training before a bad update."""
 

@@ -1,14 +1,55 @@
-"""The main memory of this process, on Linux with /proc, and its peak also on macOS.
+"""The memory of this process: what it holds, its peak, and what to do if it does not suffice.
 
-psutil gives no peak that can be restarted, so these few lines read /proc themselves.
+What it holds is known on Linux with /proc, the peak also on macOS. psutil gives no peak that can be restarted, so these
+few lines read /proc themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from indraquantum.errors import OutOfMemory
+
 PROC = Path("/proc/self")
+# For CUDA, torch has a class of its own. For others it raises a RuntimeError: c10/core/impl/alloc_cpu.cpp and
+# ATen/mps/MPSAllocator.mm.
+_LACKS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "MPS backend out of memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` says that the main memory or the memory of a device does not suffice."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LACKS)
+
+
+@contextlib.contextmanager
+def memory_needed(field: str, value: object, allowed: str) -> Iterator[None]:
+    """Inside, a lack of memory becomes an error that says what to do.
+
+    Args:
+        field: the option to change.
+        value: its value.
+        allowed: what it must be.
+
+    Raises:
+        OutOfMemory: the memory does not suffice.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(field, value, allowed) from None
 
 
 def held_bytes() -> int | None:

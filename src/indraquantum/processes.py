@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indraquantum.errors import TrainingStopped, UserError
+from indraquantum.errors import OutOfMemory, TrainingStopped, UserError
 
 T = TypeVar("T")
 # The first process may prepare or capture for hours while the others wait. torchrun makes sure that none waits for a
 # process that has ended.
 PATIENCE = datetime.timedelta(days=30)
-# Errors of one process that all of them raise. SystemExit comes from a signal that asks to end.
+# Errors of one process that all of them raise, except OutOfMemory. SystemExit comes from a signal that asks to end.
 SHARED_ERRORS = (UserError, TrainingStopped, SystemExit)
 
 
@@ -95,7 +95,8 @@ class Processes:
     def together(self) -> Iterator[None]:
         """Inside, an error of one process becomes the error of all, so that none waits forever for one that failed.
 
-        The code inside must not wait for other processes itself, except where all of them meet the same errors.
+        The code inside must not wait for other processes itself, except where all of them meet the same errors. An
+        OutOfMemory is raised at once, because it may come where the others wait: they end when this process is gone.
         """
         if self.alone:
             yield
@@ -103,6 +104,8 @@ class Processes:
         own = None
         try:
             yield
+        except OutOfMemory:
+            raise
         except SHARED_ERRORS as error:
             own = error
         if self.largest(own is not None):

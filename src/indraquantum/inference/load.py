@@ -15,6 +15,7 @@ from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import NOT_ITS_SUM, damaged_file, read_json
 from indraquantum.inference.generate import GeneratedText, generate_text, prompt_text
+from indraquantum.memory import memory_needed
 from indraquantum.model.inference_model import InferenceModel
 from indraquantum.model.shape import ModelShape
 from indraquantum.strategy import Weights
@@ -149,13 +150,11 @@ def _moved(model: InferenceModel, path: Path, device: torch.device) -> Inference
     """Return the model on the device; `path` is for the message.
 
     Raises:
-        UserError: the device has no room for it.
+        OutOfMemory: the device has no room for it.
     """
-    try:
+    allowed = f"must have free memory for the model in {path}; end other programs, or give --device cpu"
+    with memory_needed("--device", device, allowed):
         return model.to(device)
-    except torch.OutOfMemoryError:
-        allowed = f"must have free memory for the model in {path}; end other programs, or give --device cpu"
-        raise UserError("--device", device, allowed) from None
 
 
 def _tokenizer_of(path: Path, checkpoint: Checkpoint) -> TextTokenizer:

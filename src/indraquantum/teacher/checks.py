@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from indraquantum.data.split import Batch
+from indraquantum.memory import is_out_of_memory
 from indraquantum.teacher.teacher_model import Teacher, pieces_of
 
 if TYPE_CHECKING:
@@ -108,16 +109,14 @@ def packs_right(teacher: Teacher, batch: Batch) -> bool:
     """Return whether packed rows give the logits of each document alone; False if the teacher can't take them.
 
     Raises:
-        torch.OutOfMemoryError: the device has no memory left.
+        Exception: what torch raises if there is no memory left; see `is_out_of_memory`.
     """
-    import torch
-
     rounding = _rounding(teacher)
     try:
         packed_BTV = teacher.packed_logits(batch)
-    except torch.OutOfMemoryError:
-        raise  # a RuntimeError too, but it says nothing about documents
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError):
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        if is_out_of_memory(error):  # a RuntimeError too, but it says nothing about documents
+            raise
         return False  # architectures that can't take such a mask raise many kinds of errors
     for row, columns in pieces_of(batch):
         packed_TV = packed_BTV[row, columns, : teacher.vocabulary_size]

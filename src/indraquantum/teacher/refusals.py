@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from indraquantum.data.gguf_file import INSTALL
 from indraquantum.errors import UserError
 from indraquantum.files import read_json
+from indraquantum.memory import memory_needed
 from indraquantum.teacher.teacher_files import TeacherFiles
 
 _QUANTISATION = {  # quant_method: what reads such weights
@@ -32,14 +33,11 @@ _QUANTISATION = {  # quant_method: what reads such weights
 @contextlib.contextmanager
 def refused_in_one_line(files: TeacherFiles) -> Iterator[None]:
     """Turn any error of transformers, or of a package that it needs, into one line about the teacher."""
-    import torch
-
     try:
-        yield
+        with memory_needed(files.field, files.name, "must fit into the memory of the device, but is too large"):
+            yield
     except UserError:
         raise
-    except torch.OutOfMemoryError:
-        raise UserError(files.field, files.name, "must fit into the memory of the device, but is too large") from None
     except Exception as error:
         reason = " ".join(str(error).replace("`", "").split())[:200] or type(error).__name__
         allowed = f"must be a causal LM that transformers can load ({reason})"

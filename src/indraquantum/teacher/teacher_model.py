@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from indraquantum.errors import UserError
+from indraquantum.memory import memory_needed
 
 if TYPE_CHECKING:
     import torch
@@ -152,8 +153,6 @@ class ModelAsker:
         Raises:
             UserError: the logits are not finite, or memory ran out.
         """
-        import torch
-
         from indraquantum.teacher.sampling import position_signals, row_uniforms
 
         batch, identity = getattr(self._dataset, split).batch(rows), self._identity
@@ -165,22 +164,21 @@ class ModelAsker:
             uniforms = [row_uniforms(identity.seed, split, row, real, identity.draws) for row, real in pairs]
             uniforms_Nn = np.concatenate(uniforms)
         places_N = np.flatnonzero(batch.segments.reshape(-1) >= 0)
+        fewer = f"must be below {batch.input_ids.size}, because {len(rows)} rows don't fit into memory"
         try:
-            return position_signals(
-                self._teacher.logits(batch),
-                places_N,
-                batch.labels.reshape(-1)[places_N],
-                uniforms_Nn,
-                identity.vocabulary_size,
-                identity.temperature,
-                identity.top_k,
-            )
+            with memory_needed("--batch-tokens", self._settings.batch_tokens, fewer):
+                return position_signals(
+                    self._teacher.logits(batch),
+                    places_N,
+                    batch.labels.reshape(-1)[places_N],
+                    uniforms_Nn,
+                    identity.vocabulary_size,
+                    identity.temperature,
+                    identity.top_k,
+                )
         except FloatingPointError:
             allowed = f"must give finite logits, but gives nan or inf in {split} rows {rows[0]} to {rows[-1]}"
             raise UserError("--teacher", self._settings.teacher, allowed) from None
-        except torch.OutOfMemoryError:
-            allowed = f"must be below {batch.input_ids.size}, because {len(rows)} rows don't fit into memory"
-            raise UserError("--batch-tokens", self._settings.batch_tokens, allowed) from None
 
 
 def pieces_of(batch: Batch) -> Iterator[tuple[int, slice]]:

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
@@ -239,14 +237,17 @@ def _saved(run: Run) -> str:
 
 
 def take_step(run: Run) -> dict[str, Any]:
-    """Do the next step of `run` and return its metrics."""
+    """Do the next step of `run` and return its metrics.
+
+    Raises:
+        TrainingStopped: a weight, signal, loss or gradient is not finite.
+        OutOfMemory: the step does not fit into the memory of the device.
+    """
     step, stage = run.plan.step(run.step), run.plan.at(run.step)
     started = time.perf_counter()
     try:
-        result = run.engine.step(step)
-    except torch.OutOfMemoryError:
-        allowed = f"must be smaller, because a step does not fit into the free memory of {run.device}"
-        raise UserError("--micro-batch-tokens", run.settings.micro_batch_tokens, allowed) from None
+        with run.step_fits():
+            result = run.engine.step(step)
     except TrainingStopped as error:
         counted = "" if stage.train is stage.dataset.train else f" (rows of {', '.join(stage.spec.sources)} alone)"
         raise TrainingStopped(f"step {run.step + 1}: {error}{counted}") from None
@@ -270,7 +271,7 @@ def watch_for_collapse(run: Run) -> str | None:
         return None
     stage, held_out = run.stage, run.dataset.validation
     objective = run.engine.objective(run.plan.step(run.step - 1))
-    with run.parallel.readable():
+    with run.evaluation_fits(), run.parallel.readable():
         try:
             look = probe(run.guard, run.model, objective, stage.dataset.train, held_out, stage.signals)
         except TrainingStopped as error:
@@ -317,11 +318,13 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> dict[str, float]
 
     Raises:
         TrainingStopped: it is not finite.
+        OutOfMemory: the evaluation does not fit into the memory of the device.
         Interrupted: a signal came.
     """
     interrupts = interrupts or Interrupts()  # this one is not open, so no signal reaches it
     # The weights, which may be sharded, are exchanged in place before they are gathered.
-    with run.average.in_place_of(run.model), run.parallel.readable(), interrupts.at_once():
+    exchanged = run.average.in_place_of(run.model)
+    with run.evaluation_fits(), exchanged, run.parallel.readable(), interrupts.at_once():
         figures = held_out_cross_entropy(run.model, run.dataset, run.device, run.processes, interrupts.check)
     run.held_out = figures
     if not all(map(math.isfinite, figures.values())):

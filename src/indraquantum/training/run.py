@@ -6,6 +6,7 @@ creates no folder, asks no teacher and does not resume.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from indraquantum.errors import UserError
 from indraquantum.files import sha256_of
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import in_force, put_in_force
+from indraquantum.memory import memory_needed
 from indraquantum.model.attention import SHORT, attend_as
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
@@ -110,6 +112,16 @@ class Run:
     guard: CollapseGuard = field(default_factory=CollapseGuard)
     after_step: Callable[[Run], None] | None = None  # called after the metrics of each step, in the first process
     saved: bool = False  # whether a checkpoint holds the present state of the run
+
+    def step_fits(self) -> contextlib.AbstractContextManager[None]:
+        """Inside a step or a part of one, a lack of memory is an OutOfMemory that names --micro-batch-tokens."""
+        allowed = f"must be smaller, because a step does not fit into the free memory of {self.device}"
+        return memory_needed("--micro-batch-tokens", self.settings.micro_batch_tokens, allowed)
+
+    def evaluation_fits(self) -> contextlib.AbstractContextManager[None]:
+        """Inside an evaluation, a lack of memory is an OutOfMemory that names --device: no option sets the batches."""
+        allowed = "must have free memory for an evaluation; end other programs that use it, or prepare shorter rows"
+        return memory_needed("--device", self.device, allowed)
 
     @property
     def parallel(self) -> SingleProcess:

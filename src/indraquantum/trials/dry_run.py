@@ -56,6 +56,7 @@ def dry_run(settings: TrainSettings) -> DryRun:
 
     Raises:
         UserError: settings, data or signals don't fit.
+        OutOfMemory: a step or an evaluation does not fit into the memory of the device.
     """
     run = trial_run(within_minutes(settings), counts_text=False, may_resume=True)
     found = measure(run)
@@ -116,7 +117,7 @@ def activation_bytes(run: Run, rows: np.ndarray) -> int:
 
     table_VD = model.lift_table().detach().requires_grad_()
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, run.parallel.precision.autocast():
+    with run.step_fits(), hooks, run.parallel.precision.autocast():
         inputs = to_tensors(run.plan.at(0).train.batch(rows), run.device)
         states_BTD = model.hidden_states(**inputs, table_VD=table_VD)
     kept[states_BTD.untyped_storage().data_ptr()] = states_BTD.untyped_storage().nbytes()

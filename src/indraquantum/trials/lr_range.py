@@ -42,6 +42,7 @@ def lr_range_test(settings: LrTestSettings) -> RangeTest:
 
     Raises:
         UserError: settings, data or signals that don't fit, or a picture of no known kind.
+        OutOfMemory: a step does not fit into the memory of the device.
     """
     if settings.dry_run:
         raise UserError("--dry-run", True, "must be left out, because a range test leaves no run behind")
@@ -106,7 +107,8 @@ def step_at(run: Run, number: int, rate: float) -> StepInput:
 
 
 def _loss_of(run: Run, step: StepInput) -> float:
-    return run.engine.step(step).terms["loss"]
+    with run.step_fits():
+        return run.engine.step(step).terms["loss"]
 
 
 def suggested_rate(rates: Sequence[float], losses: Sequence[float]) -> float | None:
