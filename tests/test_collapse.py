@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from indraquantum.metrics import read_metrics
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.teacher.signals import SignalStore
-from indraquantum.training import loop
+from indraquantum.training import guards, loop
 from indraquantum.training.guards import LOOKS, CollapseFigures, CollapseGuard
 
 HEALTHY_STEPS = 40  # before a run is made to collapse
@@ -165,6 +166,20 @@ def test_a_look_at_what_is_not_finite_stops_the_run(healthy, world, tmp_path, mo
     monkeypatch.setattr(loop, "take_step", spoilt)
     with pytest.raises(TrainingStopped, match=r"step 60: predictions on held-out rows are not finite"):
         survival.train_small(settings)
+
+
+def test_a_look_takes_a_single_row_if_rows_are_long(monkeypatch):
+    looked = []
+
+    def figures(_, rows):
+        looked.append(rows.tolist())
+        return CollapseFigures(*[None] * len(CollapseFigures._fields))
+
+    monkeypatch.setattr(guards, "collapse_figures", figures)
+    for row_length in (48, 3000, 32_768):
+        split = SimpleNamespace(num_rows=9, row_length=row_length, batch=lambda rows: rows)
+        guards.probe(CollapseGuard(), torch.nn.Identity(), None, split, split, None)
+    assert looked == [[0, 1, 2, 3], [0, 1], [0]]
 
 
 @pytest.mark.parametrize("options", [{}, WIDE], ids=["small", "wide"])

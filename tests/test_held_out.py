@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,17 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from indraquantum.data.dataset import open_dataset
-from indraquantum.evaluation.held_out import held_out_cross_entropy, per_source, perplexity, unigram_cross_entropy
+from indraquantum.evaluation import held_out
+from indraquantum.evaluation.figures import predict
+from indraquantum.evaluation.held_out import (
+    batches,
+    held_out_cross_entropy,
+    per_source,
+    perplexity,
+    unigram_cross_entropy,
+)
+from indraquantum.kernels import onednn
+from indraquantum.kernels.ways import Way, using
 from indraquantum.training.pretrain_teacher import LlamaLearner
 
 
@@ -53,6 +64,50 @@ def test_unigram_counts_every_training_label_and_one_more(world):
     for name, values in losses.items():
         assert figures[name] == pytest.approx(sum(values) / len(values))
     assert figures["wikitext"] != pytest.approx(figures["alpaca"])
+
+
+@pytest.mark.parametrize(
+    ("row_length", "sizes"),
+    [(48, [16, 16, 3]), (512, [16, 16, 3]), (513, [15, 15, 5]), (4096, [2] * 17 + [1]), (32_768, [1] * 35)],
+)
+def test_long_rows_are_read_a_few_at_a_time(row_length, sizes):
+    """A batch of more than one row has at most 16 rows and at most 8,192 tokens."""
+    split = SimpleNamespace(num_rows=35, row_length=row_length, batch=lambda rows: rows.tolist())
+    read = list(batches(split))
+    assert [len(rows) for rows in read] == sizes
+    assert sum(read, []) == list(range(35))
+
+
+def test_rows_read_a_few_at_a_time_have_the_same_figures(world, monkeypatch):
+    dataset = open_dataset("--data", world.data)
+    learner = LlamaLearner(AutoModelForCausalLM.from_pretrained(world.teacher).eval())
+    expected = held_out_cross_entropy(learner, dataset, torch.device("cpu"))
+    monkeypatch.setattr(held_out, "MOST_TOKENS", 2 * dataset.row_length)  # as if rows were long
+    sizes, losses_of = [], held_out.losses_of
+    monkeypatch.setattr(held_out, "losses_of", lambda *a: sizes.append(len(a[2].labels)) or losses_of(*a))
+    assert held_out_cross_entropy(learner, dataset, torch.device("cpu")) == pytest.approx(expected, rel=1e-5)
+    assert set(sizes) <= {1, 2}
+    assert sum(sizes) == dataset.validation.num_rows
+
+
+@pytest.mark.parametrize(
+    "measure", [held_out_cross_entropy, lambda model, data, device: predict(model, data.validation, device)]
+)
+def test_evaluations_on_other_devices_leave_onednns_setting_alone(world, monkeypatch, measure):
+    """Inside the setting, torch's own `get_float32_matmul_precision` raises an error."""
+    monkeypatch.setattr(onednn, "is_exact", lambda: True)
+    settings, seen = torch.backends.mkldnn.matmul, []
+    before = settings.fp32_precision
+
+    def lift_table():
+        seen.append(settings.fp32_precision)
+        raise KeyError
+
+    learner = SimpleNamespace(eval=lambda: None, lift_table=lift_table)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(KeyError), using(Way("onednn")):
+            measure(learner, open_dataset("--data", world.data), torch.device(device))
+    assert seen == ["bf16", before]
 
 
 def test_cross_entropy_is_that_of_each_piece_alone(world):

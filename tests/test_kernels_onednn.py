@@ -8,6 +8,8 @@ import torch
 from indraquantum.kernels import onednn
 from indraquantum.kernels.onednn import agrees_with_float64, is_exact, onednn_products
 
+CPU = torch.device("cpu")
+
 
 def test_a_product_that_rounds_its_operands_is_found_out():
     assert agrees_with_float64(torch.mm)
@@ -29,7 +31,7 @@ def test_torch_is_told_only_where_the_probe_agrees_and_told_back(monkeypatch, ex
     monkeypatch.setattr(onednn, "is_exact", lambda: exact)
     seen = []
 
-    @onednn_products()
+    @onednn_products(CPU)
     def work():
         seen.append(settings.fp32_precision)
         raise KeyError
@@ -44,7 +46,7 @@ def test_products_on_this_machine_are_exact_inside():
     generator = torch.Generator().manual_seed(1)
     left, right = torch.randn(997, 251, generator=generator), torch.randn(251, 127, generator=generator)
     exact = left.double() @ right.double()
-    with onednn_products():
+    with onednn_products(CPU):
         inside = left @ right
         added = torch.ones(997, 127).addmm_(left, right)
     assert (inside - exact).norm() <= 1e-6 * exact.norm()

@@ -106,7 +106,7 @@ def test_the_way_in_force_decides_products_chunks_and_tiles(monkeypatch):
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     for products, inside in (("onednn", "bf16"), ("torch", before)):
-        with using(Way(products, 48, 300)), onednn.onednn_products():
+        with using(Way(products, 48, 300)), onednn.onednn_products(torch.device("cpu")):
             assert settings.fp32_precision == inside
             plan = cpu.cpu_plan(32_000, torch.float32)
             assert (plan.rows, plan.tile) == (48, 300)

@@ -87,10 +87,9 @@ class Evaluation:
     tokens_per_second: float
 
 
-@onednn_products()
 def predict(learner: Learner, split: Split, device: torch.device) -> Predictions:
     """Return the predictions of `learner`, in evaluation mode, on all rows of `split`."""
-    with torch.inference_mode():
+    with onednn_products(device), torch.inference_mode():
         table_VD = learner.lift_table()
         parts = []
         for batch in batches(split):

@@ -18,11 +18,10 @@ from indraquantum.kernels.onednn import onednn_products
 from indraquantum.learner import Learner, labelled_positions, to_tensors
 from indraquantum.processes import ALONE, Processes
 
-ROWS_PER_BATCH = 16
+MOST_ROWS, MOST_TOKENS = 16, 8192  # of a batch; a longer row is a batch of its own
 LOGIT_ROWS = 256  # positions whose logits exist at a time
 
 
-@onednn_products()
 def held_out_cross_entropy(
     learner: Learner,
     dataset: PreparedDataset,
@@ -38,9 +37,10 @@ def held_out_cross_entropy(
     training = getattr(learner, "training", False)
     learner.eval()
     split, losses_N, sources_N = dataset.validation, [], []
-    starts = np.arange(0, split.num_rows, ROWS_PER_BATCH)
+    starts = np.arange(0, split.num_rows, rows_per_batch(split))
     own = processes.share(starts)
-    with torch.no_grad():  # not inference_mode: FSDP2 would keep its tensors, which autograd can't use
+    # Not inference_mode: FSDP2 would keep its tensors, which autograd can't use.
+    with onednn_products(device), torch.no_grad():
         table_VD = learner.lift_table()
         for place in range(math.ceil(len(starts) / processes.world)):
             between()
@@ -83,15 +83,20 @@ def perplexity(cross_entropy: float) -> float:
     return math.exp(cross_entropy) if cross_entropy < 709 else math.inf
 
 
+def rows_per_batch(split: Split) -> int:
+    """Return how many rows of `split` are read at once. The number decides the last bits of a loss."""
+    return min(MOST_ROWS, max(1, MOST_TOKENS // split.row_length))
+
+
 def batches(split: Split) -> Iterator[Batch]:
     """Yield all rows of `split`, a few at a time."""
-    for start in range(0, split.num_rows, ROWS_PER_BATCH):
+    for start in range(0, split.num_rows, rows_per_batch(split)):
         yield batch_at(split, start)
 
 
 def batch_at(split: Split, start: int) -> Batch:
-    """Return the rows of `split` from `start` on, at most ROWS_PER_BATCH."""
-    return split.batch(np.arange(start, min(start + ROWS_PER_BATCH, split.num_rows)))
+    """Return the rows of `split` from `start` on, at most `rows_per_batch`."""
+    return split.batch(np.arange(start, min(start + rows_per_batch(split), split.num_rows)))
 
 
 def losses_of(learner: Learner, table_VD: torch.Tensor, batch: Batch, device: torch.device) -> np.ndarray:

@@ -26,14 +26,14 @@ _TOLERANCE = 2e-6  # relative; float32 sums stay below 1e-6, bfloat16 operands a
 
 
 @contextlib.contextmanager
-def onednn_products(device: torch.device | None = None) -> Iterator[None]:
-    """Inside, let oneDNN multiply on the CPU if the way in force says so and it is exact; also works as a decorator.
+def onednn_products(device: torch.device) -> Iterator[None]:
+    """Inside, let oneDNN multiply on the CPU if the way in force says so and it is exact.
 
     If `device` is not a CPU, nothing changes: the setting would do nothing there, but inside it torch's own
     `get_float32_matmul_precision` raises an error.
     """
-    is_cpu = device is None or device.type == "cpu"
-    with rounding() if is_cpu and in_force().products == "onednn" and is_exact() else contextlib.nullcontext():
+    uses = device.type == "cpu" and in_force().products == "onednn" and is_exact()
+    with rounding() if uses else contextlib.nullcontext():
         yield
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from indraquantum.data.split import Split
 from indraquantum.errors import TrainingStopped
 from indraquantum.evaluation.collapse import CollapseFigures, collapse_figures, dead_terms
+from indraquantum.evaluation.held_out import rows_per_batch
 from indraquantum.learner import Learner
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.processes import whole
@@ -85,7 +86,7 @@ def require_finite_state(model: dict[str, Any], optimizer: dict[str, Any], step:
 
 
 PROBE_EVERY = 20  # optimiser steps
-PROBE_ROWS = 4
+PROBE_ROWS = 4  # fewer if they are very long
 LOOKS = 2  # how many looks in a row must find a collapse to confirm it
 
 
@@ -135,7 +136,7 @@ def probe(
     """Measure `learner` on a few rows and record the figures in `guard`. Its mode and weights do not change."""
     training = learner.training
     learner.eval()
-    rows = np.arange(min(PROBE_ROWS, validation.num_rows))
+    rows = np.arange(min(PROBE_ROWS, rows_per_batch(validation), validation.num_rows))
     figures = collapse_figures(learner, validation.batch(rows))
     dead = [] if signals is None else _dead_terms(learner, objective, train, signals)
     learner.train(training)
@@ -146,6 +147,7 @@ def probe(
 def _dead_terms(learner: Learner, objective: SemanticDistillationLoss, train: Split, signals: SignalStore) -> list[str]:
     """Return the dead terms on the first rows that have signals. Without signals, all terms would be dead."""
     first = min((entry.rows[0] for entry in signals.manifest.shards if entry.split == "train"), default=0)
-    batch = train.batch(np.arange(first, min(first + PROBE_ROWS, train.num_rows)))
+    rows = np.arange(first, min(first + min(PROBE_ROWS, rows_per_batch(train)), train.num_rows))
+    batch = train.batch(rows)
     with torch.enable_grad():
         return dead_terms(learner, objective, batch, signals.batch("train", batch.index[batch.labelled]))

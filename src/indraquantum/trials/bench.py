@@ -101,7 +101,7 @@ def objective_speed(shape: Shape = Shape(), repeats: int = 7) -> list[Figure]:
         torch.mm(square, square, out=product)
 
     def matmul_by_onednn() -> None:
-        with using(Way("onednn")), onednn_products():
+        with using(Way("onednn")), onednn_products(torch.device("cpu")):
             matmul()
 
     seconds = interleaved_seconds(

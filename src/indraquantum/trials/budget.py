@@ -141,7 +141,6 @@ def step_seconds(run: Run) -> float:
     return statistics.median(seconds[WARM_UP:])
 
 
-@onednn_products()
 @torch.no_grad()
 def evaluation_seconds(run: Run) -> float:
     """Return the time of an evaluation of `run`, from that of its first batches.
@@ -150,11 +149,12 @@ def evaluation_seconds(run: Run) -> float:
     """
     split, seconds = run.dataset.validation, []
     run.model.eval()
-    table_VD = run.model.lift_table()
-    for batch in itertools.islice(batches(split), TIMED):
-        started = time.perf_counter()
-        losses_of(run.model, table_VD, batch, run.device)
-        seconds.append((time.perf_counter() - started) / len(batch.labels))
+    with run.evaluation_fits(), onednn_products(run.device):
+        table_VD = run.model.lift_table()
+        for batch in itertools.islice(batches(split), TIMED):
+            started = time.perf_counter()
+            losses_of(run.model, table_VD, batch, run.device)
+            seconds.append((time.perf_counter() - started) / len(batch.labels))
     run.model.train()
     return statistics.median(seconds) * split.num_rows
 
