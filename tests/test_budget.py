@@ -14,6 +14,7 @@ import pytest
 from indraquantum import cli
 from indraquantum.config import LrTestSettings, TrainSettings
 from indraquantum.errors import UserError
+from indraquantum.kernels.ways import Way, in_force
 from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
 from indraquantum.training.loop import train
 from indraquantum.training.run import trial_run
@@ -94,6 +95,16 @@ def test_an_evaluation_takes_as_long_for_each_row_as_its_first_batches(world, tm
     assert evaluation_seconds(run) == 0.25 * run.dataset.validation.num_rows
     assert sum(seen) < run.dataset.validation.num_rows
     assert run.model.training
+
+
+def test_the_way_of_the_timed_steps_does_not_outlast_them(world, tmp_path, monkeypatch):
+    """What a program computes afterwards has the bits that it would have without --minutes."""
+    monkeypatch.setattr("indraquantum.training.run.way_for", lambda device: Way("torch", 48, 300))
+    seen, before = [], in_force()
+    monkeypatch.setattr(budget, "step_seconds", lambda run: seen.append(in_force()) or 4.0)
+    monkeypatch.setattr(budget, "evaluation_seconds", lambda run: 7.0)
+    within_minutes(settings(world, tmp_path))
+    assert (seen, in_force()) == ([Way("torch", 48, 300)], before)
 
 
 def test_without_minutes_nothing_is_timed(world, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "indraquantum"
 # A folder, or a module beside it, may import from those before its own line.
 LEVELS = (
-    {"errors", "lazy_names"},
+    {"errors", "launched", "lazy_names"},
     {
         "files",
         "interrupts",

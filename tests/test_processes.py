@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import forked
+from indraquantum import cli
 from indraquantum.config import CaptureSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import TrainingStopped, UserError
 from indraquantum.interrupts import Interrupted
+from indraquantum.launched import launched_processes
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.processes import ALONE, Processes, joined_processes, own_device, store_of_this_start
@@ -91,6 +93,7 @@ def test_an_error_of_the_first_reaches_those_who_wait(tmp_path):
 
 
 def test_devices_of_several_processes(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert own_device(torch.device("cpu")) == torch.device("cpu")
@@ -102,6 +105,22 @@ def test_devices_of_several_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert own_device(torch.device("cuda")) == torch.device("cuda", 1)
+
+
+def test_a_world_size_without_a_rank_means_one_process_everywhere(monkeypatch):
+    """A batch system may set it for all its jobs. Only torchrun gives a rank too."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert launched_processes() == 1
+    assert own_device(torch.device("cuda")) == torch.device("cuda")
+    cli.require_one_process()
+    with joined_processes() as processes:
+        assert processes.alone
+    monkeypatch.setenv("RANK", "1")
+    assert launched_processes() == 2
+    with pytest.raises(UserError, match="torchrun: got 2 processes"):
+        cli.require_one_process()
 
 
 # Rows of the steps: several micro-batches, shares of different sizes, and fewer rows than processes.

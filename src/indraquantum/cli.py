@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-import os
 import re
 import signal
 import sys
@@ -51,6 +50,7 @@ from indraquantum.config import (
 from indraquantum.errors import IndraError, InvalidInput, UserError, refused_by_system, refused_setting
 from indraquantum.files import atomic_file, check_new_file
 from indraquantum.interrupts import heeded
+from indraquantum.launched import launched_processes
 from indraquantum.progress import command_line
 
 # `*` lifts the fields of a settings class to options of the command; switches have no --no- twin.
@@ -437,8 +437,7 @@ def require_one_process() -> None:
     Raises:
         UserError: there is more than one process.
     """
-    world = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and world != "1":
+    if (world := launched_processes()) > 1:
         raise UserError("torchrun", f"{world} processes", "must be 1: only `indra train` runs in several processes")
 
 

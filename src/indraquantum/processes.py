@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from indraquantum.errors import OutOfMemory, TrainingStopped, UserError
+from indraquantum.launched import launched_processes
 
 T = TypeVar("T")
 # The first process may prepare or capture for hours while the others wait. torchrun makes sure that none waits for a
@@ -126,8 +127,8 @@ def joined_processes() -> Iterator[Processes]:
 
     An error that all of them share is reported by the first one alone. The others end with its exit status.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 or "RANK" not in os.environ:
+    world = launched_processes()
+    if world == 1:
         yield ALONE
         return
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
@@ -176,14 +177,14 @@ def store_of_this_start() -> torch.distributed.Store | None:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Return `device`, or this process's accelerator if torchrun has started several processes on this machine.
+    """Return `device`, or this process's accelerator if torchrun has started several processes.
 
     Raises:
         UserError: there are more processes than accelerators, or the device supports one process only.
     """
-    there = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if there == 1 and os.environ.get("WORLD_SIZE", "1") == "1":
+    if launched_processes() == 1:
         return device
+    there = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "mps":
         raise UserError("--device", device, "must be cpu with more than one process")
     if device.type == "cuda":

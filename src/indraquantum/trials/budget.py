@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +21,8 @@ from indraquantum.config import TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.evaluation.held_out import batches, losses_of
 from indraquantum.kernels.onednn import onednn_products
+from indraquantum.kernels.ways import in_force, using
+from indraquantum.launched import launched_processes
 from indraquantum.progress import duration, tell
 from indraquantum.strategy import resolve
 from indraquantum.training.checkpoint import DamagedCheckpoint, load_checkpoint
@@ -55,7 +56,7 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
     """
     if settings.minutes is None:
         return settings
-    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+    if launched_processes() > 1:
         allowed = "must be left out with several processes, which would choose different lengths; give --max-steps"
         raise UserError("--minutes", settings.minutes, allowed)
     for option in ("epochs", "max_steps"):
@@ -70,9 +71,10 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
     started = time.perf_counter()
     given = {} if "batch_tokens" in settings.model_fields_set else {"batch_tokens": BATCH_TOKENS}
     settings = settings.model_copy(update={"epochs": 1} | given)
-    run = trial_run(settings, counts_text=False)
-    seconds = step_seconds(run)
-    evaluation = evaluation_seconds(run)
+    with using(in_force()):  # a run takes the quickest way, which is not to outlast it
+        run = trial_run(settings, counts_text=False)
+        seconds = step_seconds(run)
+        evaluation = evaluation_seconds(run)
     steps = _steps_within(run, settings.minutes * 60 - (time.perf_counter() - started), seconds, evaluation)
     if steps < FEWEST_STEPS:
         least = math.ceil((FEWEST_STEPS * seconds + 3 * evaluation) / 60 + 1)
