@@ -15,11 +15,12 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
+from rich.console import Console
 
 import survival
 from indraquantum import cli
 from indraquantum.config import DemoSettings
-from indraquantum.demo import PROMPTS, run_demo
+from indraquantum.demo import PROMPTS, DemoReport, print_summary, run_demo
 from indraquantum.inference.generate import GeneratedText, TokenState
 from indraquantum.inference.write import print_states
 from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
@@ -132,6 +133,20 @@ def test_an_uncertainty_beyond_what_there_is_reads_as_the_end(capsys):
     tokens = [TokenState("a", 0.5, 0.5, nats) for nats in (-0.3, 1.25, 15.5)]
     print_states(GeneratedText("aaa", tokens), {"phase", "magnitude"}, math.log(32_000))
     assert re.findall(r"([\d.-]+) +│$", capsys.readouterr().out, re.MULTILINE) == ["0.00", "1.25", "10.37"]
+
+
+def test_brackets_of_a_token_or_a_path_are_no_markup(capsys, monkeypatch, tmp_path):
+    texts = ["[/INST]", "[bold]", "a\\[/]"]
+    print_states(GeneratedText("", [TokenState(text, 0.5, 0.5, 1.0) for text in texts]), set(), math.log(32_000))
+    shown = capsys.readouterr().out
+    assert all(repr(text) in shown for text in texts)
+    report = DemoReport(4.0, 3.0, 2.0, 1.0, {"checkpoint": tmp_path / "[red]a[/b].pt"}, [])
+    monkeypatch.setattr(sys, "argv", ["/opt/tools/indra", "demo"])
+    print_summary(Console(width=400), report, 1.0)
+    out = capsys.readouterr().out
+    path = str(tmp_path / "[red]a[/b].pt")
+    assert f"  /opt/tools/indra test {path} --instruction" in out
+    assert out.count(path) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ are the two kinds of text that the full run mixes. The demo trains a tokenizer a
 from __future__ import annotations
 
 import contextlib
-import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ from indraquantum.data.tokenizer import load_tokenizer
 from indraquantum.data.tokenizer_training import train_tokenizer
 from indraquantum.errors import UserError
 from indraquantum.evaluation.held_out import perplexity, unigram_cross_entropy
-from indraquantum.files import atomic_file, cache_folder, make_folder, read_json
+from indraquantum.files import cache_folder, make_folder, read_json, write_json
 from indraquantum.inference.generate import prompt_text
 from indraquantum.inference.write import continued, write_text
 from indraquantum.metrics import read_metrics
@@ -219,10 +219,11 @@ def print_summary(console: Console, report: DemoReport, seconds: float) -> None:
     console.print(figures)
     console.print("Written:")
     for name, path in report.files.items():
-        console.print(f"  {name:21} {path}", soft_wrap=True, highlight=False)
+        console.print(f"  {name:21} {path}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"Done in {seconds:.0f} s. Now ask the model a question:\n")
-    command = f'indra test {report.files["checkpoint"]} --instruction "What does str.split do?" --show-state'
-    console.print("  .venv/bin/" + command, style="bold", soft_wrap=True, highlight=False)
+    called = sys.argv[0] if Path(sys.argv[0]).name == "indra" else f"{sys.executable} -m indraquantum"
+    command = f'{called} test {report.files["checkpoint"]} --instruction "What does str.split do?" --show-state'
+    console.print("  " + command, style="bold", soft_wrap=True, highlight=False, markup=False)
 
 
 # The package that brings the real teacher, Apache-2.0, and the file in it.
@@ -302,8 +303,7 @@ class _Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-            with atomic_file(self._file) as temporary:
-                temporary.write_text(json.dumps(self.seconds))
+            write_json(self._file, self.seconds)
 
 
 def _run_real(settings: DemoSettings) -> RealReport:

@@ -50,11 +50,12 @@ def print_states(generated: GeneratedText, aligned: set[str], highest_nats: floa
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     columns = state_figures(TokenState("", 0.0, 0.0, 0.0), aligned, highest_nats)
     table = Table("token", *columns, title="state at each token of the text")
     for token in generated.tokens:
-        table.add_row(repr(token.text), *state_figures(token, aligned, highest_nats).values())
+        table.add_row(Text(repr(token.text)), *state_figures(token, aligned, highest_nats).values())
     Console().print(table)
     if "phase" in aligned:
         print(f"Uncertainty lies between 0 and ln V = {highest_nats:.2f} nats.")
