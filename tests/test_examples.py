@@ -13,6 +13,7 @@ import indraquantum
 from indraquantum import SemanticDistillationLoss, SignalCollator, TeacherSignals
 from indraquantum.config import CaptureSettings
 from indraquantum.teacher.capture import capture
+from indraquantum.teacher.collator import Row
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -104,3 +105,13 @@ def test_the_collator_s_labels_are_the_dataset_s(world):
     assert (batch["labels"] == batch["input_ids"])[batch["segment_ids"] >= 0].all()
     with pytest.raises(indraquantum.InvalidInput, match="--data: got nowhere"):
         SignalCollator("nowhere")
+
+
+def test_a_split_that_the_collator_lacks_is_one_line(world, tmp_path):
+    """A capture asks about the rows of train and validation only."""
+    with pytest.raises(indraquantum.InvalidInput, match="^split: got dev; must be train or validation"):
+        SignalCollator(world.data, split="dev")
+    with pytest.raises(indraquantum.InvalidInput, match="^split: got test; must be train or validation,"):
+        SignalCollator(world.data, world.signals, split="test")
+    with pytest.raises(ValueError, match="^split: got test; must be train or validation, the splits of the dataset wi"):
+        SignalCollator(world.data, world.signals)([Row("test", 0)])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 import survival
 from indraquantum import cli
@@ -92,6 +93,19 @@ def test_a_schedule_without_room_to_decay_is_refused(world, tmp_path):
         UserError, match=r"--decay-fraction: got 0\.2; must be at most 1 with the warm-up fraction 0\.9"
     ):
         pretrain_teacher.pretrain_teacher(settings)
+
+
+def test_transformers_shows_its_bars_again_when_the_teacher_is_saved(world, tmp_path):
+    dataset = open_dataset("--data", world.data)
+    before = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        pretrain_teacher.save_teacher(LlamaLearner(new_llama(teacher_of(tmp_path), dataset)), dataset, tmp_path / "t")
+        assert logging.is_progress_bar_enabled()
+    finally:
+        if not before:
+            logging.disable_progress_bar()
+    assert (tmp_path / "t" / "model.safetensors").is_file()
 
 
 def test_a_full_disk_is_one_line_and_the_teacher_of_before_stays(world, tmp_path):

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from indraquantum.data.dataset import open_dataset
+from indraquantum.errors import InvalidInput
+from indraquantum.teacher.sampling import SPLITS
 from indraquantum.teacher.signals import open_signals
 
 
@@ -57,13 +59,15 @@ class SignalCollator:
         temperature: at which the signals were captured, 1.0 without signals: that of the objective.
 
     Raises:
-        InvalidInput: the dataset or the signals can't be used, or they don't belong together.
+        InvalidInput: the dataset or the signals can't be used, they don't belong together, or the dataset or the
+            signals have no such split.
     """
 
     def __init__(self, data: str | Path, signals: str | Path | None = None, split: str = "train") -> None:
         dataset = open_dataset("--data", Path(data))
         self._splits, self._split = dataset.splits, split
         self._signals = None if signals is None else open_signals("--signals", signals, dataset)
+        self._require_split(split)
         self.rows = Rows(split, range(self._splits[split].num_rows))
         self.vocabulary_size = dataset.tokenizer.vocabulary_size
         self.temperature = 1.0 if self._signals is None else self._signals.manifest.temperature
@@ -81,12 +85,13 @@ class SignalCollator:
             for the N positions, row by row.
 
         Raises:
-            ValueError: the rows are of several splits.
+            ValueError: the rows are of several splits, or of one that the dataset or the signals do not have.
         """
         named = [row if isinstance(row, Row) else Row(self._split, row) for row in rows]
         split, *others = sorted({row.split for row in named})
         if others:
             raise ValueError(f"rows: got rows of {split} and {others[0]}; must be of one split")
+        self._require_split(split)
         batch = self._splits[split].batch(np.array([row.number for row in named]))
         ids, segments = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.segments)
         found: dict[str, Any] = {
@@ -100,3 +105,9 @@ class SignalCollator:
             signals = self._signals.batch(split, batch.index.reshape(-1))
             found["signals"] = {name: part for name, part in signals._asdict().items() if part is not None}
         return found
+
+    def _require_split(self, split: str) -> None:
+        known = [name for name in self._splits if self._signals is None or name in SPLITS]
+        if split not in known:
+            having = "" if self._signals is None else " with signals"
+            raise InvalidInput("--split", split, f"must be {' or '.join(known)}, the splits of the dataset{having}")

@@ -85,7 +85,7 @@ def train(settings: TrainSettings) -> TrainReport:
         folders = None
         with processes.together():
             check_settings(settings, plan, device)
-            check_samples(settings, plan.dataset.tokenizer)
+            check_samples(settings, plan.dataset.tokenizer, processes)
             check_folders(plan)
             if processes.is_first:
                 folders = HeldFolders(settings.output, metrics_path.parent, stack)

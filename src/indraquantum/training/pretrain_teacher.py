@@ -29,6 +29,7 @@ from indraquantum.kernels.ways import using
 from indraquantum.model.masks import document_mask_for
 from indraquantum.progress import tell
 from indraquantum.strategy import RATES, Stage, Strategy, check_decay
+from indraquantum.teacher.refusals import quiet_transformers
 from indraquantum.trackers import require_tracker
 from indraquantum.training.engine import Engine
 from indraquantum.training.folders import HeldFolders, metrics_path_of
@@ -249,10 +250,8 @@ def check_replaceable(folder: Path) -> None:
 
 def save_teacher(learner: LlamaLearner, dataset: PreparedDataset, folder: Path) -> None:
     """Save the Llama and its tokenizer, so that AutoModelForCausalLM and AutoTokenizer can load them."""
-    from transformers.utils.logging import disable_progress_bar
-
-    with system_errors_shown(folder), atomic_folder(folder) as temporary:
-        disable_progress_bar()  # transformers would show a bar for a single small file
+    # Without its bar for a single small file.
+    with system_errors_shown(folder), atomic_folder(folder) as temporary, quiet_transformers():
         learner.llama.save_pretrained(temporary)
         save_tokenizer(dataset.tokenizer, temporary)
         write_sums(temporary)

@@ -21,6 +21,7 @@ from indraquantum.data.prompt import format_alpaca, prompt_ids
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.files import atomic_file, not_written
+from indraquantum.processes import ALONE, Processes
 from indraquantum.training.run import Run
 
 NAME = "samples.jsonl"
@@ -118,15 +119,15 @@ def _uncompiled(settings: Any) -> contextlib.AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if settings.compile else contextlib.nullcontext()
 
 
-def check_samples(settings: Any, tokenizer: TextTokenizer) -> None:
-    """Check the settings of samples before a run begins.
+def check_samples(settings: Any, tokenizer: TextTokenizer, processes: Processes = ALONE) -> None:
+    """Check the settings of samples before a run in `processes` begins.
 
     Raises:
         UserError: no process holds the whole model, or it can't continue a prompt.
     """
     for prompt in settings.sample_prompt or ():
         prompt_ids("--sample-prompt", prompt, tokenizer)
-    if settings.sample_every and settings.parallel == "fsdp2":
+    if settings.sample_every and settings.parallel == "fsdp2" and not processes.alone:
         allowed = "must be 0 with --parallel fsdp2, because no process holds the whole model"
         raise UserError("--sample-every", settings.sample_every, allowed)
 
