@@ -275,6 +275,22 @@ def test_an_error_in_the_start_of_a_worker_is_told_as_it_is(settings, tmp_path, 
         capture(changed(settings, workers=2, data=data), None, SHARD)
 
 
+def test_workers_share_the_threads_of_their_parent(settings, monkeypatch):
+    """Not the machine's cores, of which this process may have a few, or OMP_NUM_THREADS may ask for fewer."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    given = []
+    monkeypatch.setattr(engines, "_processes", lambda plan, jobs: given.append(plan.threads) or [])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(7)
+        for changes in ({"threads": 0, "workers": 3}, {"threads": 0, "workers": 9}, {"threads": 2, "workers": 3}):
+            plan = shard_worker.Plan(changed(settings, **changes), settings.output, None, 1, 1, "")
+            assert list(engines.run_jobs(plan, SimpleNamespace(), None, [], lambda positions: None)) == []
+    finally:
+        torch.set_num_threads(before)
+    assert given == [2, 1, 0]  # 0: --threads says it
+
+
 def test_ctrl_c_reaches_no_worker_which_would_print_a_traceback(settings, monkeypatch):
     """The parent ends them. A process that starts while a signal is blocked has it blocked for good."""
     blocked = []

@@ -71,9 +71,21 @@ def run_jobs(
         with contextlib.closing(_worker(plan, files, dataset, 0, progress)) as worker:
             yield from map(worker.shard, jobs)
         return
+    if files is not None and settings.workers > 1 and not settings.threads:
+        plan = replace(plan, threads=threads_of_each(settings.workers))
     for result in _ray(plan, jobs) if settings.engine == "ray" else _processes(plan, jobs):
         progress(result.entry.positions)
         yield result
+
+
+def threads_of_each(workers: int) -> int:
+    """Return the threads of each of `workers` that share those of torch in this process.
+
+    torch counts the cores that this process may use, and heeds OMP_NUM_THREADS. An actor of Ray would count 1.
+    """
+    import torch
+
+    return max(1, torch.get_num_threads() // workers)
 
 
 def _worker(
@@ -89,8 +101,8 @@ def _worker(
         from indraquantum.teacher.teacher_model import ModelAsker
 
         settings = plan.settings
-        if settings.workers > 1 and not settings.threads:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
+        if plan.threads:
+            torch.set_num_threads(plan.threads)
         device = choose_device(settings)
         if device.type == "cuda":
             device = torch.device("cuda", number % torch.cuda.device_count())

@@ -56,6 +56,7 @@ class Plan:
     positions: int  # of all jobs, for the estimate
     positions_at_once: int  # at most, of the shards captured at the same time, whose journals are on the disk
     first_file: str  # the shard whose first batch is timed for the estimate
+    threads: int = 0  # of torch in each of several workers; 0 leaves the choice to --threads and to torch
 
 
 class ShardResult(NamedTuple):
