@@ -25,7 +25,7 @@ def main(data, signals, steps=200, rows=8):
     """Train a small Llama; return it and the loss of each step."""
     torch.manual_seed(0)
     batches, losses = SignalCollator(data, signals), []
-    objective = SemanticDistillationLoss(kd_weight=0.5, temperature=batches.temperature)
+    objective = SemanticDistillationLoss(kd_weight=0.9, temperature=batches.temperature)
     sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 2}
     student = LlamaForCausalLM(LlamaConfig(vocab_size=batches.vocabulary_size, **sizes))
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)

@@ -15,7 +15,7 @@ def main(data, signals, steps=200, output="checkpoints/with_trainer"):
     """Train a small model; return the Trainer, whose state has the losses."""
     set_seed(0)
     batches, held_out = SignalCollator(data, signals), SignalCollator(data, signals, split="validation")
-    objective = SemanticDistillationLoss(0.05, 0.1, 0.1, temperature=batches.temperature)
+    objective = SemanticDistillationLoss(0.9, 0.1, 0.1, temperature=batches.temperature)
     sizes = {"d_model": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 172}
     model = IndraQuantumPhase2(IndraQuantumConfig(vocab_size=batches.vocabulary_size, **sizes))
     arguments = TrainingArguments(
