@@ -12,7 +12,7 @@ from indraquantum.errors import UserError
 from indraquantum.metrics import FIELDS, Line, _line
 from indraquantum.monitor import plots
 from indraquantum.monitor.curves import Curves
-from indraquantum.monitor.runs import find_run, find_runs, metrics_files
+from indraquantum.monitor.runs import find_runs, metrics_files
 
 
 def line(step: int, **values) -> dict:
@@ -99,25 +99,25 @@ def test_the_newest_run_is_found(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text("{}\n")
         os.utime(folder / "metrics.jsonl", (1_000_000 - age, 1_000_000 - age))
-    assert find_run(tmp_path / "nowhere", tmp_path / "logs").parent.name == "new"
+    assert find_runs(tmp_path / "nowhere", tmp_path / "logs")[0].parent.name == "new"
     (tmp_path / "logs" / "begun").mkdir()
     (tmp_path / "logs" / "begun" / "metrics.jsonl").write_text("")  # a run that has not done a step
-    assert find_run(tmp_path / "logs").parent.name == "new"
+    assert find_runs(tmp_path / "logs")[0].parent.name == "new"
     monkeypatch.setenv("INDRA_METRICS", str(tmp_path / "logs" / "old" / "metrics.jsonl"))
-    assert find_run(tmp_path / "logs").parent.name == "old"
+    assert find_runs(tmp_path / "logs")[0].parent.name == "old"
     both = [tmp_path / "logs" / name / "metrics.jsonl" for name in ("old", "new")]
     monkeypatch.setenv("INDRA_METRICS", os.pathsep.join(map(str, both)))
     assert find_runs(tmp_path) == both
     for empty in ("gone", "logs/begun/metrics.jsonl"):
         monkeypatch.setenv("INDRA_METRICS", str(tmp_path / empty))
         with pytest.raises(UserError, match=r"must be the metrics\.jsonl of a run with at least one step"):
-            find_run(tmp_path)
+            find_runs(tmp_path)
 
 
 def test_no_run_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("INDRA_METRICS", raising=False)
     with pytest.raises(UserError, match="train first"):
-        find_run(tmp_path)
+        find_runs(tmp_path)
 
 
 def test_a_folder_that_can_not_be_read_hides_no_other_run(tmp_path, monkeypatch):

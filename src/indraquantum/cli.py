@@ -12,12 +12,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from types import FrameType
@@ -47,8 +45,7 @@ from indraquantum.config import (
     TestSettings,
     TrainSettings,
 )
-from indraquantum.errors import IndraError, InvalidInput, UserError, refused_by_system, refused_setting
-from indraquantum.files import atomic_file, check_new_file
+from indraquantum.errors import IndraError, InvalidInput, UserError, as_option, refused_by_system, refused_setting
 from indraquantum.interrupts import heeded
 from indraquantum.launched import launched_processes
 from indraquantum.progress import command_line
@@ -339,30 +336,9 @@ def ablate(plan: Path, /, *, settings: Annotated[AblateSettings, OPTIONS] = Abla
 @app.command
 def bench(*, settings: Annotated[BenchSettings, OPTIONS] = BenchSettings.model_construct()) -> None:
     """Measure the speed and memory of the objective and of the whole training step. Run it on an idle machine."""
-    import torch
+    from indraquantum.trials.bench_step import bench as run
 
-    from indraquantum.kernels.measured import quickest_way
-    from indraquantum.kernels.ways import put_in_force
-    from indraquantum.trials.bench import Shape, figures_json, figures_table, objective_memory, objective_speed
-    from indraquantum.trials.bench_step import StepShape, step_memory, step_speed
-
-    if settings.json_file:
-        check_new_file("--json-file", settings.json_file)
-    torch.set_num_threads(settings.threads)
-    put_in_force(quickest_way())
-    if settings.quick:
-        shape, step, rows = Shape(128, 32, 1000, 4), StepShape(8, 1, 16, 300, 128, 1024, 4), (128,)
-    else:
-        shape, step, rows = Shape(), StepShape(), (512, 4096, 65_536)
-    figures = objective_speed(shape, settings.repeats) + objective_memory(rows, shape)
-    figures += step_speed(step, settings.repeats)
-    figures += [] if settings.quick else step_memory(step)  # a process for each, which takes a while to start
-    if settings.quick:  # the goals are for the full sizes
-        figures = [replace(figure, goal=None) for figure in figures]
-    print(figures_table(figures))
-    if settings.json_file:
-        with atomic_file(settings.json_file) as temporary:
-            temporary.write_text(figures_json(figures) + "\n", encoding="utf-8")
+    run(settings)
 
 
 @app.command
@@ -449,7 +425,7 @@ def one_line(error: CycloptsError) -> str:
     if cause is None:
         return " ".join(str(error).split())
     refused = refused_setting(cause)
-    return str(InvalidInput("--" + re.sub("[_.]", "-", refused.field.rstrip("_")), refused.value, refused.allowed))
+    return str(InvalidInput(as_option(refused.field).replace(".", "-"), refused.value, refused.allowed))
 
 
 def run_guarded(action: Callable[[], object]) -> int:

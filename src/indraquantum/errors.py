@@ -59,6 +59,11 @@ def _as_argument(found: re.Match[str]) -> str:
     return _plain_name(text) if text.startswith("`--") else text
 
 
+def as_option(name: str) -> str:
+    """Return the option of a setting: of `batch_tokens` it is `--batch-tokens`, and of `as_` it is `--as`."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
 def _plain_name(text: str) -> str:
     return _OPTION.sub(lambda option: option[1].replace("-", "_"), text)
 

@@ -309,33 +309,23 @@ def metrics_up_to(path: Path, step: int | None) -> Iterator[dict[str, Any]]:
     return (line.parse() for line in _up_to(path, -1 if step is None else step))
 
 
-def read_metrics(path: Path, at_most: int | None = None) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the metrics of a file's complete lines; see `checked_lines`.
-
-    Args:
-        path: the file.
-        at_most: take only about this many lines of a longer file, evenly spaced, besides those with held-out figures
-            and the last one. This is for plots, which have no room for more.
 
     Raises:
         UserError: a line is damaged.
     """
-    if at_most is None:
-        return [line.parse() for line in checked_lines(path)]
-    return [line.parse() for line in _spread(checked_lines(path), at_most)]
+    return [line.parse() for line in checked_lines(path)]
 
 
-def _spread(lines: Iterator[Line], at_most: int) -> list[Line]:
-    every, spread, evaluations, last = 1, [], [], None
-    for last in lines:
-        if not last.lacks("held_out"):
-            evaluations.append(last)
-        elif last.number % every == 0:
-            spread.append(last)
-            if len(spread) > at_most:
-                every *= 2
-                spread = [line for line in spread if line.number % every == 0]
-    return sorted({*spread, *evaluations, *([last] if last else [])}, key=lambda line: line.number)
+def last_metrics(path: Path) -> dict[str, Any]:
+    """Return the metrics of a file's last complete line, which must be there.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    *_, last = checked_lines(path)
+    return last.parse()
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from indraquantum.config import OptimizerSettings, Settings, TrainSettings
-from indraquantum.errors import UserError
+from indraquantum.errors import UserError, as_option
 from indraquantum.yaml_settings import checked, read_yaml
 
 SHIPPED = Path(__file__).parent / "strategies"
@@ -302,7 +302,7 @@ def _check_lengths(settings: TrainSettings, strategy: Strategy) -> None:
         for option in ("epochs", "max_steps"):
             if option in settings.model_fields_set and getattr(settings, option) is not None:
                 allowed = f"must be left out with --strategy {settings.strategy}, whose stages set their own lengths"
-                raise UserError(_option(option), getattr(settings, option), allowed)
+                raise UserError(as_option(option), getattr(settings, option), allowed)
 
 
 def _with_rates(settings: TrainSettings, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
@@ -336,10 +336,10 @@ def _with_weights(settings: TrainSettings, stages: tuple[Stage, ...]) -> tuple[S
             curves = [getattr(stage.weights, term) for stage in stages]
             _require_alike(settings, option, curves)
             if settings.no_teacher and value:
-                raise UserError(_option(option), value, "must be left out with --no-teacher")
+                raise UserError(as_option(option), value, "must be left out with --no-teacher")
             if part != "value" and not isinstance(curves[0], Constant | Linear):
                 allowed = f"must be left out with --strategy {settings.strategy}, whose curve is not a straight line"
-                raise UserError(_option(option), value, allowed)
+                raise UserError(as_option(option), value, allowed)
         parts = {part: getattr(settings, option) for part, option in given.items()}
         stages = tuple(_with_curve(stage, term, parts) for stage in stages)
     if settings.no_teacher:
@@ -362,8 +362,4 @@ def _with_curve(stage: Stage, term: str, parts: dict[str, float]) -> Stage:
 def _require_alike(settings: TrainSettings, option: str, values: list[Any]) -> None:
     if any(value != values[0] for value in values):
         allowed = f"must be left out with --strategy {settings.strategy}, whose stages differ in it"
-        raise UserError(_option(option), getattr(settings, option), f"{allowed}; set it in your own YAML file")
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        raise UserError(as_option(option), getattr(settings, option), f"{allowed}; set it in your own YAML file")

@@ -15,7 +15,7 @@ from indraquantum.ablation.search import best_setting, trial_tasks, trials_of
 from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Bench, Task
 from indraquantum.config import AblateSettings
-from indraquantum.errors import UserError
+from indraquantum.errors import UserError, as_option
 from indraquantum.evaluation.test_split import require_test_split
 from indraquantum.files import folder_lock, make_folder
 from indraquantum.tables import text_table
@@ -129,7 +129,7 @@ def command_line(path: Path, settings: AblateSettings) -> str:
     """Return the command as it could be typed."""
     words = ["indra", "ablate", str(path)]
     for name in sorted(settings.model_fields_set):
-        value, option = getattr(settings, name), "--" + name.replace("_", "-")
+        value, option = getattr(settings, name), as_option(name)
         for part in value if isinstance(value, tuple) else (value,):
             words += [option] if part is True else [option, str(part)]
     return shlex.join(words)

@@ -26,7 +26,7 @@ from indraquantum.evaluation.halves import Half, bytes_by_source, documents_of_h
 from indraquantum.inference.load import load_model
 from indraquantum.inference.samples import write_samples
 from indraquantum.memory import peak_bytes
-from indraquantum.metrics import checked_lines, read_metrics
+from indraquantum.metrics import checked_lines, last_metrics
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training.checkpoint import load_checkpoint, newest_checkpoint
 from indraquantum.training.folders import metrics_path_of
@@ -69,10 +69,7 @@ def run_task(task: Task) -> None:
             "seconds_of_last_process": time.monotonic() - started,
         }
         figures = measure(report.checkpoint, settings, task.planned["half"], task.measured_with)
-        done = {
-            "steps": report.steps,
-            "tokens": read_metrics(metrics_path, at_most=1)[-1]["tokens"],
-        }  # in place of those planned
+        done = {"steps": report.steps, "tokens": last_metrics(metrics_path)["tokens"]}  # in place of those planned
         record |= {"status": "finished", **done, **figures, "computed_by": computed_by(report.checkpoint)}
         record |= {"curve": curve(metrics_path), "timing": timing}
         write_result(task.result, record)

@@ -90,9 +90,9 @@ def choose_control_tokens(
         file: The tokenizer, for the error.
         stated: What the files beside it say.
         backend: The tokenizer. Its post-processor shows what its models' texts begin and end with.
-        start: `auto` begins documents as the tokenizer's own models expect: with the BOS token that the files name,
-            with nothing if they say that there is none, and with EOS if they say nothing. The other values overrule
-            the files.
+        start: `auto` begins documents as the tokenizer's own models expect: with the BOS token that the files name or
+            that the post-processor sets, and with nothing if they say that there is none. If they say nothing, with
+            `<s>` if the vocabulary has it, else with EOS. The other values overrule the files.
 
     Raises:
         UserError: there is no EOS, a token is not in the vocabulary, or `start` asks for a BOS and there is none.

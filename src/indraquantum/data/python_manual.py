@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from indraquantum.data.instructions import AlpacaSample
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, make_folder
+from indraquantum.files import make_folder, write_text
 
 # Tests and demonstrations have no documentation, and ntpath repeats posixpath.
 SKIPPED = frozenset(
@@ -83,8 +83,7 @@ def write_manual_corpus(folder: Path, limit: int | None = None) -> ManualCorpus:
     corpus = ManualCorpus(folder / "manual.txt", folder / "questions.json", len(paragraphs), len(questions))
     content = json.dumps([question._asdict() for question in questions], ensure_ascii=False, indent=1)
     for path, text in ((corpus.text, "\n".join(paragraphs)), (corpus.instructions, content)):
-        with atomic_file(path) as temporary:
-            temporary.write_bytes((text + "\n").encode())
+        write_text(path, text + "\n")
     return corpus
 
 

@@ -27,6 +27,7 @@ from indraquantum.inference.folding import FoldedModel, fold
 from indraquantum.inference.gguf_tokenizer import gguf_tokenizer
 from indraquantum.inference.load import Loaded
 from indraquantum.inference.model_card import Exported
+from indraquantum.model.decoder import neighbouring_pairs
 from indraquantum.model.exports import BLOCK
 
 if TYPE_CHECKING:
@@ -171,11 +172,6 @@ def tensors(folded: FoldedModel, architecture: str) -> Iterator[tuple[str, Tenso
             yield f"blk.{layer}.{theirs}.weight", value
             if theirs in ("attn_q", "attn_k", "attn_v") and architecture == "qwen2":
                 yield f"blk.{layer}.{theirs}.bias", torch.zeros(len(value))
-
-
-def neighbouring_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rows of queries or keys: pairs i and i + head_dim / 2 of transformers become pairs 2i and 2i + 1."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _add(writer: GGUFWriter, name: str, value: Tensor, outtype: str) -> None:

@@ -146,7 +146,7 @@ def agreement(model: InferenceModel, file: Path) -> Agreement:
 def feed(model: InferenceModel, ids_BT: torch.Tensor) -> dict[str, Any]:
     """Return the graph's inputs for whole texts (B, T) without padding, and an empty cache."""
     shape = model.config
-    heads = shape.num_key_value_heads or shape.num_attention_heads
+    heads = shape.key_value_heads
     rows, length = ids_BT.shape
     cache = torch.zeros(rows, heads, 0, shape.head_dim)
     inputs, _ = names(model)

@@ -68,7 +68,7 @@ def fold(model: InferenceModel) -> FoldedModel:
         width=shape.hidden_size,
         layers=shape.num_hidden_layers,
         heads=shape.num_attention_heads,
-        key_value_heads=shape.num_key_value_heads or shape.num_attention_heads,
+        key_value_heads=shape.key_value_heads,
         head_dim=shape.head_dim,
         mlp_width=shape.intermediate_size,
         context=shape.max_position_embeddings,

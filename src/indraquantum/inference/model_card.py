@@ -23,7 +23,7 @@ from indraquantum.inference.load import Loaded
 from indraquantum.metrics import METRICS_NAME, RECORD_NAME, read_record
 from indraquantum.monitor.runs import summarise
 from indraquantum.progress import tell
-from indraquantum.teacher.manifest import read_manifest
+from indraquantum.teacher.manifest import read_manifest, signals_beside
 from indraquantum.training.checkpoint import Checkpoint
 
 NON_COMMERCIAL = "cc-by-nc-4.0"
@@ -164,7 +164,7 @@ def _signals(settings: Mapping[str, Any]) -> set[str]:
 
 def _teacher(settings: Mapping[str, Any], signals: set[str]) -> str | None:
     """Return the teacher of `signals`, if the run's folder still holds these, and the run had no others."""
-    folder = Path(settings.get("signals") or Path(settings.get("data", "")).parent / "teacher_signals")
+    folder = Path(settings.get("signals") or signals_beside(Path(settings.get("data", ""))))
     try:
         manifest = read_manifest("--signals", folder)
     except UserError:

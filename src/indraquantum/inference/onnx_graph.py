@@ -131,7 +131,7 @@ def names(model: InferenceModel) -> tuple[list[str], list[str]]:
 def _example(model: InferenceModel) -> tuple[Tensor, Tensor, Tensor, list[Memory]]:
     """Return inputs of the right shapes."""
     shape = model.config
-    heads = shape.num_key_value_heads or shape.num_attention_heads
+    heads = shape.key_value_heads
     cached = torch.zeros(EXAMPLE_BATCH, heads, EXAMPLE_CACHED, shape.head_dim)
     return (
         torch.zeros(EXAMPLE_BATCH, EXAMPLE_READ, dtype=torch.long),

@@ -27,7 +27,7 @@ from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import put_in_force
 from indraquantum.progress import tell
 from indraquantum.tables import text_table
-from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest
+from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest, signals_beside
 from indraquantum.teacher.signals import SignalStore, verify_signals
 
 
@@ -89,8 +89,6 @@ def text_split(name: str, tokenizer: TextTokenizer, row_length: int) -> tuple[Sp
         UserError: the file can't be read or has no document.
     """
     texts = read_wikitext("--text", name)
-    if not texts:
-        raise UserError("--text", name, "must hold at least one line that is neither blank nor a heading")
     documents = tokenizer.encode_documents(texts)
     offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents])]).astype(np.int64)
     split = packed_split(np.concatenate(documents), offsets, row_length, tokenizer.eos_id)
@@ -160,7 +158,7 @@ def _find_signals(settings: EvalSettings, dataset: PreparedDataset) -> SignalSto
                 "--signals", settings.signals, "must not come from a served teacher, whose entropy is not exact"
             )
         return verify_signals("--signals", settings.signals, dataset)
-    beside = settings.data.parent / "teacher_signals"
+    beside = signals_beside(settings.data)
     if not (beside / MANIFEST_NAME).is_file():
         return None
     manifest = read_manifest("--signals", beside)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from indraquantum.errors import UserError
+from indraquantum.errors import UserError, as_option
 from indraquantum.metrics import read_record
 from indraquantum.monitor.run_table import differences
 from indraquantum.monitor.runs import RunSummary, name_of
@@ -21,7 +21,7 @@ def details_of(metrics_path: Path) -> dict[str, Any]:
     """Return settings and checkpoints of the run with these metrics."""
     record = _record(metrics_path.parent)
     settings = record.get("settings") or {}
-    shown = {f"--{name.replace('_', '-')}": _word(value) for name, value in settings.items()}
+    shown = {as_option(name): _word(value) for name, value in settings.items()}
     return {
         "settings": shown | {name: _word(record[name]) for name in ("data", "signals") if record.get(name)},
         "folder": str(checkpoint_folder(record) or ""),

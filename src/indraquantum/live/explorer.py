@@ -13,6 +13,7 @@ from indraquantum.live.details import checkpoints_of
 from indraquantum.live.server import Query, Refused, whole_number
 from indraquantum.live.watched import Watched
 from indraquantum.metrics import read_record
+from indraquantum.teacher.manifest import signals_beside
 
 if TYPE_CHECKING:
     from indraquantum.inference.load import Loaded
@@ -63,7 +64,7 @@ class Explorer:
             dataset = open_dataset("data", data, settings.get("tokenizer"))
             ours, theirs = loaded.tokenizer, dataset.tokenizer
             require_same_tokenizer("data", data, "must have the checkpoint's tokenizer", ours, theirs)
-            folder = _path(settings, "signals") or data.parent / "teacher_signals"
+            folder = _path(settings, "signals") or signals_beside(data)
             signals = open_signals("signals", folder, dataset) if (folder / "manifest.json").is_file() else None
             return {"rows": dataset.validation.num_rows, **held_out_row(loaded, dataset.validation, row, signals)}
 

@@ -49,7 +49,7 @@ class PackedModel:
         shape, backbone = model.config, cast(Any, model.backbone)
         self.model, self.epsilon, self.context = model, shape.rms_norm_eps, shape.max_position_embeddings
         self.head_dim, self.heads = shape.head_dim, shape.num_attention_heads
-        self.key_heads = shape.num_key_value_heads or shape.num_attention_heads
+        self.key_heads = shape.key_value_heads
         self.layers = [_packed_layer(layer, shape.head_dim) for layer in backbone.layers]
         self.norm_D: Tensor = backbone.norm.weight
         angles = torch.arange(self.context, device=self.norm_D.device)[:, None, None].float() * backbone.frequencies
@@ -80,7 +80,7 @@ class PackedModel:
 
 def _packed_layer(layer: Any, head_dim: int) -> PackedLayer:
     attention, mlp = layer.self_attn, layer.mlp
-    turned = (_pairs_side_by_side(projection.weight, head_dim) for projection in (attention.q_proj, attention.k_proj))
+    turned = (neighbouring_pairs(projection.weight, head_dim) for projection in (attention.q_proj, attention.k_proj))
     return PackedLayer(
         _matrix(*turned, attention.v_proj.weight, norm_D=layer.input_layernorm.weight),
         _matrix(attention.o_proj.weight),
@@ -94,8 +94,8 @@ def _matrix(*weights: Tensor, norm_D: Tensor | None = None) -> Tensor:
     return (whole if norm_D is None else whole * norm_D).T.contiguous()
 
 
-def _pairs_side_by_side(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rows of queries or keys: pairs i and i + head_dim / 2 become pairs 2i and 2i + 1."""
+def neighbouring_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder the rows of queries or keys: pairs i and i + head_dim / 2 of transformers become pairs 2i and 2i + 1."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 

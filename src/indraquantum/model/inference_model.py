@@ -52,7 +52,7 @@ class Attention(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        of_keys = (shape.num_key_value_heads or shape.num_attention_heads) * shape.head_dim
+        of_keys = shape.key_value_heads * shape.head_dim
         self.shared_keys = shape.num_key_value_heads != shape.num_attention_heads
         self.q_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
         self.k_proj = nn.Linear(shape.hidden_size, of_keys, bias=False)

@@ -1,8 +1,7 @@
 """IndraQuantumPhase2: embeddings, a quantum projector at both ends, Llama layers in between, and two readouts.
 
-    table = projector(E)   ->   states psi = layers(table[input_ids])   ->   logits = scale * psi . table^T +
-                                                                        bias ->   c = <r, psi>, magnitude |c|,
-                                                                        phase arg c
+    table = projector(E)   ->   states psi = layers(table[input_ids])   ->   logits = scale * psi . table^T + bias
+                                                                        ->   c = <r, psi>, magnitude |c|, phase arg c
 
 The layers are transformers' own Llama, fed by `inputs_embeds`, with its rotary positions, KV caches and attention
 kernels. A training step lifts the table once (`lift_table`), passes it to `hidden_states` and to the objective, and

@@ -90,6 +90,11 @@ class ModelShape:
         return self.d_model if self.projector == "none" else 2 * self.complex_width
 
     @property
+    def key_value_heads(self) -> int:
+        """Attention heads of keys and values: as many as of queries, or a divisor of that."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from indraquantum.errors import as_option
 from indraquantum.monitor.runs import RunSummary, all_runs, named_runs
 
 Row = Sequence[str]
@@ -46,7 +47,7 @@ def compare_runs(logs: Path, names: tuple[str, ...]) -> None:
 def differences(runs: list[RunSummary]) -> list[list[str]]:
     """Return a row for each setting in which `runs` differ, except for the folders that they write to."""
     names = sorted({name for run in runs for name in run.settings} - {"output", "logs"})
-    rows = [[f"--{name.replace('_', '-')}", *(str(run.settings.get(name, NONE)) for run in runs)] for name in names]
+    rows = [[as_option(name), *(str(run.settings.get(name, NONE)) for run in runs)] for name in names]
     return [[_short(cell) for cell in row] for row in rows if len(set(row[1:])) > 1]
 
 

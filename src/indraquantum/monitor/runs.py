@@ -14,15 +14,6 @@ from indraquantum.metrics import METRICS_NAME, Line, checked_lines, read_record
 from indraquantum.monitor.tail import Tail
 
 
-def find_run(*roots: str | Path) -> Path:
-    """Return the metrics file to show: the first of `find_runs`.
-
-    Raises:
-        UserError: there is no metrics file.
-    """
-    return find_runs(*roots)[0]
-
-
 def find_runs(*roots: str | Path) -> list[Path]:
     """Return the metrics files to show: those in $INDRA_METRICS, which `:` separates, else the newest below `roots`.
 

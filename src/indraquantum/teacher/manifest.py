@@ -23,6 +23,11 @@ MANIFEST_NAME = "manifest.json"
 _SHA256 = r"^[0-9a-f]{64}$"
 
 
+def signals_beside(data: Path) -> Path:
+    """Return the folder of the signals of the dataset at `data`, if no other is named."""
+    return data.parent / "teacher_signals"
+
+
 class _Page(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, fsync_folder, names_aside, not_written, sha256_of
+from indraquantum.files import atomic_file, fsync_folder, names_aside, not_written, sha256_of, write_text
 from indraquantum.progress import warn
 
 FORMAT = "indraquantum-checkpoint"
@@ -97,8 +97,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             temporary.write_bytes(content)
             # An old manifest does not fit the new file. Without a manifest, both the old and the new file are valid.
             manifest_path(path).unlink(missing_ok=True)
-        with atomic_file(manifest_path(path)) as temporary:
-            temporary.write_text(manifest, encoding="utf-8")
+        write_text(manifest_path(path), manifest)
     except OSError as error:
         raise not_written("--output", path, len(content), error, "; earlier checkpoints are unharmed") from None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from indraquantum.config import TeacherSettings, TrainSettings
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, folder_lock, is_locked, make_folder, names_aside, not_written
+from indraquantum.files import folder_lock, is_locked, make_folder, names_aside, not_written, write_text
 from indraquantum.metrics import METRICS_NAME, RECORD_NAME, MetricsLog, checked_lines, read_record
 from indraquantum.progress import warn
 from indraquantum.training.checkpoint import remove_leftovers
@@ -168,7 +168,6 @@ def write_run_record(folder: Path, run: Run) -> None:
     }
     content = json.dumps(record, indent=2) + "\n"
     try:
-        with atomic_file(folder / RECORD_NAME) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_text(folder / RECORD_NAME, content)
     except OSError as error:
         raise not_written("--logs", folder / RECORD_NAME, len(content), error) from None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from indraquantum.config import RunSettings, Settings, TeacherSettings, TrainSettings
-from indraquantum.errors import UserError
+from indraquantum.errors import UserError, as_option
 from indraquantum.kernels.ways import continued, put_in_force
 from indraquantum.model.attention import attend_as
 from indraquantum.progress import tell
@@ -315,7 +315,7 @@ def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -
     option, value, then = "--strategy", f"{run.total_steps:,} steps", "of the same length"
     for name in LENGTHS:
         if before.get(name) != getattr(settings, name, None):
-            option, value, then = f"--{name.replace('_', '-')}", getattr(settings, name), before[name]
+            option, value, then = as_option(name), getattr(settings, name), before[name]
     there = checkpoints_in(run.folder, run.plan.step_of_epoch)
     early = [path for step, path in there if step <= error.before]
     newest = there[0][1] if settings.resume == "auto" and there else settings.resume
@@ -323,7 +323,7 @@ def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -
     if "start_from" in type(settings).model_fields:
         ways.append(f"begin a new run from its weights with --start-from {newest} --output NEW")
     way_out = f". To train it further, {', or '.join(ways)}" if ways else ""
-    which = f"the run that {run.folder} holds" if settings.resume == "auto" else "the run of --resume"
+    which = _which_run(settings, run.folder)
     return UserError(option, value, f"must be {then}, as in {which}: {error.why}{way_out}")
 
 
@@ -350,7 +350,7 @@ class Difference(NamedTuple):
         name, *place = self.path
         if name == "stages":
             return "--strategy", f"{'.'.join(place)} {self.now}"
-        return f"--{name.replace('_', '-')}", str(self.now)
+        return as_option(name), str(self.now)
 
 
 def first_difference(now: Any, then: Any, path: tuple[str, ...] = ()) -> Difference | None:

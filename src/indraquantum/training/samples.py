@@ -20,7 +20,7 @@ from indraquantum.data.prepared import PreparedDataset
 from indraquantum.data.prompt import format_alpaca, prompt_ids
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_file, not_written
+from indraquantum.files import not_written, write_text
 from indraquantum.processes import ALONE, Processes
 from indraquantum.training.run import Run
 
@@ -136,8 +136,7 @@ def _keep_up_to(path: Path, step: int | None) -> None:
     """Write the samples at `path` again without those after `step`, which no longer belong to the run."""
     content = "" if step is None else "".join(_lines_up_to(path, step))
     try:
-        with atomic_file(path) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_text(path, content)
     except OSError as error:
         raise not_written("--logs", path, len(content), error) from None
 

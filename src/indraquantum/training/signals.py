@@ -18,7 +18,7 @@ from indraquantum.files import combined_sha256
 from indraquantum.processes import ALONE, Processes
 from indraquantum.progress import tell
 from indraquantum.teacher.capture import MARK, FolderInUse, capture
-from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest, statistics_of
+from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest, signals_beside, statistics_of
 from indraquantum.teacher.signals import SignalStore, verify_signals
 from indraquantum.training.plan import Plan, RunStage
 
@@ -118,7 +118,7 @@ def _verified_signals(stage: RunStage, processes: Processes) -> SignalStore | No
 
 def folder_of(settings: TrainSettings) -> Path:
     """Return the folder of the signals, which may not exist yet."""
-    return settings.signals or settings.data.parent / "teacher_signals"
+    return settings.signals or signals_beside(settings.data)
 
 
 def option_of(stage: RunStage) -> str:

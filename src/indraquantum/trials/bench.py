@@ -1,7 +1,7 @@
 """Measures the speed and memory of the objective beside the machine's own limit; `indra bench` prints the figures.
 
 Every figure is a ratio of medians from one run in which the candidates take turns, so that other load slows all of them
-alike. Run it on an idle machine: `python benchmarks/bench_objective.py --json figures.json`.
+alike. Run it on an idle machine: `indra bench --json-file figures.json`.
 
 Legend: N rows (token positions), D real width, V vocabulary, K kept teacher tokens of a row.
 """

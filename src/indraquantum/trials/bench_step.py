@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from statistics import NormalDist
 
@@ -24,9 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from indraquantum.config import BenchSettings
 from indraquantum.data.packing import packed_split
 from indraquantum.data.split import Split
+from indraquantum.files import check_new_file, write_text
+from indraquantum.kernels.measured import quickest_way
 from indraquantum.kernels.onednn import has_16_bit_units
+from indraquantum.kernels.ways import put_in_force
 from indraquantum.loss_v2 import TeacherSignals
 from indraquantum.memory import peak_bytes
 from indraquantum.model.configuration import IndraQuantumConfig
@@ -34,10 +38,45 @@ from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.training.engine import Engine
 from indraquantum.training.parallel import Precision, SingleProcess
 from indraquantum.training.step import StepInput
-from indraquantum.trials.bench import CUBE, MEBIBYTE, Figure, bytes_measured_by, interleaved_seconds
+from indraquantum.trials.bench import (
+    CUBE,
+    MEBIBYTE,
+    Figure,
+    Shape,
+    bytes_measured_by,
+    figures_json,
+    figures_table,
+    interleaved_seconds,
+    objective_memory,
+    objective_speed,
+)
 from indraquantum.trials.costs import StepSize, step_flops
 
 LEARNING_RATE = 1e-3
+
+
+def bench(settings: BenchSettings) -> None:
+    """Measure the objective and the training step, and print the figures: the command `indra bench`.
+
+    Raises:
+        UserError: the JSON file can't be written.
+    """
+    if settings.json_file:
+        check_new_file("--json-file", settings.json_file)
+    torch.set_num_threads(settings.threads)
+    put_in_force(quickest_way())
+    if settings.quick:
+        shape, step, rows = Shape(128, 32, 1000, 4), StepShape(8, 1, 16, 300, 128, 1024, 4), (128,)
+    else:
+        shape, step, rows = Shape(), StepShape(), (512, 4096, 65_536)
+    figures = objective_speed(shape, settings.repeats) + objective_memory(rows, shape)
+    figures += step_speed(step, settings.repeats)
+    figures += [] if settings.quick else step_memory(step)  # a process for each, which takes a while to start
+    if settings.quick:  # the goals are for the full sizes
+        figures = [replace(figure, goal=None) for figure in figures]
+    print(figures_table(figures))
+    if settings.json_file:
+        write_text(settings.json_file, figures_json(figures) + "\n")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from indraquantum.config import TrainSettings
-from indraquantum.errors import UserError
+from indraquantum.errors import UserError, as_option
 from indraquantum.evaluation.held_out import batches, losses_of
 from indraquantum.kernels.onednn import onednn_products
 from indraquantum.kernels.ways import in_force, using
@@ -62,7 +62,7 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
     for option in ("epochs", "max_steps"):
         if option in settings.model_fields_set and getattr(settings, option) is not None:
             allowed = "must be left out with --minutes, which chooses the number of steps"
-            raise UserError(f"--{option.replace('_', '-')}", getattr(settings, option), allowed)
+            raise UserError(as_option(option), getattr(settings, option), allowed)
     if resolve(settings).stages[0].fraction is None:
         allowed = f"must be left out with --strategy {settings.strategy}, whose stages set their own lengths"
         raise UserError("--minutes", settings.minutes, allowed)
