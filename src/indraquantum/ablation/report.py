@@ -207,12 +207,12 @@ def front_tables(plan: Plan, runs: Runs) -> list[Table]:
     """For parameters and for work: how low each family reaches, and the sizes of equally good baseline models."""
     baseline, *_ = plan.families
     heights, equals = [], []
+    shared = at_equal_seeds((variant for variants in plan.families.values() for variant in variants), runs)
     for size, title in SIZES.items():
-        found = curves(plan.families, runs, size)
+        found = curves(plan.families, shared, size)
         if not all(by_seed for by_seed in found.values()):
             continue
-        members = [variant for variants in plan.families.values() for variant in variants]
-        means = {v: mean_point(by_seed, size) for v, by_seed in at_equal_seeds(members, runs).items()}
+        means = {variant: mean_point(by_seed, size) for variant, by_seed in shared.items()}
         best, volumes = on_front(means), hypervolumes(found)
         for family, variants in plan.families.items():
             ahead = lead(volumes, family, baseline) if family != baseline else None
@@ -235,12 +235,12 @@ def front_tables(plan: Plan, runs: Runs) -> list[Table]:
 
 def _about_front(plan: Plan) -> str:
     return (
-        "A variant is on the front if no other variant of at most its size has a lower mean loss, over the seeds that "
-        "all of them share. The mean lead is the "
+        "All figures are over the seeds that all these variants share. A variant is on the front if no other variant "
+        "of at most its size has a lower mean loss. The mean lead is the "
         "hypervolume: for each size, take the lowest loss of the family's models up to that size. The figure says how "
-        "far it is below the worst loss of any run, averaged over the logarithm of the size, up to twice the largest "
-        f"model. The second table asks how large a model of {next(iter(plan.families))} with the same loss is. Between "
-        "two of its measured sizes, the loss counts as linear in the logarithm of the size."
+        "far it is below the worst loss of these runs, averaged over the logarithm of the size, up to twice the "
+        f"largest model. The second table asks how large a model of {next(iter(plan.families))} with the same loss is. "
+        "Between two of its measured sizes, the loss counts as linear in the logarithm of the size."
     )
 
 

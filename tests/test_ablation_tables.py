@@ -1,0 +1,90 @@
+"""The tables of an ablation's report: whole rows by hand, from made-up records."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from indraquantum.ablation.report import alignment_table, bands_table, front_tables, sizes_table
+
+FAMILIES = SimpleNamespace(families={"plain": ("s", "l"), "ours": ("o",)})
+
+
+def sized(size: int, *losses: float) -> dict[int, dict]:
+    """The runs of a variant, one with each seed from 0 on."""
+    return {
+        seed: {"parameters": size, "flops_per_token": 2 * size, "sources": {"all": {"cross_entropy": loss}}}
+        for seed, loss in enumerate(losses)
+    }
+
+
+def test_families_by_hand():
+    """The worst loss is 5. Plain leads it by 1 nat on ln 2 of the ln 200 from size 10 to 2000.
+
+    Ours leads by 0.75 and 1.1 on ln 20, so it is 0.2932 and 0.4911 ahead. Half the interval is
+    12.7062 * 0.0989 = 1.2572. No plain model reaches its loss with seed 1.
+    """
+    runs = {"s": sized(10, 5.0, 5.0), "l": sized(1000, 4.0, 4.0), "o": sized(100, 4.25, 3.9)}
+    heights, equals = front_tables(FAMILIES, runs)
+    assert heights.rows == [
+        ["plain", "parameters", "s, l", "0.1308 ± 0.0000", ""],
+        ["ours", "parameters", "o", "0.5230 ± 1.2572", "+0.3922 ± 1.2572"],
+        ["plain", "FLOPs a token", "s, l", "0.1308 ± 0.0000", ""],
+        ["ours", "FLOPs a token", "o", "0.5230 ± 1.2572", "+0.3922 ± 1.2572"],
+    ]
+    assert equals.rows == [
+        ["ours", "parameters", "100", "2", "beyond the sizes of plain"],
+        ["ours", "FLOPs a token", "200", "2", "beyond the sizes of plain"],
+    ]
+
+
+def test_families_are_compared_over_the_seeds_that_all_share():
+    """Seed 0 alone: plain leads by 0.5 nats on ln 2 of ln 200, ours by 0.4. Over all seeds, ours would be ahead."""
+    runs = {"s": sized(10, 5.0, 5.0), "l": sized(1000, 4.5, 4.9), "o": sized(1000, 4.6)}
+    heights, equals = front_tables(FAMILIES, runs)
+    assert heights.rows[:2] == [
+        ["plain", "parameters", "s, l", "0.0654", ""],
+        ["ours", "parameters", "none", "0.0523", "-0.0131"],
+    ]
+    # 0.4 / 0.5 of the way from 10 to 1000 on a logarithmic scale: 10 * 100 ** 0.8 = 398
+    assert equals.rows[0] == ["ours", "parameters", "1,000", "1", "0.398"]
+
+
+def test_a_family_without_a_common_seed_gives_no_rows():
+    runs = {"s": sized(10, 5.0), "l": sized(1000, 4.5), "o": {7: sized(1000, 4.6)[0]}}
+    assert [table.rows for table in front_tables(FAMILIES, runs)] == [[], []]
+
+
+def test_bands_by_hand():
+    """The half-width of two values 0.2 apart is 12.7062 * 0.1. A run may lack a band, and older runs lack all."""
+    first = {"rare": {"cross_entropy": 7.25, "tokens": 1200}, "frequent": {"cross_entropy": 2.0, "tokens": 34}}
+    second = {"frequent": {"cross_entropy": 2.2, "tokens": 35}}
+    found = bands_table({"old": {0: {}}, "new": {0: {"bands": first}, 1: {"bands": second}}})
+    assert found.header == ["variant", "rare (1,200)", "frequent (34)"]
+    assert found.rows == [["old", "none", "none"], ["new", "7.2500", "2.1000 ± 1.2706"]]
+
+
+def test_sizes_by_hand():
+    def record(tokens_per_second: float, peak: int | None) -> dict:
+        return {
+            "parameters": 3697, "table_parameters": 2560, "flops_per_token": 1_234_567.0, "steps": 1500,
+            "tokens": 72_000, "timing": {"tokens_per_second": tokens_per_second, "peak_memory_bytes": peak},
+        }  # fmt: skip
+
+    found = sizes_table({"both": {0: record(1000, 2**21), 1: record(1200, 2**22)}, "one": {5: record(900, None)}})
+    assert found.header == [
+        "variant", "parameters", "in the table", "MFLOP/token", "steps", "tokens", "tokens/s", "peak MiB",
+    ]  # fmt: skip
+    same = ["3,697", "69.2%", "1.235", "1,500", "72,000"]
+    assert found.rows == [["both", *same, "1,100 ± 1,271", "3 ± 13"], ["one", *same, "900", "none"]]
+
+
+def test_correlations_by_hand():
+    names = ("magnitude_confidence", "softmax_confidence", "phase_entropy", "softmax_entropy")
+    known = dict(zip(names, (0.5, 0.25, None, -0.125), strict=True))
+    runs = {"taught": {0: {"alignment": known}, 1: {"alignment": {}}}, "plain": {0: {"alignment": None}}}
+    found = alignment_table(runs)
+    assert found.header == [
+        "variant", "magnitude, confidence", "control: max p, confidence", "phase, entropy",
+        "control: own entropy, entropy",
+    ]  # fmt: skip
+    assert found.rows == [["taught", "0.500", "0.250", "none", "-0.125"], ["plain", *["none"] * 4]]
