@@ -6,6 +6,8 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
+import sys
 
 import filelock
 import pytest
@@ -48,6 +50,61 @@ def test_a_folder_takes_its_place_as_a_whole(tmp_path):
         (temporary / "new").write_text("whole")
     assert [p.name for p in folder.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """Return `synced(failure)`: what is synced from then on, "file" or "folder"; folders fail with `failure`."""
+
+    def record(failure: int | None) -> list[str]:
+        kinds, fsync = [], os.fsync
+
+        def sync(descriptor):
+            kinds.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+            if failure and kinds[-1] == "folder":
+                raise OSError(failure, os.strerror(failure))
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", sync)
+        return kinds
+
+    return record
+
+
+@pytest.mark.parametrize("failure", ["EINVAL", "EBADF", "ENOTSUP"])
+def test_a_folder_that_can_not_be_synced_gets_its_file(tmp_path, synced, failure):
+    """The rename has succeeded by then, and a shared folder of VirtualBox or Samba can do no more."""
+    kinds = synced(getattr(errno, failure))
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "part").write_text("new")
+    assert kinds == ["file", "folder"] * 2
+    assert [(tmp_path / name).read_text() for name in ("file", "folder/part")] == ["new", "new"]
+
+
+def test_a_disk_that_fails_is_told(tmp_path, synced):
+    synced(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"), atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_on_a_mac_the_cache_of_the_drive_is_emptied_too(tmp_path, synced, monkeypatch, can):
+    kinds, asked = synced(None), []
+
+    def full_sync(descriptor, request):
+        asked.append(request)
+        if not can:
+            raise OSError(errno.ENOTSUP, "not here")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)  # its number in macOS's <sys/fcntl.h>
+    monkeypatch.setattr(fcntl, "fcntl", full_sync)
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    assert asked == [51, 51]
+    assert kinds == ([] if can else ["file", "folder"])
 
 
 def test_a_folder_comes_back_where_the_exchange_is_cut(tmp_path, monkeypatch):

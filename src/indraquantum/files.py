@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -39,13 +40,31 @@ def combined_sha256(digests: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
+# The answers of file systems that can't sync a folder, such as shared folders of a virtual machine and network drives.
+NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
 def fsync_folder(path: Path) -> None:
-    """Make sure that a rename inside `path` survives a crash of the machine."""
+    """Make sure that a rename inside `path` survives a crash of the machine, if the file system can promise that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:  # the rename itself has succeeded
+            raise
     finally:
         os.close(descriptor)
+
+
+def _fsync(descriptor: int) -> None:
+    """Bring what was written to the disk. On macOS, only F_FULLFSYNC empties the drive's cache; see fsync(2) there."""
+    if sys.platform == "darwin":
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # some file systems lack it
+            pass
+    os.fsync(descriptor)
 
 
 def make_folder(field: str, path: Path) -> Path:
@@ -257,7 +276,7 @@ def _on_disk(file: Path) -> None:
     """Fsync `file`, and let others read what a library wrote for its owner alone, as far as the umask allows."""
     file.chmod(file.stat().st_mode | 0o666 & ~_UMASK)
     with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
+        _fsync(opened.fileno())
 
 
 def names_aside(*paths: Path) -> list[Path]:
