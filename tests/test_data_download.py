@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import threading
+import urllib.request
 
 import filelock
 import pyarrow as pa
@@ -212,6 +213,47 @@ def test_a_cache_that_cannot_be_locked_or_written_names_its_variable(tmp_path, m
 
 
 REVISION = "b" * 40
+
+
+def test_the_certificates_are_those_of_the_system(monkeypatch, server):
+    """Python of python.org knows none on macOS; there, they come from the system's own store."""
+    import truststore
+
+    contexts, urlopen = [], urllib.request.urlopen
+
+    def recorded(*arguments, context=None, **options):
+        contexts.append(context)
+        return urlopen(*arguments, **options)
+
+    download._certificates.cache_clear()
+    monkeypatch.setattr(urllib.request, "urlopen", recorded)
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    assert download_url("--alpaca", f"{server}/alpaca.json", "help").read_bytes() == CONTENT
+    download._certificates.cache_clear()
+    assert [type(context) for context in contexts] == [truststore.SSLContext]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/cache/blob"), "No space left on device: '/cache/blob'"),
+        (RuntimeError("Data processing error:\n File I/O error"), "(Data processing error: File I/O error); help"),
+        (RuntimeError(), "(RuntimeError); help"),
+    ],
+)
+def test_why_a_hub_download_failed_is_said(monkeypatch, error, said):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(download, "_hub_answers", lambda: True)
+    with pytest.raises(UserError) as refused:
+        download.hub_files("--teacher", "an/id", ["*"], "model", "help")
+    assert said in str(refused.value)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -8,10 +8,12 @@ seconds, so one quick request comes before the library and its retries.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import http.client
 import os
 import re
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -80,9 +82,14 @@ def hub_files(field: str, repository: str, patterns: list[str], repo_type: str, 
         ) from None
     except huggingface_hub.errors.HfHubHTTPError as error:
         reason = f"is not a local file, and the Hugging Face hub refuses to send it ({type(error).__name__})"
-    except (OSError, ValueError, huggingface_hub.errors.HTTPError) as error:
-        reason = f"is not a local file, and could not be downloaded ({type(error).__name__})"
+    except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HTTPError) as error:  # hf-xet raises the third
+        reason = f"is not a local file, and could not be downloaded ({_in_a_line(error)})"
     raise UserError(field, repository, f"{reason}; {remedy}")
+
+
+def _in_a_line(error: Exception) -> str:
+    """Return what `error` says, such as that the disk is full, or its name if it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _hub_answers() -> bool:
@@ -225,6 +232,14 @@ def _fetch_all(url: str, part: Path, name: str) -> None:
             time.sleep(WAIT_SECONDS * failed)
 
 
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Return the certificates that the hub's library trusts: on macOS the system's, of which Python has none there."""
+    import httpx2
+
+    return httpx2.create_ssl_context()
+
+
 def _fetch(url: str, part: Path, name: str) -> None:
     """Append the missing bytes to `part`, and check that it is as long as the server said."""
     from indraquantum.progress import Progress
@@ -233,7 +248,8 @@ def _fetch(url: str, part: Path, name: str) -> None:
     known = state.read_text() if state.exists() and part.exists() else ""
     start = part.stat().st_size if known else 0
     headers = {"Range": f"bytes={start}-", "If-Range": known} if start else {}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as answer:
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS, context=_certificates()) as answer:
         if answer.status != PARTIAL:
             start = 0  # the whole file, perhaps because it has changed
         elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
