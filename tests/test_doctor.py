@@ -9,7 +9,7 @@ from importlib.metadata import version
 import pytest
 
 import indraquantum
-from indraquantum import cli
+from indraquantum import cli, doctor
 from indraquantum.doctor import _short
 
 
@@ -29,15 +29,43 @@ def test_the_report_tells_what_is_here(capsys, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "report.json").read_text())
     assert (status, said.err) == (0, "")
     assert found["versions"]["indraquantum"] == indraquantum.__version__
-    for name in ("torch", "transformers", "tokenizers"):
+    for name in ("torch", "transformers", "tokenizers", "httpx2", "filelock"):
         assert found["versions"][name] == version(name)
     assert found["optional packages"]["peft"] == version("peft")
+    assert {"gguf", "onnxruntime", "starlette", "uvicorn"} <= found["optional packages"].keys()
+    assert "pytest" not in found["optional packages"]
+    assert found["torch"]["device of auto"] == "cpu"
+    assert found["torch"]["16-bit units"] == "the CPU has none (INDRA_BFLOAT16 says so)"
     assert found["torch"]["threads"] == int(os.environ["OMP_NUM_THREADS"])
     assert found["torch"]["products of the CPU"] == "onednn:512x1000 (INDRA_PRODUCTS asks for it)"
     assert found["environment"]["INDRA_PRODUCTS"] == "onednn:512x1000"
     for section in found.values():
         for name, value in section.items():
             assert f"{name:22} {value}" in said.out
+
+
+def test_memory_that_holds_copies_of_files_is_free(monkeypatch):
+    from indraquantum.teacher import batch_size
+
+    monkeypatch.setattr(batch_size, "free_memory", lambda: 3 << 30)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 7 << 18}.__getitem__)  # as on macOS
+    assert doctor._memory() == "3.0 GiB free of 7.0 GiB"
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ("processor : 0\nmodel name : Some CPU\n\nprocessor : 1\nmodel name : Some CPU", "Some CPU"),
+        ("processor : 0\nCPU part : 0xd0c\n\nModel : Raspberry Pi 5\n", "Raspberry Pi 5"),
+        ("processor : 0\nCPU implementer : 0x41\nCPU part\t: 0xd0c\n", "aarch64, CPU implementer 0x41, CPU part 0xd0c"),
+        ("", "aarch64"),
+    ],
+)
+def test_the_processor_has_a_name(tmp_path, monkeypatch, lines, told):
+    (tmp_path / "cpuinfo").write_text(lines)
+    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert doctor._processor() == told
 
 
 def test_the_kept_choice_is_told(capsys, tmp_path, monkeypatch):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,11 @@ from indraquantum import __version__
 from indraquantum.config import DoctorSettings
 from indraquantum.files import cache_folder, check_new_file, write_json
 
-NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "huggingface_hub", "pydantic",
-          "cyclopts", "tqdm", "matplotlib")  # fmt: skip
-OPTIONAL = ("accelerate", "datasets", "lm_eval", "peft", "ray", "sentencepiece", "tensorboard", "trackio", "wandb")
+USEFUL = ("datasets", "peft", "sentencepiece")  # no extra brings them, but users have them
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "INDRA_PRODUCTS",
              "INDRA_BFLOAT16", "INDRAQUANTUM_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "PYTORCH_ALLOC_CONF",
              "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ENABLE_MPS_FALLBACK")  # fmt: skip
+CPUINFO = Path("/proc/cpuinfo")
 PREFIXES = ("NCCL_", "GLOO_")  # of other variables to show
 
 
@@ -26,8 +28,8 @@ def examine() -> dict[str, dict[str, Any]]:
     """Return what there is, by section and name; what can't be found out says why in its place."""
     return {
         "versions": {"indraquantum": __version__, "python": platform.python_version(), "system": platform.platform()}
-        | {name: _attempt(lambda name=name: version(name)) for name in NEEDED},
-        "optional packages": {name: _attempt(lambda name=name: version(name)) for name in OPTIONAL},
+        | _attempt(lambda: _versions(_required(extras=False))),
+        "optional packages": _attempt(lambda: _versions([*_required(extras=True), *USEFUL])),
         "machine": {
             "processor": _attempt(_processor),
             "cores of this process": _attempt(_cores),
@@ -37,6 +39,8 @@ def examine() -> dict[str, dict[str, Any]]:
             "threads": _attempt(lambda: _torch().get_num_threads()),
             "instruction set": _attempt(lambda: _torch().backends.cpu.get_cpu_capability()),
             "devices": _attempt(_devices),
+            "device of auto": _attempt(_device_of_auto),
+            "16-bit units": _attempt(_16_bit_units),
             "CUDA of this build": _attempt(lambda: _torch().version.cuda or "none"),
             "bfloat16 of the GPU": _attempt(_bfloat16),
             "products of the CPU": _attempt(_products),
@@ -88,10 +92,27 @@ def _torch() -> Any:
     return torch
 
 
+def _required(*, extras: bool) -> list[str]:
+    """Return the packages that this one needs always, or that its extras bring, but for those of its own tests."""
+    lines = [line.partition(";") for line in requires("indraquantum") or ()]
+    chosen = [name for name, _, when in lines if ("extra ==" in when) == extras and "dev" not in when]
+    return sorted({re.match(r"[\w.-]+", name)[0] for name in chosen})
+
+
+def _versions(names: Iterable[str]) -> dict[str, object]:
+    return {name: _attempt(lambda name=name: version(name)) for name in names}
+
+
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return model or platform.processor() or platform.machine()
+    if sys.platform == "darwin":
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    if model := facts.get("model name") or facts.get("Model"):
+        return model
+    ids = [f"{name} {facts[name]}" for name in ("CPU implementer", "CPU part") if name in facts]  # ARM has no names
+    return ", ".join([platform.machine(), *ids])
 
 
 def _cores() -> str:
@@ -100,9 +121,10 @@ def _cores() -> str:
 
 
 def _memory() -> str:
-    page = os.sysconf("SC_PAGE_SIZE")
-    free, total = (os.sysconf(name) * page / 2**30 for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
-    return f"{free:.1f} GiB free of {total:.1f} GiB"
+    from indraquantum.teacher.batch_size import free_memory
+
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{free_memory() / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB"
 
 
 def _variables() -> list[str]:
@@ -124,6 +146,21 @@ def _devices() -> str:
         major, minor = torch.cuda.get_device_capability(number)
         names.append(f"{torch.cuda.get_device_name(number)} (compute capability {major}.{minor})")
     return ", ".join(["cpu", *(["mps"] if torch.backends.mps.is_available() else []), *names])
+
+
+def _device_of_auto() -> str:
+    from indraquantum.config import DeviceSettings
+    from indraquantum.device import choose_device
+
+    return choose_device(DeviceSettings()).type
+
+
+def _16_bit_units() -> str:
+    """Say whether the CPU has units for bfloat16, or what INDRA_BFLOAT16 says about them."""
+    from indraquantum.kernels.onednn import VARIABLE, has_16_bit_units
+
+    told = f" ({VARIABLE} says so)" if os.environ.get(VARIABLE) else ""
+    return f"the CPU has {'some' if has_16_bit_units() else 'none'}{told}"
 
 
 def _products() -> str:
