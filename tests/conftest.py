@@ -66,6 +66,13 @@ def _same_threads():
 
 
 @pytest.fixture(autouse=True)
+def _no_mps(monkeypatch):
+    """A Mac hides its GPU from the libraries that take one by themselves, such as transformers' Trainer."""
+    if torch := sys.modules.get("torch"):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def _as_a_command():
     """Messages read as at the command line, and notes are printed; tests of the Python functions put this out."""
     from indraquantum.progress import command_line

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,9 @@ from typing import Any
 from indraquantum.processes import Processes, joined_processes
 from survival import fork
 
-PATIENCE = 60.0  # seconds after which processes that wait for each other are taken for hung
+# Seconds after which processes that wait for each other are taken for hung: many, for a machine with other work, but
+# fewer than pytest's 300, which would not say which of them still ran.
+PATIENCE = 240.0
 
 
 def start(world: int, action: Callable[[int], object], folder: Path) -> list[int]:
@@ -27,7 +30,9 @@ def start(world: int, action: Callable[[int], object], folder: Path) -> list[int
     with socket.socket() as held:  # no other program gets the port; the first process may listen at it nevertheless
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
-        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
+        if sys.platform == "linux":
+            here["GLOO_SOCKET_IFNAME"] = "lo"  # the name elsewhere is another, and Gloo finds it
         return [fork(partial(_take_place, rank, world, here, action), folder / f"said.{rank}") for rank in range(world)]
 
 

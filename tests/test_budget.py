@@ -40,7 +40,8 @@ def settings(world, tmp_path, **changes):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """A step takes 4 seconds, and an evaluation 7."""
+    """A step takes 4 seconds, an evaluation 7, and all else no time."""
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     monkeypatch.setattr(budget, "step_seconds", lambda run: 4.0)
     monkeypatch.setattr(budget, "evaluation_seconds", lambda run: 7.0)
 
@@ -207,6 +208,8 @@ def test_what_is_refused(world, tmp_path, slow, monkeypatch, options, said):
 
 
 def test_the_command_times_real_steps(world, tmp_path, monkeypatch, capsys):
+    ticks = itertools.count()
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 1000))
     monkeypatch.setattr(budget, "SECONDS", 0.0)
     timed = []
     monkeypatch.setattr(budget, "step_seconds", lambda run: timed.append(step_seconds(run)) or 5.0)

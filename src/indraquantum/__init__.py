@@ -19,6 +19,10 @@ from typing import TYPE_CHECKING
 
 from indraquantum.lazy_names import lazy_names
 
+if sys.platform == "win32":
+    print("indra: error: IndraQuantum needs Linux or macOS; on Windows, install and run it in WSL 2", file=sys.stderr)
+    raise SystemExit(2)  # instead of an ImportError of the first module that Windows lacks
+
 if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors
     from indraquantum.api import capture as capture
     from indraquantum.api import evaluate as evaluate

@@ -98,7 +98,7 @@ class DeviceSettings(Settings):
     """Where a command computes."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute. auto takes CUDA if there is one, else MPS, else the CPU."""
+    """Where to compute. auto takes CUDA if there is one, else the CPU. Nobody has tried mps yet."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads to use; 0 lets torch choose. Set it to leave cores to other programs, or to repeat a run to the last
     bit, since the last bits depend on the number of threads."""
@@ -652,7 +652,7 @@ class MonitorSettings(DeviceSettings):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
     """Where the state explorer computes. The default leaves the GPU to training. auto takes CUDA if there is one, else
-    MPS, else the CPU."""
+    the CPU. Nobody has tried mps yet."""
     host: str = Field(default="127.0.0.1", min_length=1, max_length=255)
     """The address to listen on. By default only this machine can open the page. With another address, such as 0.0.0.0,
     everyone who can reach it can read your runs and use your models."""

@@ -1,7 +1,8 @@
 """Trains several runs at once, each in its own process, which saves a checkpoint and ends when its parent ends.
 
-The processes are forked from one that has loaded everything and computed nothing. multiprocessing's own pools can do
-neither: they lose a job whose process is killed, and they don't wait for checkpoints.
+The processes are forked from one that has loaded everything and computed nothing. On macOS, where the system's own
+libraries may crash in a forked process, each is started afresh. multiprocessing's own pools can do neither: they lose a
+job whose process is killed, and they don't wait for checkpoints.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from filelock import FileLock
 
@@ -44,9 +45,10 @@ def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], object]) ->
     Raises:
         Interrupted: a signal came; the unfinished runs have saved a checkpoint.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["indraquantum.ablation.one_run"])
-    _start_server()
+    context = multiprocessing.get_context(start_method())
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["indraquantum.ablation.one_run"])
+        _start_server()
     waiting, running, without = deque(tasks), {}, []
     with Interrupts() as interrupts:
         try:
@@ -68,6 +70,11 @@ def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], object]) ->
             for process in running:
                 process.join()
     return without
+
+
+def start_method() -> Literal["forkserver", "spawn"]:
+    """Return how multiprocessing starts the runs on this system."""
+    return "spawn" if sys.platform == "darwin" else "forkserver"
 
 
 def _start_server() -> None:

@@ -8,6 +8,7 @@ Through a pipe, the whole input is one question, and the answer alone is printed
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Generator, Iterable
@@ -183,7 +184,8 @@ def show(pieces: Iterable[Piece], coloured: bool) -> None:
 
 def _talk(chat: Chat, loaded: Loaded) -> None:
     """Ask for questions until /quit or the end of the input."""
-    import readline  # noqa: F401 - input() then knows arrow keys and earlier lines
+    with contextlib.suppress(ImportError):  # some builds of Python lack it
+        import readline  # noqa: F401 - input() then knows arrow keys and earlier lines
 
     coloured = colours(loaded, sys.stdout)
     print(f"Chat with {loaded.path}. {HELP}")
