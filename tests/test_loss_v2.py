@@ -250,6 +250,24 @@ def test_the_likeliest_tokens_alone_give_no_estimate(tail):
     assert found.item() == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("probs", "ids", "known"),
+    [
+        ([[0.5, 0.5], [0.5, 0.5]], [[0, 1], [2, 3]], True),
+        ([[0.5, 0.5], [0.5, 0.3]], [[0, 1], [2, 3]], False),
+        ([[0.5, 0.5], [0.5, 0.49]], [[0, 1], [2, 3]], False),
+        ([[0.5, 0.5], [0.5, 0.4995]], [[0, 1], [2, 3]], True),  # rounding
+        ([[0.5, 0.5], [0.5, 0.5]], [[0, 1], [2, -1]], False),  # padding counts for nothing
+    ],
+)
+def test_one_row_that_is_cut_off_leaves_no_estimate(probs, ids, known):
+    """All logits are 0, so the cross-entropy of whole signals is ln 4."""
+    signals = TeacherSignals(torch.tensor(ids), torch.tensor(probs), torch.tensor([0.5, 0.5]))
+    found = SemanticDistillationLoss()(torch.zeros(2, D), torch.zeros(4, D), torch.tensor([0, 1]), signals=signals)
+    expected = math.log(4) - 0.5 if known else math.nan
+    assert found.kd_estimate.item() == pytest.approx(expected, abs=1e-3, nan_ok=True)
+
+
 def test_signals_of_another_temperature_are_refused_at_temperature_1():
     states, table, labels, signals, _ = make_case()
     warm = signals._replace(temperature_entropy_N=signals.entropy_N)
