@@ -12,9 +12,10 @@ import torch
 
 from indraquantum.data.dataset import open_dataset
 from indraquantum.data.packing import packed_split
-from indraquantum.evaluation.binned import binned, calibration_bins
+from indraquantum.evaluation.binned import binned, calibration_bins, readout_bins
 from indraquantum.evaluation.figures import Predictions, expected_calibration_error, figures_by_source, predict
 from indraquantum.evaluation.halves import bytes_by_source, documents_of_half, of_documents, positions_of_documents
+from indraquantum.loss_v2 import TeacherSignals
 from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 
@@ -132,6 +133,29 @@ def test_figures_of_a_half_are_those_of_its_documents_alone(dataset, model, half
 def test_bins_by_hand():
     found = binned(np.array([4, 1, 4, 1]), np.array([8.0, 1.0, 9.0, 2.0]), np.array([1.0, 5.0, 3.0, 5.0]))
     assert found == {"count": [2, 2], "x": [1.5, 8.5], "y": [5.0, 2.0], "y_std": [0.0, 1.0]}
+
+
+def test_readouts_in_bins_by_hand():
+    """Four positions of a vocabulary of 7 tokens. The first has no signals; the entropy of the last two is ln 7."""
+
+    class Store:
+        def batch(self, split, index_N):
+            assert (split, index_N.tolist()) == ("validation", [3, 5, 8, 9])
+            ids_NK = torch.tensor([[-1, -1], [2, -1], [0, 1], [3, 4]])
+            entropy_N = torch.tensor([0.5, 0.0, math.log(7), math.log(7)], dtype=torch.float64)
+            confidence_N = torch.tensor([0.5, 0.05, 0.95, 0.95], dtype=torch.float64)
+            return TeacherSignals(ids_NK, torch.ones(4, 2), entropy_N, confidence_N)
+
+    others = dict.fromkeys(Predictions._fields, np.zeros(4))
+    readouts = {"magnitude_N": np.array([9.0, 1.0, 2.0, 4.0]), "phase_N": np.array([9.0, -0.5, 1.0, 2.0])}
+    found = readout_bins(Predictions(**others | readouts | {"index_N": np.array([3, 5, 8, 9])}), Store(), 7)
+    assert found.keys() == {"magnitude", "phase"}
+    assert found["magnitude"] == {
+        "count": [1, 2], "x": pytest.approx([0.05, 0.95]), "y": [1.0, 3.0], "y_std": [0.0, 1.0],
+    }  # fmt: skip
+    assert found["phase"] == {
+        "count": [1, 2], "x": pytest.approx([0.0, math.log(7)]), "y": [-0.5, 1.5], "y_std": [0.0, 0.5],
+    }  # fmt: skip
 
 
 def test_calibration_bins_add_up_to_the_calibration_error():
