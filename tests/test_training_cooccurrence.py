@@ -87,6 +87,12 @@ def test_rare_tokens_are_drawn_and_the_seed_decides(documents):
     assert one[:V].square().mean() == pytest.approx(1, abs=0.2)
 
 
+def test_numbers_are_about_1_large_where_the_width_exceeds_the_rank():
+    """40 tokens, each seen 3 times beside a single other one: half of the table is drawn."""
+    pairs = [[2 * k, 2 * k + 1] for k in range(20)] * 3
+    assert cooccurrence_table([split_of(pairs)], 40, 64, 0).square().mean() == pytest.approx(1, abs=0.1)
+
+
 def test_text_of_one_token_and_no_pairs_starts_as_drawn():
     for documents in ([[5]], [[5], [5]], []):
         table = cooccurrence_table([split_of(documents)], V, 6, seed=3)
@@ -106,6 +112,36 @@ def test_of_a_long_text_whole_documents_are_counted(monkeypatch, documents):
     half = cooccurrence_table([split_of(documents)], V, 3, seed=1)
     monkeypatch.undo()
     assert torch.equal(half, cooccurrence_table([split_of(documents[::2])], V, 3, seed=1))
+
+
+def test_of_a_part_of_a_text_only_its_own_documents_are_counted(monkeypatch, documents):
+    """It has 20 of 40 documents, with 180 tokens, so none of them is left out."""
+    whole = split_of(documents)
+    pieces = np.stack([whole.document_offsets[:20], np.full(20, 9)], axis=1)
+    part = replace(whole, pieces=pieces, places_elsewhere=pieces[:, 0])
+    monkeypatch.setattr(cooccurrence, "MOST_TOKENS", 180)
+    assert torch.equal(cooccurrence_table([part], V, 3, 1), cooccurrence_table([split_of(documents[:20])], V, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sources"), [("stage1", {"wikitext"}), ("stage2-v3-gentle", {"wikitext", "alpaca"})]
+)
+def test_a_new_run_counts_the_text_of_all_its_stages(world, tmp_path, monkeypatch, strategy, sources):
+    def counts(splits, vocabulary_size, width, seed):
+        texts.extend(splits)
+        return torch.full((vocabulary_size, width), 3.0)
+
+    texts: list[Split] = []
+    monkeypatch.setattr(training_run, "cooccurrence_table", counts)
+    options = TrainSettings(
+        data=world.data, output=tmp_path / "run", logs=tmp_path / "logs", table_start="cooccurrence", table_std=0.5,
+        strategy=strategy, d_model=6, layers=1, heads=2, mlp_width=10, threads=1,
+    )  # fmt: skip
+    run = training_run.trial_run(options)
+    assert (run.model.embedding.weight == 1.5).all()
+    data = run.plan.dataset
+    expected = np.isin(data.train.document_sources, [data.source_names.index(name) for name in sources])
+    assert np.logical_or.reduce([text.has_document for text in texts]).tolist() == expected.tolist()
 
 
 def test_a_new_run_starts_with_it(world, tmp_path):
