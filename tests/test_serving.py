@@ -282,6 +282,24 @@ def test_a_stop_text_ends_the_answer_before_it(client, serving, loaded, tokenize
     quiet(serving)
 
 
+def test_of_several_stop_texts_the_earliest_match_ends_the_answer(client, loaded, tokenizer):
+    """Both are complete with the same character."""
+    text = tokenizer.decode(greedy(loaded, tokenizer.encode_prompt("Tell me"), 20))
+    stops = [text[10:12], text[8:12]]
+    assert [text.index(stop) for stop in stops] == [10, 8]
+    for given in (stops, stops[::-1]):
+        answer = client.completions.create(model="tiny", prompt="Tell me", temperature=0, max_tokens=20, stop=given)
+        assert answer.choices[0].text == text[:8]
+
+
+def test_the_tokens_of_a_prompt_count_once_for_all_its_answers(client):
+    """BOS and a byte for each character."""
+    for prompt, tokens in (("Tell me", 8), (["Tell me", "Tell"], 13)):
+        usage = client.completions.create(model="tiny", prompt=prompt, n=3, max_tokens=2, seed=1).usage
+        assert usage.prompt_tokens == tokens
+        assert usage.total_tokens == tokens + usage.completion_tokens
+
+
 def test_a_chat_has_the_ids_of_the_exported_template(client, loaded, tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
