@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,12 +15,14 @@ from indraquantum.config import CaptureSettings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.metrics import read_metrics
 from indraquantum.teacher import capture as capture_module
+from indraquantum.teacher import loading
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.manifest import read_manifest, write_manifest
-from indraquantum.training import loop
+from indraquantum.training import loop, resume
 from indraquantum.training import signals as training_signals
 from indraquantum.training.checkpoint import (
     BEST_NAME,
+    Checkpoint,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
@@ -69,6 +72,32 @@ def test_after_going_back_the_message_names_the_command_that_resumes(world, tmp_
     loop.train(changed(settings, resume="auto"))
     assert "Resuming from step 4 of 6." in capsys.readouterr().out
     assert survival.result(settings) == whole
+
+
+def bare(step: int) -> Checkpoint:
+    """A checkpoint without a model."""
+    return Checkpoint(
+        model_config={}, model={}, average={}, optimizer={}, step=step, tokens=0, finished=False, pending=None,
+        guard={}, best={}, loss_scale={}, settings={}, tokenizer={},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("best", "stays"), [(2, True), (4, True), (5, False), ("damaged", False)])
+def test_going_back_keeps_an_earlier_best_checkpoint(tmp_path, best, stays):
+    """From step 5 to 4. A damaged one may be of any step."""
+    path = tmp_path / BEST_NAME
+    save_checkpoint(path, bare(2 if best == "damaged" else best))
+    if best == "damaged":
+        path.write_bytes(path.read_bytes()[:-1])
+    for step in (4, 5):
+        save_checkpoint(step_checkpoint_path(tmp_path, step), bare(step))
+    used = step_checkpoint_path(tmp_path, 4)
+    plan = SimpleNamespace(step_of_epoch=lambda epoch: 3 * epoch)
+    run = SimpleNamespace(folder=tmp_path, settings=SimpleNamespace(resume=str(used)), step=4, plan=plan)
+    resume._go_back(run, used, load_checkpoint("", used))
+    aside = [f"{step_checkpoint_path(tmp_path, 5).name}.set-aside-1", *([] if stays else [f"{BEST_NAME}.set-aside-1"])]
+    assert {path.name for path in tmp_path.glob("*.pt.set-aside-*")} == set(aside)
+    assert path.exists() == stays
 
 
 def test_going_back_sets_a_later_best_checkpoint_aside(world, tmp_path):
@@ -192,6 +221,22 @@ def test_a_capture_that_cannot_begin_leaves_no_folder(to_capture, tmp_path):
     with pytest.raises(UserError, match=r"--teacher.*or --no-teacher$"):
         loop.train(changed(to_capture, teacher=str(tmp_path / "nothing")))
     assert not (tmp_path / "teacher_signals").exists()
+
+
+def test_a_capture_that_is_stopped_while_the_teacher_loads_leaves_nothing(to_capture, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "load_teacher", stopped)
+    folder = tmp_path / "teacher_signals"
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(to_capture)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(to_capture)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_a_run_on_a_part_of_a_capture_keeps_to_it_when_more_is_captured(world, to_capture, tmp_path, capsys):
