@@ -354,6 +354,20 @@ GIVEN = "Given as a file or an address with --"
 
 
 @pytest.mark.parametrize(
+    ("text", "questions", "is_manual"),
+    [
+        ("/a/manual.txt", "/a/questions.json", True),
+        ("/a/manual.txt", "/b/questions.json", False),
+        ("/a/manual.txt", "/a/others.json", False),
+    ],
+)
+def test_the_manual_is_two_files_in_one_folder(text, questions, is_manual):
+    facts = RunFacts(1, 1, {}, options={"wikitext": text, "alpaca": questions})
+    assert facts.is_manual == is_manual
+    assert facts.may_be("wikitext", "wikitext") != is_manual
+
+
+@pytest.mark.parametrize(
     ("options", "licences", "is_free"),
     [
         ({}, {"wikitext": OF_WIKITEXT}, True),
