@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
@@ -85,6 +85,16 @@ def test_it_never_fails(capsys, monkeypatch, without_package):
     assert status == 0
     assert "unknown (ImportError: its build is broken)" in said.out
     assert "unknown (ZeroDivisionError: division by zero)" in said.out
+
+
+def test_the_sources_alone_have_no_list_of_packages(capsys, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", missing)
+    status, said = indra(capsys, "doctor")
+    assert status == 0
+    assert f"{'torch':22} {version('torch')}\n" in said.out
 
 
 def test_variables_are_told_as_they_are(capsys, monkeypatch):
