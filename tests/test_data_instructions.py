@@ -12,7 +12,7 @@ import pytest
 from indraquantum.config import PrepareSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.data.inspect import describe
-from indraquantum.data.instructions import AlpacaSample, read_alpaca
+from indraquantum.data.instructions import AlpacaSample, alpaca_samples
 from indraquantum.data.prepare import prepare
 from indraquantum.data.records import Reading
 from indraquantum.errors import UserError
@@ -20,6 +20,10 @@ from indraquantum.monitor.summaries import prepare_summary
 from tiny_tokenizer import save_tiny_tokenizer
 
 PLAIN = [AlpacaSample(f"Do {n}", "" if n % 2 else f"with {n}", f"Done {n}") for n in range(6)]
+
+
+def read_alpaca(field, name, **options):
+    return list(alpaca_samples(field, name, **options))
 
 
 def read(path, items, **options):

@@ -24,7 +24,7 @@ from indraquantum.data.held_out import (
     VALIDATION,
     Common,
     Keys,
-    choose_held_out,
+    hold_out,
     text_key,
     without_common,
 )
@@ -35,6 +35,21 @@ from tiny_tokenizer import save_tiny_tokenizer
 
 LONG = "so long that whoever has it as well has it from there"
 WORDS = [f"w{number}" for number in range(500)]
+
+
+def texts_of(source):
+    return list(source.read_texts())
+
+
+def held_out_of(sources, paragraphs):
+    """The part of each text, by its key and those of its paragraphs."""
+    all_keys = []
+    for texts, parts in zip(sources, paragraphs, strict=True):
+        found = [(text_key(part.encode()), owner) for owner, text in enumerate(parts) for part in text]
+        table = np.array(found, np.uint64).reshape(-1, 2)
+        documents = np.array([text_key(text.encode()) for text in texts], np.uint64)
+        all_keys.append(Keys(documents, table[:, 0], table[:, 1].astype(np.int64)))
+    return hold_out(all_keys)
 
 
 def settings(folder, lines, items=(), **changes):
@@ -75,16 +90,16 @@ def test_articles_keep_their_headings_and_paragraphs(tmp_path):
     expected = ["before any title", "= One =\na b\n= = Part = =\nc @-@ d", "= Two =\ne"]
     chosen = settings(tmp_path, lines, documents="articles")
     (source,) = draw_sources(chosen).sources
-    assert source.texts == expected
+    assert texts_of(source) == expected
     (source,) = draw_sources(chosen.model_copy(update={"detokenize": True})).sources
-    assert source.texts[1] == "One\na b\nPart\nc-d"
+    assert texts_of(source)[1] == "One\na b\nPart\nc-d"
 
 
 def test_headings_inside_records_lose_their_signs(tmp_path):
     texts = [" = One = \n \n a @-@ b \n = = Part = = \n c", "= Two =\r\nd @-@ e"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     chosen = settings(tmp_path, [], wikitext=str(tmp_path / "a.jsonl"), detokenize=True)
-    assert draw_sources(chosen).sources[0].texts == ["One\n \n a-b \nPart\n c", "Two\nd-e"]
+    assert texts_of(draw_sources(chosen).sources[0]) == ["One\n \n a-b \nPart\n c", "Two\nd-e"]
 
 
 def test_a_path_with_an_equals_sign_is_not_an_amount(tmp_path):
@@ -94,7 +109,7 @@ def test_a_path_with_an_equals_sign_is_not_an_amount(tmp_path):
     given = {"lang=en": 20, "lang=en=7": 7, "lang=en/part.jsonl": 20, "lang=en/part.jsonl=5": 5, "lang=en/*.jsonl": 20,
              "lang=en/*.jsonl=0.5x": 10, "shards=2": 20}  # fmt: skip
     drawn = draw_sources(settings(tmp_path, ["a", "b"], text=tuple(f"{tmp_path}/{name}" for name in given))).sources
-    assert [len(source.texts) for source in drawn[1:]] == list(given.values())
+    assert [len(texts_of(source)) for source in drawn[1:]] == list(given.values())
     refused(settings(tmp_path, [], text=(f"{tmp_path}/lang=en/no.jsonl",)), "no.jsonl", "does not exist")
     refused(
         settings(tmp_path, [], text=(f"{tmp_path}/lang=en/part.jsonl=1/2",)), "part.jsonl=1/2", "must be PATH, PATH="
@@ -112,8 +127,8 @@ def test_weights_and_counts(tmp_path):
     assert [(wiki.parts == part).sum() for part in (VALIDATION, TEST)] == [4, 4]
     assert set(times[times > 0]) == {2, 3}, "each twice, half of them once more"
     assert np.bincount(wiki.numbers[wiki.parts != TRAIN]).max() == 1, "what is held out is not repeated"
-    assert wiki.texts == [lines[number] for number in wiki.numbers]
-    assert (len(counted.texts), len(half.texts)) == (7, 20)
+    assert texts_of(wiki) == [lines[number] for number in wiki.numbers]
+    assert (len(texts_of(counted)), len(texts_of(half))) == (7, 20)
     for url, path, samples, weight in (
         ("http://host/a.jsonl?version=20", "http://host/a.jsonl?version=20", 0, 1),
         ("http://host/a.jsonl?version=20=300", "http://host/a.jsonl?version=20", 300, None),
@@ -206,7 +221,7 @@ def test_exact_and_near_copies_are_counted_or_removed_over_all_sources(tmp_path)
 
     def counts(how):
         sources = draw_sources(chosen.model_copy(update={"duplicates": how})).sources
-        return [(s.duplicates, s.near_duplicates, len(s.texts)) for s in sources]
+        return [(s.duplicates, s.near_duplicates, len(texts_of(s))) for s in sources]
 
     assert counts("keep") == [(1, None, 12), (1, None, 3)]
     assert counts("count") == [(1, 2, 12), (1, 1, 3)]
@@ -219,7 +234,7 @@ def test_exact_and_near_copies_are_counted_or_removed_over_all_sources(tmp_path)
 def test_no_paragraph_on_both_sides(documents, cut):
     parts = [[f"paragraph {number}" for number in document] for document in documents]
     sources = [part for part in (parts[:cut], parts[cut:]) if part]
-    chosen = choose_held_out([["\n".join(d).encode() for d in source] for source in sources], sources)
+    chosen = held_out_of([["\n".join(document) for document in source] for source in sources], sources)
     sides = [set(), set(), set()]
     for source, parts in zip(sources, chosen, strict=True):
         for document, part in zip(source, parts, strict=True):
@@ -235,7 +250,7 @@ def test_a_large_source_leaves_half_of_a_small_one_for_training(large_first):
     sources, paragraphs = [large, small], [[[f"shared {n}"] for n in range(len(source))] for source in (large, small)]
     if not large_first:
         sources, paragraphs = sources[::-1], paragraphs[::-1]
-    chosen = choose_held_out([[text.encode() for text in source] for source in sources], paragraphs)
+    chosen = held_out_of(sources, paragraphs)
     of_large, of_small = chosen if large_first else chosen[::-1]
     assert [(of_small == part).sum() for part in (TRAIN, VALIDATION, TEST)] == [5, 4, 0]
     assert [(of_large == part).sum() for part in (VALIDATION, TEST)] == [6, 10], "four families and two alone; ten"
@@ -258,10 +273,10 @@ def test_held_out_articles_share_no_paragraph_with_training(tmp_path, detokenize
     for source in (wiki, alpaca):
         assert [(source.parts == part).sum() for part in (VALIDATION, TEST)] == [4, 4]
         sides = [set(), set(), set()]
-        for text, part in zip(source.texts, source.parts, strict=True):
+        for text, part in zip(texts_of(source), source.parts, strict=True):
             sides[part] |= {part for part in text.split("\n") if "shared" in part or part[:3] in ("out", "Do ")}
         assert len(set.union(*sides)) == sum(map(len, sides))
-    assert sum("shared" in text for text in wiki.texts) > 50
+    assert sum("shared" in text for text in texts_of(wiki)) > 50
     for part in (VALIDATION, TEST):
         tasks = {int(n) // 2 for n in alpaca.numbers[alpaca.parts == part]}
         assert len(tasks) == 2, "one task's two answers go together"
@@ -273,18 +288,18 @@ def test_samples_that_were_not_drawn_link_nothing(tmp_path):
     for seed in range(4):
         chosen = settings(tmp_path, lines, documents="articles", wikitext_samples=20, seed=seed)
         (source,) = draw_sources(chosen).sources
-        parts = [text.split("\n")[2] for text in source.texts]
-        alone = {text for text, part in zip(source.texts, parts, strict=True) if parts.count(part) == 1}
-        by_hash = sorted(source.texts, key=lambda text: hashlib.sha256(b"held out\0" + text.encode()).digest())
+        parts = [text.split("\n")[2] for text in texts_of(source)]
+        alone = {text for text, part in zip(texts_of(source), parts, strict=True) if parts.count(part) == 1}
+        by_hash = sorted(texts_of(source), key=lambda text: hashlib.sha256(b"held out\0" + text.encode()).digest())
         expected = {VALIDATION: set(), TEST: set()}
         for part, chosen_texts in expected.items():
             left = 4
             for text in by_hash:
-                family = {t for t in source.texts if t.split("\n")[2] == text.split("\n")[2]} - alone | {text}
+                family = {t for t in texts_of(source) if t.split("\n")[2] == text.split("\n")[2]} - alone | {text}
                 if text not in set.union(*expected.values()) and len(family) <= left:
                     chosen_texts |= family
                     left -= len(family)
-            found = {text for text, of_text in zip(source.texts, source.parts, strict=True) if of_text == part}
+            found = {text for text, of_text in zip(texts_of(source), source.parts, strict=True) if of_text == part}
             assert found == chosen_texts
 
 
@@ -353,7 +368,7 @@ def test_a_line_of_many_documents_beside_paragraphs_that_keep_some_together(tmp_
     """Documents 2n and 2n + 1 share a line that no other has. The samples that were not drawn do not count."""
     lines = [line for n in range(90) for line in (f"= T{n} =", f"pair {n // 2}, {LONG}", f"the same {LONG}")]
     (source,) = draw_sources(settings(tmp_path, lines, documents="articles", wikitext_samples=70)).sources
-    pairs = [{text.split("\n")[1] for text, part in zip(source.texts, source.parts, strict=True) if part == of_part}
+    pairs = [{text.split("\n")[1] for text, part in zip(texts_of(source), source.parts, strict=True) if part == of_part}
              for of_part in (TRAIN, VALIDATION, TEST)]  # fmt: skip
     assert len(set.union(*pairs)) == sum(map(len, pairs))
     assert [(source.parts == part).sum() for part in (VALIDATION, TEST)] == [4, 4]
@@ -389,7 +404,7 @@ def test_a_paragraph_ends_at_every_line_end(tmp_path, end):
     items = [{"instruction": f"Do {n}", "output": f"out {n}{end}answer {n % 30}, {LONG}"} for n in range(60)]
     chosen = settings(tmp_path, [], items, wikitext=str(tmp_path / "a.jsonl"))
     for source in draw_sources(chosen).sources:
-        shared = [text.split(end)[-1] for text in source.texts]
+        shared = [text.split(end)[-1] for text in texts_of(source)]
         parts = [{line for line, of_text in zip(shared, source.parts, strict=True) if of_text == part}
                  for part in (TRAIN, VALIDATION, TEST)]  # fmt: skip
         assert len(set.union(*parts)) == sum(map(len, parts)) == 30

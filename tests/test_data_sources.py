@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from indraquantum.config import WIKITEXT, PrepareSettings
-from indraquantum.data.instructions import AlpacaSample, read_alpaca
+from indraquantum.data.instructions import AlpacaSample, alpaca_samples
 from indraquantum.data.prepare import prepare
 from indraquantum.data.prompt import format_alpaca
 from indraquantum.data.records import Reading
@@ -38,6 +38,10 @@ ITEMS = [
     {"instruction": "Stay silent", "output": ""},
 ]
 SAMPLES = [AlpacaSample("Say ä", "", "ä"), AlpacaSample("Add", "2 3", "5"), AlpacaSample("Stay silent", "", "")]
+
+
+def read_alpaca(field, name, **options):
+    return list(alpaca_samples(field, name, **options))
 
 
 @pytest.mark.parametrize("suffix", [".tokens", ".raw", ".txt"])

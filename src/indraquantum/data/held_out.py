@@ -81,18 +81,10 @@ def without_common(source: Keys) -> WithoutCommon:
     return WithoutCommon(keys, common)
 
 
-def choose_held_out(
-    sources: Iterable[Iterable[bytes]], paragraphs: Sequence[Sequence[Sequence[str]]] | None = None
-) -> list[np.ndarray]:
-    """Choose the part of each document, given as bytes, with or without their paragraphs; see `hold_out`."""
+def choose_held_out(sources: Iterable[Iterable[bytes]]) -> list[np.ndarray]:
+    """Choose the part of each document, given as bytes, whatever paragraphs it shares; see `hold_out`."""
     keys = [np.fromiter(map(text_key, source), dtype=np.uint64) for source in sources]
-    all_keys = []
-    for place, documents in enumerate(keys):
-        parts = paragraphs[place] if paragraphs else [[]] * len(documents)
-        found = [(text_key(part.encode()), owner) for owner, document in enumerate(parts) for part in document]
-        table = np.array(found, dtype=np.uint64).reshape(-1, 2)
-        all_keys.append(Keys(documents, table[:, 0], table[:, 1].astype(np.int64)))
-    return hold_out(all_keys)
+    return hold_out([Keys(documents, np.empty(0, np.uint64), np.empty(0, np.int64)) for documents in keys])
 
 
 def hold_out(sources: Sequence[Keys]) -> list[np.ndarray]:

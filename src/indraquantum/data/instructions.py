@@ -75,11 +75,6 @@ class AlpacaSample(NamedTuple):
     output: str
 
 
-def read_alpaca(field: str, name: str, **options: Any) -> list[AlpacaSample]:
-    """Return all that `alpaca_samples` yields."""
-    return list(alpaca_samples(field, name, **options))
-
-
 def local_instructions(field: str, name: str) -> str:
     """Return a local file: a URL is downloaded, a path is returned unchanged."""
     remote = name.startswith(("http://", "https://"))

@@ -64,11 +64,6 @@ class DrawnSource:
             return None
         return f"{self.name} has only {self.usable:,} of the {self.wanted:,} samples asked for; all of them are used"
 
-    @property
-    def texts(self) -> list[str]:
-        """All that `read_texts` yields."""
-        return list(self.read_texts())
-
     def read_texts(self) -> Iterator[str]:
         """Read the source again and yield the texts of `numbers`, so that no more than one is in memory.
 

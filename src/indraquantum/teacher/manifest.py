@@ -170,11 +170,6 @@ class Manifest(Identity):
         only = formats.pop() if len(formats) == 1 else None
         return self.precision or (None if only and "+" in only else only)
 
-    @property
-    def identity(self) -> Identity:
-        """The part that must agree when a capture is resumed."""
-        return Identity(**{name: getattr(self, name) for name in Identity.model_fields})
-
 
 def statistics_of(shards: tuple[ShardEntry, ...]) -> Statistics:
     """Average the shards' totals."""
