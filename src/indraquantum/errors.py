@@ -118,6 +118,10 @@ class TrainingStopped(IndraError):
         return worded(super().__str__())
 
 
+class ProcessLost(IndraError):
+    """Another process of the run ended, so this one can't continue."""
+
+
 class TrainingInterrupted(IndraError, KeyboardInterrupt):
     """A signal stopped `train` after a step and a checkpoint. It is a KeyboardInterrupt.
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indraquantum.errors import OutOfMemory, TrainingStopped, UserError
+from indraquantum.errors import OutOfMemory, ProcessLost, TrainingStopped, UserError
 from indraquantum.launched import launched_processes
 
 T = TypeVar("T")
@@ -29,6 +29,7 @@ T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=30)
 # Errors of one process that all of them raise, except OutOfMemory. SystemExit comes from a signal that asks to end.
 SHARED_ERRORS = (UserError, TrainingStopped, SystemExit)
+_PEER_IS_GONE = ("closed by peer", "reset by peer", "Broken pipe")  # in gloo's errors
 
 
 class Processes:
@@ -126,6 +127,9 @@ def joined_processes() -> Iterator[Processes]:
     """Join the other processes that torchrun has started, if any. Inside, only the first one prints.
 
     An error that all of them share is reported by the first one alone. The others end with its exit status.
+
+    Raises:
+        ProcessLost: another process is gone while this one waits for it.
     """
     world = launched_processes()
     if world == 1:
@@ -156,6 +160,11 @@ def joined_processes() -> Iterator[Processes]:
         if rank and processes.agreed:
             raise SystemExit(error.exit_status) from None
         raise
+    except RuntimeError as error:
+        text = str(error)
+        if "gloo" not in text or not any(part in text for part in _PEER_IS_GONE):
+            raise
+        raise ProcessLost(f"process {rank}: another process of this run ended, so this one ends too") from None
     finally:
         # NCCL would wait for the others, who may be waiting for this process. torchrun ends them when it is gone.
         if end_together or not torch.cuda.is_available():
