@@ -15,9 +15,11 @@ from indraquantum.ablation.search import best_setting, trial_tasks, trials_of
 from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Bench, Task
 from indraquantum.config import AblateSettings
+from indraquantum.device import choose_device
 from indraquantum.errors import UserError, as_option
 from indraquantum.evaluation.test_split import require_test_split
 from indraquantum.files import folder_lock, make_folder
+from indraquantum.kernels.onednn import note_slow_16_bits
 from indraquantum.tables import text_table
 
 
@@ -46,6 +48,7 @@ def ablate(path: Path, settings: AblateSettings) -> Path | None:
     bench.check()
     if settings.final:
         require_test_split("--final", bench.dataset)
+    _note_slow_precisions(bench, variants)
     if settings.dry_run:
         print(overview(bench, variants))
         return None
@@ -95,6 +98,15 @@ def _variants(plan: Plan, only: tuple[str, ...] | None) -> list[str]:
         if name not in plan.variants:
             raise UserError("--only", name, f"must be one of the variants {', '.join(plan.variants)}")
     return [variant for variant in plan.variants if not only or variant in only]
+
+
+def _note_slow_precisions(bench: Bench, variants: list[str]) -> None:
+    """Say here, and not only in the logs of the runs, if this processor is slow in a number format of the plan."""
+    if bench.settings.device not in ("auto", "cpu"):
+        return
+    runs = [bench.run(variant, bench.plan.seeds[0], {}).settings for variant in variants]
+    for precision in sorted({run.precision for run in runs} - {"auto"}):
+        note_slow_16_bits(choose_device(bench.settings), precision)
 
 
 def _run(bench: Bench, tasks: list[Task]) -> list[str]:

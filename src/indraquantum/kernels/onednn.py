@@ -19,6 +19,7 @@ from torch import Tensor
 
 from indraquantum.errors import UserError
 from indraquantum.kernels.ways import in_force
+from indraquantum.progress import warn
 
 VARIABLE = "INDRA_BFLOAT16"
 _PROBES = ((64, 64, 64), (1000, 256, 256), (256, 1000, 256))  # rows, inner width, columns
@@ -66,6 +67,25 @@ def has_16_bit_units() -> bool:
     if asked not in ("", "0", "1"):
         raise UserError(VARIABLE, asked, "must be 0 or 1")
     return asked == "1" if asked else _finds_16_bit_units()
+
+
+def note_slow_16_bits(device: torch.device, precision: str, work: str = "run") -> None:
+    """Say so in one line if `precision` is far slower than float32 on `device`, a CPU without units for it.
+
+    Such a CPU takes 30 to 50 times as long for them (docs/LOG.md, 2026-11-30). Of a run's processes, the first one
+    says it.
+
+    Args:
+        device: where to compute.
+        precision: a value of `--precision`, without auto.
+        work: what computes, a run or a capture.
+    """
+    if precision == "float32" or device.type != "cpu" or has_16_bit_units() or os.environ.get("RANK", "0") != "0":
+        return
+    warn(
+        f"note: this processor has no bfloat16 units, so products in {precision} are many times slower here than in "
+        f"float32; a new {work} with --precision float32 is quicker"
+    )
 
 
 @functools.cache

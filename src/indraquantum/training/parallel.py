@@ -29,7 +29,7 @@ from indraquantum.config import PrecisionSettings
 from indraquantum.data.split import Batch
 from indraquantum.device import best_16_bits
 from indraquantum.errors import UserError
-from indraquantum.kernels.onednn import has_16_bit_units
+from indraquantum.kernels.onednn import has_16_bit_units, note_slow_16_bits
 from indraquantum.learner import Learner, labelled_positions, to_tensors
 from indraquantum.loss_v2 import LossTerms, SemanticDistillationLoss, TeacherSignals
 from indraquantum.model.attention import Attention
@@ -84,8 +84,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def choose_precision(settings: PrecisionSettings, device: torch.device) -> Precision:
-    """Return the format of `settings`. auto takes 16 bits where the device supports them, else float32."""
+    """Return the format of `settings`. auto takes 16 bits where the device supports them, else float32.
+
+    If other settings ask for 16 bits on a CPU without units for them, a note says how slow that is.
+    """
     if settings.precision != "auto":
+        note_slow_16_bits(device, settings.precision)
         return Precision(DTYPES[settings.precision], device)
     if device.type == "cuda":
         return Precision(best_16_bits(), device)
