@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,56 @@ def test_free_memory_is_the_least_of_machine_and_container(tmp_path, monkeypatch
     monkeypatch.setattr(batch_size, "_MEMINFO", tmp_path / "none")
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory() > 1 << 28
+
+
+def test_copies_of_files_in_a_container_are_free_memory(tmp_path, monkeypatch):
+    """A container that has read a file of 60 kB has that much more of memory.current, but can still use it."""
+    monkeypatch.setattr(batch_size, "_MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(batch_size, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("100000\n")
+    (tmp_path / "memory.current").write_text("75000\n")
+    assert free_memory() == 25_000
+    (tmp_path / "memory.stat").write_text("anon 10000\nfile 65000\nactive_file 5000\ninactive_file 60000\n")
+    assert free_memory() == 85_000
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_it_is_loaded(settings, monkeypatch, asked):
+    weights = sum(parameter.numel() for parameter in load_of(settings).parameters()) * 4
+    monkeypatch.setattr(batch_size, "free_memory", lambda: weights - 1)
+    monkeypatch.setattr("indraquantum.teacher.loading.load_teacher", None)
+    with pytest.raises(UserError) as refused:
+        capture(settings, None, SHARD)
+    given = f"--teacher: got {settings.teacher}; needs 0.0 GB of memory for the weights in float32, and 0.0 GB are free"
+    assert str(refused.value).startswith(given)
+    assert all(way in str(refused.value) for way in ("`indra teacher`", "GGUF", "server", "--batch-tokens 256"))
+    with pytest.raises(UserError, match="for the weights of 3 workers in float32"):
+        capture(changed(settings, workers=3, output=settings.output.parent / "b"), None, SHARD)
+    assert not asked
+    monkeypatch.undo()
+    monkeypatch.setattr(batch_size, "free_memory", lambda: weights // 2)
+    capture(changed(settings, precision="bfloat16"), None, SHARD)  # which takes half of it
+    capture(settings, None, SHARD)  # it is all there
+    capture(changed(settings, batch_tokens=256, output=settings.output.parent / "c"), None, SHARD)
+
+
+def load_of(settings):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(settings.teacher)
+
+
+def test_a_teacher_of_the_hub_is_refused_before_its_weights_are_downloaded(settings, monkeypatch, tmp_path):
+    from indraquantum.data import download
+
+    hub, asked = tmp_path / "hub", []
+    hub.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (hub / name).write_bytes((Path(settings.teacher) / name).read_bytes())
+    monkeypatch.setattr(download, "hub_files", lambda field, name, patterns, *_: asked.append(patterns) or hub)
+    monkeypatch.setattr(batch_size, "free_memory", lambda: 99)
+    with pytest.raises(UserError, match=r"^--teacher: got an/id; needs 0\.0 GB of memory"):
+        capture(changed(settings, teacher="an/id"), None, SHARD)
+    assert asked == [["*.json"]]
 
 
 @pytest.fixture

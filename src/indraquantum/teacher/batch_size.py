@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from indraquantum.config import CaptureSettings
 from indraquantum.errors import UserError
-from indraquantum.teacher.loading import compute_dtype, teacher_config
+from indraquantum.teacher.loading import compute_dtype, is_quantised, teacher_config
 from indraquantum.teacher.refusals import refused_in_one_line
 from indraquantum.teacher.teacher_files import TeacherFiles
 
@@ -62,6 +62,37 @@ def _tokens_that_fit(settings: CaptureSettings, files: TeacherFiles) -> int:
     return min(most, max(0, int(FREE_SHARE * (free / copies - size.weights) / size.token)))
 
 
+def require_memory(settings: CaptureSettings, files: TeacherFiles, precision: str) -> None:
+    """Refuse a teacher whose weights the main memory does not hold, before they are read.
+
+    The system would kill the process while it loads them. `--batch-tokens` tries it nevertheless, because both figures
+    are estimates. A GPU and the machines of Ray are not looked at.
+
+    Args:
+        settings: the command's options.
+        files: the teacher; its weights need not be there yet.
+        precision: the number format in which it is to compute.
+
+    Raises:
+        UserError: the weights don't fit.
+    """
+    if settings.batch_tokens != "auto" or settings.engine != "local":
+        return
+    if (device := measured_device(settings)).type != "cpu":
+        return
+    dtype = compute_dtype(device, precision)
+    needed, free = teacher_size(files, dtype.itemsize).weights * settings.workers, free_memory()
+    if needed <= free:
+        return
+    copies = f" of {settings.workers} workers" if settings.workers > 1 else ""
+    allowed = (
+        f"needs {needed / 1e9:.1f} GB of memory for the weights{copies} in {str(dtype).removeprefix('torch.')}, and "
+        f"{free / 1e9:.1f} GB are free; train a small teacher with `indra teacher`, give a smaller model, such as a "
+        "small GGUF file, or the address of a server, or try it nevertheless with --batch-tokens 256"
+    )
+    raise UserError("--teacher", settings.teacher, allowed)
+
+
 def measured_device(settings: CaptureSettings) -> torch.device:
     """Return the device of this machine that auto looks at to choose for all workers.
 
@@ -102,7 +133,7 @@ def teacher_size(files: TeacherFiles, item_bytes: int) -> TeacherSize:
         # The logits; the gated MLP's two products and what becomes of them; states, queries, keys, values, copies.
         per_token = about.vocab_size + 4 * inner + 10 * width
     weight_bytes = weights * item_bytes
-    if getattr(config, "quantization_config", None) is not None and not files.gguf:  # a GGUF file is dequantised
+    if is_quantised(files):
         weight_bytes = sum(path.stat().st_size for path in files.weight_files())
     return TeacherSize(weight_bytes, per_token * item_bytes)
 
@@ -116,6 +147,15 @@ def free_memory() -> int:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
     except OSError:  # no limits of this kind
         return free
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used) + _cached_files()))
+
+
+def _cached_files() -> int:
+    """Return the bytes of a container's memory that hold copies of files, which the system drops when it needs room."""
+    try:
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)

@@ -24,9 +24,10 @@ from indraquantum.data.gguf_file import GgufFile
 from indraquantum.errors import Unreachable, UserError
 from indraquantum.files import check_manifest_json, make_folder, sha256_of, try_lock
 from indraquantum.progress import Progress, warn
-from indraquantum.teacher.batch_size import choose_batch_rows
+from indraquantum.teacher.batch_size import choose_batch_rows, measured_device, require_memory
 from indraquantum.teacher.engines import open_data, run_jobs
 from indraquantum.teacher.journal import SUFFIX, journal_path
+from indraquantum.teacher.loading import is_quantised
 from indraquantum.teacher.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -44,7 +45,7 @@ from indraquantum.teacher.served import check_served, is_served, served_identity
 from indraquantum.teacher.shard import Shard
 from indraquantum.teacher.shard_worker import Job, Plan
 from indraquantum.teacher.signal_checks import check_values
-from indraquantum.teacher.teacher_files import TeacherFiles, check_tokenizer, find_teacher
+from indraquantum.teacher.teacher_files import TeacherFiles, check_tokenizer, find_teacher, is_hub_id
 
 if TYPE_CHECKING:
     from indraquantum.data.prepared import PreparedDataset
@@ -119,6 +120,10 @@ def capture(
         check_served(settings)
     else:
         try:
+            if is_hub_id(settings.teacher) and not (settings.output / MANIFEST_NAME).is_file():
+                about = find_teacher("--teacher", settings.teacher, weights=False)
+                if not is_quantised(about):  # else the files of the weights tell their size
+                    require_memory(settings, about, settings.precision)
             files = find_teacher("--teacher", settings.teacher)
         except Unreachable as error:
             folder = settings.data.with_suffix("")  # of a pickle, the packed dataset beside it
@@ -139,6 +144,7 @@ def capture(
         asked, packed, began = 0, None, time.perf_counter()
         if jobs:
             if files:
+                require_memory(settings, files, manifest.known_precision or settings.precision)
                 manifest = _with_precision(settings, files, dataset, manifest, jobs)
                 settings = settings.model_copy(update={"precision": manifest.precision})
             manifest = _with_batch(settings, files, dataset, manifest)
@@ -240,13 +246,22 @@ def _with_precision(
     settings: CaptureSettings, files: TeacherFiles, dataset: PreparedDataset, manifest: Manifest, jobs: list[Job]
 ) -> Manifest:
     """Return the manifest with the teacher's number format: the one of its signals, or one that is chosen now."""
-    if manifest.precision:
-        return manifest
+    if not manifest.precision:
+        choice = _chosen_precision(settings, files, dataset, manifest, jobs)
+        manifest = manifest.model_copy(update=choice._asdict())
+    if manifest.precision != "float32" and settings.engine == "local":
+        from indraquantum.kernels.onednn import note_slow_16_bits  # here, because it imports torch
+
+        note_slow_16_bits(measured_device(settings), manifest.precision, "capture")
+    return manifest
+
+
+def _chosen_precision(
+    settings: CaptureSettings, files: TeacherFiles, dataset: PreparedDataset, manifest: Manifest, jobs: list[Job]
+) -> Choice:
     if manifest.batch_rows or manifest.shards:  # begun by an earlier version, which measured nothing
-        choice = Choice(manifest.known_precision or unmeasured_precision(settings), None)
-    else:
-        choice = choose_precision(settings, files, dataset, sum(_positions(dataset, job) for job in jobs))
-    return manifest.model_copy(update=choice._asdict())
+        return Choice(manifest.known_precision or unmeasured_precision(settings), None)
+    return choose_precision(settings, files, dataset, sum(_positions(dataset, job) for job in jobs))
 
 
 def _with_batch(

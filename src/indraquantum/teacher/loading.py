@@ -36,6 +36,15 @@ def precision_name(device: torch.device, precision: str) -> str:
     return "mixed" if precision == "mixed" else str(compute_dtype(device, precision)).removeprefix("torch.")
 
 
+def is_quantised(files: TeacherFiles) -> bool:
+    """Return whether the teacher's weights stay quantised when they are loaded. Those of a GGUF file don't.
+
+    Raises:
+        UserError: the configuration is not that of a causal LM.
+    """
+    return getattr(teacher_config(files), "quantization_config", None) is not None and not files.gguf
+
+
 def teacher_config(files: TeacherFiles) -> PretrainedConfig:
     """Return the teacher's configuration.
 

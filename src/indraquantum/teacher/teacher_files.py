@@ -71,12 +71,19 @@ class TeacherFiles:
         return hashlib.sha256(json.dumps([about, weights], sort_keys=True).encode()).hexdigest()
 
 
-def find_teacher(field: str, name: str) -> TeacherFiles:
+def is_hub_id(name: str) -> bool:
+    """Return whether `name` is no file and no folder of this machine, but may be an id of the Hugging Face hub."""
+    folder = Path(name)
+    return not (folder.exists() or is_gguf(name) or name.count("/") > 1 or name.startswith((".", "~", "/")))
+
+
+def find_teacher(field: str, name: str, *, weights: bool = True) -> TeacherFiles:
     """Find a teacher. A hub id is downloaded, or taken from the hub's cache.
 
     Args:
         field: the option to name in an error.
         name: a folder in Hugging Face's format, a GGUF file, or a hub id.
+        weights: whether to download the weights too, or only what describes the model.
 
     Raises:
         UserError: there is no such folder, no network, no model in it, or a GGUF file that can't be used.
@@ -87,12 +94,12 @@ def find_teacher(field: str, name: str) -> TeacherFiles:
         check_gguf(field, file)
         return TeacherFiles(field, name, folder.parent, None, file)
     if not folder.is_dir():
-        if folder.exists() or name.count("/") > 1 or name.startswith((".", "~", "/")):
+        if not is_hub_id(name):
             raise UserError(field, name, f"must be a folder with a model, a .gguf file, or a hub id; {_REMEDY}")
         from indraquantum.data.download import hub_files
 
-        folder = hub_files(field, name, _FILES, "model", _REMEDY)
-        if not list(folder.glob("*.safetensors")):
+        folder = hub_files(field, name, _FILES if weights else ["*.json"], "model", _REMEDY)
+        if weights and not list(folder.glob("*.safetensors")):
             folder = hub_files(field, name, [*_FILES, "*.bin"], "model", _REMEDY)
         revision = folder.name  # the hub's cache names a snapshot's folder by its commit
     if not (folder / "config.json").is_file():
