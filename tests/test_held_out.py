@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from indraquantum.data.dataset import open_dataset
+from indraquantum.errors import OutOfMemory
 from indraquantum.evaluation import held_out
-from indraquantum.evaluation.figures import predict
+from indraquantum.evaluation.figures import evaluate, predict
 from indraquantum.evaluation.held_out import (
     batches,
     held_out_cross_entropy,
@@ -108,6 +109,15 @@ def test_evaluations_on_other_devices_leave_onednns_setting_alone(world, monkeyp
         with pytest.raises(KeyError), using(Way("onednn")):
             measure(learner, open_dataset("--data", world.data), torch.device(device))
     assert seen == ["bf16", before]
+
+
+def test_an_evaluation_that_does_not_fit_into_memory_is_one_line(world):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    split = open_dataset("--data", world.data).validation
+    with pytest.raises(OutOfMemory, match="^--device: got cpu; must have free memory for an evaluation"):
+        evaluate(SimpleNamespace(lift_table=full), split, {}, torch.device("cpu"))
 
 
 def test_cross_entropy_is_that_of_each_piece_alone(world):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from indraquantum.data.split import Split
 from indraquantum.device import widest_float
-from indraquantum.evaluation.held_out import LOGIT_ROWS, batches, perplexity
+from indraquantum.evaluation.held_out import LOGIT_ROWS, batches, evaluation_fits, perplexity
 from indraquantum.kernels.onednn import onednn_products
 from indraquantum.learner import Learner, labelled_positions, to_tensors
 from indraquantum.model.readout import wrapped_phase
@@ -119,9 +119,13 @@ def evaluate(
         device: the device of the model.
         signals: the teacher's signals, to compare the readouts with.
         counts_V: how often the training text has each token.
+
+    Raises:
+        OutOfMemory: the evaluation does not fit into the memory of the device.
     """
     start = time.perf_counter()
-    found = predict(learner, split, device)
+    with evaluation_fits(device):
+        found = predict(learner, split, device)
     seconds = time.perf_counter() - start
     alignment = None if signals is None else alignment_with(found, signals)
     parameters = sum(p.numel() for p in learner.parameters())

@@ -5,6 +5,7 @@ Legend: N labelled positions, D real width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 
@@ -16,6 +17,7 @@ from indraquantum.data.prepared import PreparedDataset
 from indraquantum.data.split import Batch, Split
 from indraquantum.kernels.onednn import onednn_products
 from indraquantum.learner import Learner, labelled_positions, to_tensors
+from indraquantum.memory import memory_needed
 from indraquantum.processes import ALONE, Processes
 
 MOST_ROWS, MOST_TOKENS = 16, 8192  # of a batch; a longer row is a batch of its own
@@ -81,6 +83,12 @@ def per_source(losses_N: np.ndarray, sources_N: np.ndarray, names: tuple[str, ..
 def perplexity(cross_entropy: float) -> float:
     """Return the perplexity of a cross-entropy in nats per token; infinity if a float can't hold it."""
     return math.exp(cross_entropy) if cross_entropy < 709 else math.inf
+
+
+def evaluation_fits(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Inside an evaluation, a lack of memory is an OutOfMemory that names --device: no option sets the batches."""
+    allowed = "must have free memory for an evaluation; end other programs that use it, or prepare shorter rows"
+    return memory_needed("--device", device, allowed)
 
 
 def rows_per_batch(split: Split) -> int:

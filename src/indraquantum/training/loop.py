@@ -20,7 +20,7 @@ from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.device import choose_device
 from indraquantum.errors import TrainingStopped, UserError
-from indraquantum.evaluation.held_out import held_out_cross_entropy
+from indraquantum.evaluation.held_out import evaluation_fits, held_out_cross_entropy
 from indraquantum.interrupts import Interrupted, Interrupts
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import using
@@ -271,7 +271,7 @@ def watch_for_collapse(run: Run) -> str | None:
         return None
     stage, held_out = run.stage, run.dataset.validation
     objective = run.engine.objective(run.plan.step(run.step - 1))
-    with run.evaluation_fits(), run.parallel.readable():
+    with evaluation_fits(run.device), run.parallel.readable():
         try:
             look = probe(run.guard, run.model, objective, stage.dataset.train, held_out, stage.signals)
         except TrainingStopped as error:
@@ -324,7 +324,7 @@ def evaluate(run: Run, interrupts: Interrupts | None = None) -> dict[str, float]
     interrupts = interrupts or Interrupts()  # this one is not open, so no signal reaches it
     # The weights, which may be sharded, are exchanged in place before they are gathered.
     exchanged = run.average.in_place_of(run.model)
-    with run.evaluation_fits(), exchanged, run.parallel.readable(), interrupts.at_once():
+    with evaluation_fits(run.device), exchanged, run.parallel.readable(), interrupts.at_once():
         figures = held_out_cross_entropy(run.model, run.dataset, run.device, run.processes, interrupts.check)
     run.held_out = figures
     if not all(map(math.isfinite, figures.values())):

@@ -118,11 +118,6 @@ class Run:
         allowed = f"must be smaller, because a step does not fit into the free memory of {self.device}"
         return memory_needed("--micro-batch-tokens", self.settings.micro_batch_tokens, allowed)
 
-    def evaluation_fits(self) -> contextlib.AbstractContextManager[None]:
-        """Inside an evaluation, a lack of memory is an OutOfMemory that names --device: no option sets the batches."""
-        allowed = "must have free memory for an evaluation; end other programs that use it, or prepare shorter rows"
-        return memory_needed("--device", self.device, allowed)
-
     @property
     def parallel(self) -> SingleProcess:
         """The model as this process and the others hold it."""

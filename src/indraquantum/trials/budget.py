@@ -19,7 +19,7 @@ import torch
 
 from indraquantum.config import TrainSettings
 from indraquantum.errors import UserError, as_option
-from indraquantum.evaluation.held_out import batches, losses_of
+from indraquantum.evaluation.held_out import batches, evaluation_fits, losses_of
 from indraquantum.kernels.onednn import onednn_products
 from indraquantum.kernels.ways import in_force, using
 from indraquantum.launched import launched_processes
@@ -151,7 +151,7 @@ def evaluation_seconds(run: Run) -> float:
     """
     split, seconds = run.dataset.validation, []
     run.model.eval()
-    with run.evaluation_fits(), onednn_products(run.device):
+    with evaluation_fits(run.device), onednn_products(run.device):
         table_VD = run.model.lift_table()
         for batch in itertools.islice(batches(split), TIMED):
             started = time.perf_counter()
