@@ -20,7 +20,7 @@ import pytest
 
 from indraquantum.data import download
 from indraquantum.data.download import download_url, git_blob_id, packaged_file
-from indraquantum.data.instructions import AlpacaSample, read_alpaca
+from indraquantum.data.instructions import AlpacaSample, alpaca_samples
 from indraquantum.errors import UserError
 
 ITEMS = [{"instruction": f"Add {n}", "input": "2 3", "output": "5"} for n in range(2000)]
@@ -103,7 +103,7 @@ def samples(word="Add"):
 
 
 def test_alpaca_by_url(server):
-    assert read_alpaca("--alpaca", f"{server}/alpaca.json") == samples()
+    assert list(alpaca_samples("--alpaca", f"{server}/alpaca.json")) == samples()
 
 
 def test_a_pinned_file_is_fetched_once_and_mended_when_damaged(server, monkeypatch):
@@ -142,7 +142,7 @@ def test_a_server_that_can_not_go_on_begins_again(server, kind):
 
 
 def test_a_file_that_changes_in_between_is_never_mixed(server):
-    assert read_alpaca("--alpaca", f"{server}/changes.json") == samples("Sum")
+    assert list(alpaca_samples("--alpaca", f"{server}/changes.json")) == samples("Sum")
 
 
 def test_the_next_call_goes_on_where_the_last_one_gave_up(server, tmp_path):
@@ -170,7 +170,7 @@ def test_a_bad_download_never_gets_its_name(server, tmp_path, kind, word):
 
 def test_a_file_cut_by_a_server_that_hides_it_is_no_json(server):
     with pytest.raises(UserError, match="must be JSON"):
-        read_alpaca("--alpaca", f"{server}/shorter.json")
+        list(alpaca_samples("--alpaca", f"{server}/shorter.json"))
 
 
 def test_a_pin_must_be_one(server):
@@ -188,9 +188,9 @@ def test_an_address_that_is_none_is_one_line():
 def test_no_server_is_one_line(tmp_path, monkeypatch, deaf_server):
     monkeypatch.setenv("INDRAQUANTUM_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"could not be downloaded .*--alpaca PATH"):
-        read_alpaca("--alpaca", f"{deaf_server}/alpaca.json")
+        list(alpaca_samples("--alpaca", f"{deaf_server}/alpaca.json"))
     with pytest.raises(UserError, match="could not be downloaded"):
-        read_alpaca("--alpaca", "http://127.0.0.1:port/alpaca.json")
+        list(alpaca_samples("--alpaca", "http://127.0.0.1:port/alpaca.json"))
     assert {path.name for path in files_in(tmp_path)} <= {".lock"}
 
 

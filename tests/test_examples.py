@@ -59,7 +59,8 @@ def test_with_trainer(world, tmp_path):
     assert model(**batch).terms.phase > 0  # with v4's weights the readouts are aligned
     held_out = SignalCollator(world.data, world.signals, split="validation")
     parts = torch.arange(len(held_out.rows)).split(trainer.args.eval_batch_size)
-    losses = [model(**held_out(part.tolist())).loss.item() * len(part) for part in parts]
+    own = trainer.data_collator(trainer.train_dataset[:1])["objective"]
+    losses = [model(**held_out(part.tolist()), objective=own).loss.item() * len(part) for part in parts]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / len(held_out.rows), rel=1e-5)
 
 

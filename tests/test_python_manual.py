@@ -10,7 +10,7 @@ import pytest
 
 from indraquantum.config import PrepareSettings
 from indraquantum.data import python_manual
-from indraquantum.data.instructions import read_alpaca
+from indraquantum.data.instructions import alpaca_samples
 from indraquantum.data.prepare import prepare
 from indraquantum.data.python_manual import docstring_questions, manual_paragraphs, write_manual_corpus
 from indraquantum.data.sources import is_heading, read_wikitext
@@ -144,7 +144,7 @@ def test_the_files_serve_the_readers_and_are_the_same_each_time(tmp_path):
     assert corpus.instructions.read_bytes() == again.instructions.read_bytes()
     assert (corpus.paragraphs, corpus.answers) == (29, 29)
     assert read_wikitext("--wikitext", str(corpus.text)) == manual_paragraphs()[:29]
-    assert len(read_alpaca("--alpaca", str(corpus.instructions))) == 29
+    assert len(list(alpaca_samples("--alpaca", str(corpus.instructions)))) == 29
     assert len(json.loads(corpus.instructions.read_text(encoding="utf-8"))) == 29
     tokenizer = save_tiny_tokenizer(tmp_path / "tokenizer")
     report = prepare(
