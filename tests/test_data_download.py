@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import random
+import ssl
 import subprocess
 import sys
 import threading
@@ -215,10 +216,11 @@ def test_a_cache_that_cannot_be_locked_or_written_names_its_variable(tmp_path, m
 REVISION = "b" * 40
 
 
-def test_the_certificates_are_those_of_the_system(monkeypatch, server):
-    """Python of python.org knows none on macOS; there, they come from the system's own store."""
-    import truststore
+def test_the_certificates_are_those_of_the_hubs_library(monkeypatch, server):
+    """Python of python.org knows none on macOS; httpx2 takes those of the system, and its 2.0 those of certifi."""
+    import httpx2
 
+    trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     contexts, urlopen = [], urllib.request.urlopen
 
     def recorded(*arguments, context=None, **options):
@@ -227,12 +229,10 @@ def test_the_certificates_are_those_of_the_system(monkeypatch, server):
 
     download._certificates.cache_clear()
     monkeypatch.setattr(urllib.request, "urlopen", recorded)
-    monkeypatch.setattr("platform.system", lambda: "Darwin")
-    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
-    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    monkeypatch.setattr(httpx2, "create_ssl_context", lambda: trusted)
     assert download_url("--alpaca", f"{server}/alpaca.json", "help").read_bytes() == CONTENT
     download._certificates.cache_clear()
-    assert [type(context) for context in contexts] == [truststore.SSLContext]
+    assert contexts == [trusted]
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def _fetch_all(url: str, part: Path, name: str) -> None:
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Return the certificates that the hub's library trusts: on macOS the system's, of which Python has none there."""
+    """Return the certificates that the hub's library trusts. Python of python.org knows none on macOS."""
     import httpx2
 
     return httpx2.create_ssl_context()
