@@ -136,25 +136,26 @@ def test_bins_by_hand():
 
 
 def test_readouts_in_bins_by_hand():
-    """Four positions of a vocabulary of 7 tokens. The first has no signals; the entropy of the last two is ln 7."""
+    """Five positions of a vocabulary of 7 tokens. The first has no signals. The largest entropy is ln 7."""
 
     class Store:
         def batch(self, split, index_N):
-            assert (split, index_N.tolist()) == ("validation", [3, 5, 8, 9])
-            ids_NK = torch.tensor([[-1, -1], [2, -1], [0, 1], [3, 4]])
-            entropy_N = torch.tensor([0.5, 0.0, math.log(7), math.log(7)], dtype=torch.float64)
-            confidence_N = torch.tensor([0.5, 0.05, 0.95, 0.95], dtype=torch.float64)
-            return TeacherSignals(ids_NK, torch.ones(4, 2), entropy_N, confidence_N)
+            assert (split, index_N.tolist()) == ("validation", [3, 5, 8, 9, 11])
+            ids_NK = torch.tensor([[-1, -1], [2, -1], [0, 1], [3, 4], [5, 6]])
+            entropy_N = torch.tensor([0.5, 0.0, 1.0, 1.0, 0.5], dtype=torch.float64) * math.log(7)
+            confidence_N = torch.tensor([0.5, 0.05, 0.95, 0.95, 0.05], dtype=torch.float64)
+            return TeacherSignals(ids_NK, torch.ones(5, 2), entropy_N, confidence_N)
 
-    others = dict.fromkeys(Predictions._fields, np.zeros(4))
-    readouts = {"magnitude_N": np.array([9.0, 1.0, 2.0, 4.0]), "phase_N": np.array([9.0, -0.5, 1.0, 2.0])}
-    found = readout_bins(Predictions(**others | readouts | {"index_N": np.array([3, 5, 8, 9])}), Store(), 7)
+    others = dict.fromkeys(Predictions._fields, np.zeros(5))
+    readouts = {"magnitude_N": np.array([9.0, 1, 2, 4, 1]), "phase_N": np.array([9.0, -0.5, 1, 2, 3])}
+    found = readout_bins(Predictions(**others | readouts | {"index_N": np.array([3, 5, 8, 9, 11])}), Store(), 7)
     assert found.keys() == {"magnitude", "phase"}
     assert found["magnitude"] == {
-        "count": [1, 2], "x": pytest.approx([0.05, 0.95]), "y": [1.0, 3.0], "y_std": [0.0, 1.0],
+        "count": [2, 2], "x": pytest.approx([0.05, 0.95]), "y": [1.0, 3.0], "y_std": [0.0, 1.0],
     }  # fmt: skip
     assert found["phase"] == {
-        "count": [1, 2], "x": pytest.approx([0.0, math.log(7)]), "y": [-0.5, 1.5], "y_std": [0.0, 0.5],
+        "count": [1, 1, 2], "x": pytest.approx([0.0, math.log(7) / 2, math.log(7)]), "y": [-0.5, 3.0, 1.5],
+        "y_std": [0.0, 0.0, 0.5],
     }  # fmt: skip
 
 
