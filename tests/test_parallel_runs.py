@@ -64,7 +64,11 @@ def same_run(settings, one) -> None:
     assert a.optimizer["param_groups"] == b.optimizer["param_groups"]
     assert list(a.model) == list(b.model)
     torch.testing.assert_close(a.model, b.model, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(a.optimizer["state"], b.optimizer["state"], rtol=1e-2, atol=1e-3)
+    assert a.optimizer["state"].keys() == b.optimizer["state"].keys()
+    for number, entry in b.optimizer["state"].items():
+        for name, value in entry.items():  # the squares are so small that only a relative error can tell them
+            error = (a.optimizer["state"][number][name] - value).norm()
+            assert error <= 1e-2 * value.norm(), (number, name)
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("ddp", 2), ("fsdp2", 2), pytest.param("ddp", 3, marks=pytest.mark.slow)])
