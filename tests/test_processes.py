@@ -175,8 +175,11 @@ def test_fifty_steps_are_those_of_one_process(world, tmp_path, kind, ranks, teac
             continue
         torch.testing.assert_close(their_weights, weights, rtol=1e-3, atol=1e-3)
         assert their_state["param_groups"] == state["param_groups"]
+        assert their_state["state"].keys() == state["state"].keys()
         for number, entry in state["state"].items():
-            torch.testing.assert_close(their_state["state"][number], entry, rtol=1e-2, atol=1e-3)
+            for name, value in entry.items():  # the squares are so small that only a relative error can tell them
+                error = (their_state["state"][number][name] - value).norm()
+                assert error <= 1e-2 * value.norm(), (number, name)
 
 
 def test_a_restart_on_one_machine_finds_nothing_of_the_start_before(monkeypatch):
