@@ -110,9 +110,9 @@ def test_the_collator_s_labels_are_the_dataset_s(world):
 
 def test_a_split_that_the_collator_lacks_is_one_line(world, tmp_path):
     """A capture asks about the rows of train and validation only."""
-    with pytest.raises(indraquantum.InvalidInput, match="^--split: got dev; must be train or validation"):
+    with pytest.raises(indraquantum.InvalidInput, match=r"^--split: got dev; must be train or validation"):
         SignalCollator(world.data, split="dev")
-    with pytest.raises(indraquantum.InvalidInput, match="^--split: got test; must be train or validation,"):
+    with pytest.raises(indraquantum.InvalidInput, match=r"^--split: got test; must be train or validation,"):
         SignalCollator(world.data, world.signals, split="test")
-    with pytest.raises(ValueError, match="^--split: got test; must be train or validation, the splits of the data"):
+    with pytest.raises(ValueError, match=r"^--split: got test; must be train or validation, the splits of the data"):
         SignalCollator(world.data, world.signals)([Row("test", 0)])

@@ -76,7 +76,7 @@ def test_long_rows_are_read_a_few_at_a_time(row_length, sizes):
     split = SimpleNamespace(num_rows=35, row_length=row_length, batch=lambda rows: rows.tolist())
     read = list(batches(split))
     assert [len(rows) for rows in read] == sizes
-    assert sum(read, []) == list(range(35))
+    assert [row for rows in read for row in rows] == list(range(35))
 
 
 def test_rows_read_a_few_at_a_time_have_the_same_figures(world, monkeypatch):
@@ -116,7 +116,7 @@ def test_an_evaluation_that_does_not_fit_into_memory_is_one_line(world):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     split = open_dataset("--data", world.data).validation
-    with pytest.raises(OutOfMemory, match="^--device: got cpu; must have free memory for an evaluation"):
+    with pytest.raises(OutOfMemory, match=r"^--device: got cpu; must have free memory for an evaluation"):
         evaluate(SimpleNamespace(lift_table=full), split, {}, torch.device("cpu"))
 
 
