@@ -88,7 +88,7 @@ def require_memory(settings: CaptureSettings, files: TeacherFiles, precision: st
     allowed = (
         f"needs {needed / 1e9:.1f} GB of memory for the weights{copies} in {str(dtype).removeprefix('torch.')}, and "
         f"{free / 1e9:.1f} GB are free; train a small teacher with `indra teacher`, give a smaller model, such as a "
-        "small GGUF file, or the address of a server, or try it nevertheless with --batch-tokens 256"
+        "small GGUF file, or the address of a server, or try it with `indra capture --batch-tokens 256`"
     )
     raise UserError("--teacher", settings.teacher, allowed)
 
