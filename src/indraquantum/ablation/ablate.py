@@ -104,9 +104,10 @@ def _note_slow_precisions(bench: Bench, variants: list[str]) -> None:
     """Say here, and not only in the logs of the runs, if this processor is slow in a number format of the plan."""
     if bench.settings.device not in ("auto", "cpu"):
         return
-    runs = [bench.run(variant, bench.plan.seeds[0], {}).settings for variant in variants]
-    for precision in sorted({run.precision for run in runs} - {"auto"}):
-        note_slow_16_bits(choose_device(bench.settings), precision)
+    device = choose_device(bench.settings)
+    for precision in sorted({bench.run(variant, bench.plan.seeds[0], {}).settings.precision for variant in variants}):
+        if precision != "auto":
+            note_slow_16_bits(device, precision)
 
 
 def _run(bench: Bench, tasks: list[Task]) -> list[str]:

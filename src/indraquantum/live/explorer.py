@@ -13,7 +13,7 @@ from indraquantum.live.details import checkpoints_of
 from indraquantum.live.server import Query, Refused, whole_number
 from indraquantum.live.watched import Watched
 from indraquantum.metrics import read_record
-from indraquantum.teacher.manifest import signals_beside
+from indraquantum.teacher.manifest import MANIFEST_NAME, signals_beside
 
 if TYPE_CHECKING:
     from indraquantum.inference.load import Loaded
@@ -65,7 +65,7 @@ class Explorer:
             ours, theirs = loaded.tokenizer, dataset.tokenizer
             require_same_tokenizer("data", data, "must have the checkpoint's tokenizer", ours, theirs)
             folder = _path(settings, "signals") or signals_beside(data)
-            signals = open_signals("signals", folder, dataset) if (folder / "manifest.json").is_file() else None
+            signals = open_signals("signals", folder, dataset) if (folder / MANIFEST_NAME).is_file() else None
             return {"rows": dataset.validation.num_rows, **held_out_row(loaded, dataset.validation, row, signals)}
 
     def vocabulary(self, query: Query) -> dict[str, Any]:
