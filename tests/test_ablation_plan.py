@@ -83,6 +83,19 @@ def test_a_plan_at_equal_time_may_have_other_lengths(world, tmp_path, capsys):
     assert {"19", "20"} <= set(capsys.readouterr().out.split())
 
 
+def test_a_search_may_choose_the_sizes_within_a_budget(world, tmp_path, capsys):
+    """Only the settings of the search fit the budget; the default width alone costs more."""
+    plan = write_plan(
+        world, tmp_path, base={"layers": 1, "batch_tokens": 480, "max_steps": 20, "no_teacher": True}, pairs=[],
+        variants={"plain": {"projector": "none", "heads": 1}}, budgets={"plain": {"parameters": 4000}},
+        search={"grid": [{"d_model": 8}, {"d_model": 6}]},
+    )  # fmt: skip
+    assert indra("ablate", plan, *folders(tmp_path), "--dry-run") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[1:3]] == ["plain", "plain"]
+    assert len({line[3] for line in lines[1:3]}) == 2  # the share of the table
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [("a: [", "must be YAML"), ("- a", "must hold name, data and variants"), ("name: a\nname: b", "is given twice")],

@@ -14,7 +14,7 @@ from indraquantum.ablation.results import read_results
 from indraquantum.ablation.search import best_setting, trial_tasks, trials_of
 from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Bench, Task
-from indraquantum.config import AblateSettings
+from indraquantum.config import AblateSettings, TrainSettings
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError, as_option
 from indraquantum.evaluation.test_split import require_test_split
@@ -100,12 +100,18 @@ def _variants(plan: Plan, only: tuple[str, ...] | None) -> list[str]:
     return [variant for variant in plan.variants if not only or variant in only]
 
 
+def _settings_of(bench: Bench, variant: str) -> list[TrainSettings]:
+    """Return the settings with which `variant` may run: its own, or those of its search."""
+    seed = bench.plan.seeds[0]
+    return [bench.run(variant, seed, chosen).settings for chosen in bench.plan.grid_of(variant) or ({},)]
+
+
 def _note_slow_precisions(bench: Bench, variants: list[str]) -> None:
     """Say here, and not only in the logs of the runs, if this processor is slow in a number format of the plan."""
     if bench.settings.device not in ("auto", "cpu"):
         return
     device = choose_device(bench.settings)
-    for precision in sorted({bench.run(variant, bench.plan.seeds[0], {}).settings.precision for variant in variants}):
+    for precision in sorted({settings.precision for variant in variants for settings in _settings_of(bench, variant)}):
         if precision != "auto":
             note_slow_16_bits(device, precision)
 
@@ -123,17 +129,17 @@ def _run(bench: Bench, tasks: list[Task]) -> list[str]:
 
 
 def overview(bench: Bench, variants: list[str]) -> str:
-    """Return what would be trained: a line for each variant with its size, steps and tokens."""
+    """Return what would be trained: a line for each variant and size that its search may choose."""
     plan = bench.plan
-    first = sizes_of(bench.run(next(iter(plan.variants)), plan.seeds[0], {}).settings, bench.dataset)
+    first = sizes_of(_settings_of(bench, next(iter(plan.variants)))[0], bench.dataset)
     rows = []
     for variant in variants:
-        sizes = sizes_of(bench.run(variant, plan.seeds[0], {}).settings, bench.dataset)
-        rows.append([
-            variant, f"{sizes.parameters:,}", f"{sizes.parameters / first.parameters:.3f}",
-            f"{sizes.table_parameters / sizes.parameters:.1%}", f"{sizes.flops_per_token / 1e6:.3f}",
-            f"{sizes.steps:,}", f"{sizes.tokens:,}", str(len(plan.grid_of(variant))), str(len(plan.seeds)),
-        ])  # fmt: skip
+        for sizes in dict.fromkeys(sizes_of(settings, bench.dataset) for settings in _settings_of(bench, variant)):
+            rows.append([
+                variant, f"{sizes.parameters:,}", f"{sizes.parameters / first.parameters:.3f}",
+                f"{sizes.table_parameters / sizes.parameters:.1%}", f"{sizes.flops_per_token / 1e6:.3f}",
+                f"{sizes.steps:,}", f"{sizes.tokens:,}", str(len(plan.grid_of(variant))), str(len(plan.seeds)),
+            ])  # fmt: skip
     header = ["variant", "parameters", "of first", "in table", "MFLOP/token", "steps", "tokens", "trials", "runs"]
     return text_table(header, rows)
 
