@@ -11,14 +11,16 @@ import pytest
 from indraquantum.ablation.front import (
     Point,
     at_equal_seeds,
+    compared,
     curves,
-    effective_ratios,
     effective_size,
     hypervolume,
     hypervolumes,
     lead,
+    loss_at,
     mean_point,
     on_front,
+    trend,
 )
 from indraquantum.ablation.plan import load_plan
 from indraquantum.ablation.sizes import sizes_of
@@ -79,11 +81,40 @@ def test_families_are_compared_at_equal_seeds():
     ahead = lead(hypervolumes(found), "ours", "plain")
     assert ahead.mean == pytest.approx((sum(ours) - sum(plain)) / 2 / math.log(200))
     assert ahead.count == 2
-    ((size, ratios),) = effective_ratios(found, "ours", "plain")
-    assert size == 100
-    assert ratios == [pytest.approx(10 * 100**0.75 / 100), pytest.approx(10)]
+    (model,) = compared(found, "ours", "plain")
+    assert model.size == 100
+    assert model.ratios == [pytest.approx(10 * 100**0.75 / 100), pytest.approx(10)]
+    assert model.differences == [pytest.approx(4.25 - 4.5), pytest.approx(4.2 - 4.7)]
+    assert trend([model]) is None  # one size has no trend
     alone = hypervolumes(curves({"one": ("ours",)}, runs, "parameters"))
     assert alone == {"one": {0: 0.0, 1: pytest.approx(0.05)}}  # at one size, the loss alone counts
+
+
+def test_the_loss_of_a_baseline_model_of_equal_size():
+    baseline = [Point(10, 5.0), Point(1000, 4.0), Point(1000, 4.5)]
+    assert loss_at(100, baseline) == pytest.approx(4.5)
+    assert loss_at(1000, baseline) == loss_at(1009, baseline) == 4.0
+    assert loss_at(9.95, baseline) == 5.0
+    assert loss_at(9.8, baseline) is None
+    assert loss_at(1011, baseline) is None
+
+
+def test_the_trend_of_a_lead_over_sizes_by_hand():
+    """Leads 0.1, 0.2, 0.4 at sizes 1, 2, 8: a line through (0, 0.1), (1, 0.2), (3, 0.4) rises by 0.1 a doubling."""
+    losses = {1: 5.0, 2: 4.5, 8: 4.0}
+    leads = {0: {1: 0.1, 2: 0.2, 8: 0.4}, 1: {1: 0.3, 2: 0.3, 8: 0.3}}
+    runs = {f"plain-{size}": {s: record(size, loss) for s in leads} for size, loss in losses.items()}
+    runs |= {f"ours-{n}": {s: record(n, losses[n] - leads[s][n]) for s in leads} for n in losses}
+    runs["ours-beyond"] = {s: record(99, 1.0) for s in leads}  # no model of the baseline is as large
+    families = {"plain": ("plain-1", "plain-2", "plain-8"), "ours": ("ours-1", "ours-2", "ours-8", "ours-beyond")}
+    models = compared(curves(families, runs, "parameters"), "ours", "plain")
+    assert [model.size for model in models] == [1, 2, 8, 99]
+    assert models[1].differences == [pytest.approx(-0.2), pytest.approx(-0.3)]
+    assert models[3].differences == [None, None]
+    found = trend(models)
+    assert found.mean == pytest.approx((-0.1 + 0) / 2)
+    assert found.count == 2
+    assert trend(models[2:]) is None
 
 
 SIZED = {

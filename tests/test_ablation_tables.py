@@ -21,19 +21,20 @@ def test_families_by_hand():
     """The worst loss is 5. Plain leads it by 1 nat on ln 2 of the ln 200 from size 10 to 2000.
 
     Ours leads by 0.75 and 1.1 on ln 20, so it is 0.2932 and 0.4911 ahead. Half the interval is
-    12.7062 * 0.0989 = 1.2572. No plain model reaches its loss with seed 1.
+    12.7062 * 0.0989 = 1.2572. A plain model of its size has 4.5, so it is 0.25 and 0.6 better; half the interval is
+    12.7062 * 0.175. No plain model reaches its loss with seed 1. One size has no trend.
     """
     runs = {"s": sized(10, 5.0, 5.0), "l": sized(1000, 4.0, 4.0), "o": sized(100, 4.25, 3.9)}
     heights, equals = front_tables(FAMILIES, runs)
     assert heights.rows == [
-        ["plain", "parameters", "s, l", "0.1308 ± 0.0000", ""],
-        ["ours", "parameters", "o", "0.5230 ± 1.2572", "+0.3922 ± 1.2572"],
-        ["plain", "FLOPs a token", "s, l", "0.1308 ± 0.0000", ""],
-        ["ours", "FLOPs a token", "o", "0.5230 ± 1.2572", "+0.3922 ± 1.2572"],
+        ["plain", "parameters", "s, l", "0.1308 ± 0.0000", "", ""],
+        ["ours", "parameters", "o", "0.5230 ± 1.2572", "+0.3922 ± 1.2572", ""],
+        ["plain", "FLOPs a token", "s, l", "0.1308 ± 0.0000", "", ""],
+        ["ours", "FLOPs a token", "o", "0.5230 ± 1.2572", "+0.3922 ± 1.2572", ""],
     ]
     assert equals.rows == [
-        ["ours", "parameters", "100", "2", "beyond the sizes of plain"],
-        ["ours", "FLOPs a token", "200", "2", "beyond the sizes of plain"],
+        ["ours", "parameters", "100", "2", "-0.4250 ± 2.2236", "not measured"],
+        ["ours", "FLOPs a token", "200", "2", "-0.4250 ± 2.2236", "not measured"],
     ]
 
 
@@ -42,11 +43,19 @@ def test_families_are_compared_over_the_seeds_that_all_share():
     runs = {"s": sized(10, 5.0, 5.0), "l": sized(1000, 4.5, 4.9), "o": sized(1000, 4.6)}
     heights, equals = front_tables(FAMILIES, runs)
     assert heights.rows[:2] == [
-        ["plain", "parameters", "s, l", "0.0654", ""],
-        ["ours", "parameters", "none", "0.0523", "-0.0131"],
+        ["plain", "parameters", "s, l", "0.0654", "", ""],
+        ["ours", "parameters", "none", "0.0523", "-0.0131", ""],
     ]
     # 0.4 / 0.5 of the way from 10 to 1000 on a logarithmic scale: 10 * 100 ** 0.8 = 398
-    assert equals.rows[0] == ["ours", "parameters", "1,000", "1", "0.398"]
+    assert equals.rows[0] == ["ours", "parameters", "1,000", "1", "+0.1000", "0.398"]
+
+
+def test_the_trend_of_a_lead_by_hand():
+    """The lead is 0.1 at size 10 and 0.3 at 40, two doublings later."""
+    runs = {"s": sized(10, 5.0), "l": sized(40, 4.0), "o": sized(10, 4.9), "p": sized(40, 3.7)}
+    heights, beside = front_tables(SimpleNamespace(families={"plain": ("s", "l"), "ours": ("o", "p")}), runs)
+    assert [row[-1] for row in heights.rows] == ["", "-0.1000", "", "-0.1000"]
+    assert [row[4:] for row in beside.rows[:2]] == [["-0.1000", "1.149"], ["-0.3000", "not measured"]]
 
 
 def test_a_family_without_a_common_seed_gives_no_rows():

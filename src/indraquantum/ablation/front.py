@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from indraquantum.ablation.intervals import Interval, interval, paired
 from indraquantum.ablation.results import Result
@@ -108,6 +111,56 @@ def effective_size(point: Point, baseline: Sequence[Point]) -> float | None:
     return None
 
 
+def loss_at(size: float, baseline: Sequence[Point]) -> float | None:
+    """Return the loss of a baseline model of `size`, in nats per token; None more than 1 % beyond its measured sizes.
+
+    Between two measured sizes, the loss counts as linear in the logarithm of the size.
+    """
+    best = {point.size: point.loss for point in sorted(baseline, reverse=True)}  # the lowest loss of each size
+    sizes = sorted(best)
+    if not 0.99 * sizes[0] <= size <= 1.01 * sizes[-1]:
+        return None
+    return float(np.interp(math.log(size), [math.log(s) for s in sizes], [best[s] for s in sizes]))
+
+
+class Compared(NamedTuple):
+    """A model of a family beside the baseline, by seed. None where the baseline was not measured."""
+
+    size: float  # parameters, or FLOPs a token
+    differences: list[float | None]  # its loss minus that of a baseline model of its size, in nats per token
+    ratios: list[float | None]  # the size of an equally good baseline model, as a multiple of its own
+
+
+def compared(found: Curves, family: str, baseline: str) -> list[Compared]:
+    """Return each model of `family`, by rising size, beside the baseline at the seeds that both have."""
+    seeds = sorted(found[family].keys() & found[baseline].keys())
+    models = []
+    for own in zip(*(found[family][seed] for seed in seeds), strict=True):  # a model with each seed
+        losses = [loss_at(point.size, found[baseline][seed]) for seed, point in zip(seeds, own, strict=True)]
+        equals = [effective_size(point, found[baseline][seed]) for seed, point in zip(seeds, own, strict=True)]
+        models.append(
+            Compared(
+                own[0].size,
+                [None if loss is None else point.loss - loss for point, loss in zip(own, losses, strict=True)],
+                [equal and equal / own[0].size for equal in equals],
+            )
+        )
+    return models
+
+
+def trend(models: Sequence[Compared]) -> Interval | None:
+    """Return by how much the difference from the baseline changes when the size doubles, in nats per token.
+
+    It is the slope of a least-squares line for each seed. None if fewer than two sizes can be compared.
+    """
+    known = [model for model in models if None not in model.differences]
+    if len({model.size for model in known}) < 2:
+        return None
+    doublings = [math.log2(model.size) for model in known]
+    by_seed = zip(*(model.differences for model in known), strict=True)
+    return interval([statistics.linear_regression(doublings, differences).slope for differences in by_seed])
+
+
 def hypervolumes(found: Curves) -> dict[str, dict[int, float]]:
     """Return the hypervolume of each family and seed, up to twice the largest size, so that this model counts."""
     points = [point for by_seed in found.values() for curve in by_seed.values() for point in curve]
@@ -123,14 +176,3 @@ def lead(volumes: dict[str, dict[int, float]], family: str, baseline: str) -> In
     """Return the difference of two families' hypervolumes at equal seeds, in nats; None if they share no seed."""
     differences = paired(volumes.get(family, {}), volumes.get(baseline, {}))
     return interval(list(differences.values())) if differences else None
-
-
-def effective_ratios(found: Curves, family: str, baseline: str) -> Iterable[tuple[float, list[float | None]]]:
-    """Yield for each model of `family` its size, and by seed how many times as large an equal baseline model is.
-
-    A ratio is None where the baseline was not measured at that loss.
-    """
-    seeds = sorted(found[family].keys() & found[baseline].keys())
-    for own in zip(*(found[family][seed] for seed in seeds), strict=True):  # a model with each seed
-        equals = [effective_size(point, found[baseline][seed]) for seed, point in zip(seeds, own, strict=True)]
-        yield own[0].size, [equal and equal / own[0].size for equal in equals]

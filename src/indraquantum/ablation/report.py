@@ -11,13 +11,15 @@ from indraquantum.ablation.blocks import Block, Code, Heading, Paragraph, Pictur
 from indraquantum.ablation.final import read_final
 from indraquantum.ablation.front import (
     SIZES,
+    Compared,
     at_equal_seeds,
+    compared,
     curves,
-    effective_ratios,
     hypervolumes,
     lead,
     mean_point,
     on_front,
+    trend,
 )
 from indraquantum.ablation.intervals import Interval, interval, paired
 from indraquantum.ablation.plan import Plan
@@ -204,9 +206,9 @@ def sizes_table(runs: Runs) -> Table:
 
 
 def front_tables(plan: Plan, runs: Runs) -> list[Table]:
-    """For parameters and for work: how low each family reaches, and the sizes of equally good baseline models."""
+    """For parameters and for work: how low each family reaches, and each of its models beside the baseline."""
     baseline, *_ = plan.families
-    heights, equals = [], []
+    heights, models = [], []
     shared = at_equal_seeds((variant for variants in plan.families.values() for variant in variants), runs)
     for size, title in SIZES.items():
         found = curves(plan.families, shared, size)
@@ -215,32 +217,47 @@ def front_tables(plan: Plan, runs: Runs) -> list[Table]:
         means = {variant: mean_point(by_seed, size) for variant, by_seed in shared.items()}
         best, volumes = on_front(means), hypervolumes(found)
         for family, variants in plan.families.items():
-            ahead = lead(volumes, family, baseline) if family != baseline else None
-            heights.append([
-                family, title, ", ".join(v for v in variants if v in best) or "none",
-                _mean(volumes.get(family, {}).values(), 4), "" if ahead is None else _shown(ahead, 4, "+"),
-            ])  # fmt: skip
-            for own, ratios in effective_ratios(found, family, baseline) if family != baseline else ():
-                known = [ratio for ratio in ratios if ratio is not None]
-                shown = _mean(known, 3) if len(known) == len(ratios) else f"beyond the sizes of {baseline}"
-                equals.append([family, title, f"{own:,.0f}", str(len(ratios)), shown])
+            own = [] if family == baseline else compared(found, family, baseline)
+            against = (lead(volumes, family, baseline), trend(own)) if own else (None, None)
+            on = ", ".join(v for v in variants if v in best) or "none"
+            height = _mean(volumes.get(family, {}).values(), 4)
+            shown = ["" if figure is None else _shown(figure, 4, "+") for figure in against]
+            heights.append([family, title, on, height, *shown])
+            models += [_beside_baseline(family, title, model) for model in own]
     return [
-        Table(["family", "size", "on the front", "mean lead, nats", f"minus {baseline}"], heights),
         Table(
-            ["family", "size", "size of the model", "seeds", f"size of an equally good {baseline}, as a multiple"],
-            equals,
+            ["family", "size", "on the front", "mean lead, nats", f"minus {baseline}", "each doubling of the size"],
+            heights,
         ),
-    ]
+        Table(
+            [
+                "family", "size", "size of the model", "seeds", f"minus {baseline} of this size, nats",
+                f"size of an equally good {baseline}, as a multiple",
+            ],
+            models,
+        ),
+    ]  # fmt: skip
+
+
+def _beside_baseline(family: str, title: str, model: Compared) -> list[str]:
+    figures = []
+    for values, places, sign in ((model.differences, 4, "+"), (model.ratios, 3, "")):
+        known = [value for value in values if value is not None]
+        figures.append(_shown(interval(known), places, sign) if len(known) == len(values) else "not measured")
+    return [family, title, f"{model.size:,.0f}", str(len(model.ratios)), *figures]
 
 
 def _about_front(plan: Plan) -> str:
+    baseline, *_ = plan.families
     return (
         "All figures are over the seeds that all these variants share. A variant is on the front if no other variant "
         "of at most its size has a lower mean loss. The mean lead is the "
         "hypervolume: for each size, take the lowest loss of the family's models up to that size. The figure says how "
         "far it is below the worst loss of these runs, averaged over the logarithm of the size, up to twice the "
-        f"largest model. The second table asks how large a model of {next(iter(plan.families))} with the same loss is. "
-        "Between two of its measured sizes, the loss counts as linear in the logarithm of the size."
+        f"largest model. The second table compares each model with {baseline}: with a model of the same size, and with "
+        "one of the same loss. Between two measured sizes, the loss counts as linear in the logarithm of the size. The "
+        "last column of the first table says by how much the difference at equal size changes when the size doubles "
+        "(a least-squares line for each seed); below 0, the lead grows with the size."
     )
 
 
