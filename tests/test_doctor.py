@@ -52,22 +52,6 @@ def test_memory_that_holds_copies_of_files_is_free(monkeypatch):
     assert doctor._memory() == "3.0 GiB free of 7.0 GiB"
 
 
-@pytest.mark.parametrize(
-    ("lines", "told"),
-    [
-        ("processor : 0\nmodel name : Some CPU\n\nprocessor : 1\nmodel name : Some CPU", "Some CPU"),
-        ("processor : 0\nCPU part : 0xd0c\n\nModel : Raspberry Pi 5\n", "Raspberry Pi 5"),
-        ("processor : 0\nCPU implementer : 0x41\nCPU part\t: 0xd0c\n", "aarch64, CPU implementer 0x41, CPU part 0xd0c"),
-        ("", "aarch64"),
-    ],
-)
-def test_the_processor_has_a_name(tmp_path, monkeypatch, lines, told):
-    (tmp_path / "cpuinfo").write_text(lines)
-    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert doctor._processor() == told
-
-
 def test_the_kept_choice_is_told(capsys, tmp_path, monkeypatch):
     from indraquantum.kernels import measured
 

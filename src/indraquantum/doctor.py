@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -15,12 +13,12 @@ from typing import Any
 from indraquantum import __version__
 from indraquantum.config import DoctorSettings
 from indraquantum.files import cache_folder, check_new_file, write_json
+from indraquantum.processor import processor_name
 
 USEFUL = ("datasets", "peft", "sentencepiece")  # no extra brings them, but users have them
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "INDRA_PRODUCTS",
              "INDRA_BFLOAT16", "INDRAQUANTUM_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "PYTORCH_ALLOC_CONF",
              "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ENABLE_MPS_FALLBACK")  # fmt: skip
-CPUINFO = Path("/proc/cpuinfo")
 PREFIXES = ("NCCL_", "GLOO_")  # of other variables to show
 
 
@@ -31,7 +29,7 @@ def examine() -> dict[str, dict[str, Any]]:
         | _versions(_required(extras=False)),
         "optional packages": _versions([*_required(extras=True), *USEFUL]),
         "machine": {
-            "processor": _attempt(_processor),
+            "processor": _attempt(processor_name),
             "cores of this process": _attempt(_cores),
             "memory": _attempt(_memory),
         },
@@ -104,18 +102,6 @@ def _required(*, extras: bool) -> list[str]:
 
 def _versions(names: Iterable[str]) -> dict[str, object]:
     return {name: _attempt(lambda name=name: version(name)) for name in names}
-
-
-def _processor() -> str:
-    if sys.platform == "darwin":
-        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
-    if model := facts.get("model name") or facts.get("Model"):
-        return model
-    ids = [f"{name} {facts[name]}" for name in ("CPU implementer", "CPU part") if name in facts]  # ARM has no names
-    return ", ".join([platform.machine(), *ids])
 
 
 def _cores() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,12 +25,12 @@ from indraquantum.kernels.arguments import ObjectiveOptions, check_inputs
 from indraquantum.kernels.attach import differentiable_objective
 from indraquantum.kernels.cpu import cpu_plan
 from indraquantum.kernels.ways import USUAL, Way, asked_for, parsed, using
+from indraquantum.processor import processor_name
 
 TILES = (2000, 4000)  # besides the usual one; with 256 rows a step writes 2 KiB for each token, and reads as much
 GAIN = 1.03  # a way must be quicker by this factor, because two measurements may differ by as much
 ROWS, WIDTH, VOCABULARY = 256, 256, 4000  # of the objective that is timed
 ROUNDS = 2
-_INFORMATION = Path("/proc/cpuinfo")
 
 
 def quickest_way() -> Way:
@@ -114,11 +115,10 @@ def _objective_seconds() -> Callable[[Way], float]:
 def _machine() -> str:
     """Return everything that the choice depends on, as text."""
     try:
-        lines = _INFORMATION.read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    parts = (model or platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability())
+        name = processor_name()
+    except (OSError, subprocess.CalledProcessError):
+        name = platform.machine()
+    parts = (name, torch.backends.cpu.get_cpu_capability())
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "any")
     return ", ".join([*parts, f"oneDNN {isa}", f"torch {torch.__version__}"])
 
