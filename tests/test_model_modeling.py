@@ -84,6 +84,7 @@ def test_layers_are_drawn_by_width_and_scale_and_bias_start_as_stated():
     + [
         {"readout": "mean", "head": "born"},
         {"residual": True},
+        {"residual": True, "d_model": 28, "state_width": 12},
         {"ends": "separate", "magnitude": "linear", "table_std": 0.25},
         {"d_model": 28, "state_width": 12},
         {"projector": "mlp", "d_model": 12, "state_width": 20},
@@ -371,11 +372,14 @@ def test_an_objective_for_another_head_is_refused():
 
 @pytest.mark.parametrize("ends", ["shared", "separate"])
 @pytest.mark.parametrize("projector", ["quantum", "linear"])
-def test_a_residual_adds_the_embedding_to_the_real_part(projector, ends):
-    model, plain = (make(projector=projector, ends=ends, residual=residual) for residual in (True, False))
+@pytest.mark.parametrize("width", [None, D_MODEL // 2 + 4, D_MODEL // 2, D_MODEL // 2 - 4])
+def test_a_residual_adds_the_embedding_to_the_state_and_cuts_what_is_wider(projector, ends, width):
+    options = {"projector": projector, "ends": ends, "state_width": width, "num_attention_heads": 1}
+    model, plain = (make(**options, residual=residual) for residual in (True, False))
+    both = D_MODEL if width is None else min(D_MODEL, 2 * width)
     embeddings = model.embedding.weight
     expected = plain.lift_table().clone()
-    expected[:, :D_MODEL] += embeddings
+    expected[:, :both] += embeddings[:, :both]
     torch.testing.assert_close(model.lift_table(), expected)
     seen = []
     model.backbone.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
@@ -383,7 +387,7 @@ def test_a_residual_adds_the_embedding_to_the_real_part(projector, ends):
     model(ids)
     own = plain.projector if ends == "shared" else plain.input_projector
     expected = own(embeddings[ids])
-    expected[..., :D_MODEL] += embeddings[ids]
+    expected[..., :both] += embeddings[ids][..., :both]
     torch.testing.assert_close(seen[0]["inputs_embeds"], expected)
 
 

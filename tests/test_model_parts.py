@@ -205,7 +205,7 @@ def test_heads_that_do_not_fit_name_the_option(projector, state_width, heads, wi
     ("field", "value", "others"),
     [
         ("num_attention_heads", 3, {}), ("num_key_value_heads", 3, {}), ("readout_references", 0, {}),
-        ("state_width", 0, {}), ("state_width", 20, {"projector": "none"}), ("residual", True, {"state_width": 14}),
+        ("state_width", 0, {}), ("state_width", 20, {"projector": "none"}),
     ],
 )  # fmt: skip
 def test_wrong_configurations_name_the_field(field, value, others):
@@ -213,10 +213,6 @@ def test_wrong_configurations_name_the_field(field, value, others):
 
     with pytest.raises((ValueError, StrictDataclassClassValidationError), match=f"{field}: got {value}"):
         IndraQuantumConfig(**{**SIZES, field: value, **others})
-
-
-def test_a_residual_needs_states_as_wide_as_the_table():
-    assert IndraQuantumConfig(**SIZES, state_width=20, residual=True).hidden_size == 40
 
 
 @pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])

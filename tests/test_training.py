@@ -279,8 +279,6 @@ def test_any_seed_trains(world, tmp_path, seed):
         ({"optimizer": "adamw", "muon_rate": 3}, "--muon-rate: got 3.0; must be 1 without --optimizer muon"),
         ({"projector": "none", "ends": "separate"}, "--ends: got separate; must be shared with --projector none"),
         ({"projector": "none", "state_width": 14}, "--state-width: got 14; must be left out with --projector none"),
-        ({"residual": True, "state_width": 6}, "--residual: got true; must be left out with --state-width 6, which is "
-         "not --d-model 14"),
         ({"resume": "nowhere.pt"}, "--resume: got nowhere.pt; must be auto, never, or the path of a checkpoint"),
     ],
 )  # fmt: skip

@@ -115,7 +115,7 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
             max_position_embeddings: the longest text, in tokens, that the model is built for.
 
         Raises:
-            UserError: the heads don't divide the width into even parts, or an option needs a projector or equal widths.
+            UserError: the heads don't divide the width into even parts, or an option needs a projector.
         """
         if settings.projector == "none" and settings.ends == "separate" and "ends" in settings.model_fields_set:
             raise UserError("--ends", settings.ends, "must be shared with --projector none")
@@ -124,9 +124,6 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
         if settings.projector == "none" and settings.state_width is not None:
             raise UserError("--state-width", settings.state_width, "must be left out with --projector none")
         complex_width = settings.d_model if settings.state_width is None else settings.state_width
-        if settings.residual and complex_width != settings.d_model:
-            allowed = f"must be left out with --state-width {complex_width}, which is not --d-model {settings.d_model}"
-            raise UserError("--residual", "true", allowed)
         width = settings.d_model if settings.projector == "none" else 2 * complex_width
         if width % (2 * settings.heads):
             raise UserError("--heads", settings.heads, f"must divide the width {width} into parts of an even width")

@@ -55,12 +55,17 @@ class QuantumCore:
         return self._lift(projector, embeddings)
 
     def _lift(self, projector: nn.Module, embeddings: Tensor) -> Tensor:
-        """Return the states (..., D) of `embeddings` (..., d), plus the embedding if the configuration asks for it."""
+        """Return the states (..., D) of `embeddings` (..., d).
+
+        With a residual, the embeddings are added to the real pairs of the states: the first min(d, D) numbers of both.
+        """
         # A phase of several radians loses its digits in 16 bits.
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.to(_format_of(projector, embeddings))
             states = projector(embeddings)
-            return states + F.pad(embeddings, (0, embeddings.shape[-1])) if self.config.residual else states
+            if not self.config.residual:
+                return states
+            return states + F.pad(embeddings, (0, states.shape[-1] - embeddings.shape[-1]))  # cut, if d is above D
 
     def input_table(self) -> Tensor:
         """Return the inputs' states (V, D) of all tokens."""

@@ -52,8 +52,6 @@ class ModelShape:
             raise ValueError(f"state_width: got {self.state_width}; must be at least 1")
         if self.state_width is not None and self.projector == "none":
             raise ValueError(f"state_width: got {self.state_width}; must be left out with projector none")
-        if self.residual and self.complex_width != self.d_model:
-            raise ValueError(f"residual: got True; must be False if state_width {self.state_width} is not d_model")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"num_attention_heads: got {self.num_attention_heads}; must divide the width {self.hidden_size} "
