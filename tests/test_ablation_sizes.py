@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from indraquantum.ablation.sizes import flops_per_token, planned_tokens
 from indraquantum.config import TrainSettings
@@ -45,3 +48,14 @@ def test_the_tokens_of_several_stages_are_those_of_their_batches(world):
     steps = [plan.step(number) for number in range(plan.total_steps)]
     seen = sum(int((step.split.batch(step.rows).index >= 0).sum()) for step in steps)
     assert planned_tokens(settings, data) == seen
+
+
+def test_the_options_of_equal_work_cost_what_a_plain_transformer_costs():
+    path = Path(__file__).parents[1] / "configs" / "options" / "equal-work.yaml"
+    narrow = TrainSettings(**yaml.safe_load(path.read_text()))
+    plain = TrainSettings(projector="none", d_model=180, heads=3, mlp_width=506)
+    with torch.device("meta"):
+        ours, theirs = (IndraQuantumPhase2(IndraQuantumConfig.from_settings(s, 32_000, 1, 2)) for s in (narrow, plain))
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+    assert flops_per_token(ours, 128, 2048) == pytest.approx(flops_per_token(theirs, 128, 2048), rel=0.01)
