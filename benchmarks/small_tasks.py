@@ -8,7 +8,7 @@ The text is the validation part of WikiText, in its own tokenisation, which is u
 - `verb`: a sentence with one of is, are, was, were, has, have, and the same sentence with the other number. The model
   is right if it gives the true sentence the higher probability. Guessing gives 0.5.
 - `next`: which of four sentences follows the beginning of a paragraph? The others follow other beginnings. The model
-  is right if it gives the true one the highest probability per byte. Guessing gives 0.25.
+  is right if it gives the true one the highest probability per character. Guessing gives 0.25.
 - `last`: the last word of a sentence, predicted from the paragraph up to it. The model is right if each of its tokens
   is the likeliest one.
 
@@ -36,7 +36,7 @@ from indraquantum.data.detokenize import detokenize
 from indraquantum.data.sources import read_wikitext
 
 OTHER_NUMBER = {"is": "are", "are": "is", "was": "were", "were": "was", "has": "have", "have": "has"}
-CONTEXT_WORDS, SENTENCE_WORDS = (15, 60), (5, 30)  # at least, at most; together they fit into a row of 128 tokens
+CONTEXT_WORDS, SENTENCE_WORDS = (15, 60), (5, 30)  # at least, at most; nearly all fit into 128 tokens
 TASK = """
 task: {name}
 dataset_path: json

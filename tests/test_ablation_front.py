@@ -97,6 +97,8 @@ def test_the_loss_of_a_baseline_model_of_equal_size():
     assert loss_at(9.95, baseline) == 5.0
     assert loss_at(9.8, baseline) is None
     assert loss_at(1011, baseline) is None
+    # A larger model that is worse than a smaller one does not raise the loss that is to be beaten.
+    assert loss_at(1000, [Point(10, 5.0), Point(100, 4.5), Point(1000, 4.8)]) == 4.5
 
 
 def test_the_trend_of_a_lead_over_sizes_by_hand():

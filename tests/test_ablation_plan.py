@@ -88,12 +88,14 @@ def test_a_search_may_choose_the_sizes_within_a_budget(world, tmp_path, capsys):
     plan = write_plan(
         world, tmp_path, base={"layers": 1, "batch_tokens": 480, "max_steps": 20, "no_teacher": True}, pairs=[],
         variants={"plain": {"projector": "none", "heads": 1}}, budgets={"plain": {"parameters": 4000}},
-        search={"grid": [{"d_model": 8}, {"d_model": 6}]},
+        search={"grid": [{"d_model": 8}, {"d_model": 6}, {"d_model": 8, "learning_rate": 0.01}]},
     )  # fmt: skip
     assert indra("ablate", plan, *folders(tmp_path), "--dry-run") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines[1:3]] == ["plain", "plain"]
     assert len({line[3] for line in lines[1:3]}) == 2  # the share of the table
+    assert lines[1][-2:] == ["2", "2"]  # trials of this size, and the runs
+    assert lines[2][-1] == "1"
 
 
 @pytest.mark.parametrize(

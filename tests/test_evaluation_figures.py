@@ -19,6 +19,7 @@ from indraquantum.errors import UserError
 from indraquantum.evaluation.figures import (
     Band,
     Predictions,
+    _readings_of_logits,
     evaluate,
     expected_calibration_error,
     frequency_bands,
@@ -298,3 +299,17 @@ def test_bad_input_is_one_line(checkpoint, capsys, arguments, said):
     assert exit_.value.code == 2
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_the_readings_of_logits_are_those_of_their_softmax():
+    logits_nV = 4 * torch.randn(5, 37, generator=torch.Generator().manual_seed(0))
+    labels_n, before_nV = torch.tensor([3, 0, 36, 7, 7]), logits_nV.clone()
+    loss_n, confidence_n, entropy_n, correct_n = _readings_of_logits(logits_nV, labels_n)
+    assert torch.equal(logits_nV, before_nV)
+    for place, label in enumerate(labels_n.tolist()):
+        odds = [math.exp(value) for value in logits_nV[place].tolist()]
+        p = [value / math.fsum(odds) for value in odds]
+        assert loss_n[place].item() == pytest.approx(-math.log(p[label]), rel=1e-12)
+        assert confidence_n[place].item() == pytest.approx(max(p), rel=1e-12)
+        assert entropy_n[place].item() == pytest.approx(-math.fsum(x * math.log(x) for x in p), rel=1e-12)
+        assert correct_n[place].item() == (p.index(max(p)) == label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from pathlib import Path
 
 from indraquantum.ablation.final import measure_finally
@@ -129,16 +130,21 @@ def _run(bench: Bench, tasks: list[Task]) -> list[str]:
 
 
 def overview(bench: Bench, variants: list[str]) -> str:
-    """Return what would be trained: a line for each variant and size that its search may choose."""
+    """Return what would be trained: a line for each variant and size that its search may choose.
+
+    A line has the trials of its size. The first line of a variant has its runs, which take one of these sizes.
+    """
     plan = bench.plan
     first = sizes_of(_settings_of(bench, next(iter(plan.variants)))[0], bench.dataset)
     rows = []
     for variant in variants:
-        for sizes in dict.fromkeys(sizes_of(settings, bench.dataset) for settings in _settings_of(bench, variant)):
+        tried = Counter(sizes_of(settings, bench.dataset) for settings in _settings_of(bench, variant))
+        for number, (sizes, trials) in enumerate(tried.items()):
             rows.append([
                 variant, f"{sizes.parameters:,}", f"{sizes.parameters / first.parameters:.3f}",
                 f"{sizes.table_parameters / sizes.parameters:.1%}", f"{sizes.flops_per_token / 1e6:.3f}",
-                f"{sizes.steps:,}", f"{sizes.tokens:,}", str(len(plan.grid_of(variant))), str(len(plan.seeds)),
+                f"{sizes.steps:,}", f"{sizes.tokens:,}", str(trials if plan.grid_of(variant) else 0),
+                "" if number else str(len(plan.seeds)),
             ])  # fmt: skip
     header = ["variant", "parameters", "of first", "in table", "MFLOP/token", "steps", "tokens", "trials", "runs"]
     return text_table(header, rows)

@@ -112,15 +112,17 @@ def effective_size(point: Point, baseline: Sequence[Point]) -> float | None:
 
 
 def loss_at(size: float, baseline: Sequence[Point]) -> float | None:
-    """Return the loss of a baseline model of `size`, in nats per token; None more than 1 % beyond its measured sizes.
+    """Return the lowest loss of a baseline model of at most `size`, in nats per token.
 
-    Between two measured sizes, the loss counts as linear in the logarithm of the size.
+    Between two measured sizes, the loss counts as linear in the logarithm of the size. None more than 1 % beyond the
+    measured sizes.
     """
-    best = {point.size: point.loss for point in sorted(baseline, reverse=True)}  # the lowest loss of each size
-    sizes = sorted(best)
+    at_size = {point.size: point.loss for point in sorted(baseline, reverse=True)}  # the lowest loss of each size
+    sizes = sorted(at_size)
+    losses = list(itertools.accumulate((at_size[s] for s in sizes), min))
     if not 0.99 * sizes[0] <= size <= 1.01 * sizes[-1]:
         return None
-    return float(np.interp(math.log(size), [math.log(s) for s in sizes], [best[s] for s in sizes]))
+    return float(np.interp(math.log(size), [math.log(s) for s in sizes], losses))
 
 
 class Compared(NamedTuple):

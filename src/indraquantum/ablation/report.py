@@ -315,7 +315,7 @@ def _about_figures(runs: Runs) -> str:
     tokens = ", ".join(f"{name} {figures['tokens']:,}" for name, figures in record["sources"].items())
     return (
         f"On the table half of the held-out documents ({record['documents']} documents; predicted tokens: {tokens}), "
-        "which no choice of this plan has looked at. Other plans on the same data are measured on the same half. "
+        "which the plan's search has not looked at. Other plans on the same data are measured on the same half. "
         "The figures are the mean ± half of the 95 % t-interval over seeds."
     )
 

@@ -189,7 +189,7 @@ def pearson(left_N: np.ndarray, right_N: np.ndarray) -> float:
 def _softmax_readings(
     learner: Learner, states_ND: torch.Tensor, labels_N: torch.Tensor, table_VD: torch.Tensor
 ) -> tuple[np.ndarray, ...]:
-    columns = []
+    columns: list[tuple[torch.Tensor, ...]] = []
     rows = CPU_ROWS if states_ND.device.type == "cpu" else LOGIT_ROWS
     for states_nD, labels_n in zip(states_ND.split(LOGIT_ROWS), labels_N.split(LOGIT_ROWS), strict=True):
         logits_nV = learner.logits(states_nD, table_VD)
