@@ -278,8 +278,9 @@ class ModelSettings(Settings):
     You rarely need to change it."""
     residual: bool = False
     """Add the embedding to its state, which stores all real parts before all imaginary parts. Of embeddings that are
-    wider than the state's real numbers, the rest is cut off. It lowers the loss with a start from the counts,
-    and most with states of about half the table's width (--state-width). With a random start it raises the loss."""
+    wider than the state's real numbers, the rest is cut off. In our measurements it lowers the loss with a
+    start from the counts, most of all with states of half the table's width (--state-width). In a small model with a
+    random start it raised the loss."""
     ends: Literal["shared", "separate"] = "separate"
     """Whether the inputs and the output head share one projector or have one each. Both work on the same table.
     It has no meaning with --projector none."""
