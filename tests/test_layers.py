@@ -18,6 +18,7 @@ LEVELS = (
         "interrupts",
         "memory",
         "processes",
+        "processor",
         "trackers",
         "progress",
         "smoothing",
