@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import statistics
@@ -32,6 +31,7 @@ from typing import Any
 
 import torch
 
+from indraquantum.ablation.intervals import interval
 from indraquantum.data.detokenize import detokenize
 from indraquantum.data.sources import read_wikitext
 
@@ -130,8 +130,8 @@ def answers(checkpoint: Path, tasks: Path) -> dict[str, list[float]]:
 
 def shown(values: list[float], sign: str = "") -> str:
     """Return the mean with its 95 % interval."""
-    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):{sign}.4f} ± {half:.4f}"
+    found = interval(values)
+    return f"{found.mean:{sign}.4f} ± {found.half_width:.4f}"
 
 
 def write_tasks(folder: Path, wikitext: Path) -> None:
@@ -161,10 +161,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     first: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {
-            "HF_DATASETS_CACHE": folder,
-            "HF_DATASETS_OFFLINE": "1",
-        }  # read by `datasets` when it is imported
+        # `datasets` reads these when it is imported.
+        os.environ |= {"HF_DATASETS_CACHE": folder, "HF_DATASETS_OFFLINE": "1"}
         write_tasks(Path(folder), arguments.wikitext)
         print(f"{'model':16s} {'task':5s} right              minus {arguments.model[0][0]}")
         for name, *checkpoints in arguments.model:
