@@ -15,7 +15,7 @@ from indraquantum.ablation.results import read_results
 from indraquantum.ablation.search import best_setting, trial_tasks, trials_of
 from indraquantum.ablation.sizes import sizes_of
 from indraquantum.ablation.tasks import Bench, Task
-from indraquantum.config import AblateSettings, TrainSettings
+from indraquantum.config import AblateSettings
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError, as_option
 from indraquantum.evaluation.test_split import require_test_split
@@ -101,18 +101,12 @@ def _variants(plan: Plan, only: tuple[str, ...] | None) -> list[str]:
     return [variant for variant in plan.variants if not only or variant in only]
 
 
-def _settings_of(bench: Bench, variant: str) -> list[TrainSettings]:
-    """Return the settings with which `variant` may run: its own, or those of its search."""
-    seed = bench.plan.seeds[0]
-    return [bench.run(variant, seed, chosen).settings for chosen in bench.plan.grid_of(variant) or ({},)]
-
-
 def _note_slow_precisions(bench: Bench, variants: list[str]) -> None:
     """Say here, and not only in the logs of the runs, if this processor is slow in a number format of the plan."""
     if bench.settings.device not in ("auto", "cpu"):
         return
     device = choose_device(bench.settings)
-    for precision in sorted({settings.precision for variant in variants for settings in _settings_of(bench, variant)}):
+    for precision in sorted({settings.precision for variant in variants for settings in bench.settings_of(variant)}):
         if precision != "auto":
             note_slow_16_bits(device, precision)
 
@@ -135,10 +129,10 @@ def overview(bench: Bench, variants: list[str]) -> str:
     A line has the trials of its size. The first line of a variant has its runs, which take one of these sizes.
     """
     plan = bench.plan
-    first = sizes_of(_settings_of(bench, next(iter(plan.variants)))[0], bench.dataset)
+    first = sizes_of(bench.settings_of(next(iter(plan.variants)))[0], bench.dataset)
     rows = []
     for variant in variants:
-        tried = Counter(sizes_of(settings, bench.dataset) for settings in _settings_of(bench, variant))
+        tried = Counter(sizes_of(settings, bench.dataset) for settings in bench.settings_of(variant))
         for number, (sizes, trials) in enumerate(tried.items()):
             rows.append([
                 variant, f"{sizes.parameters:,}", f"{sizes.parameters / first.parameters:.3f}",

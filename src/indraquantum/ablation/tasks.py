@@ -99,6 +99,11 @@ class Bench:
         steps = max(1, round(whole * search.fraction))
         return self._task(f"search/{variant}-try{number}", variant, search.seed, chosen, "choice", max_steps=steps)
 
+    def settings_of(self, variant: str) -> list[TrainSettings]:
+        """Return the settings with which `variant` may run: its own, or those of its search."""
+        seed = self.plan.seeds[0]
+        return [self.run(variant, seed, chosen).settings for chosen in self.plan.grid_of(variant) or ({},)]
+
     def _train_settings(self, name: str, variant: str, seed: int, chosen: Overrides) -> TrainSettings:
         settings = resolved(
             self.plan, variant, chosen, data=self.plan.data, signals=self.plan.signals, seed=seed,
@@ -145,14 +150,13 @@ class Bench:
         sizes: dict[str, list[Sizes]] = {}
         first, expected = next(iter(self.plan.variants)), None
         for variant in self.plan.variants:
-            grid = self.plan.grid_of(variant)
-            for chosen in grid or ({},):
-                try:
-                    settings = self.run(variant, self.plan.seeds[0], chosen).settings
-                    sizes.setdefault(variant, []).append(sizes_of(settings, self.dataset))
-                except UserError as error:
-                    raise UserError(f"variants.{variant}: {error.field}", error.value, error.allowed) from None
-                if grid and resolve(settings).stages[0].fraction is None:
+            try:
+                possible = self.settings_of(variant)
+                sizes[variant] = [sizes_of(settings, self.dataset) for settings in possible]
+            except UserError as error:
+                raise UserError(f"variants.{variant}: {error.field}", error.value, error.allowed) from None
+            for settings in possible:
+                if self.plan.grid_of(variant) and resolve(settings).stages[0].fraction is None:
                     allowed = "must have stages given as fractions of the run, because the search trains shorter runs"
                     raise UserError(f"variants.{variant}.strategy", settings.strategy, allowed)
                 rows = self._rows_seen(settings)
