@@ -43,7 +43,7 @@ def trained_like(**options):
         {}, {"bias": "none"}, {"ends": "shared", "magnitude": "exp"}, {"magnitude": "softplus"}, {"projector": "none"},
         {"projector": "gated"}, {"projector": "linear"}, {"projector": "mlp", "residual": True},
         {"projector": "phase-only"}, {"projector": "frozen"}, {"num_key_value_heads": 1}, {"readout": "mean"},
-        NARROW, {"bias": "none", **NARROW, "residual": True}, {"projector": "mlp", **WIDE},
+        NARROW, {"bias": "none", **NARROW, "residual": True, "residual_head": "turned"}, {"projector": "mlp", **WIDE},
     ],
     ids=str,
 )  # fmt: skip

@@ -19,7 +19,7 @@ VARIANTS = [
     {"projector": "phase-only", "readout_references": 3, "num_attention_heads": 5, "rope_theta": 100.0},
     {"projector": "gated", "num_attention_heads": 4, "num_key_value_heads": 2},
     NARROW,
-    {**NARROW, "residual": True},
+    {**NARROW, "residual": True, "residual_head": "turned"},
     {"projector": "linear", "head": "born", **WIDE},
 ]
 SEGMENTS = torch.tensor([[0] * 5 + [1] * 3 + [2] * 3, [0] * 7 + [-1] * 4])

@@ -223,7 +223,7 @@ def test_embeddings_may_stand_in_for_ids(options):
     torch.testing.assert_close(model(inputs_embeds=embeddings, labels=ids).loss, model(ids, labels=ids).loss)
 
 
-@pytest.mark.parametrize("options", [{}, {"residual": True}, {"projector": "mlp"}])
+@pytest.mark.parametrize("options", [{}, {"residual": True, "residual_head": "turned"}, {"projector": "mlp"}])
 def test_embeddings_of_another_format_are_converted_to_the_projectors(options):
     model, ids = make(**options), tokens(2, 7)
     rounded = model.get_input_embeddings()(ids).bfloat16()

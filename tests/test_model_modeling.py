@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import forked
 from indraquantum.config import ModelSettings
+from indraquantum.errors import UserError
 from indraquantum.files import write_sums
 from indraquantum.loss_v2 import SemanticDistillationLoss, TeacherSignals
 from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
@@ -83,7 +84,7 @@ def test_layers_are_drawn_by_width_and_scale_and_bias_start_as_stated():
     [{"projector": name} for name in VARIANTS]
     + [
         {"readout": "mean", "head": "born"},
-        {"residual": True},
+        {"residual": True, "residual_head": "turned"},
         {"residual": True, "d_model": 28, "state_width": 12},
         {"ends": "separate", "magnitude": "linear", "table_std": 0.25},
         {"d_model": 28, "state_width": 12},
@@ -389,6 +390,40 @@ def test_a_residual_adds_the_embedding_to_the_state_and_cuts_what_is_wider(proje
     expected = own(embeddings[ids])
     expected[..., :both] += embeddings[ids][..., :both]
     torch.testing.assert_close(seen[0]["inputs_embeds"], expected)
+
+
+@pytest.mark.parametrize("width", [None, D_MODEL // 2 + 4, D_MODEL // 2 - 4])
+def test_a_turned_residual_is_the_embedding_times_i_in_the_head_alone(width):
+    options = {"state_width": width, "num_attention_heads": 1, "residual": True}
+    turned, same = (make(**options, residual_head=head) for head in ("turned", "same"))
+    plain = make(state_width=width, num_attention_heads=1)
+    c = width or D_MODEL
+    added = torch.zeros(V, 2 * c)
+    added[:, :D_MODEL] = turned.embedding.weight[:, : 2 * c]
+    states = plain.lift_table()
+    expected = torch.complex(states[:, :c], states[:, c:]) + 1j * torch.complex(added[:, :c], added[:, c:])
+    torch.testing.assert_close(turned.lift_table(), torch.cat([expected.real, expected.imag], dim=-1))
+    ids = torch.tensor([5, 3, 5])
+    torch.testing.assert_close(turned.lift_table(ids), turned.lift_table()[ids])
+    torch.testing.assert_close(turned.input_table(), same.input_table())
+    # What the embeddings add to input and head of the same token does not resemble itself.
+    at_head = turned.lift_table() - states
+    torch.testing.assert_close((added * at_head).sum(-1), torch.zeros(V), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"residual": True, "ends": "shared"}, {}])
+def test_a_turned_residual_is_refused_where_it_has_no_meaning(options):
+    settings = ModelSettings(residual_head="turned", **options)
+    with pytest.raises(UserError, match="--residual-head: got turned; must be left out"):
+        IndraQuantumConfig.from_settings(settings, 97, 1, 2)
+
+
+def test_the_residual_of_new_models_is_turned_in_the_head_where_it_can_be():
+    for options, expected in (
+        ({"residual": True}, "turned"), ({"residual": True, "ends": "shared"}, "same"),
+        ({"residual": True, "residual_head": "same"}, "same"), ({}, "same"),
+    ):  # fmt: skip
+        assert IndraQuantumConfig.from_settings(ModelSettings(**options), 97, 1, 2).residual_head == expected
 
 
 def test_default_settings_build_the_documented_model():

@@ -205,7 +205,8 @@ def test_heads_that_do_not_fit_name_the_option(projector, state_width, heads, wi
     ("field", "value", "others"),
     [
         ("num_attention_heads", 3, {}), ("num_key_value_heads", 3, {}), ("readout_references", 0, {}),
-        ("state_width", 0, {}), ("state_width", 20, {"projector": "none"}),
+        ("state_width", 0, {}), ("state_width", 20, {"projector": "none"}), ("residual_head", "turned", {}),
+        ("residual_head", "turned", {"residual": True, "ends": "shared"}),
     ],
 )  # fmt: skip
 def test_wrong_configurations_name_the_field(field, value, others):

@@ -54,10 +54,11 @@ class QuantumCore:
         projector = self.projector if self.input_projector is None else self.input_projector
         return self._lift(projector, embeddings)
 
-    def _lift(self, projector: nn.Module, embeddings: Tensor) -> Tensor:
+    def _lift(self, projector: nn.Module, embeddings: Tensor, turned: bool = False) -> Tensor:
         """Return the states (..., D) of `embeddings` (..., d).
 
         With a residual, the embeddings are added to the real pairs of the states: the first min(d, D) numbers of both.
+        Where it is turned, the sum takes the embeddings' complex numbers times i.
         """
         # A phase of several radians loses its digits in 16 bits.
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -65,7 +66,11 @@ class QuantumCore:
             states = projector(embeddings)
             if not self.config.residual:
                 return states
-            return states + F.pad(embeddings, (0, states.shape[-1] - embeddings.shape[-1]))  # cut, if d is above D
+            added = F.pad(embeddings, (0, states.shape[-1] - embeddings.shape[-1]))  # cut, if d is above D
+            if turned:
+                real, imaginary = added.chunk(2, dim=-1)
+                added = torch.cat([-imaginary, real], dim=-1)
+            return states + added
 
     def input_table(self) -> Tensor:
         """Return the inputs' states (V, D) of all tokens."""
@@ -74,7 +79,11 @@ class QuantumCore:
     def lift_table(self, ids_R: Tensor | None = None) -> Tensor:
         """Return the states (V, D) of all tokens, or (R, D) of the tokens `ids_R`: the projector of the embeddings."""
         weight = self.embedding.weight
-        return self._lift(self.projector, weight if ids_R is None else F.embedding(ids_R, weight))
+        return self._head_states(weight if ids_R is None else F.embedding(ids_R, weight))
+
+    def _head_states(self, embeddings: Tensor) -> Tensor:
+        """Return the states (..., D) of `embeddings` (..., d) in the head."""
+        return self._lift(self.projector, embeddings, turned=self.config.residual_head == "turned")
 
     def _document_mask(self, segment_ids_BT: Tensor) -> Tensor:
         return document_mask(segment_ids_BT)

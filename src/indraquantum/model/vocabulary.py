@@ -97,7 +97,7 @@ class LiftedVocabulary:
             # accelerate keeps offloaded weights on the meta device, and its forward moves the ids to where they run
             ids_R = torch.arange(self.config.vocab_size, device="cpu" if device.type == "meta" else device)
         # `forward`, not a call: hooks are for the inputs. NEFTune's would add its noise to the head's table.
-        return self._lift(self.projector, gathered(self.embedding, lambda: self.embedding.forward(ids_R)))
+        return self._head_states(gathered(self.embedding, lambda: self.embedding.forward(ids_R)))
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:

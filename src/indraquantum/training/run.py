@@ -60,7 +60,8 @@ FREE_SETTINGS = {
 SHAPE = {
     "d-model": "d_model", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "mlp-width": "intermediate_size", "projector": "projector", "state-width": "complex_width",
-    "magnitude": "magnitude", "ends": "ends", "residual": "residual", "head": "head", "bias": "bias",
+    "magnitude": "magnitude", "ends": "ends", "residual": "residual",
+    "residual-head": "residual_head", "head": "head", "bias": "bias",
     "readout": "readout",
 }  # fmt: skip
 
@@ -425,6 +426,7 @@ def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
     start = plan.strategy.start_from
     return {
         **chosen,
+        "residual_head": settings.residual_of_head,
         "tail": _tail(settings, plan),
         "softmax": softmax_of(settings, plan),
         "data": plan.dataset.content_sha256,
