@@ -411,10 +411,9 @@ def test_a_turned_residual_is_the_embedding_times_i_in_the_head_alone(width):
     torch.testing.assert_close((added * at_head).sum(-1), torch.zeros(V), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"residual": True, "ends": "shared"}, {}])
-def test_a_turned_residual_is_refused_where_it_has_no_meaning(options):
-    settings = ModelSettings(residual_head="turned", **options)
-    with pytest.raises(UserError, match="--residual-head: got turned; must be left out"):
+def test_a_turned_residual_is_refused_where_inputs_and_head_share_a_projector():
+    settings = ModelSettings(residual=True, residual_head="turned", ends="shared")
+    with pytest.raises(UserError, match="--residual-head: got turned; must be same with --ends shared"):
         IndraQuantumConfig.from_settings(settings, 97, 1, 2)
 
 
