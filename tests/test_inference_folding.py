@@ -44,6 +44,7 @@ def trained_like(**options):
         {"projector": "gated"}, {"projector": "linear"}, {"projector": "mlp", "residual": True},
         {"projector": "phase-only"}, {"projector": "frozen"}, {"num_key_value_heads": 1}, {"readout": "mean"},
         NARROW, {"bias": "none", **NARROW, "residual": True, "residual_head": "turned"}, {"projector": "mlp", **WIDE},
+        {"projector": "none", "residual_head": "turned"},
     ],
     ids=str,
 )  # fmt: skip

@@ -255,7 +255,8 @@ def test_the_int8_export_holds_the_lifted_table(checkpoint, ours, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"ends": "shared", "residual": True, "magnitude": "softplus"}, {"projector": "none", "bias": "none"},
+        {}, {"ends": "shared", "residual": True, "magnitude": "softplus"},
+        {"projector": "none", "bias": "none", "residual_head": "turned"},
         {"projector": "mlp", "head": "born", "readout": "mean"}, {"magnitude": "exp", "num_key_value_heads": 1},
         {"projector": "phase-only", "readout_references": 3, "num_attention_heads": 5, "rope_theta": 100.0},
         {"projector": "gated", "num_attention_heads": 4, "num_key_value_heads": 2}, {"projector": "linear"}, NARROW,

@@ -215,7 +215,10 @@ def test_wrong_inputs_are_refused_in_words():
         model(ids, labels=ids[:, 1:])
 
 
-@pytest.mark.parametrize("options", [{}, {"ends": "shared", "residual": True}, {"projector": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ends": "shared", "residual": True}, {"projector": "none"}, {"projector": "none", "residual_head": "turned"}],
+)
 def test_embeddings_may_stand_in_for_ids(options):
     model, ids = make(**options), tokens(2, 7)
     embeddings = model.get_input_embeddings()(ids)

@@ -411,6 +411,16 @@ def test_a_turned_residual_is_the_embedding_times_i_in_the_head_alone(width):
     torch.testing.assert_close((added * at_head).sum(-1), torch.zeros(V), atol=1e-4, rtol=0)
 
 
+def test_without_a_projector_the_head_takes_the_embedding_times_i():
+    model, plain = (make(projector="none", residual_head=head) for head in ("turned", "same"))
+    table, half = model.embedding.weight, D_MODEL // 2
+    expected = 1j * torch.complex(table[:, :half], table[:, half:])
+    torch.testing.assert_close(model.lift_table(), torch.cat([expected.real, expected.imag], dim=-1))
+    ids = tokens(2, 7)
+    torch.testing.assert_close(model.hidden_states(ids), plain.hidden_states(ids))
+    torch.testing.assert_close(model.hidden_states(ids, table_VD=model.lift_table()), plain.hidden_states(ids))
+
+
 def test_a_turned_residual_is_refused_where_inputs_and_head_share_a_projector():
     settings = ModelSettings(residual=True, residual_head="turned", ends="shared")
     with pytest.raises(UserError, match="--residual-head: got turned; must be same with --ends shared"):
@@ -420,7 +430,8 @@ def test_a_turned_residual_is_refused_where_inputs_and_head_share_a_projector():
 def test_the_residual_of_new_models_is_turned_in_the_head_where_it_can_be():
     for options, expected in (
         ({"residual": True}, "turned"), ({"residual": True, "ends": "shared"}, "same"),
-        ({"residual": True, "residual_head": "same"}, "same"), ({}, "same"),
+        ({"residual": True, "residual_head": "same"}, "same"), ({}, "same"), ({"residual_head": "turned"}, "same"),
+        ({"projector": "none"}, "same"), ({"projector": "none", "residual_head": "turned"}, "turned"),
     ):  # fmt: skip
         assert IndraQuantumConfig.from_settings(ModelSettings(**options), 97, 1, 2).residual_head == expected
 

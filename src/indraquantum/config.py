@@ -281,10 +281,11 @@ class ModelSettings(Settings):
     wider than the state's real numbers, the rest is cut off. In our measurements it lowers the loss with a
     start from the counts, most of all with states of half the table's width (--state-width). In a small model with a
     random start it raised the loss."""
-    residual_head: Literal["same", "turned"] = "turned"
-    """With --residual, what the head adds to its states: the embedding, or the embedding times i, which turns it by 90
-    degrees. With "same", a token's state at the input and in the head resemble each other, so that a new model expects
-    each token to follow itself. It has a meaning only with --residual and --ends separate."""
+    residual_head: Literal["same", "turned"] | None = None
+    """What the head takes of the embedding itself: the same as the inputs, or the embedding times i, which turns it by
+    90 degrees. With "same", a token's states at the input and in the head resemble each other, so that a new model
+    expects each token to follow itself. It has a meaning with --residual and with --projector none. By default it is
+    turned with --residual and --ends separate, and same otherwise."""
     ends: Literal["shared", "separate"] = "separate"
     """Whether the inputs and the output head share one projector or have one each. Both work on the same table.
     It has no meaning with --projector none."""
@@ -294,8 +295,12 @@ class ModelSettings(Settings):
 
     @property
     def residual_of_head(self) -> Literal["same", "turned"]:
-        """`residual_head` where it has a meaning, else "same"."""
-        return self.residual_head if self.residual and self.ends == "separate" else "same"
+        """`residual_head`, or what it is by default; "same" where it has no meaning."""
+        if self.projector == "none":
+            return self.residual_head or "same"
+        if not self.residual:
+            return "same"
+        return self.residual_head or ("turned" if self.ends == "separate" else "same")
 
 
 class OptimizerSettings(Settings):

@@ -121,9 +121,9 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
             raise UserError("--ends", settings.ends, "must be shared with --projector none")
         if settings.projector == "none" and settings.residual:
             raise UserError("--residual", "true", "must be left out with --projector none")
-        is_given = settings.residual and "residual_head" in settings.model_fields_set
-        if is_given and settings.residual_head != settings.residual_of_head:
-            raise UserError("--residual-head", settings.residual_head, "must be same with --ends shared")
+        has_a_projector_each = settings.projector == "none" or settings.ends == "separate"
+        if settings.residual_of_head == "turned" and not has_a_projector_each:
+            raise UserError("--residual-head", "turned", "must be same with --ends shared")
         if settings.projector == "none" and settings.state_width is not None:
             raise UserError("--state-width", settings.state_width, "must be left out with --projector none")
         complex_width = settings.d_model if settings.state_width is None else settings.state_width

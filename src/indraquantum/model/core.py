@@ -58,19 +58,18 @@ class QuantumCore:
         """Return the states (..., D) of `embeddings` (..., d).
 
         With a residual, the embeddings are added to the real pairs of the states: the first min(d, D) numbers of both.
-        Where it is turned, the sum takes the embeddings' complex numbers times i.
+        If `turned`, the embeddings are multiplied by i first; without a projector they are the states.
         """
         # A phase of several radians loses its digits in 16 bits.
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.to(_format_of(projector, embeddings))
             states = projector(embeddings)
+            if self.config.projector == "none":
+                return _times_i(states) if turned else states
             if not self.config.residual:
                 return states
             added = F.pad(embeddings, (0, states.shape[-1] - embeddings.shape[-1]))  # cut, if d is above D
-            if turned:
-                real, imaginary = added.chunk(2, dim=-1)
-                added = torch.cat([-imaginary, real], dim=-1)
-            return states + added
+            return states + (_times_i(added) if turned else added)
 
     def input_table(self) -> Tensor:
         """Return the inputs' states (V, D) of all tokens."""
@@ -109,7 +108,7 @@ class QuantumCore:
         Returns:
             (B, T, D) the states psi.
         """
-        if table_VD is None or self.input_projector is not None:
+        if table_VD is None or self.input_projector is not None or self.config.residual_head == "turned":
             states_BTD = self.input_states(self.embedding(input_ids_BT))
         else:
             states_BTD = F.embedding(input_ids_BT, table_VD)
@@ -124,6 +123,12 @@ class QuantumCore:
         """Return the complex readout c (...) of `states` (..., D): |c| is the magnitude, its angle the phase."""
         with torch.autocast(states.device.type, enabled=False):  # there are no complex numbers of 16 bits
             return self.readout(states)
+
+
+def _times_i(states: Tensor) -> Tensor:
+    """Return states (..., D), whose imaginary parts follow all real ones, times i."""
+    real, imaginary = states.chunk(2, dim=-1)
+    return torch.cat([-imaginary, real], dim=-1)
 
 
 def _format_of(projector: nn.Module, embeddings: Tensor) -> torch.dtype:

@@ -37,7 +37,7 @@ class ModelShape:
     magnitude: Literal["softplus", "exp", "linear"] = "linear"
     table_std: float | None = None  # None: by the projector
     residual: bool = False
-    residual_head: Literal["same", "turned"] = "same"  # checkpoints without it have the same
+    residual_head: Literal["same", "turned"] = "same"  # older checkpoints lack it
     ends: Literal["shared", "separate"] = "separate"
 
     def __post_init__(self) -> None:
@@ -63,7 +63,8 @@ class ModelShape:
                 f"num_key_value_heads: got {self.num_key_value_heads}; must divide num_attention_heads "
                 f"{self.num_attention_heads}"
             )
-        if self.residual_head == "turned" and not (self.residual and self.ends == "separate"):
+        may_turn = self.projector == "none" or (self.residual and self.ends == "separate")
+        if self.residual_head == "turned" and not may_turn:
             raise ValueError("residual_head: got turned; must be same without a residual, or with ends shared")
         if self.readout_references < 1:
             raise ValueError(f"readout_references: got {self.readout_references}; must be at least 1")
