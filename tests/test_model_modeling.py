@@ -397,17 +397,19 @@ def test_a_turned_residual_is_the_embedding_times_i_in_the_head_alone(width):
     options = {"state_width": width, "num_attention_heads": 1, "residual": True}
     turned, same = (make(**options, residual_head=head) for head in ("turned", "same"))
     plain = make(state_width=width, num_attention_heads=1)
-    c = width or D_MODEL
-    added = torch.zeros(V, 2 * c)
-    added[:, :D_MODEL] = turned.embedding.weight[:, : 2 * c]
+    both = min(D_MODEL, 2 * (width or D_MODEL))
+    half = both // 2
+    added = turned.embedding.weight[:, :both]
+    times_i = 1j * torch.complex(added[:, :half], added[:, half:])
     states = plain.lift_table()
-    expected = torch.complex(states[:, :c], states[:, c:]) + 1j * torch.complex(added[:, :c], added[:, c:])
-    torch.testing.assert_close(turned.lift_table(), torch.cat([expected.real, expected.imag], dim=-1))
+    expected = states.clone()
+    expected[:, :both] += torch.cat([times_i.real, times_i.imag], dim=-1)
+    torch.testing.assert_close(turned.lift_table(), expected)
     ids = torch.tensor([5, 3, 5])
     torch.testing.assert_close(turned.lift_table(ids), turned.lift_table()[ids])
     torch.testing.assert_close(turned.input_table(), same.input_table())
     # What the embeddings add to input and head of the same token does not resemble itself.
-    at_head = turned.lift_table() - states
+    at_head = (turned.lift_table() - states)[:, :both]
     torch.testing.assert_close((added * at_head).sum(-1), torch.zeros(V), atol=1e-4, rtol=0)
 
 

@@ -269,10 +269,11 @@ class ModelSettings(Settings):
     pi. softplus and exp are always positive."""
     phase_spread: float = Field(default=0.02, ge=0, le=100)
     """Standard deviation of the initial phases, in radians. Small values learned better in our measurements."""
-    table_start: Literal["normal", "cooccurrence"] = "cooccurrence"
-    """The embedding table at the start of a new run: drawn from a normal distribution, or made from how often tokens
-    stand beside each other in the training text, so that similar tokens start with similar embeddings. The second takes
-    some seconds."""
+    table_start: Literal["normal", "cooccurrence", "bigrams"] | None = None
+    """The embedding table at the start of a new run. "normal" draws it from a normal distribution. The others count
+    which tokens stand side by side in the training text, which takes some seconds. With "cooccurrence", tokens that
+    stand beside the same tokens start with similar embeddings. With "bigrams", a new model already knows which token
+    follows which; this needs --residual-head turned. By default it is bigrams there, and cooccurrence otherwise."""
     table_std: float | None = Field(default=None, gt=0, le=100)
     """Standard deviation of the initial embedding table. By default it is 1, or 0.5 for the projectors linear and none.
     You rarely need to change it."""
@@ -292,6 +293,11 @@ class ModelSettings(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of the attention weights during training. Raise it if the held-out loss rises while the training loss
     still falls."""
+
+    @property
+    def table_start_or_default(self) -> Literal["normal", "cooccurrence", "bigrams"]:
+        """`table_start`, or what it is by default."""
+        return self.table_start or ("bigrams" if self.residual_of_head == "turned" else "cooccurrence")
 
     @property
     def residual_of_head(self) -> Literal["same", "turned"]:

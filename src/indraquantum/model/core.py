@@ -58,7 +58,7 @@ class QuantumCore:
         """Return the states (..., D) of `embeddings` (..., d).
 
         With a residual, the embeddings are added to the real pairs of the states: the first min(d, D) numbers of both.
-        If `turned`, the embeddings are multiplied by i first; without a projector they are the states.
+        If `turned`, these numbers are multiplied by i first; without a projector they are the states.
         """
         # A phase of several radians loses its digits in 16 bits.
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -68,8 +68,9 @@ class QuantumCore:
                 return _times_i(states) if turned else states
             if not self.config.residual:
                 return states
-            added = F.pad(embeddings, (0, states.shape[-1] - embeddings.shape[-1]))  # cut, if d is above D
-            return states + (_times_i(added) if turned else added)
+            added = embeddings[..., : states.shape[-1]]
+            added = _times_i(added) if turned else added
+            return states + F.pad(added, (0, states.shape[-1] - added.shape[-1]))
 
     def input_table(self) -> Tensor:
         """Return the inputs' states (V, D) of all tokens."""
@@ -125,10 +126,13 @@ class QuantumCore:
             return self.readout(states)
 
 
-def _times_i(states: Tensor) -> Tensor:
-    """Return states (..., D), whose imaginary parts follow all real ones, times i."""
-    real, imaginary = states.chunk(2, dim=-1)
-    return torch.cat([-imaginary, real], dim=-1)
+def _times_i(numbers: Tensor) -> Tensor:
+    """Return `numbers` (..., n), the real parts of n / 2 complex numbers and then the imaginary ones, times i.
+
+    If n is odd, the last number stays.
+    """
+    half = numbers.shape[-1] // 2
+    return torch.cat([-numbers[..., half : 2 * half], numbers[..., :half], numbers[..., 2 * half :]], dim=-1)
 
 
 def _format_of(projector: nn.Module, embeddings: Tensor) -> torch.dtype:

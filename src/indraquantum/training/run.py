@@ -40,7 +40,7 @@ from indraquantum.training.checkpoint import (
     require_student,
     step_checkpoint_path,
 )
-from indraquantum.training.cooccurrence import cooccurrence_table
+from indraquantum.training.cooccurrence import bigram_table, cooccurrence_table
 from indraquantum.training.engine import Engine
 from indraquantum.training.guards import CollapseGuard
 from indraquantum.training.optimizers import check_rates, new_optimizer
@@ -244,11 +244,17 @@ def _start_from_counts(model: IndraQuantumPhase2, settings: TrainSettings, plan:
     """Give the head's bias and the table what the training text says of each token, if `settings` ask for it."""
     if settings.bias_start == "frequencies" and model.bias_V is not None:
         model.bias_V.copy_(torch.from_numpy(log_frequencies(plan)))
-    if settings.table_start == "cooccurrence":
-        table_Vd = model.embedding.weight
-        std = settings.table_std or model.projector.table_std
-        texts = [stage.train for stage in plan.stages]
+    start = settings.table_start_or_default
+    if start == "normal":
+        return
+    table_Vd = model.embedding.weight
+    std = settings.table_std or model.projector.table_std
+    texts = [stage.train for stage in plan.stages]
+    if start == "cooccurrence":
         table_Vd.copy_(std * cooccurrence_table(texts, *table_Vd.shape, settings.seed))
+    else:
+        paired = min(table_Vd.shape[1], model.config.hidden_size)
+        table_Vd.copy_(std * bigram_table(texts, *table_Vd.shape, paired, settings.seed))
 
 
 def log_frequencies(plan: Plan) -> np.ndarray:
@@ -427,6 +433,7 @@ def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
     return {
         **chosen,
         "residual_head": settings.residual_of_head,
+        "table_start": settings.table_start_or_default,
         "tail": _tail(settings, plan),
         "softmax": softmax_of(settings, plan),
         "data": plan.dataset.content_sha256,
