@@ -12,10 +12,12 @@ import torch
 
 from indraquantum.config import TrainSettings
 from indraquantum.data.split import Split
+from indraquantum.errors import UserError
+from indraquantum.model import IndraQuantumConfig
 from indraquantum.training import cooccurrence, loop
 from indraquantum.training import run as training_run
 from indraquantum.training.checkpoint import checkpoints_in, load_checkpoint, set_aside
-from indraquantum.training.cooccurrence import cooccurrence_table
+from indraquantum.training.cooccurrence import bigram_table, cooccurrence_table
 from indraquantum.trials.dry_run import dry_run
 
 V = 12
@@ -40,28 +42,34 @@ def documents():
     return [(draws.integers(0, 4, size=9) ** 2 % (V - 2)).tolist() for _ in range(40)]
 
 
+def information(documents: list[list[int]], contexts: list[int], step: int) -> np.ndarray:
+    """The PPMI of each token with the token `step` after it, from a count of each pair."""
+    counts = collections.Counter(
+        (document[i], document[i + step])
+        for document in documents
+        for i in range(len(document))
+        if 0 <= i + step < len(document) and document[i + step] in contexts
+    )
+    of_token, of_context = collections.Counter(), collections.Counter()
+    for (token, context), count in counts.items():
+        of_token[token] += count
+        of_context[context] += count
+    total = sum(count**0.75 for count in of_context.values())
+    found = np.zeros((V, len(contexts)))
+    for (token, context), count in counts.items():
+        value = math.log(count / (of_token[token] * of_context[context] ** 0.75 / total))
+        found[token, contexts.index(context)] = max(0.0, value * count / (count + 1))
+    return found
+
+
 def expected_vectors(documents: list[list[int]], contexts: list[int], width: int) -> np.ndarray:
-    """The vectors before they are scaled, from a count of each pair and the whole decomposition."""
-    halves = []
-    for step in (-1, 1):
-        counts = collections.Counter(
-            (document[i], document[i + step])
-            for document in documents
-            for i in range(len(document))
-            if 0 <= i + step < len(document) and document[i + step] in contexts
-        )
-        of_token, of_context = collections.Counter(), collections.Counter()
-        for (token, context), count in counts.items():
-            of_token[token] += count
-            of_context[context] += count
-        total = sum(count**0.75 for count in of_context.values())
-        half = np.zeros((V, len(contexts)))
-        for (token, context), count in counts.items():
-            information = math.log(count / (of_token[token] * of_context[context] ** 0.75 / total))
-            half[token, contexts.index(context)] = max(0.0, information * count / (count + 1))
-        halves.append(half)
-    left, values, _ = np.linalg.svd(np.hstack(halves))
+    """The vectors before they are scaled, from the whole decomposition."""
+    left, values, _ = np.linalg.svd(np.hstack([information(documents, contexts, step) for step in (-1, 1)]))
     return left[:, :width] * np.sqrt(values[:width])
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("contexts", [3, 8192])
@@ -74,13 +82,77 @@ def test_vectors_are_those_of_a_count_pair_by_pair(monkeypatch, documents, conte
     vectors = expected_vectors(documents, frequent, 3)
     known = counts > 0
     assert 0 < known.sum() < V
-    unit = vectors[known] / np.linalg.norm(vectors[known], axis=1, keepdims=True)
+    expected = unit(vectors[known])
     # A rotation of all vectors is free, so their inner products are compared.
-    np.testing.assert_allclose(table[known] @ table[known].T / 3, unit @ unit.T, atol=1e-4)
+    np.testing.assert_allclose(table[known] @ table[known].T / 3, expected @ expected.T, atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "paired"), [(6, 6), (7, 6), (9, 5), (4, 4)])
+def test_halves_of_a_bigram_table_are_the_two_sides_of_a_count_pair_by_pair(monkeypatch, documents, width, paired):
+    monkeypatch.setattr(cooccurrence, "KNOWN", 1e-9)  # nothing is drawn
+    half = paired // 2
+    table = bigram_table([split_of(documents)], V, width, paired, seed=1).numpy()
+    left, values, right = np.linalg.svd(information(documents, list(range(V)), 1))
+    follows, followed = left[:, :half] * np.sqrt(values[:half]), right[:half].T * np.sqrt(values[:half])
+    before = [token for token in range(V) if any(token in document[:-1] for document in documents)]
+    after = [token for token in range(V) if any(token in document[1:] for document in documents)]
+    products = table[after, :half] @ table[before, half : 2 * half].T / half
+    np.testing.assert_allclose(products, unit(followed[after]) @ unit(follows[before]).T, atol=1e-3)
+    drawn = table[:, 2 * half :]
+    assert np.unique(drawn).size == drawn.size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"residual": True, "d_model": 40, "state_width": 40}, {"residual": True, "d_model": 44, "state_width": 20},
+        {"projector": "none", "d_model": 40},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_with_bigrams_a_new_model_knows_what_follows_a_token(world, tmp_path, monkeypatch, options):
+    """Of a text in which one token always follows a certain other one."""
+    follower = np.random.default_rng(0).permutation(40)
+    text = split_of([[token, int(follower[token])] for token in range(40)] * 50)
+    make = training_run.bigram_table
+    monkeypatch.setattr(training_run, "bigram_table", lambda splits, *others: make([text], *others))
+    settings = TrainSettings(
+        data=world.data, output=tmp_path / "run", logs=tmp_path / "logs", layers=1, heads=2, mlp_width=10, threads=1,
+        residual_head="turned", table_start="bigrams", **options,
+    )  # fmt: skip
+    model = training_run.trial_run(settings).model
+    with torch.no_grad():
+        for projector in {model.projector, model.input_projector} - {None}:
+            for weight in projector.parameters():  # what is left is the residual
+                weight.zero_()
+        scores = model.input_table()[:40] @ model.lift_table()[:40].T
+    assert (scores.argmax(dim=1).numpy() == follower).mean() > 0.7  # by chance 0.03
+
+
+def test_the_start_follows_from_the_head():
+    for options, expected in (
+        ({}, "cooccurrence"), ({"residual": True}, "bigrams"), ({"residual": True, "ends": "shared"}, "cooccurrence"),
+        ({"residual": True, "table_start": "normal"}, "normal"), ({"projector": "none"}, "cooccurrence"),
+    ):  # fmt: skip
+        assert TrainSettings(**options).table_start_or_default == expected
+
+
+def test_bigrams_need_a_turned_head():
+    settings = TrainSettings(table_start="bigrams", residual=True, residual_head="same")
+    with pytest.raises(UserError, match="--table-start: got bigrams; must be another one without --residual-head"):
+        IndraQuantumConfig.from_settings(settings, 53, 1, 2)
 
 
 def test_rare_tokens_are_drawn_and_the_seed_decides(documents):
     one, same, other = (cooccurrence_table([split_of(documents)], 2000, 64, seed) for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert one[V:].std() == pytest.approx(1, abs=0.02)  # tokens that never occur
+    assert one[:V].square().mean() == pytest.approx(1, abs=0.2)
+
+
+def test_rare_tokens_of_a_bigram_table_are_drawn_and_the_seed_decides(documents):
+    one, same, other = (bigram_table([split_of(documents)], 2000, 64, 64, seed) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert one[V:].std() == pytest.approx(1, abs=0.02)  # tokens that never occur
@@ -95,9 +167,12 @@ def test_numbers_are_about_1_large_where_the_width_exceeds_the_rank():
 
 def test_text_of_one_token_and_no_pairs_starts_as_drawn():
     for documents in ([[5]], [[5], [5]], []):
-        table = cooccurrence_table([split_of(documents)], V, 6, seed=3)
-        assert table.shape == (V, 6)
-        assert torch.isfinite(table).all()
+        for table in (
+            cooccurrence_table([split_of(documents)], V, 6, seed=3),
+            bigram_table([split_of(documents)], V, 6, 6, seed=3),
+        ):
+            assert table.shape == (V, 6)
+            assert torch.isfinite(table).all()
 
 
 def test_a_document_of_several_stages_counts_once(documents):
