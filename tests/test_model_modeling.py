@@ -423,6 +423,16 @@ def test_without_a_projector_the_head_takes_the_embedding_times_i():
     torch.testing.assert_close(model.hidden_states(ids, table_VD=model.lift_table()), plain.hidden_states(ids))
 
 
+def test_a_residual_is_the_default_where_inputs_and_head_have_a_projector_each():
+    for options, expected in (
+        ({}, True), ({"projector": "linear"}, True), ({"ends": "shared"}, False), ({"projector": "none"}, False),
+        ({"residual": False}, False), ({"ends": "shared", "residual": True}, True),
+    ):  # fmt: skip
+        assert IndraQuantumConfig.from_settings(ModelSettings(**options), 97, 1, 2).residual == expected
+    with pytest.raises(UserError, match="--residual: got true; must be left out with --projector none"):
+        IndraQuantumConfig.from_settings(ModelSettings(projector="none", residual=True), 97, 1, 2)
+
+
 def test_a_turned_residual_is_refused_where_inputs_and_head_share_a_projector():
     settings = ModelSettings(residual=True, residual_head="turned", ends="shared")
     with pytest.raises(UserError, match="--residual-head: got turned; must be same with --ends shared"):
@@ -432,7 +442,8 @@ def test_a_turned_residual_is_refused_where_inputs_and_head_share_a_projector():
 def test_the_residual_of_new_models_is_turned_in_the_head_where_it_can_be():
     for options, expected in (
         ({"residual": True}, "turned"), ({"residual": True, "ends": "shared"}, "same"),
-        ({"residual": True, "residual_head": "same"}, "same"), ({}, "same"), ({"residual_head": "turned"}, "same"),
+        ({"residual": True, "residual_head": "same"}, "same"), ({}, "turned"), ({"ends": "shared"}, "same"),
+        ({"residual": False, "residual_head": "turned"}, "same"),
         ({"projector": "none"}, "same"), ({"projector": "none", "residual_head": "turned"}, "turned"),
     ):  # fmt: skip
         assert IndraQuantumConfig.from_settings(ModelSettings(**options), 97, 1, 2).residual_head == expected

@@ -131,7 +131,8 @@ def test_with_bigrams_a_new_model_knows_what_follows_a_token(world, tmp_path, mo
 
 def test_the_start_follows_from_the_head():
     for options, expected in (
-        ({}, "cooccurrence"), ({"residual": True}, "bigrams"), ({"residual": True, "ends": "shared"}, "cooccurrence"),
+        ({}, "bigrams"), ({"residual": False}, "cooccurrence"), ({"residual": True, "ends": "shared"}, "cooccurrence"),
+        ({"projector": "none", "residual_head": "turned"}, "bigrams"),
         ({"residual": True, "table_start": "normal"}, "normal"), ({"projector": "none"}, "cooccurrence"),
     ):  # fmt: skip
         assert TrainSettings(**options).table_start_or_default == expected

@@ -277,11 +277,11 @@ class ModelSettings(Settings):
     table_std: float | None = Field(default=None, gt=0, le=100)
     """Standard deviation of the initial embedding table. By default it is 1, or 0.5 for the projectors linear and none.
     You rarely need to change it."""
-    residual: bool = False
+    residual: bool = True
     """Add the embedding to its state, which stores all real parts before all imaginary parts. Of embeddings that are
     wider than the state's real numbers, the rest is cut off. In our measurements it lowers the loss with a
     start from the counts, most of all with states of half the table's width (--state-width). In a small model with a
-    random start it raised the loss."""
+    random start it raised the loss. Unless it is given, it is left out with --ends shared and with --projector none."""
     residual_head: Literal["same", "turned"] | None = None
     """What the head takes of the embedding itself: the same as the inputs, or the embedding times i, which turns it by
     90 degrees. With "same", a token's states at the input and in the head resemble each other, so that a new model
@@ -294,6 +294,21 @@ class ModelSettings(Settings):
     """Dropout of the attention weights during training. Raise it if the held-out loss rises while the training loss
     still falls."""
 
+    def decided(self) -> dict[str, Any]:
+        """Return the options whose default follows from other options, with the values that they have here."""
+        return {
+            "residual": self.has_residual,
+            "residual_head": self.residual_of_head,
+            "table_start": self.table_start_or_default,
+        }
+
+    @property
+    def has_residual(self) -> bool:
+        """`residual`; by default, only where inputs and head have a projector each."""
+        if "residual" in self.model_fields_set:
+            return self.residual
+        return self.projector != "none" and self.ends == "separate"
+
     @property
     def table_start_or_default(self) -> Literal["normal", "cooccurrence", "bigrams"]:
         """`table_start`, or what it is by default."""
@@ -304,7 +319,7 @@ class ModelSettings(Settings):
         """`residual_head`, or what it is by default; "same" where it has no meaning."""
         if self.projector == "none":
             return self.residual_head or "same"
-        if not self.residual:
+        if not self.has_residual:
             return "same"
         return self.residual_head or ("turned" if self.ends == "separate" else "same")
 

@@ -165,7 +165,7 @@ def _require_readable(plan: Plan, folder: Path) -> None:
 def _check_stated(path: Path, record: Result, plan: Plan, variant: str, half: Half, seed: int) -> None:
     """Check that the run at `path` has the options that the plan states, or their defaults."""
     settings = resolved(plan, variant, record["chosen"], data=plan.data, seed=seed)
-    stated = settings.model_dump(mode="json", exclude=FREE_SETTINGS | {"start_from"})
+    stated = settings.model_dump(mode="json", exclude=FREE_SETTINGS | {"start_from"}) | settings.decided()
     stated["strategy"] = Path(settings.strategy).name  # the plan may have been in another folder
     for name in ("tail", "softmax"):  # the run's signals and vocabulary decided
         if stated[name] == "auto":

@@ -119,7 +119,7 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
         """
         if settings.projector == "none" and settings.ends == "separate" and "ends" in settings.model_fields_set:
             raise UserError("--ends", settings.ends, "must be shared with --projector none")
-        if settings.projector == "none" and settings.residual:
+        if settings.projector == "none" and settings.has_residual:
             raise UserError("--residual", "true", "must be left out with --projector none")
         has_a_projector_each = settings.projector == "none" or settings.ends == "separate"
         if settings.residual_of_head == "turned" and not has_a_projector_each:
@@ -148,7 +148,7 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
             phase_spread=settings.phase_spread,
             magnitude=settings.magnitude,
             table_std=settings.table_std,
-            residual=settings.residual,
+            residual=settings.has_residual,
             residual_head=settings.residual_of_head,
             ends=settings.ends,
             bos_token_id=bos_token_id,

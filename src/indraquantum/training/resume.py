@@ -56,6 +56,7 @@ BEFORE_THE_OPTION = {
     "softmax": "exact",
     "bias_start": "zeros",
     "table_start": "normal",
+    "residual": False,
     "residual_head": "same",
     "row_order": 1,
     "precision": "float32",

@@ -432,8 +432,7 @@ def run_identity(settings: TrainSettings, plan: Plan) -> dict[str, Any]:
     start = plan.strategy.start_from
     return {
         **chosen,
-        "residual_head": settings.residual_of_head,
-        "table_start": settings.table_start_or_default,
+        **settings.decided(),
         "tail": _tail(settings, plan),
         "softmax": softmax_of(settings, plan),
         "data": plan.dataset.content_sha256,
