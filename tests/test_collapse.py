@@ -191,7 +191,7 @@ def test_healthy_runs_are_left_alone(world, tmp_path, seed, options):
     assert len(lines) >= 4
     assert all(line["collapse"] is None for line in lines)
     assert lines[-1]["context_divergence"] > 1
-    assert lines[-1]["phase_rise"] > (1 if options else 0.1)
+    assert lines[-1]["phase_rise"] > (1 if options else 0.02)
 
 
 @pytest.mark.parametrize(("ends", "state_width"), [("shared", None), ("separate", None), ("separate", 12)])

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models
 
 from browser import chromium, expect, page_of, served  # noqa: F401 - a fixture
@@ -54,14 +55,22 @@ def test_figures_are_those_that_the_command_prints(run, loaded, capsys, monkeypa
         assert list(token["shown"].values()) == figures
 
 
+@torch.no_grad()
+def states_of(model) -> torch.Tensor:
+    """The head's complex states (V, c), from the definition: M exp(iP) and the embedding times i, 7 numbers for 6."""
+    e = model.embedding.weight
+    magnitude, phase = model.projector.polar(e)
+    turned = torch.cat([-e[:, 3:6], e[:, :3], e[:, 6:]], dim=1)
+    added = torch.complex(turned[:, :6], F.pad(turned[:, 6:], (0, 5)))
+    return torch.polar(magnitude.abs(), phase) * magnitude.sign() + added  # a negative one turns by pi
+
+
 def test_terms_sum_to_the_logits_of_transformers(loaded):
     found = written(loaded, TestSettings(prompt="the cat", max_new_tokens=6))
     model, ids = loaded.model, [*loaded.tokenizer.encode_prompt("the cat"), *(token["id"] for token in found["tokens"])]
     with torch.no_grad():
         logits = model(torch.tensor([ids[:-1]])).logits[0, -len(found["tokens"]) :]
-        embeddings = model.embedding.weight
-        magnitude, phase = model.projector.polar(embeddings)
-    states = torch.polar(magnitude.abs().double(), phase.double()) * magnitude.sign()  # a negative one turns by pi
+    states = states_of(model)
     for token, row in zip(found["tokens"], logits, strict=True):
         log_probabilities = row.log_softmax(-1)
         entropy = -(log_probabilities.exp() * log_probabilities).sum().item()
@@ -121,9 +130,8 @@ def test_the_tokens_of_a_row_make_up_its_text_with_blanks(world, loaded):
     assert expected.count(" ") > 3
 
 
-def test_the_map_of_a_dimension_is_the_projectors(loaded):
-    magnitude, phase = loaded.model.projector.polar(loaded.model.embedding.weight)
-    states = torch.polar(magnitude.abs(), phase) * magnitude.sign()
+def test_the_map_of_a_dimension_is_that_of_the_states(loaded):
+    states = states_of(loaded.model)
     found = vocabulary(loaded, 4)
     assert found["magnitude"] == pytest.approx(states[:, 4].abs().tolist(), rel=1e-4)
     wrapped = torch.polar(torch.ones(len(states)), torch.tensor(found["phase"]))

@@ -38,7 +38,7 @@ RUNS = {
 _, _, WITHOUT, WITH = RUNS  # these two differ only in the alignment
 STUDENT = (
     "--d-model 64 --layers 4 --mlp-width 344 --batch-tokens 2048 --learning-rate 4e-3 --threads 1 --epochs 3 "
-    "--bias-start zeros --table-start normal --table-rate 50 --projector-rate 0.4 --precision float32"
+    "--bias-start zeros --table-start normal --table-rate 50 --projector-rate 0.4 --residual=false --precision float32"
 )
 TERMS = {
     "ce": ("Cross-entropy", "nats per token"),

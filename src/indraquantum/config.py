@@ -281,7 +281,8 @@ class ModelSettings(Settings):
     """Add the embedding to its state, which stores all real parts before all imaginary parts. Of embeddings that are
     wider than the state's real numbers, the rest is cut off. In our measurements it lowers the loss with a
     start from the counts, most of all with states of half the table's width (--state-width). In a small model with a
-    random start it raised the loss. Unless it is given, it is left out with --ends shared and with --projector none."""
+    random start it raised the loss. --residual=false leaves it out. Unless it is given, it is also left out with --ends
+    shared and with --projector none."""
     residual_head: Literal["same", "turned"] | None = None
     """What the head takes of the embedding itself: the same as the inputs, or the embedding times i, which turns it by
     90 degrees. With "same", a token's states at the input and in the head resemble each other, so that a new model
