@@ -182,16 +182,20 @@ def test_a_look_takes_a_single_row_if_rows_are_long(monkeypatch):
     assert looked == [[0, 1, 2, 3], [0, 1], [0]]
 
 
-@pytest.mark.parametrize("options", [{}, WIDE], ids=["small", "wide"])
+@pytest.mark.parametrize(
+    ("options", "rise"),
+    [({}, 0.002), ({"residual": False}, 0.1), (WIDE, 1)],
+    ids=["residual", "small", "wide"],
+)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
-def test_healthy_runs_are_left_alone(world, tmp_path, seed, options):
+def test_healthy_runs_are_left_alone(world, tmp_path, seed, options, rise):
     settings = survival.small_run(world, tmp_path, **LONG, **options, seed=seed, save_every=1000)
     survival.train_small(settings)
     lines = [line for line in read_metrics(settings.logs / "run" / "metrics.jsonl") if line["effective_rank"]]
     assert len(lines) >= 4
     assert all(line["collapse"] is None for line in lines)
     assert lines[-1]["context_divergence"] > 1
-    assert lines[-1]["phase_rise"] > (1 if options else 0.02)
+    assert lines[-1]["phase_rise"] > rise
 
 
 @pytest.mark.parametrize(("ends", "state_width"), [("shared", None), ("separate", None), ("separate", 12)])

@@ -395,22 +395,38 @@ def test_a_residual_adds_the_embedding_to_the_state_and_cuts_what_is_wider(proje
 @pytest.mark.parametrize("width", [None, D_MODEL // 2 + 4, D_MODEL // 2 - 4])
 def test_a_turned_residual_is_the_embedding_times_i_in_the_head_alone(width):
     options = {"state_width": width, "num_attention_heads": 1, "residual": True}
-    turned, same = (make(**options, residual_head=head) for head in ("turned", "same"))
-    plain = make(state_width=width, num_attention_heads=1)
+    turned = make(**options, residual_head="turned")
     both = min(D_MODEL, 2 * (width or D_MODEL))
     half = both // 2
     added = turned.embedding.weight[:, :both]
     times_i = 1j * torch.complex(added[:, :half], added[:, half:])
-    states = plain.lift_table()
+    states = turned.projector(turned.embedding.weight)
     expected = states.clone()
     expected[:, :both] += torch.cat([times_i.real, times_i.imag], dim=-1)
     torch.testing.assert_close(turned.lift_table(), expected)
     ids = torch.tensor([5, 3, 5])
     torch.testing.assert_close(turned.lift_table(ids), turned.lift_table()[ids])
-    torch.testing.assert_close(turned.input_table(), same.input_table())
+    of_inputs = turned.input_projector(turned.embedding.weight)
+    of_inputs[:, :both] += added
+    torch.testing.assert_close(turned.input_table(), of_inputs)
     # What the embeddings add to input and head of the same token does not resemble itself.
     at_head = (turned.lift_table() - states)[:, :both]
     torch.testing.assert_close((added * at_head).sum(-1), torch.zeros(V), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("projector", ["quantum", "gated", "linear", "mlp"])
+def test_beside_a_turned_residual_the_projector_starts_small(tmp_path, projector):
+    small, full = (
+        make(projector=projector, residual=True, residual_head=head, d_model=40, state_width=30)
+        for head in ("turned", "same")
+    )
+    name = "magnitude.weight" if projector in ("quantum", "gated") else "up.weight"
+    for lift in ("projector", "input_projector"):
+        sizes = [getattr(model, lift).state_dict()[name].abs().max().item() for model in (small, full)]
+        assert sizes == pytest.approx([0.1 / 40**0.5, 1 / 40**0.5], rel=0.02)
+    small.save_pretrained(tmp_path)
+    loaded = IndraQuantumPhase2.from_pretrained(tmp_path)
+    assert all(torch.equal(weight, small.state_dict()[name]) for name, weight in loaded.state_dict().items())
 
 
 def test_without_a_projector_the_head_takes_the_embedding_times_i():
@@ -435,7 +451,7 @@ def test_a_residual_is_the_default_where_inputs_and_head_have_a_projector_each()
 
 def test_a_turned_residual_is_refused_where_inputs_and_head_share_a_projector():
     settings = ModelSettings(residual=True, residual_head="turned", ends="shared")
-    with pytest.raises(UserError, match="--residual-head: got turned; must be same with --ends shared"):
+    with pytest.raises(UserError, match="--residual-head: got turned; must be same without a residual"):
         IndraQuantumConfig.from_settings(settings, 97, 1, 2)
 
 
@@ -443,7 +459,6 @@ def test_the_residual_of_new_models_is_turned_in_the_head_where_it_can_be():
     for options, expected in (
         ({"residual": True}, "turned"), ({"residual": True, "ends": "shared"}, "same"),
         ({"residual": True, "residual_head": "same"}, "same"), ({}, "turned"), ({"ends": "shared"}, "same"),
-        ({"residual": False, "residual_head": "turned"}, "same"),
         ({"projector": "none"}, "same"), ({"projector": "none", "residual_head": "turned"}, "turned"),
     ):  # fmt: skip
         assert IndraQuantumConfig.from_settings(ModelSettings(**options), 97, 1, 2).residual_head == expected

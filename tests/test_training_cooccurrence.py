@@ -140,7 +140,7 @@ def test_the_start_follows_from_the_head():
 
 def test_bigrams_need_a_turned_head():
     settings = TrainSettings(table_start="bigrams", residual=True, residual_head="same")
-    with pytest.raises(UserError, match="--table-start: got bigrams; must be another one without --residual-head"):
+    with pytest.raises(UserError, match="--table-start: got bigrams; must be another one where --residual-head"):
         IndraQuantumConfig.from_settings(settings, 53, 1, 2)
 
 

@@ -18,7 +18,7 @@ from indraquantum.trials.lr_range import climb, suggested_rate
 
 def measured(vocab_size: int = 32_000, **options) -> SimpleNamespace:
     """A run like the measured ones, but for `options`."""
-    settings = TrainSettings(**{"no_teacher": True, "batch_tokens": 2048, **options})
+    settings = TrainSettings(**{"no_teacher": True, "batch_tokens": 2048, "residual": False, **options})
     return SimpleNamespace(settings=settings, model=SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size)))
 
 

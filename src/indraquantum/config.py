@@ -277,17 +277,16 @@ class ModelSettings(Settings):
     table_std: float | None = Field(default=None, gt=0, le=100)
     """Standard deviation of the initial embedding table. By default it is 1, or 0.5 for the projectors linear and none.
     You rarely need to change it."""
-    residual: bool = True
+    residual: bool | None = None
     """Add the embedding to its state, which stores all real parts before all imaginary parts. Of embeddings that are
-    wider than the state's real numbers, the rest is cut off. In our measurements it lowers the loss with a
-    start from the counts, most of all with states of half the table's width (--state-width). In a small model with a
-    random start it raised the loss. --residual=false leaves it out. Unless it is given, it is also left out with --ends
-    shared and with --projector none."""
+    wider than the state's real numbers, the rest is cut off. By default it is added with --ends separate, except with
+    --projector none. --residual=false leaves it out. In our measurements it lowers the loss with --table-start bigrams
+    or cooccurrence. In a small model with a random start it raised the loss."""
     residual_head: Literal["same", "turned"] | None = None
     """What the head takes of the embedding itself: the same as the inputs, or the embedding times i, which turns it by
     90 degrees. With "same", a token's states at the input and in the head resemble each other, so that a new model
-    expects each token to follow itself. It has a meaning with --residual and with --projector none. By default it is
-    turned with --residual and --ends separate, and same otherwise."""
+    expects each token to follow itself. By default it is turned with a residual and --ends separate, else same. turned
+    is also possible with --projector none."""
     ends: Literal["shared", "separate"] = "separate"
     """Whether the inputs and the output head share one projector or have one each. Both work on the same table.
     It has no meaning with --projector none."""
@@ -305,10 +304,8 @@ class ModelSettings(Settings):
 
     @property
     def has_residual(self) -> bool:
-        """`residual`; by default, only where inputs and head have a projector each."""
-        if "residual" in self.model_fields_set:
-            return self.residual
-        return self.projector != "none" and self.ends == "separate"
+        """`residual`, or what it is by default."""
+        return self.projector != "none" and self.ends == "separate" if self.residual is None else self.residual
 
     @property
     def table_start_or_default(self) -> Literal["normal", "cooccurrence", "bigrams"]:
@@ -339,7 +336,7 @@ class OptimizerSettings(Settings):
     ones."""
     table_rate: float = Field(default=10.0, gt=0, le=1000)
     """The embedding table's learning rate, as a multiple of --learning-rate. 10 fits the default start. Use 50 with
-    --table-start normal."""
+    --table-start normal and --residual=false."""
     muon_rate: float = Field(default=2.0, gt=0, le=1000)
     """Muon's learning rate, as a multiple of --learning-rate. Muon's updates are scaled to the size of AdamW's. You
     rarely need to change it."""

@@ -1,9 +1,9 @@
 """Shows whether a model is collapsing: figures that fall to 0 when it does, from a few rows, cheap enough for each run.
 
 - context divergence: how much predictions depend on the context; 0 if the same tokens are predicted everywhere
-- phase rise, magnitude rise: how much cross-entropy rises if all phases are set to 0, or all magnitudes to their mean;
-  0 if that part of the state is not used
-- effective rank of the states Z of the tokens that were read, about their mean; a direction that all tokens share does
+- phase rise, magnitude rise: how much cross-entropy rises if all of the projector's phases are set to 0, or all of its
+  magnitudes to their mean; 0 if that part of the state is not used. A residual stays as it is
+- effective rank of the states of the tokens that were read, about their mean; a direction that all tokens share does
   not count, because it changes no prediction
 - dead terms: terms of the objective whose value or gradient is exactly 0
 

@@ -203,11 +203,11 @@ def token_name(tokenizer: TextTokenizer, token: int) -> str:
 
 @torch.no_grad()
 def vocabulary(loaded: Loaded, dimension: int | None) -> dict[str, Any]:
-    """Return the magnitude and the phase of each token's state Z_v.
+    """Return the magnitude and the phase of each token's state in the head.
 
     Args:
         loaded: the model.
-        dimension: the complex dimension j: M_vj and P_vj. None reads each Z_v as the readout reads a state.
+        dimension: the complex dimension j: its modulus and angle. None reads each state as the readout reads a state.
 
     Raises:
         UserError: there is no such dimension.

@@ -121,11 +121,11 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
             raise UserError("--ends", settings.ends, "must be shared with --projector none")
         if settings.projector == "none" and settings.has_residual:
             raise UserError("--residual", "true", "must be left out with --projector none")
-        has_a_projector_each = settings.projector == "none" or settings.ends == "separate"
-        if settings.residual_of_head == "turned" and not has_a_projector_each:
-            raise UserError("--residual-head", "turned", "must be same with --ends shared")
+        has_a_projector_each = settings.has_residual and settings.ends == "separate"
+        if settings.residual_head == "turned" and settings.projector != "none" and not has_a_projector_each:
+            raise UserError("--residual-head", "turned", "must be same without a residual, and with --ends shared")
         if settings.table_start == "bigrams" and settings.residual_of_head != "turned":
-            raise UserError("--table-start", "bigrams", "must be another one without --residual-head turned")
+            raise UserError("--table-start", "bigrams", "must be another one where --residual-head is not turned")
         if settings.projector == "none" and settings.state_width is not None:
             raise UserError("--state-width", settings.state_width, "must be left out with --projector none")
         complex_width = settings.d_model if settings.state_width is None else settings.state_width

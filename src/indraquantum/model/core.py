@@ -77,7 +77,7 @@ class QuantumCore:
         return self.input_states(self.embedding.weight)
 
     def lift_table(self, ids_R: Tensor | None = None) -> Tensor:
-        """Return the states (V, D) of all tokens, or (R, D) of the tokens `ids_R`: the projector of the embeddings."""
+        """Return the states (V, D) of all tokens in the head, or (R, D) of the tokens `ids_R`."""
         weight = self.embedding.weight
         return self._head_states(weight if ids_R is None else F.embedding(ids_R, weight))
 
@@ -104,7 +104,7 @@ class QuantumCore:
                 earlier ones of its own document. By default there is no padding, and a document begins where positions
                 restart.
             table_VD: (V, D) the lifted table, if the caller has it. The inputs are then gathered from it, unless they
-                have their own projector.
+                have their own projector or the head turns the embeddings.
 
         Returns:
             (B, T, D) the states psi.

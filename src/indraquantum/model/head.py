@@ -1,5 +1,7 @@
 """The output head, a measurement: it gives how strongly the state psi interferes with each token's state Z_v.
 
+Z_v is the projector's state, with the residual if there is one.
+
 `interference`: logits_v = scale * Re<Z_v, psi> + bias_v; a model can be trained without the bias. On real pairs this is
 a plain matrix product, so the fused objective (loss_v2) can compute it without building logits. In polar form it is
 sum_j M_vj |psi_j| cos(P_vj - arg psi_j).

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from indraquantum.model.shape import ModelShape
 
 
-def uniform_by_fan_in(linear: nn.Linear) -> None:
-    """Initialise `linear` as torch does by default, with U(-1/sqrt(in), 1/sqrt(in)), and a bias of 0.
+def uniform_by_fan_in(linear: nn.Linear, gain: float = 1.0) -> None:
+    """Initialise `linear` as torch does by default, with `gain` times U(-1/sqrt(in), 1/sqrt(in)), and a bias of 0.
 
     transformers' own default, std 0.02 for any width, would put all phases near 0.
     """
-    bound = 1 / math.sqrt(linear.in_features)
+    bound = gain / math.sqrt(linear.in_features)
     init.uniform_(linear.weight, -bound, bound)
     if linear.bias is not None:
         init.zeros_(linear.bias)
@@ -38,11 +38,20 @@ def uniform_by_fan_in(linear: nn.Linear) -> None:
 # transformers skips modules without parameters of their own when it draws weights, such as a projector made
 # of two layers: so each layer knows by itself how it starts.
 class LiftLinear(nn.Linear):
-    """A linear layer whose initial weights depend on the width of its inputs."""
+    """A linear layer whose initial weights depend on the width of its inputs, times `gain`."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, gain: float = 1.0) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.gain = gain
 
     def initialise(self) -> None:
         """Draw the initial weights."""
-        uniform_by_fan_in(self)
+        uniform_by_fan_in(self, self.gain)
+
+
+def _gain(config: ModelShape) -> float:
+    """Return how large a lift begins. Beside a turned residual, which knows much already, it begins small."""
+    return 0.1 if config.residual_head == "turned" else 1.0
 
 
 class PhaseLinear(nn.Linear):
@@ -82,7 +91,8 @@ class QuantumProjector(nn.Module):
         super().__init__()
         self.magnitude_of = MAGNITUDES[config.magnitude]
         table_width, width = config.d_model, config.complex_width
-        self.magnitude = None if config.projector == "phase-only" else LiftLinear(table_width, width)
+        magnitude = None if config.projector == "phase-only" else LiftLinear(table_width, width, gain=_gain(config))
+        self.magnitude = magnitude
         self.phase = PhaseLinear(table_width, width, config.phase_spread, config.table_std or self.table_std)
         self.requires_grad_(config.projector != "frozen")
 
@@ -120,7 +130,7 @@ class LinearLift(nn.Module):
 
     def __init__(self, config: ModelShape) -> None:
         super().__init__()
-        self.up = LiftLinear(config.d_model, config.hidden_size, bias=False)
+        self.up = LiftLinear(config.d_model, config.hidden_size, bias=False, gain=_gain(config))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return the lifted rows (..., D) of `embeddings` (..., d)."""
@@ -134,7 +144,7 @@ class MLPLift(LinearLift):
 
     def __init__(self, config: ModelShape) -> None:
         super().__init__(config)
-        self.up = LiftLinear(config.d_model, config.hidden_size)
+        self.up = LiftLinear(config.d_model, config.hidden_size, gain=_gain(config))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return the lifted rows (..., D) of `embeddings` (..., d)."""

@@ -88,7 +88,7 @@ class LiftedVocabulary:
         return embedding
 
     def lift_table(self, ids_R: Tensor | None = None) -> Tensor:
-        """Return the states (V, D) of all tokens, or (R, D) of the tokens `ids_R`: the projector of the embeddings."""
+        """Return the states (V, D) of all tokens in the head, or (R, D) of the tokens `ids_R`."""
         if _is_plain(self.embedding):
             return super().lift_table(ids_R)
         # An adapter around the embedding, for example, adds to what its weight alone would give.

@@ -146,6 +146,10 @@ def _are_of(path: Path, run: Run) -> bool:
     return False
 
 
+# Settings whose value may be decided by others, by the text or by the signals.
+DECIDED = ("tail", "residual", "residual_head", "table_start")
+
+
 def write_run_record(folder: Path, run: Run) -> None:
     """Write `folder`/run.json: what `run` is, where its checkpoints are, and whether it has finished.
 
@@ -156,7 +160,7 @@ def write_run_record(folder: Path, run: Run) -> None:
         leftover.unlink()
     # Relative paths would mean other folders to a command that runs elsewhere.
     settled = {name: str(getattr(run.settings, name).resolve()) for name in ("output", "logs")}
-    settled |= {name: run.identity[name] for name in ("tail",) if name in run.identity}
+    settled |= {name: run.identity[name] for name in DECIDED if name in run.identity}
     record = {
         "settings": {"strategy": run.name} | run.settings.model_dump(mode="json") | settled,  # a teacher's have none
         "data": run.identity["data"],

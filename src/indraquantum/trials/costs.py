@@ -50,7 +50,7 @@ def step_flops(model: IndraQuantumPhase2, size: StepSize) -> dict[str, int]:
     """Return the FLOPs of one optimiser step, forward and backward, by part and together.
 
     Attention is counted over whole rows, as it is computed. The table is lifted once in each step. `inputs` is 0 if the
-    inputs come from that table, which must then be whole.
+    inputs come from that table, which must then be whole, or have no projector.
     """
     config, width = model.config, model.config.hidden_size
     positions = size.rows * size.row_length
