@@ -198,13 +198,18 @@ def test_healthy_runs_are_left_alone(world, tmp_path, seed, options, rise):
     assert lines[-1]["phase_rise"] > rise
 
 
-@pytest.mark.parametrize(("ends", "state_width"), [("shared", None), ("separate", None), ("separate", 12)])
-def test_the_rises_against_a_model_whose_weights_are_changed(world, ends, state_width):
+@pytest.mark.parametrize(
+    ("ends", "state_width", "residual"),
+    [("shared", None, "none"), ("separate", None, "none"), ("separate", 12, "none"), ("separate", 12, "turned")],
+)
+def test_the_rises_against_a_model_whose_weights_are_changed(world, ends, state_width, residual):
     """Phases are 0 where the phase layers are; magnitudes the mean where their layers give its constant."""
     dataset = open_dataset("--data", world.data)
     torch.manual_seed(0)
     sizes = {"vocab_size": dataset.tokenizer.vocabulary_size, "d_model": 16, "num_hidden_layers": 1}
     sizes["state_width"] = state_width
+    if residual == "turned":
+        sizes |= {"residual": True, "residual_head": "turned"}
     model = IndraQuantumPhase2(IndraQuantumConfig(**sizes, ends=ends, phase_spread=1.0, table_std=3.0)).eval()
     batch = dataset.validation.batch(np.arange(3))
     ids, positions, segments = (torch.from_numpy(part) for part in (batch.input_ids, batch.positions, batch.segments))

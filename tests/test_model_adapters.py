@@ -36,12 +36,13 @@ def adapted(name="embedding", base=None, **options):
 
 
 SEPARATE = {"ends": "separate"}
+TURNED = {"residual": True, "residual_head": "turned"}
 MERGED = [
     pytest.param(name, options, id=f"{name}-{options}",
                  marks=() if options == SEPARATE or name in ("embedding", "projector", "whole head and readout")
                  else pytest.mark.slow)
     for name in TARGETS
-    for options in ({"ends": "shared"}, SEPARATE, NARROW)
+    for options in ({"ends": "shared"}, SEPARATE, NARROW, TURNED)
 ]  # fmt: skip
 
 
@@ -63,17 +64,18 @@ def test_merging_changes_no_logits(name, options):
     torch.testing.assert_close(merged(ids).logits, before, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_of_the_embedding_reaches_the_head():
-    peft, ids = adapted(), tokens(1, 9)
+@pytest.mark.parametrize("options", [{}, TURNED], ids=str)
+def test_an_adapter_of_the_embedding_reaches_the_head(options):
+    peft, ids = adapted(base=make(**options)), tokens(1, 9)
     base = peft.get_base_model()
     delta = base.embedding.get_delta_weight("default")
-    plain = make()
+    plain = make(**options)
     with torch.no_grad():
         plain.embedding.weight += delta
     torch.testing.assert_close(base.lift_table(), plain.lift_table())
     torch.testing.assert_close(peft(ids).logits, plain(ids).logits)
     with peft.disable_adapter():
-        torch.testing.assert_close(peft(ids).logits, make()(ids).logits)
+        torch.testing.assert_close(peft(ids).logits, make(**options)(ids).logits)
 
 
 def test_noise_on_the_inputs_does_not_reach_the_head():

@@ -9,9 +9,9 @@ import forked
 from small_model import make, tokens
 
 
-def sharded(*own):
+def sharded(options, *own):
     """The model with a unit for each layer, the embedding, the parts named `own`, and the rest."""
-    model = make()
+    model = make(**options)
     for part in (*model.backbone.layers, model.embedding, *(getattr(model, name) for name in own), model):
         fully_shard(part)
     return model
@@ -30,18 +30,22 @@ def results(model):
     return first, logits, loss.detach(), gradients, model.eval().generate(ids, **how)
 
 
-@pytest.mark.parametrize("case", ["accelerate's units", "each part a unit", "a hook for inputs"])
+@pytest.mark.parametrize("case", ["accelerate's units", "each part a unit", "a hook for inputs", "turned"])
 def test_two_processes_compute_what_one_does(case, tmp_path):
     """NEFTune's hook, here without noise, must not see the head's table: it knows inputs of three axes only."""
 
+    options = {"residual": True, "residual_head": "turned"} if case == "turned" else {}
+
     def of_process(_):
-        model = sharded(*(["projector", "input_projector", "head", "readout"] if case == "each part a unit" else []))
+        model = sharded(
+            options, *(["projector", "input_projector", "head", "readout"] if case == "each part a unit" else [])
+        )
         if case == "a hook for inputs":
             activate_neftune(model, 0.0)
         *others, gradients, text = results(model)
         return *others, {name: gradient.full_tensor() for name, gradient in gradients.items()}, text
 
-    expected = results(make())
+    expected = results(make(**options))
     assert "embedding.weight" in expected[3]
     for found in forked.values(2, of_process, tmp_path):
         torch.testing.assert_close(found, expected)

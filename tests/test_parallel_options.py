@@ -25,6 +25,7 @@ OPTIONS = [
     ({"projector": "frozen"}, 1e-5), ({"projector": "none", "heads": 1, "no_teacher": True}, 1e-5),
     ({"readout": "mean", "no_teacher": True}, 1e-5), ({"ends": "shared"}, 1e-5), (STAGED, 1e-5),
     ({"head": "born"}, 1e-5), ({"projector": "gated", "residual": True}, 1e-5),
+    ({"projector": "none", "heads": 1, "residual_head": "turned", "micro_batch_tokens": 240}, 1e-5),
 ]  # fmt: skip
 REFUSED = [{"precision": "float16"}]  # by FSDP2
 CASES = [
