@@ -32,7 +32,7 @@ def settings(world, folder, **changes) -> TrainSettings:
     return TrainSettings(
         **{"data": world.data, "output": folder / "run", "logs": folder / "logs", "threads": 1, "d_model": 6,
            "layers": 1, "heads": 2, "mlp_width": 10, "batch_tokens": 480, "max_steps": 7, "no_teacher": True,
-           "save_every": 2, "keep_last": 9, "dropout": 0.1, "schedule": "constant", **changes},
+           "save_every": 2, "keep_last": 9, "dropout": 0.1, "schedule": "constant", "residual": False, **changes},
     )  # fmt: skip
 
 
