@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from indraquantum.ablation import plots
 from indraquantum.ablation.front import (
     Point,
     at_equal_seeds,
@@ -219,3 +220,16 @@ def test_what_does_not_fit_is_one_line(world, tmp_path, capsys, changes, said):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_many_variants_are_named_once_below_the_curves(monkeypatch, tmp_path, count):
+    monkeypatch.setattr(plots, "_saved", lambda figure, folder, name: figure)
+    runs = {f"v{i}": {s: {"calibration": {"x": [0, 1], "y": [0, i]}} for s in (0, 1)} for i in range(count)}
+    figure = plots.save_picture(tmp_path, "calibration", runs)
+    beside, below = [axes.get_legend() for axes in figure.axes], figure.legends
+    assert (beside == [None], len(below)) == ((True, 1) if count == 12 else (False, 0))
+    legend = below[0] if below else beside[0]
+    assert [text.get_text() for text in legend.get_texts()] == list(runs)
+    styles = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines[1:]}
+    assert len(styles) == count

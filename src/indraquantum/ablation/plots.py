@@ -1,4 +1,4 @@
-"""The plots of the report, drawn from the runs' JSON files. Each variant has a colour."""
+"""The plots of the report, drawn from the runs' JSON files. Each variant has a colour, and after ten a line style."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ from indraquantum.evaluation.collapse import CollapseFigures
 from indraquantum.files import atomic_file
 from indraquantum.monitor.plots import finish_axes
 
+LINES, MARKS = ("-", "--", ":"), ("o", "s", "^")  # of the first ten variants, the next ten, and so on
+FEW = 6  # variants whose legend leaves room for the curves
 Runs = dict[str, dict[int, Result]]  # finished runs by variant and seed
 
 
 class _Drawn(NamedTuple):
     record: Result
-    style: dict[str, Any]  # the variant's colour, and its label at the first seed only, so that the legend has it once
+    style: dict[
+        str, Any
+    ]  # the variant's colour and line style, and its label at the first seed only, so that the legend has it once
 
 
 def _each(runs: Runs) -> Iterator[_Drawn]:
     for number, (variant, by_seed) in enumerate(runs.items()):
         for place, seed in enumerate(sorted(by_seed)):
-            yield _Drawn(by_seed[seed], {"color": f"C{number % 10}", "label": None if place else variant})
+            label = None if place else variant
+            yield _Drawn(
+                by_seed[seed], {"color": f"C{number % 10}", "linestyle": LINES[number // 10 % 3], "label": label}
+            )
 
 
 def draw_learning_curves(figure: Figure, runs: Runs) -> None:
@@ -46,7 +53,14 @@ def draw_size_and_loss(figure: Figure, runs: Runs) -> None:
     for number, (variant, by_seed) in enumerate(runs.items()):
         loss = table_loss(by_seed)
         size = next(iter(by_seed.values()))["parameters"]
-        axes.errorbar(size, loss.mean, yerr=loss.half_width or 0, fmt="o", color=f"C{number % 10}", label=variant)
+        axes.errorbar(
+            size,
+            loss.mean,
+            yerr=loss.half_width or 0,
+            fmt=MARKS[number // 10 % 3],
+            color=f"C{number % 10}",
+            label=variant,
+        )
     sizes = [record["parameters"] for by_seed in runs.values() for record in by_seed.values()]
     axes.set_xlim(0.9 * min(sizes), 1.1 * max(sizes))  # equal sizes look equal
     finish_axes(axes, "Parameters against loss, table half", "cross-entropy, nats per token", "parameters")
@@ -111,10 +125,25 @@ PICTURES: dict[str, Callable[[Figure, Runs], None]] = {
 }
 
 
+def _put_legend_below(figure: Figure) -> None:
+    """Give `figure` one legend below its axes, in place of one in each."""
+    named: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+        if (legend := axes.get_legend()) is not None:
+            legend.remove()
+    columns = 4
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(named) / columns))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize="small")
+
+
 def save_picture(folder: Path, name: str, runs: Runs) -> Path:
     """Draw the picture `name` of PICTURES and write it into `folder`."""
     figure = Figure(figsize=(10, 8) if name == "collapse" else (10, 5), layout="constrained")
     PICTURES[name](figure, runs)
+    if len(runs) > FEW:
+        _put_legend_below(figure)
     return _saved(figure, folder, name)
 
 
