@@ -267,6 +267,7 @@ def test_the_runs_in_results_are_of_the_shipped_plans(root):
             record = json.loads(run.read_text())
             settings = resolved(plan, record["variant"], record["chosen"], data=plan.data, seed=record["seed"])
             planned = json.loads(settings.model_dump_json()) | {"strategy": Path(settings.strategy).name}
+            planned |= settings.decided()
             if record["variant"] in plan.budgets:  # chose the width
                 planned["mlp_width"] = record["settings"]["mlp_width"]
             if record["half"] == "choice":

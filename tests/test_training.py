@@ -373,7 +373,7 @@ def test_micro_batches_add_up_to_the_whole_step(world, projector):
     assert pieces.terms == pytest.approx(whole.terms, rel=1e-5)
     assert pieces.tokens == whole.tokens
     for name, gradient in gradients.items():
-        assert (summed[name] - gradient).norm() <= 1e-4 * gradient.norm()
+        assert (summed[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(world):
