@@ -22,9 +22,8 @@ Runs = dict[str, dict[int, Result]]  # finished runs by variant and seed
 
 class _Drawn(NamedTuple):
     record: Result
-    style: dict[
-        str, Any
-    ]  # the variant's colour and line style, and its label at the first seed only, so that the legend has it once
+    # The variant's colour and line style, and its label at the first seed only, so that the legend has it once.
+    style: dict[str, Any]
 
 
 def _each(runs: Runs) -> Iterator[_Drawn]:
@@ -53,14 +52,8 @@ def draw_size_and_loss(figure: Figure, runs: Runs) -> None:
     for number, (variant, by_seed) in enumerate(runs.items()):
         loss = table_loss(by_seed)
         size = next(iter(by_seed.values()))["parameters"]
-        axes.errorbar(
-            size,
-            loss.mean,
-            yerr=loss.half_width or 0,
-            fmt=MARKS[number // 10 % 3],
-            color=f"C{number % 10}",
-            label=variant,
-        )
+        look = {"fmt": MARKS[number // 10 % 3], "color": f"C{number % 10}", "label": variant}
+        axes.errorbar(size, loss.mean, yerr=loss.half_width or 0, **look)
     sizes = [record["parameters"] for by_seed in runs.values() for record in by_seed.values()]
     axes.set_xlim(0.9 * min(sizes), 1.1 * max(sizes))  # equal sizes look equal
     finish_axes(axes, "Parameters against loss, table half", "cross-entropy, nats per token", "parameters")
