@@ -239,9 +239,10 @@ def test_the_shipped_plans_run(world, root, tmp_path, monkeypatch):
     kinds = set()
     for path in sorted((root / "configs" / "ablations").glob("*.yaml")):
         plan = load_plan(path)
-        toy = {"data": world.data, "signals": world.signals, "base": plan.base | {"max_steps": 2, "layers": 1}}
+        toy = {"data": world.data, "signals": world.signals, "base": plan.base | {"layers": 1}}
+        short_ones = {name: own | {"max_steps": 2} for name, own in plan.variants.items()}
         signals = {"signals": str(world.signals)}
-        variants = {name: own | signals if "signals" in own else own for name, own in plan.variants.items()}
+        variants = {name: own | signals if "signals" in own else own for name, own in short_ones.items()}
         at_own_size = {"equal_parameters": (), "equal_work": (), "budgets": {}}
         small = plan.model_copy(update={**toy, "variants": variants, **at_own_size})
         bench = Bench(small, AblateSettings(), tmp_path / path.stem / "results", tmp_path / path.stem, "")
