@@ -39,9 +39,10 @@ def checkpoint(world, tmp_path_factory):
     settings = TrainSettings(
         data=world.data, output=folder / "run", logs=folder / "logs", threads=1, d_model=31, state_width=28,
         layers=1, heads=2, mlp_width=22, batch_tokens=480, max_steps=2, no_teacher=True,
+        table_start="cooccurrence",  # with bigrams, two of the texts go on alike
     )  # fmt: skip
     whole = load_checkpoint("CHECKPOINT", train(settings).checkpoint)
-    sure = whole.model | {"head.scale_1": whole.model["head.scale_1"] * 20}  # choices far from rounding
+    sure = whole.model | {"head.scale_1": whole.model["head.scale_1"] * 5}  # choices far from rounding
     path = folder / "run" / "sure.pt"
     save_checkpoint(path, replace(whole, model=sure))
     return path
@@ -117,7 +118,7 @@ def test_greedy_text_is_that_of_torch(graph, ours):
         written = alone(graph, ids).write(NEW)
         assert np.array_equal(written, greedy(ours, ids, NEW))
         found.append(written.tobytes())
-    assert len(set(found)) > 1
+    assert len(set(found)) == len(TEXTS)
 
 
 def test_a_padded_batch_writes_what_each_text_writes(graph, ours):
@@ -149,9 +150,9 @@ def test_logits_and_readouts_are_those_of_the_model_with_the_cache_or_without(gr
         steps.read(ids[:, place : place + 1].numpy())
         parts.append(steps.found)
     for name in ("logits", "magnitude", "phase"):
-        np.testing.assert_allclose(at_once[name], expected[name].numpy(), rtol=2e-6, atol=2e-5)
+        np.testing.assert_allclose(at_once[name], expected[name].numpy(), atol=2e-5)
         stepwise = np.concatenate([part[name] for part in parts], axis=1)
-        np.testing.assert_allclose(stepwise, expected[name].numpy(), rtol=2e-6, atol=2e-5)
+        np.testing.assert_allclose(stepwise, expected[name].numpy(), atol=2e-5)
     assert expected["phase"].std() > 0.1  # so that a wrong phase would show
 
 

@@ -355,11 +355,14 @@ def test_the_micro_batch_option_changes_a_run_by_rounding_only(world, tmp_path):
     assert lines[0] == pytest.approx(lines[1], rel=2e-5)
 
 
-@pytest.mark.parametrize("projector", ["quantum", "none"])
-def test_micro_batches_add_up_to_the_whole_step(world, projector):
+@pytest.mark.parametrize(("projector", "residual"), [("quantum", True), ("quantum", False), ("none", False)])
+def test_micro_batches_add_up_to_the_whole_step(world, projector, residual):
     results = []
     for micro_batch_rows in (11, 2):
-        dataset, model, optimizer, signals = step_parts(world, projector=projector, heads=1)
+        dataset, model, optimizer, signals = step_parts(world, projector=projector, residual=residual, heads=1)
+        if residual:  # as large as without one, or the phases' gradients are too small for the bound below
+            for part in (model.projector, model.input_projector):
+                part.magnitude.weight.data *= 10
         engine, weights = Engine(SingleProcess(model), optimizer), {"kd_weight": 0.3, "phase_weight": 0.2}
         for rows in (np.arange(20, 27), np.arange(11)):  # nothing of the first step may reach the second
             result = engine.step(
@@ -373,7 +376,7 @@ def test_micro_batches_add_up_to_the_whole_step(world, projector):
     assert pieces.terms == pytest.approx(whole.terms, rel=1e-5)
     assert pieces.tokens == whole.tokens
     for name, gradient in gradients.items():
-        assert (summed[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6
+        assert (summed[name] - gradient).norm() <= 1e-4 * gradient.norm()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(world):

@@ -315,11 +315,9 @@ class ModelSettings(Settings):
     @property
     def residual_of_head(self) -> Literal["same", "turned"]:
         """`residual_head`, or what it is by default; "same" where it has no meaning."""
-        if self.projector == "none":
-            return self.residual_head or "same"
-        if not self.has_residual:
+        if self.projector != "none" and not self.has_residual:
             return "same"
-        return self.residual_head or ("turned" if self.ends == "separate" else "same")
+        return self.residual_head or ("turned" if self.has_residual and self.ends == "separate" else "same")
 
 
 class OptimizerSettings(Settings):

@@ -129,7 +129,6 @@ def _ppmi(
 
     The values of pairs that were seen only a few times are lowered.
     """
-    contexts = contexts.astype(np.int64)
     known = contexts >= 0
     number = np.uint32 if num_tokens * num_contexts < 2**32 else np.uint64
     pairs = tokens[known].astype(number) * number(num_contexts) + contexts[known].astype(number)
