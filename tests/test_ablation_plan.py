@@ -20,6 +20,7 @@ from indraquantum.ablation.tasks import Bench
 from indraquantum.config import AblateSettings
 from indraquantum.errors import UserError
 from indraquantum.inference import samples
+from indraquantum.training.earlier import with_defaults
 from test_ablation import BASE, folders, indra, write_plan
 
 OF_THE_DATA = ("data", "signals", "start_from", "stages")  # in a record by their hashes
@@ -45,7 +46,12 @@ def test_a_dry_run_lists_the_variants_and_writes_nothing(world, tmp_path, capsys
         ({"variants": {"a": {"seed": 3}}}, "variants.a.seed", "3", "must be an option of a run"),
         ({"base": {"patience": 3}}, "base.patience", "3", "must be an option of a run"),
         ({"variants": {"a": {"d_model": 1}}}, "variants.a: d_model", "1", "greater than or equal to 2"),
-        ({"variants": {"a": {"heads": 5}}, "pairs": []}, "variants.a: --heads", "5", "must divide the width"),
+        (
+            {"variants": {"a": {"heads": 5, "state_width": 6}}, "pairs": []},
+            "variants.a: --heads",
+            "5",
+            "must divide the width",
+        ),
         ({"base": {"output": "x"}}, "base.output", "x", "must be an option of a run"),
         ({"seeds": [1, 1]}, "seeds", "[1, 1]", "must all be different"),
         ({"seeds": []}, "seeds", "[]", "at least 1"),
@@ -273,7 +279,8 @@ def test_the_runs_in_results_are_of_the_shipped_plans(root):
                 planned["mlp_width"] = record["settings"]["mlp_width"]
             if record["half"] == "choice":
                 planned["max_steps"] = record["settings"]["max_steps"]
-            ours = {name: value for name, value in record["settings"].items() if name not in OF_THE_DATA}
+            has = with_defaults(record["settings"], [])
+            ours = {name: value for name, value in has.items() if name not in OF_THE_DATA}
             if planned["tail"] == "auto":  # the signals decided
                 assert ours.pop("tail", "none") in ("none", "bucket")
             else:

@@ -132,7 +132,7 @@ WRONG = {
     "type": ("capture", (), {"draws": "many"}, "draws: got many; must be a valid integer"),
     "a validator": ("capture", (), {"batch_tokens": "some"}, "batch_tokens: got some; must be auto, or"),
     "no data": ("train", (), {"data": "nowhere"}, "data: got nowhere; "),
-    "heads": ("train", (), {"data": "DATA", "heads": 3, "no_teacher": True}, "heads: got 3; must divide the width"),
+    "heads": ("train", (), {"data": "DATA", "heads": 3, "state_width": 8}, "heads: got 3; must divide the width"),
     "ends": ("train", (), {"data": "DATA", "projector": "none", "ends": "separate", "no_teacher": True},
              "ends: got separate; must be shared with `projector` none"),
     "muon": ("train", (), {"data": "DATA", "no_teacher": True, "optimizer": "adamw", "muon_rate": 3.0},

@@ -26,7 +26,7 @@ from indraquantum.training.guards import LOOKS, CollapseFigures, CollapseGuard
 
 HEALTHY_STEPS = 40  # before a run is made to collapse
 WIDE = {"magnitude": "softplus", "phase_spread": 3.0, "ends": "shared", "table_rate": 10, "projector_rate": 1.0}
-LONG = {"d_model": 14, "mlp_width": 22, "epochs": 16, "evaluate_every": 1000, "on_collapse": "stop"}
+LONG = {"d_model": 14, "state_width": 14, "mlp_width": 22, "epochs": 16, "evaluate_every": 1000, "on_collapse": "stop"}
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,9 @@ def model_of(vocab_size=331, attention="eager", **changes) -> IndraQuantumPhase2
     return IndraQuantumPhase2(config).train()
 
 
-@pytest.mark.parametrize(("d", "state_width"), [(14, None), (13, 6), (7, 22)])
+@pytest.mark.parametrize(("d", "state_width"), [(14, 14), (13, 6), (7, 22)])
 def test_parameters_by_hand(d, state_width):
-    widths, c = {"d_model": d, "state_width": state_width}, state_width or d
+    widths, c = {"d_model": d, "state_width": state_width}, state_width
     assert parameter_counts(model_of(ends="shared", **widths))["projector"] == 2 * (d * c + c)
     assert parameter_counts(model_of(**widths)) == {
         "table": 331 * d,
@@ -59,15 +59,15 @@ def test_flops_are_what_torch_counts(projector, ends):
             model_of(projector=projector, ends=ends)
         return
     objective = SemanticDistillationLoss(0.1, 0.1, 0.1, implementation="reference")
-    for state_width in (None,) if projector == "none" else (None, 9):
+    for state_width in (None,) if projector == "none" else (14, 9):
         model = model_of(projector=projector, heads=1, ends=ends, state_width=state_width)
-        width = 14 if projector == "none" else 2 * (state_width or 14)
+        width = 2 * (state_width or 7)
         assert flops_of_objective(model, objective) == 3 * 2 * LABELLED * 331 * width
 
 
 def test_flops_of_borns_rule_are_those_of_two_products_and_of_building_them_again():
     objective = SemanticDistillationLoss(0.1, 0.1, 0.1, head="born")
-    assert flops_of_objective(model_of(head="born", heads=1), objective) == 8 * 2 * LABELLED * 331 * 28
+    assert flops_of_objective(model_of(head="born", heads=1, state_width=14), objective) == 8 * 2 * LABELLED * 331 * 28
 
 
 ROWS, LENGTH = 3, 37
@@ -139,7 +139,7 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_trained(world, tmp_path, ca
     # AdamW keeps two moments of each parameter, and a float32 counter of steps for each tensor
     assert averaged.bytes["optimiser"] == 8 * found.parameters["all"] + 4 * len(list(run.model.parameters()))
     # Muon keeps one momentum of each matrix of the layers and no counter
-    matrices = 3 * (4 * 28 * 28 + 3 * 28 * 22)
+    matrices = 3 * (4 * 12 * 12 + 3 * 12 * 22)
     assert found.bytes["optimiser"] == averaged.bytes["optimiser"] - 4 * matrices - 4 * 3 * 7
     assert found.bytes["objective's buffer"] == found.size.labelled * run.model.config.vocab_size * 4
     assert found.bytes["all"] == sum(value for name, value in found.bytes.items() if name != "all")

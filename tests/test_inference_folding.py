@@ -162,6 +162,6 @@ def test_a_shape_says_which_exports_it_allows(options, said):
 
 
 def test_the_dry_run_prints_it(world, tmp_path, capsys):
-    options = ["--d-model", 16, "--layers", 1, "--heads", 2, "--mlp-width", 10, "--max-steps", 1, "--batch-tokens", 96]
+    options = ["--d-model", 32, "--layers", 1, "--heads", 2, "--mlp-width", 10, "--max-steps", 1, "--batch-tokens", 96]
     assert indra("train", "--dry-run", "--data", world.data, "--no-teacher", "--bias", "none", *options) == 0
     assert "exports: transformers, onnx, page, llama, gguf (f32, f16, q8_0; K formats only" in capsys.readouterr().out

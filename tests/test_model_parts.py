@@ -182,18 +182,35 @@ def test_settings_become_a_configuration():
     config = IndraQuantumConfig.from_settings(
         ModelSettings(d_model=20, heads=5, mlp_width=31, layers=3, dropout=0.25, phase_spread=2.0), 53, 7, 11, 61
     )
-    assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (40, 8, 5)
+    assert (config.hidden_size, config.head_dim, config.num_key_value_heads) == (20, 4, 5)
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (53, 7, 11)
     assert (config.max_position_embeddings, config.intermediate_size, config.num_hidden_layers) == (61, 31, 3)
     assert (config.attention_dropout, config.phase_spread, config.projector) == (0.25, 2.0, "quantum")
-    assert (config.state_width, config.complex_width) == (None, 20)
+    assert (config.state_width, config.complex_width) == (10, 10)
     apart = IndraQuantumConfig.from_settings(ModelSettings(d_model=11, state_width=14, heads=7), 53, 1, 2)
     assert (apart.d_model, apart.complex_width, apart.hidden_size, apart.head_dim) == (11, 14, 28, 4)
 
 
 @pytest.mark.parametrize(
+    ("sizes", "width", "inner"),
+    [
+        ({"d_model": 256}, 256, 688), ({"d_model": 192}, 192, 512), ({"d_model": 180, "heads": 3}, 180, 480),
+        ({"d_model": 183, "heads": 3}, 180, 480), ({"d_model": 14, "heads": 2}, 12, 32),
+        ({"d_model": 3, "heads": 2}, 4, 16), ({"d_model": 20, "state_width": 28, "mlp_width": 5}, 56, 5),
+        ({"d_model": 180, "heads": 3, "projector": "none"}, 180, 480),
+    ],
+)  # fmt: skip
+def test_the_widths_that_are_not_given_follow_from_the_table_and_the_heads(sizes, width, inner):
+    settings = ModelSettings(**sizes)
+    config = IndraQuantumConfig.from_settings(settings, 53, 1, 2)
+    assert (config.hidden_size, config.intermediate_size) == (width, inner)
+    decided = settings.decided()
+    assert (decided["state_width"], decided["mlp_width"]) == (None if "projector" in sizes else width // 2, inner)
+
+
+@pytest.mark.parametrize(
     ("projector", "state_width", "heads", "width"),
-    [("quantum", None, 3, 40), ("none", None, 4, 20), ("mlp", None, 7, 40), ("quantum", 7, 5, 14), ("mlp", 7, 2, 14)],
+    [("quantum", 20, 3, 40), ("none", None, 4, 20), ("mlp", 20, 7, 40), ("quantum", 7, 5, 14), ("mlp", 7, 2, 14)],
 )
 def test_heads_that_do_not_fit_name_the_option(projector, state_width, heads, width):
     settings = ModelSettings(d_model=20, state_width=state_width, heads=heads, projector=projector)

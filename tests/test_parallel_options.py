@@ -86,7 +86,7 @@ def test_each_matrix_is_turned_by_one_process(world, tmp_path, monkeypatch, kind
     assert forked.run(3, counted, tmp_path / "said") == [0, 0, 0]
     turned = [(tmp_path / f"turned{rank}").read_text().split() for rank in range(3)]
     assert [len(sizes) for sizes in turned] == [5, 5, 4]
-    width, inner = 2 * settings.d_model, settings.mlp_width
+    width, inner = settings.width, settings.mlp_width_or_default
     assert sorted(int(size) for sizes in turned for size in sizes) == sorted(
         2 * (4 * [width * width] + 3 * [width * inner])
     )

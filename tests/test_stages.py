@@ -301,7 +301,7 @@ def test_a_run_starts_from_the_weights_of_another(world, tmp_path, capsys):
     assert plan.strategy.start_from.resolve() == report.checkpoint.resolve()  # relative to the file
 
     for options, said in (({"ends": "shared"}, "--ends shared, not separate"),
-                          ({"state_width": 6}, f"--state-width 6, not {first.d_model}")):  # fmt: skip
+                          ({"state_width": 8}, f"--state-width 8, not {first.complex_width}")):  # fmt: skip
         other = small(world, tmp_path / "third", start_from=report.checkpoint, **options)
         with pytest.raises(UserError, match=rf"--start-from: got .*must be of a model with {said}"):
             loop.train(other)

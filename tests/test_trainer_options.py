@@ -169,10 +169,8 @@ def test_a_run_that_began_with_other_defaults_keeps_them(world, tmp_path):
         loop.train(settings(world, tmp_path / "parts", **length, table_rate=20.0))
 
 
-@pytest.mark.parametrize(
-    ("model", "now"), [({}, {"residual": False}), ({"ends": "shared"}, {}), ({"projector": "none", "heads": 1}, {})]
-)
-def test_a_run_from_before_the_residual_was_the_default_resumes_without_one(world, tmp_path, model, now):
+@pytest.mark.parametrize("model", [{}, {"ends": "shared"}, {"projector": "none", "heads": 1}], ids=str)
+def test_a_run_from_before_the_residual_was_the_default_resumes_without_one(world, tmp_path, model):
     length = {"max_steps": 4, "save_every": 2, "keep_last": 9, "table_start": "cooccurrence"}
     whole = loop.train(settings(world, tmp_path / "whole", **length, **model, residual=False))
     loop.train(settings(world, tmp_path / "parts", **length, **model, residual=False)).checkpoint.unlink()
@@ -185,10 +183,7 @@ def test_a_run_from_before_the_residual_was_the_default_resumes_without_one(worl
         del checkpoint.settings[name]
         del checkpoint.model_config[name]
     save_checkpoint(half, checkpoint)
-    if now:
-        with pytest.raises(UserError, match="--residual: got True; must be False"):
-            loop.train(settings(world, tmp_path / "parts", **length, **model))
-    resumed = loop.train(settings(world, tmp_path / "parts", **length, **model, **now))
+    resumed = loop.train(settings(world, tmp_path / "parts", **length, **model))
     expected, found = (load_checkpoint("", report.checkpoint).model for report in (whole, resumed))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -196,16 +191,17 @@ def test_a_run_from_before_the_residual_was_the_default_resumes_without_one(worl
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ({}, (True, "turned", "bigrams")), ({"ends": "shared"}, (False, "same", "cooccurrence")),
-        ({"projector": "none", "heads": 1}, (False, "same", "cooccurrence")),
-        ({"residual": False, "table_start": "normal"}, (False, "same", "normal")),
+        ({}, (6, 22, True, "turned", "bigrams")), ({"ends": "shared"}, (6, 22, False, "same", "cooccurrence")),
+        ({"projector": "none", "heads": 1}, (None, 22, False, "same", "cooccurrence")),
+        ({"residual": False, "table_start": "normal"}, (6, 22, False, "same", "normal")),
+        ({"mlp_width": None, "heads": 1}, (7, 48, True, "turned", "bigrams")),
     ],
 )  # fmt: skip
 def test_what_follows_from_other_options_is_recorded_and_can_be_given_again(world, tmp_path, model, expected):
     given = settings(world, tmp_path, max_steps=1, **model)
     loop.train(given)
     record = json.loads((given.logs / "run" / "run.json").read_text())["settings"]
-    names = ("residual", "residual_head", "table_start")
+    names = ("state_width", "mlp_width", "residual", "residual_head", "table_start")
     assert tuple(record[name] for name in names) == expected
     again = type(given)(**{name: record[name] for name in names}, **given.model_dump(exclude=set(names)))
     assert again.decided() == given.decided() == dict(zip(names, expected, strict=True))

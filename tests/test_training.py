@@ -37,7 +37,8 @@ from indraquantum.training.plan import plan_run
 from indraquantum.training.step import StepInput
 
 SMALL = {
-    "d_model": 14, "layers": 1, "heads": 2, "mlp_width": 22, "batch_tokens": 480, "learning_rate": 5e-3,
+    "d_model": 14, "state_width": 14, "layers": 1, "heads": 2, "mlp_width": 22, "batch_tokens": 480,
+    "learning_rate": 5e-3,
     "evaluate_every": 3, "epochs": 2,
 }  # fmt: skip
 
@@ -131,8 +132,8 @@ def test_a_run_with_a_state_width_resumes_to_the_same_bits_and_only_with_it(worl
     shutil.copytree(run.output, again.output)
     shutil.copytree(run.logs, again.logs)
     (again.output / report.checkpoint.name).unlink()  # as if stopped after the first epoch
-    for other in (None, 14):
-        with pytest.raises(UserError, match=f"--state-width: got {other}; must be 6, as in the run that"):
+    for other, meant in ((None, 4), (14, 14)):
+        with pytest.raises(UserError, match=f"--state-width: got {meant}; must be 6, as in the run that"):
             loop.train(again.model_copy(update={"state_width": other}))
     assert same_checkpoints(report.checkpoint, loop.train(again).checkpoint)
 
@@ -170,7 +171,7 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(world, finished, 
     ("name", "value", "then", "weights_are_of", "must"),
     [
         ("residual", True, {"residual": False}, "--residual True, not False", "must be False"),
-        ("state_width", 6, {}, "--state-width 6, not 14", "must be left out"),
+        ("state_width", 6, {}, "--state-width 6, not 14", "must be 14"),
     ],
 )
 def test_a_run_from_before_an_option_had_what_the_program_did_then(
@@ -359,7 +360,8 @@ def test_the_micro_batch_option_changes_a_run_by_rounding_only(world, tmp_path):
 def test_micro_batches_add_up_to_the_whole_step(world, projector, residual):
     results = []
     for micro_batch_rows in (11, 2):
-        dataset, model, optimizer, signals = step_parts(world, projector=projector, residual=residual, heads=1)
+        widths = {"state_width": None if projector == "none" else 14, "heads": 1}
+        dataset, model, optimizer, signals = step_parts(world, projector=projector, residual=residual, **widths)
         if residual:  # as large as without one, or the phases' gradients are too small for the bound below
             for part in (model.projector, model.input_projector):
                 part.magnitude.weight.data *= 10

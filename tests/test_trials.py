@@ -18,7 +18,7 @@ from indraquantum.trials.lr_range import climb, suggested_rate
 
 def measured(vocab_size: int = 32_000, **options) -> SimpleNamespace:
     """A run like the measured ones, but for `options`."""
-    settings = TrainSettings(**{"no_teacher": True, "batch_tokens": 2048, "residual": False, **options})
+    settings = TrainSettings(**{"no_teacher": True, "batch_tokens": 2048, **options})
     return SimpleNamespace(settings=settings, model=SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size)))
 
 
@@ -104,7 +104,7 @@ def test_a_dry_run_counts_real_tokens_and_labels(world, tmp_path, monkeypatch):
     assert found.step_tokens == sum(length for _, length in pieces) < 480
     assert found.size.labelled == found.step_tokens - sum(start + length in ends for start, length in pieces)
     assert found.size.labelled < found.step_tokens
-    assert found.bytes["lifted table and its gradients"] == 3 * 320 * 28 * 4  # float32
+    assert found.bytes["lifted table and its gradients"] == 3 * 320 * 12 * 4  # float32
 
 
 def climbed(monkeypatch, losses: list[float]) -> tuple[lr_range.RangeTest, list[StepInput]]:

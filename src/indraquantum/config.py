@@ -236,20 +236,21 @@ class CaptureSettings(DeviceSettings):
 class ModelSettings(Settings):
     """The shape of IndraQuantumPhase2, and which variant of it is built."""
 
-    d_model: int = Field(default=128, ge=2, le=65_536)
-    """Width d of the embedding table. Without --state-width, the transformer is twice as wide. A wider model can learn
+    d_model: int = Field(default=192, ge=2, le=65_536)
+    """Width d of the embedding table. By default, the transformer has about the same width. A wider model can learn
     more, and costs more time and memory."""
     state_width: int | None = Field(default=None, ge=1, le=65_536)
     """Complex width c of the states: the projector maps the d numbers of an embedding to c complex numbers, and the
-    transformer is 2c wide. By default, c is --d-model. With half of --d-model, the transformer is as wide as the table.
-    It must be left out with --projector none."""
+    transformer is 2c wide. By default, c is half of --d-model, rounded down to a multiple of --heads. It must be left
+    out with --projector none."""
     layers: int = Field(default=4, ge=1, le=1024)
     """Number of transformer layers. A deeper model can learn more, and costs more time and memory."""
     heads: int = Field(default=4, ge=1, le=1024)
     """Attention heads of each layer. Their number must divide the transformer's width, and the width of each head must
     be even. You rarely need to change it."""
-    mlp_width: int = Field(default=688, ge=1)
-    """Inner width of the gated MLP in each layer. A wider MLP can learn more, and costs more time and memory."""
+    mlp_width: int | None = Field(default=None, ge=1)
+    """Inner width of the gated MLP in each layer. A wider MLP can learn more, and costs more time and memory. By
+    default it is 8/3 of the transformer's width, rounded up to a multiple of 16."""
     projector: Literal["quantum", "phase-only", "frozen", "gated", "linear", "mlp", "none"] = "quantum"
     """How token embeddings become quantum states. quantum is the model of this project. The other kinds are controls:
     use them to see what the projector contributes."""
@@ -297,10 +298,29 @@ class ModelSettings(Settings):
     def decided(self) -> dict[str, Any]:
         """Return the options whose default follows from other options, with the values that they have here."""
         return {
+            "state_width": self.complex_width,
+            "mlp_width": self.mlp_width_or_default,
             "residual": self.has_residual,
             "residual_head": self.residual_of_head,
             "table_start": self.table_start_or_default,
         }
+
+    @property
+    def complex_width(self) -> int | None:
+        """`state_width`, or what it is by default; None with the projector none, which has no complex states."""
+        if self.projector == "none" or self.state_width is not None:
+            return self.state_width
+        return max(1, self.d_model // (2 * self.heads)) * self.heads
+
+    @property
+    def width(self) -> int:
+        """Real width D of the transformer."""
+        return self.d_model if self.complex_width is None else 2 * self.complex_width
+
+    @property
+    def mlp_width_or_default(self) -> int:
+        """`mlp_width`, or what it is by default."""
+        return self.mlp_width or -(-8 * self.width // 48) * 16
 
     @property
     def has_residual(self) -> bool:

@@ -72,15 +72,15 @@ FULL = Size(
     documents=None,
     vocabulary=4096,
     teacher={"width": 192, "layers": 4, "heads": 4, "steps": 250, "batch_tokens": 4096},
-    student={"d_model": 64, "layers": 4, "mlp_width": 344, "epochs": 3, "batch_tokens": 2048, "evaluate_every": 200,
-             "learning_rate": 4e-3},
+    student={"d_model": 64, "state_width": 64, "layers": 4, "mlp_width": 344, "epochs": 3,
+             "batch_tokens": 2048, "evaluate_every": 200, "learning_rate": 4e-3},
 )  # fmt: skip
 TINY = Size(
     documents=150,
     vocabulary=512,
     teacher={"width": 32, "layers": 2, "heads": 2, "steps": 60, "batch_tokens": 1024, "learning_rate": 1e-2},
-    student={"d_model": 16, "layers": 2, "mlp_width": 64, "epochs": 4, "batch_tokens": 1024, "evaluate_every": 50,
-             "learning_rate": 5e-3},
+    student={"d_model": 16, "state_width": 16, "layers": 2, "mlp_width": 64, "epochs": 4,
+             "batch_tokens": 1024, "evaluate_every": 50, "learning_rate": 5e-3},
 )  # fmt: skip
 
 
@@ -263,8 +263,9 @@ REAL_TINY = RealSize(
     own_documents=60,
     shard_positions=1024,
     positions=2048,
-    student={"d_model": 16, "layers": 2, "mlp_width": 64, "batch_tokens": 512, "epochs": 2, "learning_rate": 5e-3},
-)
+    student={"d_model": 16, "state_width": 16, "layers": 2, "mlp_width": 64, "batch_tokens": 512, "epochs": 2,
+             "learning_rate": 5e-3},
+)  # fmt: skip
 
 
 class Answers(NamedTuple):

@@ -29,10 +29,10 @@ from indraquantum.memory import peak_bytes
 from indraquantum.metrics import checked_lines, last_metrics
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training.checkpoint import load_checkpoint, newest_checkpoint
+from indraquantum.training.earlier import with_defaults
 from indraquantum.training.folders import metrics_path_of
 from indraquantum.training.loop import train
 from indraquantum.training.plan import plan_run
-from indraquantum.training.resume import with_defaults
 from indraquantum.training.run import COMPUTED_BY
 
 FIGURES = ("held_out", *CollapseFigures._fields, "collapse")

@@ -10,7 +10,8 @@ from indraquantum.ablation.plan import Plan, resolved
 from indraquantum.errors import UserError
 from indraquantum.evaluation.halves import Half
 from indraquantum.files import read_json, without_nan, write_json
-from indraquantum.training.resume import first_difference, with_defaults
+from indraquantum.training.earlier import with_defaults
+from indraquantum.training.resume import first_difference
 from indraquantum.training.run import FREE_SETTINGS
 
 FORMAT = "indraquantum-ablation-run"

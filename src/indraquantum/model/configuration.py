@@ -128,17 +128,16 @@ class IndraQuantumConfig(ModelShape, PreTrainedConfig):
             raise UserError("--table-start", "bigrams", "must be another one where --residual-head is not turned")
         if settings.projector == "none" and settings.state_width is not None:
             raise UserError("--state-width", settings.state_width, "must be left out with --projector none")
-        complex_width = settings.d_model if settings.state_width is None else settings.state_width
-        width = settings.d_model if settings.projector == "none" else 2 * complex_width
-        if width % (2 * settings.heads):
-            raise UserError("--heads", settings.heads, f"must divide the width {width} into parts of an even width")
+        if settings.width % (2 * settings.heads):
+            allowed = f"must divide the width {settings.width} into parts of an even width"
+            raise UserError("--heads", settings.heads, allowed)
         return cls(  # type: ignore[call-arg]  # some are of transformers' base
             vocab_size=vocab_size,
             d_model=settings.d_model,
-            state_width=settings.state_width,
+            state_width=settings.complex_width,
             num_hidden_layers=settings.layers,
             num_attention_heads=settings.heads,
-            intermediate_size=settings.mlp_width,
+            intermediate_size=settings.mlp_width_or_default,
             max_position_embeddings=max_position_embeddings,
             attention_dropout=settings.dropout,
             projector=settings.projector,

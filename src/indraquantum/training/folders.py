@@ -147,7 +147,7 @@ def _are_of(path: Path, run: Run) -> bool:
 
 
 # Settings whose value may be decided by others, by the text or by the signals.
-DECIDED = ("tail", "residual", "residual_head", "table_start")
+DECIDED = ("tail", "state_width", "mlp_width", "residual", "residual_head", "table_start")
 
 
 def write_run_record(folder: Path, run: Run) -> None:

@@ -34,6 +34,7 @@ from indraquantum.training.checkpoint import (
     prune_step_checkpoints,
     save_checkpoint,
 )
+from indraquantum.training.earlier import with_former_shape
 from indraquantum.training.folders import (
     FolderRemoved,
     HeldFolders,
@@ -79,6 +80,7 @@ def train(settings: TrainSettings) -> TrainReport:
     with Interrupts() as interrupts, joined_processes() as processes, contextlib.ExitStack() as stack:
         with processes.together():
             require_tracker(settings.log_to)
+            settings = with_former_shape(settings)
             device = own_device(choose_device(settings))
             plan = plan_run(settings, open_dataset("--data", settings.data, settings.tokenizer, verify=True))
         plan = find_signals(plan, processes)

@@ -12,12 +12,12 @@ The added steps have the last weights of these curves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from indraquantum.config import RunSettings, Settings, TeacherSettings, TrainSettings
+from indraquantum.config import RunSettings, TeacherSettings, TrainSettings
 from indraquantum.errors import UserError, as_option
 from indraquantum.kernels.ways import continued, put_in_force
 from indraquantum.model.attention import attend_as
@@ -35,6 +35,7 @@ from indraquantum.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from indraquantum.training.earlier import CHANGED_DEFAULTS, with_defaults
 from indraquantum.training.guards import CollapseGuard
 from indraquantum.training.parallel import DTYPES, scattered, scattered_optimizer
 from indraquantum.training.plan import Plan, RunStage
@@ -50,21 +51,6 @@ from indraquantum.training.run import (
 from indraquantum.training.schedule import decay_begins
 from indraquantum.training.signals import folder_of, how_to_name, option_of, with_shards
 
-# What the program did before it had an option, for options whose default is something else.
-BEFORE_THE_OPTION = {
-    "tail": "none",
-    "softmax": "exact",
-    "bias_start": "zeros",
-    "table_start": "normal",
-    "residual": False,
-    "residual_head": "same",
-    "row_order": 1,
-    "precision": "float32",
-    "objective_precision": "float32",
-    "attention_precision": "layers",
-}
-# Options whose default is another one than when some runs began.
-CHANGED_DEFAULTS = ("table_rate", "projector_rate", "bias_start", "table_start", "precision")
 LENGTHS = ("minutes", "epochs", "max_steps", "steps")  # options
 STAGE_LENGTHS = ("steps", "planned_steps")  # in a stage's identity
 
@@ -327,17 +313,6 @@ def _not_extensible(run: Run, before: Mapping[str, Any], error: NotExtensible) -
     way_out = f". To train it further, {', or '.join(ways)}" if ways else ""
     which = _which_run(settings, run.folder)
     return UserError(option, value, f"must be {then}, as in {which}: {error.why}{way_out}")
-
-
-def with_defaults(
-    then: Mapping[str, Any], names: Iterable[str], options: type[Settings] = TrainSettings
-) -> dict[str, Any]:
-    """Return what decided an earlier run, with a value for each option in `names` that is newer than the run.
-
-    This value is the option's default, or what BEFORE_THE_OPTION says.
-    """
-    defaults = {name: field.default for name, field in options.model_fields.items()} | BEFORE_THE_OPTION
-    return {name: defaults[name] for name in names if name in defaults} | dict(then)
 
 
 class Difference(NamedTuple):

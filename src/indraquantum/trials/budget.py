@@ -7,12 +7,10 @@ command resumes it.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from indraquantum.kernels.ways import in_force, using
 from indraquantum.launched import launched_processes
 from indraquantum.progress import duration, tell
 from indraquantum.strategy import resolve
-from indraquantum.training.checkpoint import DamagedCheckpoint, load_checkpoint
+from indraquantum.training.earlier import settings_of_checkpoint, with_former_shape
 from indraquantum.training.loop import take_step
 from indraquantum.training.plan import RunStage, rows_per_step
 from indraquantum.training.resume import as_there
@@ -56,6 +54,7 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
     """
     if settings.minutes is None:
         return settings
+    settings = with_former_shape(settings)
     if launched_processes() > 1:
         allowed = "must be left out with several processes, which would choose different lengths; give --max-steps"
         raise UserError("--minutes", settings.minutes, allowed)
@@ -108,7 +107,7 @@ def _begun(settings: TrainSettings) -> dict[str, Any] | None:
     Raises:
         UserError: it was begun with other minutes or another size of a step, or its checkpoint can't be read.
     """
-    if (before := _settings_of_checkpoint(settings)) is None:
+    if (before := settings_of_checkpoint(settings)) is None:
         return None
     if before.get("minutes", settings.minutes) != settings.minutes:
         raise UserError("--minutes", settings.minutes, as_there(settings, settings.output, before["minutes"]))
@@ -119,17 +118,6 @@ def _begun(settings: TrainSettings) -> dict[str, Any] | None:
     if "batch_tokens" in settings.model_fields_set and given != chosen.get("batch_tokens", given):
         raise UserError("--batch-tokens", given, as_there(settings, settings.output, chosen["batch_tokens"]))
     return chosen
-
-
-def _settings_of_checkpoint(settings: TrainSettings) -> dict[str, Any] | None:
-    """Return what decides the run of the checkpoint to resume from, or of one of the same run; None without one."""
-    if settings.resume not in ("auto", "never"):
-        return load_checkpoint("--resume", Path(settings.resume)).settings
-    there = settings.output.glob("checkpoint_v4_*.pt")
-    for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
-        with contextlib.suppress(DamagedCheckpoint):  # automatic resume skips it too
-            return load_checkpoint("--output", path).settings
-    return None
 
 
 def step_seconds(run: Run) -> float:
@@ -176,7 +164,7 @@ def expectation(loss: float) -> str:
 
 def expected_loss(run: Run, tokens: int) -> float | None:
     """Return the held-out loss of the measured model after `tokens` tokens; None if nothing like `run` was measured."""
-    measured = TrainSettings(no_teacher=True, batch_tokens=BATCH_TOKENS, residual=False)
+    measured = TrainSettings(no_teacher=True, batch_tokens=BATCH_TOKENS)
     settings, default = (each.model_dump(exclude=MAY_DIFFER) | each.decided() for each in (run.settings, measured))
     alike = settings == default
     size_differs = abs(run.model.config.vocab_size / 32_000 - 1) > 0.1

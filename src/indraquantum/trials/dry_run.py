@@ -17,6 +17,7 @@ from indraquantum.config import TrainSettings
 from indraquantum.learner import to_tensors
 from indraquantum.model.exports import exports_of
 from indraquantum.progress import duration
+from indraquantum.training.earlier import with_former_shape
 from indraquantum.training.loop import take_step
 from indraquantum.training.plan import RunStage
 from indraquantum.training.run import Run, trial_run
@@ -58,7 +59,7 @@ def dry_run(settings: TrainSettings) -> DryRun:
         UserError: settings, data or signals don't fit.
         OutOfMemory: a step or an evaluation does not fit into the memory of the device.
     """
-    run = trial_run(within_minutes(settings), counts_text=False, may_resume=True)
+    run = trial_run(within_minutes(with_former_shape(settings)), counts_text=False, may_resume=True)
     found = measure(run)
     print(report(found))
     return found
