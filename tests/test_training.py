@@ -17,7 +17,7 @@ import torch
 from indraquantum import cli
 from indraquantum.config import TrainSettings
 from indraquantum.data.dataset import open_dataset
-from indraquantum.errors import TrainingStopped, UserError
+from indraquantum.errors import OutOfMemory, TrainingStopped, UserError
 from indraquantum.evaluation.held_out import unigram_cross_entropy
 from indraquantum.inference.load import load_model
 from indraquantum.learner import to_tensors
@@ -32,6 +32,7 @@ from indraquantum.training import run as runs
 from indraquantum.training import signals as training_signals
 from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
 from indraquantum.training.engine import Engine
+from indraquantum.training.optimizers import MuonAdamW
 from indraquantum.training.parallel import SingleProcess
 from indraquantum.training.plan import plan_run
 from indraquantum.training.step import StepInput
@@ -430,3 +431,18 @@ def test_a_bias_that_starts_at_the_frequencies_begins_at_their_loss(world, tmp_p
     labels = np.concatenate([dataset.train.batch(np.arange(dataset.train.num_rows)).labels.reshape(-1)])
     counts_V = np.bincount(labels[labels >= 0], minlength=len(bias_V)) + 1
     np.testing.assert_allclose(bias_V, np.log(counts_V / counts_V.sum()), atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["model", "optimiser"])
+def test_a_model_that_does_not_fit_into_memory_is_one_line(world, tmp_path, monkeypatch, place):
+    """A new model that moves to its device, and the state of the optimiser of a run that resumes."""
+    wanted = settings(world, tmp_path, no_teacher=True, max_steps=2, save_every=1)
+    if place == "optimiser":
+        loop.train(wanted).checkpoint.unlink()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(*((runs, "accelerate") if place == "model" else (MuonAdamW, "load_state_dict")), full)
+    with pytest.raises(OutOfMemory, match=r"^--device: got cpu; must have free memory for the model; end other"):
+        loop.train(wanted)

@@ -72,9 +72,15 @@ FULL = Size(
     documents=None,
     vocabulary=4096,
     teacher={"width": 192, "layers": 4, "heads": 4, "steps": 250, "batch_tokens": 4096},
-    student={"d_model": 64, "state_width": 64, "layers": 4, "mlp_width": 344, "epochs": 3,
-             "batch_tokens": 2048, "evaluate_every": 200, "learning_rate": 4e-3},
-)  # fmt: skip
+    student={
+        "d_model": 128,
+        "layers": 4,
+        "epochs": 3,
+        "batch_tokens": 2048,
+        "evaluate_every": 200,
+        "learning_rate": 4e-3,
+    },
+)
 TINY = Size(
     documents=150,
     vocabulary=512,

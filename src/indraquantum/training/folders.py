@@ -13,7 +13,7 @@ import json
 import os
 from pathlib import Path
 
-from indraquantum.config import TeacherSettings, TrainSettings
+from indraquantum.config import ModelSettings, TeacherSettings, TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.files import folder_lock, is_locked, make_folder, names_aside, not_written, write_text
 from indraquantum.metrics import METRICS_NAME, RECORD_NAME, MetricsLog, checked_lines, read_record
@@ -147,7 +147,7 @@ def _are_of(path: Path, run: Run) -> bool:
 
 
 # Settings whose value may be decided by others, by the text or by the signals.
-DECIDED = ("tail", "state_width", "mlp_width", "residual", "residual_head", "table_start")
+DECIDED = ("tail", *ModelSettings().decided())
 
 
 def write_run_record(folder: Path, run: Run) -> None:

@@ -43,6 +43,7 @@ from indraquantum.training.run import (
     check_resume,
     choose_attention,
     computed_by,
+    model_fits,
     sampler_of,
     stage_identity,
 )
@@ -176,7 +177,8 @@ def run_folder(settings: TeacherSettings) -> Path:
 def start_teacher(settings: TeacherSettings, plan: Plan, device: torch.device) -> Run:
     """Return the run of a teacher at its first step, with seeded weights and a new optimiser."""
     torch.manual_seed(settings.seed)
-    learner = LlamaLearner(new_llama(settings, plan.dataset)).to(device).train()
+    with model_fits(device):
+        learner = LlamaLearner(new_llama(settings, plan.dataset)).to(device).train()
     precision, sampler = choose_precision(settings, device), sampler_of(settings.softmax, plan)
     choose_attention(learner.backbone, plan, precision, device)
     parallel = SingleProcess(learner, precision=precision)

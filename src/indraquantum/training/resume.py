@@ -42,6 +42,7 @@ from indraquantum.training.plan import Plan, RunStage
 from indraquantum.training.run import (
     BestHeldOut,
     Run,
+    model_fits,
     own_signals_sha256,
     refuse_checkpoints,
     sampler_of,
@@ -198,8 +199,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         ),
     )
     run.identity["stages"] = {stage.spec.name: stage_identity(stage, run.plan) for stage in run.plan.stages}
-    run.model.load_state_dict(scattered(checkpoint.model, run.model.state_dict()))
-    run.optimizer.load_state_dict(scattered_optimizer(checkpoint.optimizer, run.optimizer))
+    with model_fits(run.device):
+        run.model.load_state_dict(scattered(checkpoint.model, run.model.state_dict()))
+        run.optimizer.load_state_dict(scattered_optimizer(checkpoint.optimizer, run.optimizer))
     run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True
     run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
     run.average.load(scattered(checkpoint.average, run.average.weights))

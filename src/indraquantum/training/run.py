@@ -177,6 +177,12 @@ class Run:
         return step_checkpoint_path(self.folder, self.step)
 
 
+def model_fits(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Where a model and its optimiser are put on a device, a lack of memory is an OutOfMemory that names --device."""
+    allowed = "must have free memory for the model; end other programs that use it, or choose a smaller model"
+    return memory_needed("--device", device, allowed)
+
+
 def start_run(
     settings: TrainSettings,
     plan: Plan,
@@ -199,19 +205,21 @@ def start_run(
 
     Raises:
         UserError: settings contradict each other, or ask for a compiler where none works.
+        OutOfMemory: the model does not fit into the memory of the device.
     """
     weights = None if replaced else starting_weights(settings, plan)
     torch.manual_seed(settings.seed)
-    model = IndraQuantumPhase2(model_config(settings, plan)).train()
-    if weights is not None:
-        model.load_state_dict(weights)
-    elif counts_text and not replaced:
-        _start_from_counts(model, settings, plan)
-    accelerate(model, settings, device)
-    # A stage without signals does not use the readout.
-    precision, unused = choose_precision(settings, device), any(stage.signals is None for stage in plan.stages)
-    choose_attention(model.backbone, plan, precision, device)
-    parallel = make_parallel(settings.parallel, model, processes, device, unused=unused, precision=precision)
+    with model_fits(device):
+        model = IndraQuantumPhase2(model_config(settings, plan)).train()
+        if weights is not None:
+            model.load_state_dict(weights)
+        elif counts_text and not replaced:
+            _start_from_counts(model, settings, plan)
+        accelerate(model, settings, device)
+        # A stage without signals does not use the readout.
+        precision, unused = choose_precision(settings, device), any(stage.signals is None for stage in plan.stages)
+        choose_attention(model.backbone, plan, precision, device)
+        parallel = make_parallel(settings.parallel, model, processes, device, unused=unused, precision=precision)
     return Run(
         settings=settings,
         plan=plan,
