@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import binascii
+import errno
 import json
+import os
 
 import pytest
 
@@ -145,6 +147,19 @@ def test_a_fresh_run_starts_an_empty_file(tmp_path):
     MetricsLog(path).close()
     assert read_metrics(path) == []
     assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_a_disk_that_fails_in_the_end_is_one_line_without_a_size(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+
+    def fails(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(UserError, match=r"could not be written: Input/output error \([\d,]+ bytes free\)$"):
+            log.sync()
+    log.close()
 
 
 def test_the_documentation_lists_every_field(root):

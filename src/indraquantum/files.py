@@ -100,11 +100,12 @@ def unreadable(field: str, path: Path, error: OSError | UnicodeDecodeError) -> U
     return UserError(field, path, f"must be a file that can be read ({error.strerror})")
 
 
-def not_written(field: str, path: Path, size: int, error: OSError, then: str = "") -> UserError:
-    """Return the error for `size` bytes that could not be written to `path`; `then` ends the message."""
+def not_written(field: str, path: Path, size: int | None, error: OSError, then: str = "") -> UserError:
+    """Return the error for `size` bytes (None: unknown) that could not be written to `path`; `then` ends it."""
     there = next(parent for parent in path.absolute().parents if parent.exists())  # its own folder may be gone
-    room = f"({size:,} bytes needed, {shutil.disk_usage(there).free:,} free)"
-    return UserError(field, path, f"could not be written: {error.strerror} {room}{then}")
+    free = f"{shutil.disk_usage(there).free:,}"
+    room = f"{free} bytes free" if size is None else f"{size:,} bytes needed, {free} free"
+    return UserError(field, path, f"could not be written: {error.strerror} ({room}){then}")
 
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # such as of a network folder

@@ -101,7 +101,7 @@ class MetricsLog:
             raise self._not_written(len(line), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         self._tracker.log(metrics)
 
-    def _not_written(self, size: int, error: OSError) -> UserError:
+    def _not_written(self, size: int | None, error: OSError) -> UserError:
         return not_written("--logs", self.path, size, error)
 
     def is_there(self) -> bool:
@@ -134,7 +134,7 @@ class MetricsLog:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise self._not_written(0, error) from None
+            raise self._not_written(None, error) from None
 
     def close(self) -> None:
         """Write everything to the disk and close the file."""
