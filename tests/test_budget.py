@@ -222,9 +222,12 @@ def test_the_command_times_real_steps(world, tmp_path, monkeypatch, capsys):
     assert "2 minutes: 2" in capsys.readouterr().out
 
 
+MEASURED = {"no_teacher": True, "batch_tokens": 2048, "d_model": 128, "state_width": 128, "residual": False}
+
+
 def test_the_expected_loss_meets_the_measured_ones(world, tmp_path):
     class Known:
-        settings = TrainSettings(no_teacher=True, batch_tokens=2048, seed=7, max_steps=99)
+        settings = TrainSettings(**MEASURED, seed=7, max_steps=99)
 
         class model:
             class config:
@@ -242,8 +245,8 @@ def test_the_expected_loss_meets_the_measured_ones(world, tmp_path):
     for other in (
         {"d_model": 64}, {"state_width": 64}, {"no_teacher": False}, {"batch_tokens": 4096}, {"head": "born"},
         {"phase_spread": 3.0}, {"strategy": "stage1"}, {"dropout": 0.5}, {"table_rate": 1000.0},
-        {"schedule": "constant"}, {"start_from": "other.pt"}, {"residual": False},
+        {"schedule": "constant"}, {"start_from": "other.pt"}, {"residual": True}, {"d_model": 256}, {"mlp_width": 512},
     ):  # fmt: skip
-        Known.settings = TrainSettings(**{"no_teacher": True, "batch_tokens": 2048, **other})
+        Known.settings = TrainSettings(**MEASURED | other)
         assert expected_loss(Known, 820_000) is None
     assert expected_loss(trial_run(settings(world, tmp_path, minutes=None)), 820_000) is None

@@ -467,5 +467,5 @@ def test_the_residual_of_new_models_is_turned_in_the_head_where_it_can_be():
 def test_default_settings_build_the_documented_model():
     config = IndraQuantumConfig.from_settings(ModelSettings(), 97, 1, 2)
     model = IndraQuantumPhase2(config)
-    layer = 4 * 192**2 + 3 * 192 * 512 + 2 * 192
-    assert sum(p.numel() for p in model.parameters()) == 97 * 192 + 4 * (192 * 96 + 96) + 4 * layer + 192 + 98 + 192
+    layer = 4 * 256**2 + 3 * 256 * 688 + 2 * 256
+    assert sum(p.numel() for p in model.parameters()) == 97 * 256 + 4 * (256 * 128 + 128) + 4 * layer + 256 + 98 + 256

@@ -39,7 +39,7 @@ def test_a_run_with_the_former_shape_resumes_without_its_options(world, former, 
 
 @pytest.mark.parametrize(
     ("option", "given", "then"),
-    [("d-model", 192, 128), ("state-width", 96, 128), ("mlp-width", 512, 688), ("residual", True, False)],
+    [("d-model", 256, 128), ("state-width", 96, 128), ("mlp-width", 512, 688), ("residual", True, False)],
 )
 def test_what_is_given_must_be_as_in_the_run(world, former, option, given, then):
     folder, _ = former
@@ -62,5 +62,5 @@ def test_states_without_a_width_of_their_own_were_as_wide_as_the_table(world, tm
 
 def test_a_shape_that_was_never_a_default_is_not_taken_over(world, tmp_path):
     loop.train(settings(world, tmp_path, d_model=12, mlp_width=10))
-    with pytest.raises(UserError, match="--d-model: got 192; must be 12, as in the run that"):
+    with pytest.raises(UserError, match="--d-model: got 256; must be 12, as in the run that"):
         loop.train(settings(world, tmp_path))

@@ -15,10 +15,12 @@ from indraquantum.trials import dry_run as costly
 from indraquantum.trials.budget import expected_loss, step_seconds, within_minutes
 from indraquantum.trials.lr_range import climb, suggested_rate
 
+MEASURED = {"no_teacher": True, "batch_tokens": 2048, "d_model": 128, "state_width": 128, "residual": False}
+
 
 def measured(vocab_size: int = 32_000, **options) -> SimpleNamespace:
     """A run like the measured ones, but for `options`."""
-    settings = TrainSettings(**{"no_teacher": True, "batch_tokens": 2048, **options})
+    settings = TrainSettings(**MEASURED | options)
     return SimpleNamespace(settings=settings, model=SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size)))
 
 

@@ -236,7 +236,7 @@ class CaptureSettings(DeviceSettings):
 class ModelSettings(Settings):
     """The shape of IndraQuantumPhase2, and which variant of it is built."""
 
-    d_model: int = Field(default=192, ge=2, le=65_536)
+    d_model: int = Field(default=256, ge=2, le=65_536)
     """Width d of the embedding table. By default, the transformer has about the same width. A wider model can learn
     more, and costs more time and memory."""
     state_width: int | None = Field(default=None, ge=1, le=65_536)
