@@ -166,7 +166,8 @@ def test_a_write_that_fails_harms_nothing(world, run, tmp_path, owner, name, cod
     assert status == 2, said
     (line,) = [line for line in said.splitlines() if line.startswith("indra: error: ")]
     assert os.strerror(code) in line
-    assert "bytes needed" in line
+    # How much of the log is not on the disk yet is unknown.
+    assert ("bytes free)" if name == "fsync" and "metrics.jsonl" in line else "bytes needed") in line
     assert str(tmp_path) in line
     assert newest_checkpoint(settings.output, lambda epoch: epoch * 10**6).checkpoint.step >= 2
     survival.train_small(settings)
