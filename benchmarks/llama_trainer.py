@@ -2,8 +2,9 @@
 
     python benchmarks/llama_trainer.py --data data/user_scale --output build/llama/run --logs build/llama/logs
 
-It has the parameters of the default model (at V = 32,000: 7.4M), with tied embeddings, AdamW and a cosine schedule, and
-writes the metrics that `indra train` writes too: tokens, tokens per second and the held-out loss of each evaluation.
+It has the parameters of the former default model (at V = 32,000: 7.4M), with tied embeddings, AdamW and a cosine
+schedule, and writes the metrics that `indra train` writes too: tokens, tokens per second and the held-out loss of
+each evaluation.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_flops_are_what_torch_counts(projector, ends):
     objective = SemanticDistillationLoss(0.1, 0.1, 0.1, implementation="reference")
     for state_width in (None,) if projector == "none" else (14, 9):
         model = model_of(projector=projector, heads=1, ends=ends, state_width=state_width)
-        width = 2 * (state_width or 7)
+        width = 14 if projector == "none" else 2 * state_width
         assert flops_of_objective(model, objective) == 3 * 2 * LABELLED * 331 * width
 
 

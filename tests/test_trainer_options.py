@@ -172,8 +172,11 @@ def test_a_run_that_began_with_other_defaults_keeps_them(world, tmp_path):
 @pytest.mark.parametrize("model", [{}, {"ends": "shared"}, {"projector": "none", "heads": 1}], ids=str)
 def test_a_run_from_before_the_residual_was_the_default_resumes_without_one(world, tmp_path, model):
     length = {"max_steps": 4, "save_every": 2, "keep_last": 9, "table_start": "cooccurrence"}
-    whole = loop.train(settings(world, tmp_path / "whole", **length, **model, residual=False))
-    loop.train(settings(world, tmp_path / "parts", **length, **model, residual=False)).checkpoint.unlink()
+    then = {**length, **model, "residual": False}
+    if "projector" not in model:
+        then["state_width"] = 14  # as wide as the table, which was the default
+    whole = loop.train(settings(world, tmp_path / "whole", **then))
+    loop.train(settings(world, tmp_path / "parts", **then)).checkpoint.unlink()
     half = tmp_path / "parts" / "run" / "checkpoint_v4_step_2.pt"
     for path in half.parent.glob("*.pt"):
         if path != half:
@@ -182,6 +185,7 @@ def test_a_run_from_before_the_residual_was_the_default_resumes_without_one(worl
     for name in ("residual", "residual_head"):
         del checkpoint.settings[name]
         del checkpoint.model_config[name]
+    checkpoint.settings["state_width"] = checkpoint.model_config["state_width"] = None
     save_checkpoint(half, checkpoint)
     resumed = loop.train(settings(world, tmp_path / "parts", **length, **model))
     expected, found = (load_checkpoint("", report.checkpoint).model for report in (whole, resumed))

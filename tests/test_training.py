@@ -26,7 +26,7 @@ from indraquantum.model.configuration import IndraQuantumConfig
 from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.model.readout import wrapped_phase
 from indraquantum.teacher.signals import open_signals, verify_signals
-from indraquantum.training import loop
+from indraquantum.training import earlier, loop
 from indraquantum.training import resume as training_resume
 from indraquantum.training import run as runs
 from indraquantum.training import signals as training_signals
@@ -185,7 +185,7 @@ def test_a_run_from_before_an_option_had_what_the_program_did_then(
         settings={other: value for other, value in checkpoint.settings.items() if not other.startswith(name)},
         model_config={other: value for other, value in checkpoint.model_config.items() if not other.startswith(name)},
     )
-    for module in (runs, training_resume):
+    for module in (runs, training_resume, earlier):
         monkeypatch.setattr(module, "load_checkpoint", lambda field, path: older)
 
     def started(**changes):

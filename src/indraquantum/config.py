@@ -237,8 +237,8 @@ class ModelSettings(Settings):
     """The shape of IndraQuantumPhase2, and which variant of it is built."""
 
     d_model: int = Field(default=256, ge=2, le=65_536)
-    """Width d of the embedding table. By default, the transformer has about the same width. A wider model can learn
-    more, and costs more time and memory."""
+    """Width d of the embedding table. By default, the transformer is as wide, rounded down to a multiple of twice
+    --heads. A wider model can learn more, and costs more time and memory."""
     state_width: int | None = Field(default=None, ge=1, le=65_536)
     """Complex width c of the states: the projector maps the d numbers of an embedding to c complex numbers, and the
     transformer is 2c wide. By default, c is half of --d-model, rounded down to a multiple of --heads. It must be left

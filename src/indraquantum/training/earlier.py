@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from indraquantum.config import Settings, TrainSettings
+from indraquantum.errors import UserError
 from indraquantum.training.checkpoint import DamagedCheckpoint, load_checkpoint
 
 # What the program did before it had an option, for options whose default is something else.
@@ -50,10 +51,13 @@ def with_defaults(
 def with_former_shape(settings: TrainSettings) -> TrainSettings:
     """Return `settings` with the shape of the run that they resume, where it is a former default and not given.
 
-    Raises:
-        DamagedCheckpoint: the checkpoint that `settings` name is damaged.
+    A checkpoint that can't be read changes nothing: what resumes from it reports it.
     """
-    if (before := settings_of_checkpoint(settings)) is None:
+    try:
+        before = None if settings.resume == "never" else settings_of_checkpoint(settings)
+    except (UserError, OSError):  # OSError: another run, which holds the folder, has removed it
+        return settings
+    if before is None:
         return settings
     then = with_defaults(before, [*FORMER_SHAPE, "state_width"])
     former = FORMER_SHAPE | {"state_width": then.get("d_model")}

@@ -202,9 +202,9 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     with model_fits(run.device):
         run.model.load_state_dict(scattered(checkpoint.model, run.model.state_dict()))
         run.optimizer.load_state_dict(scattered_optimizer(checkpoint.optimizer, run.optimizer))
+        run.average.load(scattered(checkpoint.average, run.average.weights))
     run.step, run.tokens, run.pending, run.saved = checkpoint.step, checkpoint.tokens, checkpoint.pending, True
     run.guard, run.best = CollapseGuard(**checkpoint.guard), BestHeldOut(**checkpoint.best)
-    run.average.load(scattered(checkpoint.average, run.average.weights))
     precision = run.parallel.precision
     precision.use(DTYPES[before["precision"]])
     precision.objective, precision.attention = DTYPES[before["objective_precision"]], before["attention_precision"]

@@ -220,6 +220,7 @@ def start_run(
         precision, unused = choose_precision(settings, device), any(stage.signals is None for stage in plan.stages)
         choose_attention(model.backbone, plan, precision, device)
         parallel = make_parallel(settings.parallel, model, processes, device, unused=unused, precision=precision)
+        average = WeightAverage(model, settings.ema_decay)
     return Run(
         settings=settings,
         plan=plan,
@@ -230,7 +231,7 @@ def start_run(
             sampler_of(softmax_of(settings, plan), plan),
         ),
         device=device,
-        average=WeightAverage(model, settings.ema_decay),
+        average=average,
         # The lengths that were chosen for the minutes decide the run. The minutes are for a command that resumes it.
         identity=run_identity(settings, plan) | computed_by(precision) | {"minutes": settings.minutes},
         folder=settings.output,

@@ -81,7 +81,7 @@ def bench(settings: BenchSettings) -> None:
 
 @dataclass(frozen=True)
 class StepShape:
-    """Sizes of the step; the defaults are those of `indra train` on real text."""
+    """Sizes of the step; the defaults are the former ones of `indra train` on real text."""
 
     d_model: int = 128
     layers: int = 4
