@@ -29,6 +29,7 @@ from indraquantum.trials.budget import (
 )
 from indraquantum.trials.dry_run import dry_run
 from indraquantum.trials.lr_range import lr_range_test
+from test_trials import MEASURED
 
 SMALL = {"d_model": 8, "layers": 1, "heads": 1, "mlp_width": 16, "batch_tokens": 480, "no_teacher": True}
 
@@ -220,9 +221,6 @@ def test_the_command_times_real_steps(world, tmp_path, monkeypatch, capsys):
     assert ended.value.code == 0
     assert timed[0] > 0
     assert "2 minutes: 2" in capsys.readouterr().out
-
-
-MEASURED = {"no_teacher": True, "batch_tokens": 2048, "d_model": 128, "state_width": 128, "residual": False}
 
 
 def test_the_expected_loss_meets_the_measured_ones(world, tmp_path):

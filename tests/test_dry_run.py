@@ -37,9 +37,9 @@ def model_of(vocab_size=331, attention="eager", **changes) -> IndraQuantumPhase2
     return IndraQuantumPhase2(config).train()
 
 
-@pytest.mark.parametrize(("d", "state_width"), [(14, 14), (13, 6), (7, 22)])
-def test_parameters_by_hand(d, state_width):
-    widths, c = {"d_model": d, "state_width": state_width}, state_width
+@pytest.mark.parametrize(("d", "state_width", "c"), [(14, None, 6), (14, 14, 14), (13, 6, 6), (7, 22, 22)])
+def test_parameters_by_hand(d, state_width, c):
+    widths = {"d_model": d, "state_width": state_width}
     assert parameter_counts(model_of(ends="shared", **widths))["projector"] == 2 * (d * c + c)
     assert parameter_counts(model_of(**widths)) == {
         "table": 331 * d,
@@ -59,9 +59,8 @@ def test_flops_are_what_torch_counts(projector, ends):
             model_of(projector=projector, ends=ends)
         return
     objective = SemanticDistillationLoss(0.1, 0.1, 0.1, implementation="reference")
-    for state_width in (None,) if projector == "none" else (14, 9):
+    for state_width, width in ((None, 14),) if projector == "none" else ((None, 14), (14, 28), (9, 18)):
         model = model_of(projector=projector, heads=1, ends=ends, state_width=state_width)
-        width = 14 if projector == "none" else 2 * state_width
         assert flops_of_objective(model, objective) == 3 * 2 * LABELLED * 331 * width
 
 

@@ -39,8 +39,7 @@ from indraquantum.training.step import StepInput
 
 SMALL = {
     "d_model": 14, "state_width": 14, "layers": 1, "heads": 2, "mlp_width": 22, "batch_tokens": 480,
-    "learning_rate": 5e-3,
-    "evaluate_every": 3, "epochs": 2,
+    "learning_rate": 5e-3, "evaluate_every": 3, "epochs": 2,
 }  # fmt: skip
 
 

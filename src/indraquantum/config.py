@@ -233,6 +233,11 @@ class CaptureSettings(DeviceSettings):
         raise ValueError("must be auto, or a whole number of at least 1")
 
 
+def usual_mlp_width(width: int) -> int:
+    """Return 8/3 of a transformer's width, rounded up to a multiple of 16, for its gated MLP."""
+    return -(-8 * width // 48) * 16
+
+
 class ModelSettings(Settings):
     """The shape of IndraQuantumPhase2, and which variant of it is built."""
 
@@ -320,7 +325,7 @@ class ModelSettings(Settings):
     @property
     def mlp_width_or_default(self) -> int:
         """`mlp_width`, or what it is by default."""
-        return self.mlp_width or -(-8 * self.width // 48) * 16
+        return self.mlp_width or usual_mlp_width(self.width)
 
     @property
     def has_residual(self) -> bool:

@@ -61,10 +61,8 @@ def with_former_shape(settings: TrainSettings) -> TrainSettings:
         return settings
     then = with_defaults(before, [*FORMER_SHAPE, "state_width"])
     former = FORMER_SHAPE | {"state_width": then.get("d_model")}
-    kept = {name: value for name, value in former.items() if then.get(name) == value}
-    return settings.model_copy(
-        update={name: value for name, value in kept.items() if name not in settings.model_fields_set}
-    )
+    free = former.keys() - settings.model_fields_set
+    return settings.model_copy(update={name: former[name] for name in free if then.get(name) == former[name]})
 
 
 def settings_of_checkpoint(settings: TrainSettings) -> dict[str, Any] | None:

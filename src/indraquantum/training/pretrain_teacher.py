@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from indraquantum.config import TeacherSettings
+from indraquantum.config import TeacherSettings, usual_mlp_width
 from indraquantum.data.dataset import PreparedDataset, open_dataset
 from indraquantum.data.fast_tokenizer import save_tokenizer
 from indraquantum.data.system_errors import system_errors_shown
@@ -126,7 +126,7 @@ def new_llama(settings: TeacherSettings, dataset: PreparedDataset) -> nn.Module:
         LlamaConfig(
             vocab_size=tokenizer.vocabulary_size,
             hidden_size=settings.width,
-            intermediate_size=-(-8 * settings.width // 3 // 16) * 16,
+            intermediate_size=usual_mlp_width(settings.width),
             num_hidden_layers=settings.layers,
             num_attention_heads=settings.heads,
             max_position_embeddings=max(2048, dataset.row_length),
