@@ -99,6 +99,14 @@ def test_an_exported_folder_loads_as_its_checkpoint(trained, tmp_path):
         indraquantum.load(tmp_path / "exported")
 
 
+@pytest.mark.parametrize("form", ["transformers", "llama", "gguf"])
+def test_an_export_prints_nothing(trained, tmp_path, capsys, form):
+    logs = trained.checkpoint.parent.parent / "logs"
+    indraquantum.export(trained.checkpoint, tmp_path / "model", logs=logs, as_=form)
+    assert (tmp_path / "model" / "README.md").is_file()
+    assert capsys.readouterr() == ("", "")
+
+
 def test_prepare_and_capture_take_a_settings_object_too(world, tmp_path, capsys):
     settings = indraquantum.PrepareSettings(
         text=(str(world.wikitext),), wikitext_samples=0, alpaca_samples=0, tokenizer=str(world.tokenizer),

@@ -139,6 +139,7 @@ def test_the_map_of_a_dimension_is_that_of_the_states(loaded):
     with pytest.raises(UserError, match="from 0 to 5"):
         vocabulary(loaded, 6)
     whole = vocabulary(loaded, None)
+    assert whole["aligned"] == sorted(loaded.aligned)
     expected = loaded.model.amplitude(loaded.model.lift_table()).abs()
     assert whole["magnitude"] == pytest.approx(expected.tolist(), rel=1e-4)
 
@@ -199,6 +200,14 @@ def test_the_explorer_in_a_browser_with_a_hostile_prompt(chromium, run, loaded):
         page.get_by_role("button", name="Show the vocabulary").click()
         page.get_by_role("searchbox", name="Search").fill("cat")
         page.get_by_role("cell", name="cat").first.wait_for()
+        page.get_by_role("spinbutton", name="Dimension").fill("4")
+        with page.expect_response("**/api/vocabulary?*dimension=4*"):
+            page.get_by_role("spinbutton", name="Dimension").press("Enter")
+        with page.expect_response(
+            re.compile("/api/vocabulary.*dimension=(&|$)")
+        ):  # another model may have fewer dimensions
+            page.get_by_role("button", name="Show the vocabulary").click()
+        expect(page.get_by_role("spinbutton", name="Dimension")).to_have_value("")
         assert page.title() == "IndraQuantum monitor"
         assert page.locator("img").count() == 0
         assert page.locator("main script").count() == 0
@@ -206,12 +215,16 @@ def test_the_explorer_in_a_browser_with_a_hostile_prompt(chromium, run, loaded):
 
 def test_a_vocabulary_of_any_size_is_drawn_and_a_late_answer_replaces_nothing(chromium, run):  # noqa: F811
     count, site = 200_000, site_of(run.metrics.parent.parent)
-    many = json.dumps({"magnitude": [0.5] * count, "phase": [0.1] * count, "texts": ["a"] * count})
+    many = json.dumps(
+        {"aligned": ["phase"], "magnitude": [0.5] * count, "phase": [0.1] * count, "texts": ["a"] * count}
+    )
     (run_id,) = (one["id"] for one in site.get["/api/runs"]({})["runs"])
     with served(site) as server, page_of(chromium, f"{server.url}#view=state&runs={run_id}") as page:
         page.route("**/api/vocabulary?*", lambda route: route.fulfill(body=many, content_type="application/json"))
         page.get_by_role("button", name="Show the vocabulary").click()
         page.get_by_text("200,000 tokens").wait_for()
+        page.get_by_text("never aligned the magnitude readout with a teacher, so the magnitude says").wait_for()
+        expect(page.get_by_text("never aligned the phase")).to_have_count(0)
         held = []
         page.route("**/api/details?*", lambda route: held.append(route))
         page.get_by_role("tab", name="Curves").click()

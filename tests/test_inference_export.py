@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import survival
-from indraquantum import cli
+from indraquantum import cli, evaluate
 from indraquantum.config import ALPACA, WIKITEXT, ExportSettings, TrainSettings
 from indraquantum.data.python_manual import write_manual_corpus
 from indraquantum.errors import UserError
@@ -288,6 +288,32 @@ def test_the_card_says_where_the_model_comes_from(world, exported, tmp_path, cap
         "1 layers of width 24, 320 tokens with embeddings of width 20, projector quantum",
     ]:  # fmt: skip
         assert part in card, part
+
+
+def test_the_card_has_the_figures_of_its_own_checkpoint(world, tmp_path):
+    settings = TrainSettings(
+        data=world.data, output=tmp_path / "run", logs=tmp_path / "logs", threads=1, d_model=16, layers=1, heads=2,
+        batch_tokens=480, max_steps=6, evaluate_every=2, save_every=3, learning_rate=0.05,
+        ema_decay=0.5,
+    )  # fmt: skip
+    train(settings)
+    figures = {}
+    for name in ("step_3", "epoch_1"):
+        path = tmp_path / "run" / f"checkpoint_v4_{name}.pt"
+        assert indra("export", path, tmp_path / name, "--logs", tmp_path / "logs") == 0
+        figures[name] = (tmp_path / name / "README.md").read_text().split("Cross-entropy of held-out text")[1]
+    measured = evaluate(load(path, torch.device("cpu")), data=world.data).sources
+    assert figures["epoch_1"].startswith(":\n")
+    for name, source in measured.items():
+        assert f"| {name} | {source.cross_entropy:.3f} |" in figures["epoch_1"]
+    lines = map(json.loads, (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines())
+    held_out = {line["step"]: line["held_out"] for line in lines if line["held_out"]}
+    assert figures["step_3"].startswith(" at step 2, before this model's step 3:\n")
+    assert f"| all | {held_out[2]['all']:.3f} |" in figures["step_3"]
+    assert f"{held_out[2]['all']:.3f}" != f"{held_out[6]['all']:.3f}"
+    # The figures are those of the moving average.
+    assert indra("export", path, tmp_path / "last", "--logs", tmp_path / "logs", "--weights", "last") == 0
+    assert "Not recorded here." in (tmp_path / "last" / "README.md").read_text()
 
 
 def card_of(path, **settings) -> str:

@@ -242,3 +242,13 @@ def test_a_log_of_training_is_followed_as_it_is_written(tmp_path):
     MetricsLog(tmp_path / "metrics.jsonl", resumed_step=1).close()
     read(follower)
     assert (follower.curves.last["step"], follower.generation) == (1, 1)
+
+
+@pytest.mark.parametrize("count", [1, curves.MOST_SOURCES - 1, curves.MOST_SOURCES, 200])
+def test_the_loss_of_all_text_is_drawn_for_any_number_of_sources(tmp_path, count):
+    named = {f"s{number}": float(number) for number in range(count)}
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line(1, held_out=named | {"all": 0.5}) + line(2, held_out=named | {"all": 0.25}))
+    found = follow(path).curves
+    assert found.sources == (*list(named)[: curves.MOST_SOURCES - 1], "all")
+    assert found.held_out.since(0)[1][:, -1].tolist() == [0.5, 0.25]

@@ -203,7 +203,7 @@ def token_name(tokenizer: TextTokenizer, token: int) -> str:
 
 @torch.no_grad()
 def vocabulary(loaded: Loaded, dimension: int | None) -> dict[str, Any]:
-    """Return the magnitude and the phase of each token's state in the head.
+    """Return the magnitude and the phase of each token's state in the head, and which readouts were aligned.
 
     Args:
         loaded: the model.
@@ -222,4 +222,8 @@ def vocabulary(loaded: Loaded, dimension: int | None) -> dict[str, Any]:
     else:
         raise UserError("dimension", dimension, f"must be from 0 to {width - 1}")
     magnitude, phase = values_V.abs().tolist(), wrapped_phase(values_V.angle()).tolist()
-    return {"magnitude": [float(f"{m:.5g}") for m in magnitude], "phase": [round(p, 4) for p in phase]}
+    return {
+        "aligned": _about(loaded)["aligned"],
+        "magnitude": [float(f"{m:.5g}") for m in magnitude],
+        "phase": [round(p, 4) for p in phase],
+    }

@@ -58,7 +58,7 @@ def export_checkpoint(path: Path, folder: Path, settings: ExportSettings | None 
     make_folder("FOLDER", folder.parent)
     with system_errors_shown(folder), atomic_folder(folder) as temporary:
         exported = write(loaded, temporary, settings)
-        facts = RunFacts.find(path, checkpoint, settings.logs)
+        facts = RunFacts.find(path, checkpoint, settings.logs, settings.weights)
         (temporary / "README.md").write_text(model_card(folder.resolve().name, loaded, facts, exported), "utf-8")
         write_sums(temporary)
     address = None if settings.push is None else push(folder, settings.push, settings.private)

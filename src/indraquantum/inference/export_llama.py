@@ -16,6 +16,7 @@ from indraquantum.inference.folding import FoldedModel, fold, with_bias_layer
 from indraquantum.inference.load import Loaded
 from indraquantum.inference.model_card import Exported
 from indraquantum.model.inference_model import InferenceModel
+from indraquantum.teacher.refusals import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,7 +33,8 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Exported:
     folded = with_bias_layer(fold(loaded.inference_model))
     llama = as_llama(folded, loaded)
     found = agreement(loaded, llama)
-    llama.save_pretrained(folder)
+    with quiet_transformers():
+        llama.save_pretrained(folder)
     save_chat_tokenizer(loaded.tokenizer, folder, folded.context)
     return Exported(
         use='AutoModelForCausalLM.from_pretrained("FOLDER") loads it as a plain Llama.',

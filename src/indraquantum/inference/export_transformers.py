@@ -13,6 +13,7 @@ from indraquantum.data.fast_tokenizer import padding_id, save_chat_tokenizer
 from indraquantum.inference.load import ALIGNED, Loaded
 from indraquantum.inference.model_card import Exported
 from indraquantum.inference.standalone import CODE_NAME, standalone_code
+from indraquantum.teacher.refusals import quiet_transformers
 
 EXAMPLE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +31,8 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Exported:
     model = loaded.model
     setattr(model.config, ALIGNED, sorted(loaded.aligned or ()))
     give_generation_config(model, loaded)
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     config = model.config.to_dict() | {"auto_map": auto_map()}
     model.config.from_dict(config).save_pretrained(folder)
     (folder / CODE_NAME).write_text(standalone_code(), encoding="utf-8")

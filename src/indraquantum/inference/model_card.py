@@ -19,9 +19,9 @@ from indraquantum.data.dataset_manifest import read_dataset_manifest
 from indraquantum.data.padded import SOURCE as PICKLE
 from indraquantum.errors import UserError
 from indraquantum.files import combined_sha256
-from indraquantum.inference.load import Loaded
+from indraquantum.inference.load import Loaded, WhichWeights
 from indraquantum.metrics import METRICS_NAME, RECORD_NAME, read_record
-from indraquantum.monitor.runs import summarise
+from indraquantum.monitor.runs import evaluation_until
 from indraquantum.progress import tell
 from indraquantum.teacher.manifest import read_manifest, signals_beside
 from indraquantum.training.checkpoint import Checkpoint
@@ -77,23 +77,32 @@ class RunFacts:
     options: Mapping[str, Any] = field(default_factory=dict)  # of `indra prepare`
     teacher: str | None = None
     held_out: Mapping[str, float] = field(default_factory=dict)  # nats per token
+    measured_at: int = 0  # the step of held_out
     missing: tuple[str, ...] = ()  # what was not found
 
     @classmethod
-    def find(cls, path: Path, checkpoint: Checkpoint, logs: Path) -> RunFacts:
-        """Gather what is recorded about the run of the checkpoint at `path`; what is missing is no error."""
+    def find(cls, path: Path, checkpoint: Checkpoint, logs: Path, weights: WhichWeights = "auto") -> RunFacts:
+        """Gather what is recorded about the run of the checkpoint at `path`; what is missing is no error.
+
+        Args:
+            path: the checkpoint's path, which tells its run.
+            checkpoint: what it holds.
+            logs: the folder of all runs' logs.
+            weights: which of its weights the card is about. If a run has a moving average, the figures are of that.
+        """
         known = {"steps": checkpoint.step, "tokens": checkpoint.tokens, "settings": checkpoint.settings}
         folder, signals = logs / path.resolve().parent.name, _signals(checkpoint.settings)
         try:
             record = read_record(folder)
             if record is None or Path(record.get("checkpoints", "")).resolve() != path.resolve().parent:
                 raise UserError("--logs", folder, f"holds no {RECORD_NAME} of this run")
-            known["held_out"] = _held_out(folder)
+            if weights != "last" or not checkpoint.average:
+                known["measured_at"], known["held_out"] = _evaluation(folder, checkpoint.step)
         except UserError as error:
             tell(f"The model card says less: {error}.")
             teacher = ["its teacher"] if signals else []
             return cls(**known, missing=("its data", *teacher, "its figures"))
-        missing, settings = [] if known["held_out"] else ["its figures"], record["settings"] or {}
+        missing, settings = [] if known.get("held_out") else ["its figures"], record["settings"] or {}
         if (manifest := _manifest(Path(settings.get("data", "")), checkpoint.settings.get("data"))) is not None:
             known |= {"sources": tuple(manifest["sources"]), "options": manifest["options"]}
         else:
@@ -142,9 +151,12 @@ class RunFacts:
         return self.may_have_alpaca or not self.source_names or bool(self.other_data)
 
 
-def _held_out(folder: Path) -> Mapping[str, float]:
-    metrics = folder / METRICS_NAME
-    return summarise(metrics, folder.parent).last_held_out if metrics.is_file() else {}
+def _evaluation(folder: Path, step: int) -> tuple[int, Mapping[str, float]]:
+    """Return the step and the figures of the run's last evaluation until `step`; no figures if they can't be read."""
+    try:
+        return evaluation_until(folder / METRICS_NAME, step)
+    except (UserError, OSError):
+        return 0, {}
 
 
 def _manifest(folder: Path, content_sha256: str | None) -> dict[str, Any] | None:
@@ -301,7 +313,11 @@ def _figures(facts: RunFacts) -> list[str]:
     if not facts.held_out:
         return ["Not recorded here. `indra eval` measures a checkpoint."]
     rows = [f"| {name} | {nats:.3f} |" for name, nats in facts.held_out.items()]
-    about = "Cross-entropy of held-out text at the run's last evaluation:"
+    about = "Cross-entropy of held-out text:"
+    if facts.measured_at != facts.steps:
+        about = (
+            f"Cross-entropy of held-out text at step {facts.measured_at:,}, before this model's step {facts.steps:,}:"
+        )
     return [about, "", "| source | nats per token |", "|---|---|", *rows]
 
 

@@ -111,7 +111,8 @@ class Curves:
         if not metrics:
             return
         if not self.sources:
-            self.sources = tuple(metrics[0]["held_out"])[:MOST_SOURCES]
+            *sources, last = metrics[0]["held_out"]  # the last one is of all text
+            self.sources = (*sources[: MOST_SOURCES - 1], last)
             self.held_out = Points(len(self.sources))
         values = [[found["held_out"].get(name) for name in self.sources] for found in metrics]
         self.held_out.add(np.array([found["step"] for found in metrics], float), np.array(values, float))

@@ -132,6 +132,24 @@ def _figures(path: Path) -> dict[str, Any]:
     }
 
 
+def evaluation_until(path: Path, step: int) -> tuple[int, dict[str, float]]:
+    """Return the step and the figures of the last evaluation in the metrics at `path` that is not after `step`.
+
+    Without one, the figures are empty.
+
+    Raises:
+        UserError: a line is damaged.
+        OSError: the file can't be read.
+    """
+    last: tuple[int, dict[str, float]] = (0, {})
+    for line in checked_lines(path):
+        if NO_EVALUATION not in line.content and (found := _held_out(line)):
+            measured = _figure(line, "step", int) or 0
+            if last[0] <= measured <= step:
+                last = measured, found
+    return last
+
+
 def _figure(line: Line, name: str, kind: Any) -> Any:
     value = line.parse().get(name)
     if value is not None and not _is_figure(value, kind):

@@ -35,15 +35,15 @@ const IndraExplorer = (() => {
     const write = () => work(async () => {
       const answer = await ask("/api/write", {}, { ...chosen(), prompt: prompt.value, max_new_tokens: Number(kept.tokens),
         temperature: Number(kept.temperature), seed: Number(kept.seed) });
-      showResult(result, answer, element("span", { class: "quiet" }, visible(answer.prompt)), () => map(null));
+      showResult(result, answer, element("span", { class: "quiet" }, visible(answer.prompt)));
     });
     const read = () => work(async () => {
       const answer = await ask("/api/row", {}, { ...chosen(), row: Number(kept.row) });
-      showResult(result, answer, null, () => map(null), `Row ${kept.row} of ${answer.rows.toLocaleString("en")} held-out rows`);
+      showResult(result, answer, null, `Row ${kept.row} of ${answer.rows.toLocaleString("en")} held-out rows`);
     });
     const map = (dimension) => work(async () => {
-      const of = JSON.stringify(chosen()), wanted = dimension ?? kept.dimension;
-      kept.dimension = wanted === "" || wanted === null ? "" : String(wanted);
+      const of = JSON.stringify(chosen());
+      kept.dimension = dimension;
       const answer = await ask("/api/vocabulary", { ...chosen(), dimension: kept.dimension, ...(texts.of === of ? {} : { texts: "1" }) });
       if (answer.texts) texts = { of, list: answer.texts };
       showMap(mapPlace, answer, texts.list, (next) => map(next));
@@ -54,19 +54,20 @@ const IndraExplorer = (() => {
         element("div", { class: "form" }, field("Checkpoint", checkpoint), field("New tokens", number("tokens", { min: "1", max: "256" })),
           field("Temperature", number("temperature", { min: "0", max: "100", step: "0.1" })), field("Seed", number("seed", { min: "0" })),
           field("Prompt", prompt, true), element("div", { class: "bar all" }, button("Continue the prompt", write, true))),
-        element("div", { class: "bar" }, field("Held-out row", number("row", { min: "0" })), button("Read this row beside the teacher", read), button("Show the vocabulary", () => map(null)))),
+        element("div", { class: "bar" }, field("Held-out row", number("row", { min: "0" })), button("Read this row beside the teacher", read), button("Show the vocabulary", () => map("")))),
       status, result, mapPlace);
   }
 
+  const unaligned = (answer) => ["magnitude", "phase"].filter((readout) => !answer.aligned.includes(readout));
+  const notice = (text) => element("p", { class: "notice" }, text);
+
   // ---- tokens and what interfered
-  function showResult(place, answer, before, openMap, title = "What it wrote") {
+  function showResult(place, answer, before, title = "What it wrote") {
     const text = element("div"), about = element("div", { "aria-live": "polite" });
     const cards = [element("h3", {}, title), key()];
     if (before) cards.push(element("pre", { "aria-label": "the prompt" }, before));
     cards.push(text);
-    for (const name of ["magnitude", "phase"].filter((readout) => !answer.aligned.includes(readout))) {
-      cards.push(element("p", { class: "notice" }, `This run never aligned the ${name} readout with a teacher, so no ${name === "phase" ? "uncertainty" : "confidence"} is shown.`));
-    }
+    for (const name of unaligned(answer)) cards.push(notice(`This run never aligned the ${name} readout with a teacher, so no ${name === "phase" ? "uncertainty" : "confidence"} is shown.`));
     place.replaceChildren(element("div", { class: "card" }, ...cards), about, element("div", { class: "card" }, tokenTable(answer)));
     const select = showTokens(text, answer.tokens, (token) => about.replaceChildren(aboutToken(token, answer)));
     if (answer.tokens.length) select(0);
@@ -162,6 +163,7 @@ const IndraExplorer = (() => {
     search.addEventListener("input", draw);
     place.replaceChildren(element("div", { class: "card" }, element("h3", {}, "The vocabulary by phase (across) and magnitude (up)"),
       element("p", { class: "quiet" }, "The state of each token, read as the readout reads a state. With a dimension j: M and P of this dimension."),
+      ...(kept.dimension ? [] : unaligned(answer).map((name) => notice(`This run never aligned the ${name} readout with a teacher, so the ${name} says nothing here.`))),
       element("div", { class: "bar" }, element("label", {}, "Dimension ", dimension), element("label", {}, "Search ", search), element("span", { class: "quiet" }, `${names.length.toLocaleString("en")} tokens`)),
       element("div", { class: "two" }, canvas, list)));
     draw();
