@@ -191,11 +191,21 @@ def test_anchors_and_paths_beside_the_plan(tmp_path):
     )
     plan = load_plan(tmp_path / "plan.yaml")
     assert (plan.data, plan.signals) == (tmp_path / "up" / "data", tmp_path / ".." / "s")
-    assert plan.variants["x"] == {"learning_rate": "1e-3", "signals": str(tmp_path / "other")}
+    assert plan.variants["x"] == {"learning_rate": 1e-3, "signals": str(tmp_path / "other")}
     settings = resolved(plan, "x", {"table_rate": 3}, data=plan.data, signals=plan.signals, seed=4)
     assert (settings.learning_rate, settings.table_rate, settings.seed) == (1e-3, 3, 4)
     assert settings.signals == tmp_path / "other"
     assert resolved(plan, "y", {}, data=plan.data, signals=plan.signals).signals is None
+
+
+def test_a_search_finds_a_strategy_beside_the_plan_and_records_its_name(tmp_path):
+    (tmp_path / "plan.yaml").write_text(
+        "name: a\ndata: d\nvariants: {x: {}}\nsearch: {grid: [{strategy: good.yaml}, {strategy: v5}]}"
+    )
+    plan = load_plan(tmp_path / "plan.yaml")
+    found = [resolved(plan, "x", chosen, data=plan.data).strategy for chosen in plan.grid_of("x")]
+    assert found == [str(tmp_path / "good.yaml"), "v5"]
+    assert plan.grid_of("x") == ({"strategy": "good.yaml"}, {"strategy": "v5"})  # what results record
 
 
 def test_a_strategy_may_be_what_is_compared(world, tmp_path, no_pictures):

@@ -72,6 +72,17 @@ def test_the_minutes_are_those_of_the_stages_that_are_left(world, tmp_path, slow
     assert 27 * 60 < plan.total_steps * 4 + len(evaluated) * 7 <= 30 * 60
 
 
+def test_data_of_one_step_have_a_step_for_each_stage(world, tmp_path, slow, capsys):
+    given = settings(world, tmp_path, strategy="stage2-v3-gentle", batch_tokens=10**6, minutes=30)
+    plan = trial_run(within_minutes(given)).plan
+    steps = [stage.steps for stage in plan.stages]
+    assert min(steps) > 5
+    assert abs(steps[0] - steps[1]) <= 1
+    train = plan.stages[0].train
+    size = f"{sum(steps)} steps of {train.num_rows * plan.dataset.row_length:,} tokens"
+    assert f"30 minutes: {size}, {sum(steps) * train.num_tokens:,} in all" in capsys.readouterr().out
+
+
 def test_padding_is_not_counted_as_tokens(world, tmp_path):
     padded = {"data": world.pickle, "tokenizer": str(world.tokenizer)}
     run = trial_run(settings(world, tmp_path, minutes=None, epochs=1, **padded))
@@ -195,6 +206,7 @@ def test_a_range_test_has_no_minutes():
     [
         ({"max_steps": 7}, "--max-steps: got 7; must be left out with --minutes"),
         ({"epochs": 2}, "--epochs: got 2; must be left out with --minutes"),
+        ({"resume": "never", "output": "DONE"}, "--resume: got never; must be auto, because "),
         ({"minutes": 0.5}, "--minutes: got 0.5; must be at least 3 here, where a step takes 4 s"),
         ({"strategy": "lengths.yaml"}, "--minutes: got 5.0; must be left out with --strategy lengths.yaml"),
     ],
@@ -202,6 +214,9 @@ def test_a_range_test_has_no_minutes():
 def test_what_is_refused(world, tmp_path, slow, monkeypatch, options, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lengths.yaml").write_text("stages: [{name: one, steps: 3}]")
+    if "output" in options:
+        done = train(settings(world, tmp_path / "done", minutes=None, max_steps=1))
+        options |= {"output": done.checkpoint.parent}
     with pytest.raises(UserError) as refused:
         within_minutes(settings(world, tmp_path, **options))
     assert said in str(refused.value)

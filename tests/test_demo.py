@@ -21,6 +21,7 @@ import survival
 from indraquantum import cli
 from indraquantum.config import DemoSettings
 from indraquantum.demo import PROMPTS, DemoReport, print_summary, run_demo
+from indraquantum.errors import UserError
 from indraquantum.inference.generate import GeneratedText, TokenState
 from indraquantum.inference.write import print_states
 from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
@@ -69,6 +70,23 @@ def test_every_file_it_names_is_there(demo):
     for path in demo[0].files.values():
         assert path.exists()
         assert path.is_dir() or path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seed": 1}, "--seed: got 1; must be 0, as in the demo that "),
+        ({"tiny": False}, "--tiny: got False; must be True, as in the demo that "),
+        ({"real": True}, "--real: got True; must be False, as in the demo that "),
+    ],
+)
+def test_another_demo_does_not_replace_the_data_of_the_one_that_is_there(demo, options, said):
+    folder = demo[0].files["corpus"].parent
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as refused:
+        run_demo(DemoSettings(**{"output": folder, "tiny": True, "threads": 1, **options}))
+    assert str(refused.value).startswith(said)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_the_notebook_runs_top_to_bottom_on_its_run(demo, monkeypatch):

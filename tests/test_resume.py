@@ -74,6 +74,53 @@ def test_after_going_back_the_message_names_the_command_that_resumes(world, tmp_
     assert survival.result(settings) == whole
 
 
+def content_of(*folders) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_of_another_folder_does_not_resume_into_a_folder_with_another_run(world, tmp_path):
+    ours, other = (
+        survival.small_run(world, tmp_path / name, **EVERY_STEP, seed=seed) for name, seed in (("a", 3), ("b", 4))
+    )
+    loop.train(ours)
+    loop.train(other)
+    before = content_of(other.output, other.logs)
+    step_2 = step_checkpoint_path(ours.output, 2)
+    there = changed(ours, output=other.output, logs=other.logs, resume=str(step_2))
+    must = f"must be empty, or hold the run of --resume {step_2}; it holds one with --seed 4"
+    said = f"--output: got {other.output}; {must}"
+    with pytest.raises(UserError) as refused:
+        loop.train(there)
+    assert str(refused.value) == said
+    after = content_of(other.output, other.logs)
+    assert {name: after[name] for name in before} == before
+    # Without its checkpoints, the metrics of the other run are still its own.
+    for path in other.output.iterdir():
+        path.unlink()
+    loop.train(there)
+    (weights, lines), (expected, whole) = survival.result(there), survival.result(ours)
+    assert weights == expected
+    assert lines == whole[-len(lines) :]
+    assert len(lines) == 4
+    aside = other.logs / other.output.name / "metrics.jsonl.set-aside-1"
+    assert aside.read_bytes() == before[str(other.logs / other.output.name / "metrics.jsonl")]
+
+
+def test_a_copy_of_a_checkpoint_brings_a_damaged_run_back(world, tmp_path):
+    settings = survival.small_run(world, tmp_path, **EVERY_STEP)
+    loop.train(settings)
+    whole = survival.result(settings)
+    copy = tmp_path / "copy.pt"
+    step_2 = step_checkpoint_path(settings.output, 2)
+    shutil.copy(step_2, copy)
+    for path in settings.output.glob("*.pt"):
+        path.write_bytes(b"damaged")
+    interrupted(changed(settings, resume=str(copy)), 3)
+    assert load_checkpoint("--resume", step_2).step == 2
+    loop.train(settings)
+    assert survival.result(settings) == whole
+
+
 def bare(step: int) -> Checkpoint:
     """A checkpoint without a model."""
     return Checkpoint(

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from indraquantum.model.modeling import IndraQuantumPhase2
 from indraquantum.teacher.capture import capture
 from indraquantum.teacher.signals import open_signals
 from indraquantum.training import loop
-from indraquantum.training.checkpoint import load_checkpoint
+from indraquantum.training.checkpoint import load_checkpoint, save_checkpoint
 from indraquantum.training.cooccurrence import cooccurrence_table
 from indraquantum.training.engine import Engine
 from indraquantum.training.optimizers import new_optimizer
@@ -293,6 +294,14 @@ def test_a_run_starts_from_the_weights_of_another(world, tmp_path, capsys):
     assert lines[0]["held_out"] == pytest.approx(report.held_out)
     assert {line["stage"] for line in lines[1:]} == {"stage2-v3"}
     assert [line["step"] for line in lines] == list(range(3))  # stage 1's half is left out
+
+    average = {"embedding.weight": given["embedding.weight"] + 1}  # used instead of the last weights, as everywhere
+    checkpoint = load_checkpoint("", report.checkpoint)
+    save_checkpoint(tmp_path / "average.pt", replace(checkpoint, average=average))
+    third = small(world, tmp_path / "third", no_teacher=True, start_from=tmp_path / "average.pt", max_steps=1)
+    started = loop.start_run(third, plan_run(third, open_dataset("--data", world.data)), torch.device("cpu"))
+    expected = given | average
+    assert all(torch.equal(value, expected[name]) for name, value in started.model.state_dict().items())
 
     (tmp_path / "my.yaml").write_text(
         f"start_from: first/run/{report.checkpoint.name}\nstages: [{{name: a, steps: 1}}]", encoding="utf-8"

@@ -31,6 +31,19 @@ def test_curves_by_hand():
     assert [curve.highest for curve in (Linear(start=7, end=2), Cosine(start=1, end=9), jumps)] == [7, 9, 3]
 
 
+@pytest.mark.parametrize("written", ["2e-3", "2.e-3", "2E-3", ".2e-2", "+0.2e-02", "0.002"])
+def test_numbers_with_an_exponent_are_numbers(tmp_path, written):
+    stages = f"stages: [{{name: a, fraction: 1.0, learning_rate: {written}, weights: {{kd: {written}}}}}]"
+    (stage,) = load_strategy(write(tmp_path, stages)).stages
+    assert (stage.learning_rate, stage.weights.kd) == (0.002, Constant(value=0.002))
+
+
+@pytest.mark.parametrize("name", ["e3", "1e", "2e-3a", "e-3", "'2e-3'"])
+def test_other_words_stay_words(tmp_path, name):
+    (stage,) = load_strategy(write(tmp_path, f"stages: [{{name: {name}, fraction: 1.0}}]")).stages
+    assert stage.name == name.strip("'")
+
+
 def test_a_number_is_a_constant_and_what_is_left_out_is_zero():
     stage = Stage(name="a", fraction=1.0, weights={"kd": 0.5, "phase": {"shape": "linear", "start": 0, "end": 1}})
     assert stage.weights.kd == Constant(value=0.5)

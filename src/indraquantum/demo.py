@@ -57,6 +57,9 @@ PROMPTS = (
     {"instruction": "What does os.path.join do?"},
 )
 
+FILES = ("teacher", "wikitext", "alpaca")  # options
+RECORD = "demo.json"  # the options of the demo in a folder
+
 
 @dataclass(frozen=True)
 class Size:
@@ -110,10 +113,30 @@ def run_demo(settings: DemoSettings) -> DemoReport | RealReport:
     """
     if settings.real:
         return _run_real(settings)
-    for name in ("teacher", "wikitext", "alpaca"):
+    for name in FILES:
         if (value := getattr(settings, name)) is not None:
             raise UserError(f"--{name}", value, "must be given together with --real")
     return _run_offline(settings)
+
+
+def _own_folder(settings: DemoSettings) -> Path:
+    """Make the demo's folder and return it. A demo with other options would replace its data before it is refused.
+
+    Raises:
+        UserError: the folder can't be written, or an earlier demo with other options is in it.
+    """
+    folder = make_folder("--output", settings.output)
+    files = {name: path and str(path.resolve()) for name in FILES for path in [getattr(settings, name)]}
+    now = {"real": settings.real, "tiny": settings.tiny, "seed": settings.seed} | files
+    record = folder / RECORD
+    then = read_json("--output", record) if record.is_file() else now
+    for name, value in now.items():
+        if then.get(name) != value:
+            must = f"must be {then[name]}" if then.get(name) is not None else "must be left out"
+            allowed = f"{must}, as in the demo that {folder} holds, or give another --output"
+            raise UserError(f"--{name}", value if value is not None else "nothing", allowed)
+    write_json(record, now)
+    return folder
 
 
 def _run_offline(settings: DemoSettings) -> DemoReport:
@@ -122,7 +145,7 @@ def _run_offline(settings: DemoSettings) -> DemoReport:
     console = Console()
     size = TINY if settings.tiny else FULL
     compute = {"device": settings.device, "threads": settings.threads}
-    folder = make_folder("--output", settings.output)
+    folder = _own_folder(settings)
 
     console.rule("1/6  corpus and tokenizer: Python's own manual and docstrings")
     corpus = write_manual_corpus(folder / "corpus", limit=size.documents)
@@ -327,7 +350,7 @@ def _run_real(settings: DemoSettings) -> RealReport:
     console = Console()
     size = REAL_TINY if settings.tiny else REAL
     compute = {"device": settings.device, "threads": settings.threads}
-    folder = make_folder("--output", settings.output)
+    folder = _own_folder(settings)
     clock = _Clock(folder / "times.json")
     print(COST.format(cache=cache_folder(), output=folder))
 

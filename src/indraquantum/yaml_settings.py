@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,10 @@ MOST_CHARACTERS = 1 << 18
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that refuses a key given twice; PyYAML's own silently takes the last value."""
+    """A loader that refuses a key given twice, whose last value PyYAML takes silently, and that reads 2e-3 as a number.
+
+    PyYAML's version of YAML, 1.1, wants 2.0e-3.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
@@ -29,6 +33,15 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, Hashable) and keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
+def number_or_text(value: Any) -> Any:
+    """Return the number that text such as 2e-3 stands for, as in a file of settings; any other value as it is."""
+    return float(value) if isinstance(value, str) and EXPONENT.match(value) else value
 
 
 def read_yaml(field: str, path: Path, holds: str) -> dict[str, Any]:

@@ -83,7 +83,8 @@ class Plan(Settings):
     """Variants that differ in size alone. The report draws each family's loss over parameters and over work, and
     compares the families with the first one."""
     search: Search | None = None
-    """The search for each variant's best setting."""
+    """The search for each variant's best setting. Its paths are relative to the plan too."""
+    _folder: Path = Path()  # of the plan, for the search; results record its paths as they are in the plan
 
     @field_validator("seeds")
     @classmethod
@@ -98,13 +99,14 @@ class Plan(Settings):
 
 
 def load_plan(path: Path) -> Plan:
-    """Read and check a plan.
+    """Read and check a plan, whose paths become relative to the current folder, except those of the search.
 
     Raises:
         UserError: the plan is wrong; the message names the field, its value and what is allowed.
     """
     content = read_yaml("CONFIG", path, "name, data and variants")
     plan = checked(lambda: Plan.model_validate(content), f"{path}: ")
+    plan._folder = path.parent
     _check_names(path, plan)
     _check_overrides(path, plan)
     return plan.model_copy(
@@ -123,7 +125,7 @@ def resolved(plan: Plan, variant: str, chosen: Overrides, **common: Any) -> Trai
     Raises:
         UserError: a value is out of range.
     """
-    stated = plan.base | plan.variants[variant] | chosen
+    stated = plan.base | plan.variants[variant] | _beside(plan._folder, chosen)
     return checked(lambda: TrainSettings(**(common | stated)), f"variants.{variant}: ")
 
 

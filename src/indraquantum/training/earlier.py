@@ -54,7 +54,7 @@ def with_former_shape(settings: TrainSettings) -> TrainSettings:
     A checkpoint that can't be read changes nothing: what resumes from it reports it.
     """
     try:
-        before = None if settings.resume == "never" else settings_of_checkpoint(settings)
+        before = settings_of_checkpoint(settings)
     except (UserError, OSError):  # OSError: another run, which holds the folder, has removed it
         return settings
     if before is None:
@@ -67,7 +67,9 @@ def with_former_shape(settings: TrainSettings) -> TrainSettings:
 
 def settings_of_checkpoint(settings: TrainSettings) -> dict[str, Any] | None:
     """Return what decides the run of the checkpoint to resume from, or of one of the same run; None without one."""
-    if settings.resume not in ("auto", "never"):
+    if settings.resume == "never":
+        return None
+    if settings.resume != "auto":
         path = Path(settings.resume)
         return load_checkpoint("--resume", path).settings if path.is_file() else None
     there = settings.output.glob("checkpoint_v4_*.pt")

@@ -108,19 +108,27 @@ def folder_of_record(folder: Path) -> Path | None:
     return checkpoints if here else None
 
 
+def is_elsewhere(path: Path, folder: Path) -> bool:
+    """Return whether the checkpoint at `path` is in another folder than the run's."""
+    return path.resolve().parent != folder.resolve()
+
+
 def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
     """Rename the metrics at `path` if they belong to another run, so that `run` neither continues nor replaces them.
 
     The samples beside them are renamed too.
 
     The metrics belong to `run` if run.json says so. Without a valid run.json, as in a copied folder, a resumed run
-    compares them with figures in its checkpoint: the best evaluation, or the tokens of its step if there was none.
+    compares them with figures in its checkpoint: the best evaluation, or the tokens of its step if there was none. So
+    does a run that resumes from a checkpoint in another folder.
     """
     if not path.exists() or not path.stat().st_size:
         return
     owner = folder_of_record(path.parent)
     if owner is not None and owner.resolve() == run.folder.resolve():
-        return
+        wanted = run.settings.resume
+        if not resumed or wanted == "auto" or not is_elsewhere(Path(wanted), run.folder):
+            return
     if resumed and _are_of(path, run):
         return
     parts = (path, path.with_name(SAMPLES_NAME))

@@ -12,6 +12,7 @@ The added steps have the last weights of these curves.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from indraquantum.training.checkpoint import (
     set_aside,
 )
 from indraquantum.training.earlier import CHANGED_DEFAULTS, with_defaults
+from indraquantum.training.folders import is_elsewhere
 from indraquantum.training.guards import CollapseGuard
 from indraquantum.training.parallel import DTYPES, scattered, scattered_optimizer
 from indraquantum.training.plan import Plan, RunStage
@@ -60,13 +62,15 @@ def resume(run: Run) -> bool:
     """Restore `run` from the checkpoint that its settings ask for. Return False if there is none.
 
     Raises:
-        UserError: the checkpoint is damaged or comes from a run with other settings, or `--resume never` is given and
-            the folder holds one.
+        UserError: the checkpoint is damaged or comes from a run with other settings, `--resume never` is given and the
+            folder holds one, or `--resume PATH` is given and the folder holds another run.
     """
     processes, read = run.processes, []
 
     def choose() -> Path | None:
         read.append(_wanted_checkpoint(run.settings.resume, run.folder, run.plan))
+        if read[0] is not None and is_elsewhere(read[0].path, run.folder):
+            _require_its_folder(run, read[0])
         return read[0] and read[0].path
 
     path = processes.first(choose)
@@ -130,6 +134,25 @@ def _wanted_checkpoint(wanted: str, folder: Path, plan: Plan) -> Found | None:
     return Found(Path(wanted), load_checkpoint("--resume", Path(wanted)))
 
 
+def _require_its_folder(run: Run, found: Found) -> None:
+    """Check that the folder of `run` holds no other run than that of `found`, whose files it would mix with its own.
+
+    Raises:
+        UserError: it holds one.
+    """
+    for _, path in checkpoints_in(run.folder, run.plan.step_of_epoch):
+        with contextlib.suppress(DamagedCheckpoint):
+            there, ours = (
+                without_length(with_defaults(checkpoint.settings, run.identity, type(run.settings)))
+                for checkpoint in (load_checkpoint("--output", path), found.checkpoint)
+            )
+            if (difference := first_difference(there, ours)) is not None:
+                option, value = difference.option_and_value()
+                allowed = f"must be empty, or hold the run of --resume {found.path}; it holds one with {option} {value}"
+                raise UserError("--output", run.folder, allowed)
+            return
+
+
 def _go_back(run: Run, used: Path, checkpoint: Checkpoint) -> None:
     """Set later checkpoints aside when a run goes back to an earlier one. They would be ahead of the metrics.
 
@@ -139,12 +162,13 @@ def _go_back(run: Run, used: Path, checkpoint: Checkpoint) -> None:
         checkpoint: what is there. Automatic resume must find it too, even if it has the name of the best one.
     """
     there = checkpoints_in(run.folder, run.plan.step_of_epoch)
-    if run.settings.resume != "auto" and run.step not in (step for step, _ in there):
+    from_path = run.settings.resume != "auto"
+    if from_path and (is_elsewhere(used, run.folder) or run.step not in (step for step, _ in there)):
         save_checkpoint(run.step_path, checkpoint)
     later = [path for step, path in there if step > run.step]
     best = run.folder / BEST_NAME
     # Automatic resume may find one that is ahead too, after a crash. Then the same steps will write it again.
-    if run.settings.resume != "auto" and best.exists() and _is_ahead(best, run.step):
+    if from_path and best.exists() and _is_ahead(best, run.step):
         later.append(best)
     set_aside(path for path in later if path.resolve() != used.resolve())
 

@@ -402,6 +402,8 @@ def check_resume(resume: str, folder: Path, plan: Plan) -> None:
 def starting_weights(settings: TrainSettings, plan: Plan) -> dict[str, Tensor] | None:
     """Return the weights of the checkpoint that the strategy starts from, or None if it starts from none.
 
+    If the checkpoint has a moving average, these are its weights, as everywhere else.
+
     Raises:
         UserError: the checkpoint is damaged, or its model has another shape or tokenizer.
     """
@@ -417,7 +419,7 @@ def starting_weights(settings: TrainSettings, plan: Plan) -> dict[str, Tensor] |
         if getattr(theirs, name) != getattr(ours, name):
             allowed = f"must be of a model with --{option} {getattr(ours, name)}, not {getattr(theirs, name)}"
             raise UserError("--start-from", path, allowed)
-    return checkpoint.model
+    return checkpoint.model | checkpoint.average
 
 
 def refuse_checkpoints(folder: Path, plan: Plan) -> None:

@@ -27,7 +27,7 @@ from indraquantum.training.earlier import FORMER_SHAPE, settings_of_checkpoint, 
 from indraquantum.training.loop import take_step
 from indraquantum.training.plan import RunStage, rows_per_step
 from indraquantum.training.resume import as_there
-from indraquantum.training.run import FREE_SETTINGS, Run, trial_run
+from indraquantum.training.run import FREE_SETTINGS, Run, check_resume, trial_run
 from indraquantum.training.schedule import steps_per_epoch
 
 BATCH_TOKENS = 2048  # better than the default of long runs for every length up to 10M tokens that was tried
@@ -62,16 +62,19 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
         if option in settings.model_fields_set and getattr(settings, option) is not None:
             allowed = "must be left out with --minutes, which chooses the number of steps"
             raise UserError(as_option(option), getattr(settings, option), allowed)
-    if resolve(settings).stages[0].fraction is None:
+    fractions = [stage.fraction for stage in resolve(settings).stages]
+    if None in fractions:
         allowed = f"must be left out with --strategy {settings.strategy}, whose stages set their own lengths"
         raise UserError("--minutes", settings.minutes, allowed)
     if (begun := _begun(settings)) is not None:
         return settings.model_copy(update=begun)
     started = time.perf_counter()
     given = {} if "batch_tokens" in settings.model_fields_set else {"batch_tokens": BATCH_TOKENS}
-    settings = settings.model_copy(update={"epochs": 1} | given)
+    epochs = math.ceil(1 / min(fractions))  # each stage has a step, of data of any size
+    settings = settings.model_copy(update={"epochs": epochs} | given)
     with using(in_force()):  # a run takes the quickest way, which is not to outlast it
         run = trial_run(settings, counts_text=False)
+        check_resume(settings.resume, settings.output, run.plan)
         seconds = step_seconds(run)
         evaluation = evaluation_seconds(run)
     steps = _steps_within(run, settings.minutes * 60 - (time.perf_counter() - started), seconds, evaluation)
@@ -80,8 +83,10 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
         raise UserError(
             "--minutes", settings.minutes, f"must be at least {least} here, where a step takes {seconds:.2g} s"
         )
-    tokens = round(steps * real_tokens_per_step(run.plan.stages[0]))
-    said = f"{settings.minutes:g} minutes: {steps:,} steps of {settings.batch_tokens:,} tokens, {tokens:,} in all"
+    first = run.plan.stages[0]
+    tokens = round(steps * real_tokens_per_step(first))
+    size = min(first.rows_per_step, first.train.num_rows) * run.plan.dataset.row_length  # in whole rows
+    said = f"{settings.minutes:g} minutes: {steps:,} steps of {size:,} tokens, {tokens:,} in all"
     tell(f"{said}; a step takes {duration(seconds) if seconds >= 1 else f'{seconds:.2f} s'}.")
     if (loss := expected_loss(run, tokens)) is not None:
         tell(f"Held-out loss: {expectation(loss)}.")
@@ -90,7 +95,7 @@ def within_minutes(settings: TrainSettings) -> TrainSettings:
 
 def real_tokens_per_step(stage: RunStage) -> float:
     """Return how many tokens a step of `stage` reads on average, without padding."""
-    return stage.rows_per_step * stage.train.num_tokens / stage.train.num_rows
+    return min(stage.rows_per_step, stage.train.num_rows) * stage.train.num_tokens / stage.train.num_rows
 
 
 def _lengths(run: Run, steps: int) -> dict[str, int]:
