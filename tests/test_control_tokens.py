@@ -201,6 +201,20 @@ def test_the_manifest_says_that_documents_begin_with_their_text(qwen):
     assert "Über" in show_rows(qwen / "d", ShowSettings(rows=1)).split("\n")[2]
 
 
+def test_the_folder_of_a_dataset_is_its_tokenizer(qwen, lines, tmp_path):
+    """Its tokenizer.json names no BOS and no EOS; the manifest does."""
+    tokenizer = load_tokenizer("--tokenizer", str(qwen / "d"))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 2)
+    assert load_tokenizer("--tokenizer", str(qwen / "d"), "eos").control_ids == (2, 2)
+    assert open_dataset("--data", qwen / "d.pkl", str(qwen / "d")).tokenizer.eos_id == 2
+    prepare(
+        PrepareSettings(text=(str(lines),), wikitext_samples=0, alpaca_samples=0, tokenizer=str(qwen / "d"),
+                        max_length=40, output=tmp_path / "again.pkl")
+    )  # fmt: skip
+    first, again = (open_dataset("--data", path) for path in (qwen / "d", tmp_path / "again"))
+    assert first.content_sha256 == again.content_sha256
+
+
 def test_the_first_token_is_no_label_and_its_bytes_are_not_counted(qwen, checkpoint, lines):
     dataset = open_dataset("--data", qwen / "d")
     batch = dataset.validation.batch(np.arange(dataset.validation.num_rows))

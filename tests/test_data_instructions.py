@@ -210,6 +210,39 @@ def test_messages_of_both_forms_with_null_in_one_are_read(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize(
+    "kind", [pa.timestamp("ns"), pa.timestamp("us"), pa.duration("ns"), pa.time64("ns"), pa.timestamp("s"), pa.date64()]
+)
+def test_dates_and_times_are_unused_whatever_python_can_hold(tmp_path, kind, suffix):
+    """A nanosecond more than a microsecond, and a year that Python does not know."""
+    values = [1, None, 86_400_000 * (10**7 if kind in (pa.timestamp("s"), pa.date64()) else 1)]
+    times = pa.array(values, pa.int64()).cast(kind, safe=False)
+    texts = {name: pa.array(list("abc")) for name in ("instruction", "output")}
+    table = pa.table({**texts, "when": times})
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    reading = Reading("--instructions")
+    found = list(alpaca_samples("--instructions", str(path), reading=reading))
+    assert [sample.output for sample in found] == ["a", "b", "c"]
+    assert reading.unused_fields == {"when": 2}
+
+
+def test_a_date_that_python_cannot_hold_inside_a_list_is_one_line(tmp_path):
+    far = pa.array([[10**15]], pa.list_(pa.int64())).cast(pa.list_(pa.timestamp("s")))
+    pq.write_table(pa.table({"instruction": ["a"], "output": ["b"], "when": far}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"^--instructions: got \S+; must have values that Python can hold \("):
+        read_alpaca("--instructions", str(tmp_path / "a.parquet"))
+    twice = pa.table([["a"], ["b"], ["c"]], names=["instruction", "output", "output"])
+    pq.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"^--instructions: got \S+; must have one column 'output', not 2$"):
+        read_alpaca("--instructions", str(tmp_path / "b.parquet"))
+
+
 def test_fields_beside_a_conversation_are_told_once_as_unused(tmp_path):
     talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     _, reading = read(tmp_path / "a.json", [talk | {"prompt": "a", "context": "c"}], conversations="single")

@@ -87,6 +87,20 @@ def test_the_estimate_covers_what_a_forward_pass_holds(tmp_path, kind, vocabular
     assert live.peak <= size.token * 8 * 64 <= 3 * live.peak
 
 
+def test_layers_of_different_widths_count_as_the_widest(tmp_path):
+    from transformers import Gemma3nTextConfig
+
+    names = {"vocab_size": 300, "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "head_dim": 8,
+             "num_key_value_heads": 1, "vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 4,
+             "layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 0, "laurel_rank": 4,
+             "activation_sparsity_pattern": [0.0, 0.0], "altup_num_inputs": 2}  # fmt: skip
+    sizes = []
+    for inner in ([20, 40], [40, 40]):
+        Gemma3nTextConfig(**names, intermediate_size=inner).save_pretrained(tmp_path)
+        sizes.append(teacher_size(find_teacher("--teacher", str(tmp_path)), 4))
+    assert sizes[0].token == sizes[1].token == (300 + 4 * 40 + 10 * 16) * 4
+
+
 def test_quantised_weights_take_as_much_memory_as_their_files(tmp_path):
     page = {
         "model_type": "llama",

@@ -61,10 +61,37 @@ def test_a_teacher_that_cannot_be_reached_has_a_way_round(world, tmp_path):
         capture(CaptureSettings(**offline))
     with pytest.raises(UserError, match=re.escape(way)):  # of a pickle, the packed folder beside it
         capture(CaptureSettings(**offline | {"data": world.pickle}))
+    with pytest.raises(UserError, match="^--teacher: got nobody/llama@refs/pr/1; .* can't be reached; "):
+        capture(CaptureSettings(**offline | {"teacher": "nobody/llama@refs/pr/1"}))
+    dotted = shutil.copytree(world.data, tmp_path / "v1.5")
+    with pytest.raises(UserError, match=re.escape(way.replace(str(world.data), str(dotted)))):
+        capture(CaptureSettings(**offline | {"data": dotted}))
     data = shutil.copytree(world.data, tmp_path / "mixed")
     way = way.replace(str(world.data), str(data)) + "; or --no-teacher"
     with pytest.raises(UserError, match=re.escape(way) + "$"):
         train(TrainSettings(data=data, teacher="nobody/llama", output=tmp_path / "run", logs=tmp_path / "logs"))
+
+
+@pytest.mark.parametrize("kind", ["sampled", "topk", "full"])
+def test_a_shard_holds_no_more_tokens_with_a_probability_than_fit_into_memory(
+    settings, dataset, tmp_path, monkeypatch, kind
+):
+    monkeypatch.setattr(capture_module, "SHARD_ENTRIES", 30_000)
+    entries = {"sampled": 50, "topk": 50, "full": dataset.tokenizer.vocabulary_size}[kind]
+    capture(changed(settings, kind=kind), dataset)
+    shards = read_manifest("", settings.output).shards
+    rows = max(entry.rows[1] - entry.rows[0] for entry in shards)
+    assert rows * dataset.row_length * entries <= 30_000
+    assert (len(shards) > 2) == (kind == "full")
+
+
+def test_a_teacher_without_a_tokenizer_is_named_for_both_forms_of_the_data(world, tmp_path):
+    teacher = shutil.copytree(world.teacher, tmp_path / "teacher", ignore=shutil.ignore_patterns("tokenizer*"))
+    said = f"--teacher: got {teacher}; has no tokenizer.json and no tokenizer.model; put tokenizer.json and "
+    for data in (world.data, world.pickle):
+        with pytest.raises(UserError) as refused:
+            capture(CaptureSettings(data=data, teacher=str(teacher), output=tmp_path / "signals"))
+        assert str(refused.value) == said + "tokenizer_config.json beside the model's files"
 
 
 @pytest.fixture

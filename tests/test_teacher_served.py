@@ -186,6 +186,20 @@ def test_an_answer_that_cannot_be_right_is_refused(settings, server, spoil, mess
     assert files_of(settings.output) == {}
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "a\nb", "a\x7f"])
+def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(settings, server, monkeypatch, key):
+    monkeypatch.setenv("INDRA_API_KEY", key)
+    with pytest.raises(UserError) as refused:
+        capture(settings, None, SHARD)
+    assert str(refused.value) == "INDRA_API_KEY: got a key; must be of printable ASCII characters only"
+    assert not server.times
+
+
+def test_a_key_may_end_with_a_line_end(settings, server, monkeypatch):
+    monkeypatch.setenv("INDRA_API_KEY", "secret\r\n")
+    assert capture(settings, None, SHARD).positions_asked > 0
+
+
 def test_refusals_are_not_retried(settings, server):
     server.faults += [400]
     with pytest.raises(UserError, match=r"--teacher: .*refuses the request \(status 400"):

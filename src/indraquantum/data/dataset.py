@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from indraquantum.data.dataset_manifest import FORMAT, FORMAT_VERSION, read_dataset_manifest
+from indraquantum.data.dataset_manifest import FORMAT, FORMAT_VERSION, is_dataset, read_dataset_manifest
 from indraquantum.data.held_out import SPLITS
 from indraquantum.data.large_arrays import save_npy
 from indraquantum.data.padded import open_pickle
@@ -27,7 +27,7 @@ from indraquantum.data.same_tokenizer import require_same_tokenizer
 from indraquantum.data.split import Split
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer
 from indraquantum.errors import UserError
-from indraquantum.files import atomic_folder, check_manifest_json, read_json, sha256_of, write_manifest_json
+from indraquantum.files import atomic_folder, check_manifest_json, sha256_of, write_manifest_json
 from indraquantum.versions import versions
 
 
@@ -85,7 +85,7 @@ def write_dataset(
 
 
 def open_dataset(
-    field: str, path: str | Path, tokenizer: str | None = None, *, verify: bool = False
+    field: str, path: str | Path, tokenizer: str | TextTokenizer | None = None, *, verify: bool = False
 ) -> PreparedDataset:
     """Open a prepared folder or a pickle of padded rows.
 
@@ -94,7 +94,8 @@ def open_dataset(
     Args:
         field: The option to name in an error.
         path: The folder, or the pickle.
-        tokenizer: The tokenizer of a pickle, which has none of its own. For a folder it must be the folder's own.
+        tokenizer: The tokenizer of a pickle, which has none of its own, or the name of its folder, file or hub id. For
+            a folder it must be the folder's own.
         verify: Check every byte of a folder first, at about a second for a gigabyte. A pickle is always read as a
             whole.
 
@@ -116,16 +117,7 @@ def open_dataset(
     return open_pickle(field, path, tokenizer)
 
 
-def is_dataset(folder: Path) -> bool:
-    """Whether `folder` holds a prepared dataset of any version."""
-    try:
-        manifest = read_json("", folder / "manifest.json")
-    except UserError:
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-
-
-def _open_folder(field: str, folder: Path, tokenizer_name: str | None) -> PreparedDataset:
+def _open_folder(field: str, folder: Path, wanted: str | TextTokenizer | None) -> PreparedDataset:
     manifest = read_dataset_manifest(field, folder)
     present = [name for name in SPLITS if name != "test" or name in manifest["largest_ids"]]
     for name in ("tokenizer.json", *(f"{name}/{array}.npy" for name in present for array in ARRAYS)):
@@ -138,9 +130,9 @@ def _open_folder(field: str, folder: Path, tokenizer_name: str | None) -> Prepar
             found = "it is missing" if size is None else f"it has {size}"
             raise UserError(field, file, f"is damaged: it must have {facts['bytes']} bytes, but {found}")
     tokenizer = TextTokenizer.from_manifest(field, folder / "tokenizer.json", manifest)
-    if tokenizer_name is not None:
-        given = load_tokenizer("--tokenizer", tokenizer_name)
-        require_same_tokenizer("--tokenizer", tokenizer_name, "must be the tokenizer of the dataset", tokenizer, given)
+    if wanted is not None:
+        given = load_tokenizer("--tokenizer", wanted) if isinstance(wanted, str) else wanted
+        require_same_tokenizer("--tokenizer", wanted, "must be the tokenizer of the dataset", tokenizer, given)
     names = tuple(source["name"] for source in manifest["sources"])
     splits = {}
     for name in present:

@@ -93,6 +93,15 @@ class DatasetManifest(_Page):
         return self
 
 
+def is_dataset(folder: Path) -> bool:
+    """Whether `folder` holds a prepared dataset of any version."""
+    try:
+        manifest = read_json("", folder / "manifest.json")
+    except UserError:
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
 def read_dataset_manifest(field: str, folder: Path) -> dict[str, Any]:
     """Read and check the manifest of the dataset in `folder`; return it unchanged.
 

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from indraquantum.config import PrepareSettings
-from indraquantum.data.dataset import is_dataset, write_dataset
+from indraquantum.data.dataset import write_dataset
+from indraquantum.data.dataset_manifest import is_dataset
 from indraquantum.data.held_out import SPLITS, TEST, VALIDATION
 from indraquantum.data.large_arrays import Spool, chunks, release
 from indraquantum.data.mixture import (

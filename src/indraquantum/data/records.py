@@ -311,8 +311,6 @@ def table_rows(field: str, path: Path, choose: Callable[[pyarrow.Schema], list[s
         reason = (str(error).splitlines() or [""])[0][:120]
         kind = "a parquet" if path.suffix == ".parquet" else "an Arrow"
         raise UserError(field, path, f"must be {kind} file that can be read ({reason})") from None
-    except UnicodeDecodeError:
-        raise UserError(field, path, "must hold UTF-8 text; the bytes of a column are not UTF-8") from None
 
 
 def _parquet_rows(field: str, path: Path, choose: Callable[[pyarrow.Schema], list[str]]) -> Iterator[dict[str, Any]]:
@@ -321,7 +319,7 @@ def _parquet_rows(field: str, path: Path, choose: Callable[[pyarrow.Schema], lis
     with pyarrow.parquet.ParquetFile(path) as file:
         columns = _once(field, path, file.schema_arrow, choose(file.schema_arrow))
         for batch in file.iter_batches(TABLE_ROWS, columns=columns):
-            yield from batch.to_pylist()
+            yield from _as_python(field, path, batch)
 
 
 def _arrow_rows(field: str, path: Path, choose: Callable[[pyarrow.Schema], list[str]]) -> Iterator[dict[str, Any]]:
@@ -335,7 +333,25 @@ def _arrow_rows(field: str, path: Path, choose: Callable[[pyarrow.Schema], list[
         batches = (opened.get_batch(n) for n in range(opened.num_record_batches)) if is_file else opened
         for batch in batches:
             for start in range(0, batch.num_rows, TABLE_ROWS):
-                yield from batch.select(columns).slice(start, TABLE_ROWS).to_pylist()
+                yield from _as_python(field, path, batch.select(columns).slice(start, TABLE_ROWS))
+
+
+def _as_python(field: str, path: Path, batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
+    """Return the rows of `batch`. A date or time becomes True: Python has none with nanoseconds, or after 9999."""
+    import pyarrow.compute
+
+    for place, column in enumerate(batch.columns):
+        if pyarrow.types.is_temporal(column.type):
+            present = pyarrow.compute.is_valid(column)
+            there = pyarrow.compute.if_else(present, True, pyarrow.scalar(None, pyarrow.bool_()))
+            batch = batch.set_column(place, batch.schema.names[place], there)
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        raise UserError(field, path, "must hold UTF-8 text; the bytes of a column are not UTF-8") from None
+    except (ValueError, OverflowError) as error:  # a date or time inside of a list or a struct
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(field, path, f"must have values that Python can hold ({reason})") from None
 
 
 def _once(field: str, path: Path, schema: pyarrow.Schema, columns: list[str]) -> list[str]:

@@ -25,9 +25,11 @@ from indraquantum.data.control_tokens import (
     CONFIG,
     MAP,
     Start,
+    Stated,
     choose_control_tokens,
     read_stated,
 )
+from indraquantum.data.dataset_manifest import is_dataset, read_dataset_manifest
 from indraquantum.data.gguf_file import SUFFIX, is_gguf, open_gguf
 from indraquantum.data.gguf_tokenizer import Described
 from indraquantum.data.sentencepiece_check import warn_of_difference
@@ -47,7 +49,6 @@ RARER = "\r\u05d0\u0639\u0905\ud55c"  # a line end of Windows, Hebrew, Arabic, D
 # Texts encoded at once: enough for all cores. The library takes about 25 bytes for each character.
 CHUNK_DOCUMENTS = 1024
 CHUNK_CHARACTERS = 1 << 22
-REMEDY = "put tokenizer.json and tokenizer_config.json into a folder and give it with --tokenizer FOLDER"
 
 
 class TextTokenizer:
@@ -231,7 +232,8 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
 
     A folder without tokenizer.json may hold a SentencePiece model, tokenizer.model, which is converted. If both are
     there, tokenizer.json is used, and a line on stderr warns if the two give different ids. A GGUF file holds its
-    tokenizer, which is converted too. A line on stderr warns if rare characters are dropped.
+    tokenizer, which is converted too. The folder of a prepared dataset has the dataset's tokenizer. A line on stderr
+    warns if rare characters are dropped.
 
     Args:
         field: The option to name in an error.
@@ -245,8 +247,14 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
     file = _tokenizer_file(field, name)
     if damaged_file(file.parent, [file.name]) is not None:
         raise UserError(field, file, NOT_ITS_SUM)
+    prepared = _of_dataset(field, file)
+    if prepared is not None and start == "auto":
+        return prepared
     description, stated = _described(field, file)
     backend = _backend(field, file, description)
+    if prepared is not None:
+        bos, eos = (None if id_ is None else backend.id_to_token(id_) for id_ in (prepared.bos_id, prepared.eos_id))
+        stated = Stated(bos, eos, bos is None)
     control = choose_control_tokens(field, file, stated, backend, start)
     tokenizer = TextTokenizer(backend, *control)
     if (spelled := _spelled_control_token(tokenizer)) is not None:
@@ -263,6 +271,13 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
     if dropped := _dropped(tokenizer.backend, RARER):
         warn(f"warning: {file} has no token for {', '.join(map(repr, dropped))}; a text loses what has no token")
     return tokenizer
+
+
+def _of_dataset(field: str, file: Path) -> TextTokenizer | None:
+    """Return the tokenizer of a prepared dataset, whose manifest names BOS and EOS, or None if `file` is of no such."""
+    if file.name != JSON_FILE or not is_dataset(file.parent):
+        return None
+    return TextTokenizer.from_manifest(field, file, read_dataset_manifest(field, file.parent))
 
 
 def _described(field: str, file: Path) -> Described:
@@ -351,6 +366,13 @@ def _without_stderr() -> Iterator[None]:
         os.close(saved)
 
 
+def _remedy(field: str) -> str:
+    files = "tokenizer.json and tokenizer_config.json"
+    if field == "--tokenizer":
+        return f"put {files} into a folder and give it with --tokenizer FOLDER"
+    return f"put {files} beside the model's files"
+
+
 def _tokenizer_file(field: str, name: str) -> Path:
     """Find the tokenizer.json or tokenizer.model that `name` means; a hub id is downloaded."""
     path = Path(name)
@@ -358,14 +380,14 @@ def _tokenizer_file(field: str, name: str) -> Path:
         if path.exists():
             return path
         if not HUB_ID.fullmatch(name) or path.suffix in (".json", ".model", SUFFIX):
-            raise UserError(field, name, f"does not exist; {REMEDY}")
+            raise UserError(field, name, f"does not exist; {_remedy(field)}")
         from indraquantum.data.download import hub_files
 
-        path = hub_files(field, name, FILES, "model", REMEDY)
+        path = hub_files(field, name, FILES, "model", _remedy(field))
     for file in (path / JSON_FILE, path / SENTENCEPIECE_FILE):
         if file.is_file():
             return file
-    raise UserError(field, name, f"has no tokenizer.json and no tokenizer.model; {REMEDY}")
+    raise UserError(field, name, f"has no tokenizer.json and no tokenizer.model; {_remedy(field)}")
 
 
 def _spelled_control_token(tokenizer: TextTokenizer) -> str | None:

@@ -90,7 +90,7 @@ def server_of(loaded: Loaded, settings: ServeSettings, engine: Engine, listener:
     from indraquantum.serving.app import Application, Guard, Served
 
     host, port = listener.getsockname()[:2]
-    key = settings.api_key or os.environ.get("INDRA_API_KEY") or None
+    key = settings.api_key or os.environ.get("INDRA_API_KEY", "").strip() or None
     local = ipaddress.ip_address(host.partition("%")[0]).is_loopback
     served = Served(
         engine=engine,

@@ -130,6 +130,7 @@ def teacher_size(files: TeacherFiles, item_bytes: int) -> TeacherSize:
         about = config.get_text_config()
         width = about.hidden_size
         inner = getattr(about, "intermediate_size", None) or 4 * width
+        inner = max(inner) if isinstance(inner, list | tuple) else inner  # one for each layer, as in Gemma 3n
         # The logits; the gated MLP's two products and what becomes of them; states, queries, keys, values, copies.
         per_token = about.vocab_size + 4 * inner + 10 * width
     weight_bytes = weights * item_bytes

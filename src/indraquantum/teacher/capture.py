@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from indraquantum.data.prepared import PreparedDataset
 
 SHARD_POSITIONS = 65_536  # about 3 MB; one worker captures one shard at a time
+SHARD_ENTRIES = 1 << 25  # tokens with a probability, at 32 bytes in memory each; fewer positions for --kind full
 MARK = ".begun-by-train"  # beside the manifest of a capture that training began and has not completed
 # The files that a capture writes besides shards and manifest. It leaves all other files in its folder alone.
 JOURNAL = re.compile(rf"(train|validation)-\d{{6,}}\.safetensors{re.escape(SUFFIX)}")
@@ -126,7 +127,8 @@ def capture(
                     require_memory(settings, about, settings.precision)
             files = find_teacher("--teacher", settings.teacher)
         except Unreachable as error:
-            folder = settings.data.with_suffix("")  # of a pickle, the packed dataset beside it
+            # Of a pickle, the packed dataset beside it.
+            folder = settings.data.with_suffix("") if settings.data.suffix == ".pkl" else settings.data
             way = f"`indra teacher --data {folder} --output checkpoints/teacher`, then --teacher checkpoints/teacher"
             raise Unreachable(error.field, error.value, f"{error.allowed}; or train a small one: {way}") from None
     if dataset is None:
@@ -174,6 +176,8 @@ def _identity(
     settings: CaptureSettings, files: TeacherFiles | None, dataset: PreparedDataset, shard_positions: int
 ) -> Identity:
     """Return what the signals of a new capture belong to."""
+    entries = {"full": dataset.tokenizer.vocabulary_size, "topk": settings.top_k, "sampled": settings.draws}
+    positions = min(shard_positions, SHARD_ENTRIES // entries[settings.kind])
     identity = Identity(
         served=files is None,
         teacher_sha256=files.sha256() if files else served_identity(settings),
@@ -185,7 +189,7 @@ def _identity(
         draws=settings.draws if settings.kind == "sampled" else None,
         top_k=settings.top_k if settings.kind == "topk" else None,
         seed=settings.seed,
-        rows_per_shard=max(1, shard_positions // dataset.row_length),
+        rows_per_shard=max(1, positions // dataset.row_length),
     )
     if settings.kind == "topk" and settings.top_k > identity.vocabulary_size:
         raise UserError("--top-k", settings.top_k, f"must be at most the vocabulary's {identity.vocabulary_size}")

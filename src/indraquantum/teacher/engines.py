@@ -42,10 +42,10 @@ def open_data(settings: CaptureSettings, files: TeacherFiles | None, verify: boo
             "--data", settings.data, "must be the packed folder, because neither a pickle nor a server has a tokenizer"
         )
     from indraquantum.data.dataset import open_dataset
+    from indraquantum.data.tokenizer import load_tokenizer
 
-    return open_dataset(
-        "--data", settings.data, files.tokenizer if files and settings.data.is_file() else None, verify=verify
-    )
+    theirs = load_tokenizer(files.field, files.tokenizer) if files and settings.data.is_file() else None
+    return open_dataset("--data", settings.data, theirs, verify=verify)
 
 
 def run_jobs(

@@ -85,7 +85,9 @@ def served_model(settings: CaptureSettings, client: httpx2.Client) -> str:
 def _client(settings: CaptureSettings) -> httpx2.Client:
     import httpx2
 
-    key = os.environ.get("INDRA_API_KEY")
+    key = os.environ.get("INDRA_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("INDRA_API_KEY", "a key", "must be of printable ASCII characters only")
     return httpx2.Client(
         headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=httpx2.Timeout(_TIMEOUT_SECONDS, connect=10),

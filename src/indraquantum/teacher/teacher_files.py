@@ -73,8 +73,8 @@ class TeacherFiles:
 
 def is_hub_id(name: str) -> bool:
     """Return whether `name` is no file and no folder of this machine, but may be an id of the Hugging Face hub."""
-    folder = Path(name)
-    return not (folder.exists() or is_gguf(name) or name.count("/") > 1 or name.startswith((".", "~", "/")))
+    path_like = name.partition("@")[0].count("/") > 1 or name.startswith((".", "~", "/"))
+    return not (Path(name).exists() or is_gguf(name) or path_like)
 
 
 def find_teacher(field: str, name: str, *, weights: bool = True) -> TeacherFiles:
