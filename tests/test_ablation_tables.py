@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from indraquantum.ablation.report import alignment_table, bands_table, front_tables, sizes_table
+from indraquantum.ablation.report import alignment_table, bands_table, front_tables, search_table, sizes_table
 
 FAMILIES = SimpleNamespace(families={"plain": ("s", "l"), "ours": ("o",)})
 
@@ -97,3 +97,18 @@ def test_correlations_by_hand():
         "control: own entropy, entropy",
     ]  # fmt: skip
     assert found.rows == [["taught", "0.500", "0.250", "none", "-0.125"], ["plain", *["none"] * 4]]
+
+
+def test_the_chosen_setting_of_a_search_is_that_of_the_runs():
+    """A setting that was added when the runs were done is better, and none of them has it."""
+    rates = [{"learning_rate": rate} for rate in (1.0, 2.0, 3.0)]
+    losses = [{"status": "finished", "sources": {"all": {"cross_entropy": loss}}} for loss in (5.0, 4.5, 4.25)]
+    plan = SimpleNamespace(grid_of=lambda variant: rates)
+
+    def marked(trials: list, runs: dict) -> list[str]:
+        return [row[-1] for row in search_table(plan, {"x": trials}, {"x": runs}).rows]
+
+    assert marked(losses, {0: {"chosen": rates[1]}}) == ["", "chosen", ""]
+    assert marked(losses, {}) == ["", "", "chosen"]
+    assert marked([losses[0], {"status": "failed"}, None], {}) == ["chosen", "", ""]
+    assert marked([None, None, None], {}) == ["", "", ""]

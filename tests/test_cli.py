@@ -187,7 +187,10 @@ def test_only_a_run_is_shared_by_several_processes(monkeypatch, capsys, tmp_path
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, out, err = run(capsys, *arguments.format(path).split())
     assert (status, out) == (2, "")
-    assert "torchrun: got 2 processes; must be 1" in err
+    said = "torchrun: got 2 processes; must be 1: only `indra train` runs in several processes"
+    if arguments != "runs":
+        said = "--dry-run: got True; must be left out with several processes"
+    assert said in err
 
 
 def test_the_shipped_files_of_options_run(world, root, tmp_path, capsys):

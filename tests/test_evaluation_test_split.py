@@ -198,6 +198,20 @@ def test_a_final_report_measures_every_run_once(world, data, tmp_path, capsys, n
         read_final(tmp_path / "results")
 
 
+def test_no_test_split_is_read_for_runs_that_all_failed(world, data, tmp_path, no_pictures):
+    changes = {"data": str(data), "seeds": [3], "search": None, "base": BASE | {"max_steps": 2}, "pairs": []}
+    plan = write_plan(world, tmp_path, **changes, variants={"wide": {"no_teacher": True, "d_model": 8}})
+    bench = bench_of(plan, tmp_path)
+    task = bench.run("wide", 3, {})
+    run_task(task)
+    failed = json.loads(task.result.read_text()) | {"status": "failed", "line": "its loss is not finite"}
+    task.result.write_text(json.dumps(failed))
+    with pytest.raises(UserError, match=r"--final: got .*; must hold a finished run of this plan"):
+        measure_finally(bench, [task], "")
+    assert not readings_path(data).exists()
+    assert not (tmp_path / "results" / "final.json").exists()
+
+
 def test_final_figures_that_lack_a_run_say_so(world, data, tmp_path, capsys, no_pictures):
     changes = {"data": str(data), "search": None, "pairs": [], "base": BASE | {"max_steps": 2}}
     variants = {"wide": {"no_teacher": True, "d_model": 8}}

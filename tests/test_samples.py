@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import survival
-from indraquantum.config import TestSettings, TrainSettings
+from indraquantum.config import PrepareSettings, TestSettings, TrainSettings
 from indraquantum.data.dataset import open_dataset
+from indraquantum.data.prepare import prepare
 from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.inference.load import load
@@ -133,6 +134,25 @@ def test_the_prompts_are_held_out_and_leave_out_the_answer(world):
     assert any(text.startswith(wiki) and len(wiki) < len(text) for text in texts)
     assert alpaca.endswith("### Response:\n")
     assert any(text.startswith(alpaca) and len(alpaca) < len(text) for text in texts)
+
+
+def test_a_prompt_ends_with_a_whole_character(world, tmp_path):
+    """The tiny tokenizer spells these characters in bytes, three each, and a prompt has 24 tokens or half of them."""
+    text = tmp_path / "text.txt"
+    paragraphs = ["一二三四五六七八九十"[k:] + "天地人"[: 1 + k % 3] + "山水" * (k % 5) for k in range(10)] * 12
+    text.write_text("\n\n".join(f"{number} {paragraph}" for number, paragraph in enumerate(paragraphs)), "utf-8")
+    options = {"wikitext_samples": 0, "alpaca_samples": 0, "tokenizer": str(world.tokenizer), "max_length": 48}
+    folders = [
+        prepare(PrepareSettings(text=(str(text),), output=tmp_path / f"{seed}.pkl", seed=seed, **options)).folder
+        for seed in range(3)
+    ]
+    for folder in folders:
+        dataset = open_dataset("--data", folder)
+        split = dataset.validation
+        (prompt,) = held_out_prompts(dataset)
+        first = split.tokens[split.document_offsets[0] : split.document_offsets[1]].tolist()
+        assert dataset.tokenizer.decode(first).startswith(prompt)
+        assert len(prompt) > 1
 
 
 def test_averaged_weights_are_sampled_and_put_back(world, tmp_path):

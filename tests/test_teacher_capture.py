@@ -61,7 +61,7 @@ def test_a_teacher_that_cannot_be_reached_has_a_way_round(world, tmp_path):
         capture(CaptureSettings(**offline))
     with pytest.raises(UserError, match=re.escape(way)):  # of a pickle, the packed folder beside it
         capture(CaptureSettings(**offline | {"data": world.pickle}))
-    with pytest.raises(UserError, match="^--teacher: got nobody/llama@refs/pr/1; .* can't be reached; "):
+    with pytest.raises(UserError, match=r"^--teacher: got nobody/llama@refs/pr/1; .* can't be reached; "):
         capture(CaptureSettings(**offline | {"teacher": "nobody/llama@refs/pr/1"}))
     dotted = shutil.copytree(world.data, tmp_path / "v1.5")
     with pytest.raises(UserError, match=re.escape(way.replace(str(world.data), str(dotted)))):

@@ -202,7 +202,8 @@ def train(*, settings: Annotated[TrainSettings, OPTIONS] = TrainSettings.model_c
     from indraquantum.interrupts import Interrupts
 
     if settings.dry_run:
-        require_one_process()
+        if launched_processes() > 1:
+            raise UserError("--dry-run", True, "must be left out with several processes")
         from indraquantum.trials.dry_run import dry_run
 
         dry_run(settings)

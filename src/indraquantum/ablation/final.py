@@ -32,8 +32,8 @@ def measure_finally(bench: Bench, tasks: list[Task], command: str) -> None:
     """Measure the finished runs of `tasks`, which are all of a plan, on the test split, unless it was done before.
 
     Raises:
-        UserError: the data have no test split, a run or its checkpoint is missing, the figures that are there are of
-            other runs, or the reading can't be recorded. The test split is not read then.
+        UserError: the data have no test split, a run or its checkpoint is missing, all runs failed, the figures that
+            are there are of other runs, or the reading can't be recorded. The test split is not read then.
     """
     path = bench.results / NAME
     finished = [task for task in tasks if _finished(task)]
@@ -46,6 +46,8 @@ def measure_finally(bench: Bench, tasks: list[Task], command: str) -> None:
                 f"{NAME} and read the test split once more",
             )
         return
+    if not finished:
+        raise UserError("--final", bench.results, "must hold a finished run of this plan, but all of its runs failed")
     checkpoints = [_checkpoint(bench, task) for task in finished]
     reading = read_test_split("--final", bench.plan.data, bench.dataset, command)
     print(reading)

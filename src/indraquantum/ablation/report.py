@@ -113,10 +113,10 @@ def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs, trials: T
     blocks += [Heading("Samples"), Paragraph(said), samples_table(runs), *sample_texts(runs)]
     if plan.search is not None:
         said = (
-            "Cross-entropy of each setting on the choice half, in nats per token. The variant was "
-            "trained with the best one."
+            "Cross-entropy of each setting on the choice half, in nats per token. The variant was trained with the "
+            "chosen one, the best when its runs began."
         )
-        blocks += [Heading("Search"), Paragraph(said), search_table(plan, trials)]
+        blocks += [Heading("Search"), Paragraph(said), search_table(plan, trials, records)]
     blocks += [Heading("Runs"), Paragraph(_about_runs(plan, records)), runs_table(records)]
     return [*blocks, Heading("Provenance"), Code(_origin(records))]
 
@@ -286,16 +286,19 @@ def sample_texts(runs: Runs) -> Iterable[Block]:
         yield Code("\n\n".join([prompt, *texts]))
 
 
-def search_table(plan: Plan, trials: Trials) -> Table:
-    """The settings that were tried for each variant, and the chosen one."""
+def search_table(plan: Plan, trials: Trials, records: Runs) -> Table:
+    """The settings that were tried for each variant, and the one that its runs have, or will have."""
     rows = []
     for variant, tried in trials.items():
         losses = [r["sources"]["all"]["cross_entropy"] if r and r["status"] == "finished" else None for r in tried]
-        best = min((loss for loss in losses if loss is not None), default=None)
-        for setting, record, loss in zip(plan.grid_of(variant), tried, losses, strict=True):
+        grid = plan.grid_of(variant)
+        found = [(loss, place) for place, loss in enumerate(losses) if loss is not None]
+        chosen = grid[min(found)[1]] if found else None
+        for run in records.get(variant, {}).values():
+            chosen = run["chosen"]
+        for setting, record, loss in zip(grid, tried, losses, strict=True):
             told = "not done" if record is None else f"failed: {record.get('line')}" if loss is None else f"{loss:.4f}"
-            chosen = "chosen" if loss is not None and losses.index(best) == losses.index(loss) else ""
-            rows.append([variant, _setting(setting), told, chosen])
+            rows.append([variant, _setting(setting), told, "chosen" if setting == chosen else ""])
     return Table(["variant", "setting", "nats/token, choice half", ""], rows)
 
 

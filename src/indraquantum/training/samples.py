@@ -87,9 +87,12 @@ def held_out_prompts(dataset: PreparedDataset) -> tuple[str, ...]:
     for source in range(len(dataset.source_names)):
         for document in np.flatnonzero(split.document_sources == source)[:1]:
             ids = split.tokens[split.document_offsets[document] : split.document_offsets[document + 1]]
-            question, answer, _ = dataset.tokenizer.decode(ids.tolist()).partition(ANSWER)
-            part = ids[: min(PART_OF_TEXT, max(1, len(ids) // 2))].tolist()
-            prompts.append(question + answer if answer else dataset.tokenizer.decode(part))
+            text = dataset.tokenizer.decode(ids.tolist())
+            question, answer, _ = text.partition(ANSWER)
+            part = dataset.tokenizer.decode(ids[: min(PART_OF_TEXT, max(1, len(ids) // 2))].tolist())
+            while not text.startswith(part):  # it ends within a character
+                part = part[:-1]
+            prompts.append(question + answer if answer else part)
     return tuple(prompts)
 
 
