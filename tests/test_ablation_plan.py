@@ -191,11 +191,22 @@ def test_anchors_and_paths_beside_the_plan(tmp_path):
     )
     plan = load_plan(tmp_path / "plan.yaml")
     assert (plan.data, plan.signals) == (tmp_path / "up" / "data", tmp_path / ".." / "s")
-    assert plan.variants["x"] == {"learning_rate": 1e-3, "signals": str(tmp_path / "other")}
+    assert plan.variants["x"] == {"learning_rate": "1e-3", "signals": str(tmp_path / "other")}
     settings = resolved(plan, "x", {"table_rate": 3}, data=plan.data, signals=plan.signals, seed=4)
     assert (settings.learning_rate, settings.table_rate, settings.seed) == (1e-3, 3, 4)
     assert settings.signals == tmp_path / "other"
     assert resolved(plan, "y", {}, data=plan.data, signals=plan.signals).signals is None
+
+
+def test_names_and_settings_of_a_plan_may_look_like_numbers(tmp_path):
+    (tmp_path / "plan.yaml").write_text(
+        "name: 1e5\ndata: d\nvariants: {1e-3: {learning_rate: 1e-3}, 2e-3: {}}\npairs: [[1e-3, 2e-3]]\n"
+        "search: {grid: [{table_rate: '2e1'}]}"
+    )
+    plan = load_plan(tmp_path / "plan.yaml")
+    assert (plan.name, list(plan.variants)) == ("1e5", ["1e-3", "2e-3"])
+    settings = resolved(plan, "1e-3", plan.grid_of("1e-3")[0], data=plan.data)
+    assert (settings.learning_rate, settings.table_rate) == (1e-3, 20.0)
 
 
 def test_a_search_finds_a_strategy_beside_the_plan_and_records_its_name(tmp_path):

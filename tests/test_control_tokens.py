@@ -206,6 +206,11 @@ def test_the_folder_of_a_dataset_is_its_tokenizer(qwen, lines, tmp_path):
     tokenizer = load_tokenizer("--tokenizer", str(qwen / "d"))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 2)
     assert load_tokenizer("--tokenizer", str(qwen / "d"), "eos").control_ids == (2, 2)
+    save(tmp_path / "llama", LLAMA, config=NAMED)
+    options = {"tokenizer": str(tmp_path / "llama"), "document_start": "eos", "output": tmp_path / "eos.pkl"}
+    prepare(PrepareSettings(text=(str(lines),), wikitext_samples=0, alpaca_samples=0, max_length=40, **options))
+    begins = [load_tokenizer("--tokenizer", str(tmp_path / "eos"), start).bos_id for start in ("auto", "bos", "none")]
+    assert begins == [1, 0, None]
     assert open_dataset("--data", qwen / "d.pkl", str(qwen / "d")).tokenizer.eos_id == 2
     prepare(
         PrepareSettings(text=(str(lines),), wikitext_samples=0, alpaca_samples=0, tokenizer=str(qwen / "d"),

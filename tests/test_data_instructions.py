@@ -235,7 +235,7 @@ def test_dates_and_times_are_unused_whatever_python_can_hold(tmp_path, kind, suf
 def test_a_date_that_python_cannot_hold_inside_a_list_is_one_line(tmp_path):
     far = pa.array([[10**15]], pa.list_(pa.int64())).cast(pa.list_(pa.timestamp("s")))
     pq.write_table(pa.table({"instruction": ["a"], "output": ["b"], "when": far}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"^--instructions: got \S+; must have values that Python can hold \("):
+    with pytest.raises(UserError, match=r"^--instructions: got \S+; must have dates .*; remove the column when$"):
         read_alpaca("--instructions", str(tmp_path / "a.parquet"))
     twice = pa.table([["a"], ["b"], ["c"]], names=["instruction", "output", "output"])
     pq.write_table(twice, tmp_path / "b.parquet")

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -86,6 +87,29 @@ def test_another_demo_does_not_replace_the_data_of_the_one_that_is_there(demo, o
     with pytest.raises(UserError) as refused:
         run_demo(DemoSettings(**{"output": folder, "tiny": True, "threads": 1, **options}))
     assert str(refused.value).startswith(said)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_demo_that_failed_before_its_data_were_there_locks_nothing(tmp_path, monkeypatch):
+    settings = DemoSettings(output=tmp_path / "demo", tiny=True, threads=1)
+
+    def refused(*arguments, **options):
+        raise UserError("--wikitext", "x", "does not exist")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("indraquantum.demo.prepare", refused)
+        with pytest.raises(UserError, match="--wikitext"):
+            run_demo(settings)
+    assert not (tmp_path / "demo" / "demo.json").exists()
+
+
+def test_a_demo_of_an_earlier_version_keeps_its_seed(demo, tmp_path):
+    folder = shutil.copytree(demo[0].files["corpus"].parent, tmp_path / "demo")
+    (folder / "demo.json").unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for options, said in (({"seed": 1}, "--seed: got 1; must be 0"), ({"real": True}, "--real: got True; must be F")):
+        with pytest.raises(UserError, match=said):
+            run_demo(DemoSettings(**{"output": folder, "tiny": True, "threads": 1, **options}))
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 

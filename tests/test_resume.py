@@ -94,6 +94,10 @@ def test_a_checkpoint_of_another_folder_does_not_resume_into_a_folder_with_anoth
     assert str(refused.value) == said
     after = content_of(other.output, other.logs)
     assert {name: after[name] for name in before} == before
+    longer = changed(ours, output=tmp_path / "longer", logs=tmp_path / "longer_logs", epochs=2)
+    loop.train(longer)
+    with pytest.raises(UserError, match=r"--output: got \S+longer; must be empty, .*; it holds one of another length$"):
+        loop.train(changed(ours, output=longer.output, logs=longer.logs, resume=str(step_2)))
     # Without its checkpoints, the metrics of the other run are still its own.
     for path in other.output.iterdir():
         path.unlink()
@@ -104,6 +108,26 @@ def test_a_checkpoint_of_another_folder_does_not_resume_into_a_folder_with_anoth
     assert len(lines) == 4
     aside = other.logs / other.output.name / "metrics.jsonl.set-aside-1"
     assert aside.read_bytes() == before[str(other.logs / other.output.name / "metrics.jsonl")]
+
+
+def test_metrics_of_another_run_are_told_by_its_settings(world, tmp_path):
+    """Before its first evaluation, the figures of both runs are equal, because only the rates differ."""
+    ours, other = (
+        survival.small_run(world, tmp_path / name, **EVERY_STEP | {"evaluate_every": 5}, learning_rate=rate)
+        for name, rate in (("a", 1e-3), ("b", 2e-3))
+    )
+    loop.train(ours)
+    loop.train(other)
+    metrics = other.logs / other.output.name / "metrics.jsonl"
+    before = metrics.read_bytes()
+    for path in other.output.iterdir():
+        path.unlink()
+    there = changed(ours, output=other.output, logs=other.logs, resume=str(step_checkpoint_path(ours.output, 3)))
+    interrupted(there, 5)
+    assert metrics.with_name("metrics.jsonl.set-aside-1").read_bytes() == before
+    loop.train(there)  # the same command again: the metrics are its own now
+    assert not metrics.with_name("metrics.jsonl.set-aside-2").exists()
+    assert [line["step"] for line in read_metrics(metrics)] == [4, 5, 6]
 
 
 def test_a_copy_of_a_checkpoint_brings_a_damaged_run_back(world, tmp_path):

@@ -440,7 +440,8 @@ class RunSettings(Settings):
     ends the run with exit status 3, and ignore does not check."""
     resume: str = "auto"
     """Whether to resume a run. auto resumes from the newest valid checkpoint in the output folder, or starts a new run
-    if there is none. never fails if there is one. Give the path of a checkpoint to resume from that one."""
+    if there is none. never fails if there is one. Give the path of a checkpoint to resume from that one; the output
+    folder must not hold another run."""
 
 
 class TrainSettings(ModelSettings, OptimizerSettings, PrecisionSettings, TrainerSettings, RunSettings, DeviceSettings):
@@ -454,7 +455,8 @@ class TrainSettings(ModelSettings, OptimizerSettings, PrecisionSettings, Trainer
     docs/FORMATS.md describes. With a teacher, we recommend v5, which is v4-unified with a weight of distillation of
     0.9. This weight helped with every teacher that we tried."""
     start_from: Path | None = None
-    """A checkpoint whose weights a new run starts from. A stage2 strategy then skips its first stage."""
+    """A checkpoint whose weights a new run starts from, or their moving average if it has one. A stage2 strategy then
+    skips its first stage."""
     data: Path = Path("data/mixed_train")
     """The prepared dataset: the packed folder, or a pickle."""
     tokenizer: str | None = None

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +31,7 @@ from indraquantum.config import (
     TrainSettings,
 )
 from indraquantum.data.dataset import open_dataset
+from indraquantum.data.dataset_manifest import is_dataset, read_dataset_manifest
 from indraquantum.data.download import packaged_file
 from indraquantum.data.prepare import prepare
 from indraquantum.data.python_manual import write_manual_corpus
@@ -58,7 +59,7 @@ PROMPTS = (
 )
 
 FILES = ("teacher", "wikitext", "alpaca")  # options
-RECORD = "demo.json"  # the options of the demo in a folder
+RECORD = "demo.json"  # the options of the demo in a folder, whose data are prepared
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,34 @@ def _own_folder(settings: DemoSettings) -> Path:
         UserError: the folder can't be written, or an earlier demo with other options is in it.
     """
     folder = make_folder("--output", settings.output)
-    files = {name: path and str(path.resolve()) for name in FILES for path in [getattr(settings, name)]}
-    now = {"real": settings.real, "tiny": settings.tiny, "seed": settings.seed} | files
-    record = folder / RECORD
-    then = read_json("--output", record) if record.is_file() else now
-    for name, value in now.items():
-        if then.get(name) != value:
-            must = f"must be {then[name]}" if then.get(name) is not None else "must be left out"
+    now, then = _options(settings), _options_there(folder)
+    for name in now.keys() & then.keys():
+        if then[name] != now[name]:
+            must = "must be left out" if then[name] is None else f"must be {then[name]}"
             allowed = f"{must}, as in the demo that {folder} holds, or give another --output"
-            raise UserError(f"--{name}", value if value is not None else "nothing", allowed)
-    write_json(record, now)
+            raise UserError(f"--{name}", "nothing" if now[name] is None else now[name], allowed)
     return folder
+
+
+def _options(settings: DemoSettings) -> dict[str, Any]:
+    """Return what decides a demo's data; `demo.json` keeps it once they are prepared."""
+    files = {name: path and str(path.resolve()) for name in FILES for path in [getattr(settings, name)]}
+    return {"real": settings.real, "tiny": settings.tiny, "seed": settings.seed} | files
+
+
+def _options_there(folder: Path) -> dict[str, Any]:
+    """Return what is known about the options of the demo in `folder`; nothing before its data were prepared."""
+    if (folder / RECORD).is_file():
+        return read_json("--output", folder / RECORD)
+    if not is_dataset(folder / "data" / "mixed_train"):
+        return {}
+    manifest = read_dataset_manifest("--output", folder / "data" / "mixed_train")  # an earlier version made it
+    known = {"seed": manifest["options"]["seed"]}
+    if (folder / "teacher").is_dir():  # which only a demo without --real trains
+        known["real"] = False
+    elif (folder / "checkpoints" / "with_teacher").is_dir():
+        known["real"] = True
+    return known
 
 
 def _run_offline(settings: DemoSettings) -> DemoReport:
@@ -166,6 +184,7 @@ def _run_offline(settings: DemoSettings) -> DemoReport:
             seed=settings.seed,
         )
     )
+    write_json(folder / RECORD, _options(settings))
     print(prepare_summary(prepared))
     data = pickle.with_suffix("")
 
@@ -363,6 +382,7 @@ def _run_real(settings: DemoSettings) -> RealReport:
     console.rule("2/6  prepare: text to training rows, with the teacher's tokenizer")
     with clock.part("prepare"):
         prepared = prepare(_sources(settings, size, teacher, folder))
+        write_json(folder / RECORD, _options(settings))
         print(prepare_summary(prepared))
 
     console.rule("3/6  capture: the teacher's signals for a part of the rows")

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field
 
 from indraquantum.config import OptimizerSettings, Settings, TrainSettings
 from indraquantum.errors import UserError, as_option
-from indraquantum.yaml_settings import checked, read_yaml
+from indraquantum.yaml_settings import checked, read_yaml, with_numbers
 
 SHIPPED = Path(__file__).parent / "strategies"
 # The optimiser's options that a stage may set. If it does not, the option of the same name is used.
@@ -32,6 +32,7 @@ WEIGHT_OPTIONS = {
     "magnitude": {"value": "magnitude_weight"},
 }
 TEACHER_TERMS = tuple(WEIGHT_OPTIONS)
+TEXTS = frozenset({"about", "start_from", "name", "data", "signals", "sources"})  # of a file
 Weight = Annotated[float, Field(ge=0, le=100, strict=True)]
 Fraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
 
@@ -215,7 +216,7 @@ def load_strategy(name: str) -> Strategy:
     if not path.is_file():
         raise UserError("--strategy", name, f"must be {', '.join(shipped_names())}, or a YAML file")
     where = f"--strategy {name}: "
-    content = read_yaml("--strategy", path, "stages")
+    content = with_numbers(read_yaml("--strategy", path, "stages"), TEXTS)
     strategy = checked(lambda: Strategy.model_validate(content), where)
     _check(where, strategy)
 

@@ -22,10 +22,7 @@ MOST_CHARACTERS = 1 << 18
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that refuses a key given twice, whose last value PyYAML takes silently, and that reads 2e-3 as a number.
-
-    PyYAML's version of YAML, 1.1, wants 2.0e-3.
-    """
+    """A loader that refuses a key given twice; PyYAML's own silently takes the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
@@ -36,12 +33,20 @@ class _Loader(yaml.SafeLoader):
 
 
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
-def number_or_text(value: Any) -> Any:
-    """Return the number that text such as 2e-3 stands for, as in a file of settings; any other value as it is."""
-    return float(value) if isinstance(value, str) and EXPONENT.match(value) else value
+def with_numbers(content: Any, texts: frozenset[str]) -> Any:
+    """Return what a YAML file holds, with numbers for text such as 2e-3, which PyYAML's version of YAML takes for text.
+
+    Args:
+        content: values, lists and mappings.
+        texts: the keys whose values are texts.
+    """
+    if isinstance(content, dict):
+        return {key: value if key in texts else with_numbers(value, texts) for key, value in content.items()}
+    if isinstance(content, list):
+        return [with_numbers(value, texts) for value in content]
+    return float(content) if isinstance(content, str) and EXPONENT.match(content) else content
 
 
 def read_yaml(field: str, path: Path, holds: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from indraquantum.files import read_json, without_nan, write_json
 from indraquantum.training.earlier import with_defaults
 from indraquantum.training.resume import first_difference
 from indraquantum.training.run import FREE_SETTINGS
-from indraquantum.yaml_settings import number_or_text
 
 FORMAT = "indraquantum-ablation-run"
 FORMAT_VERSION = 1
@@ -59,8 +58,6 @@ def read_result(path: Path) -> Result | None:
         raise UserError("results", path, "is damaged: its status must be finished or failed")
     _require(path, "it", record, _OF_STATUS[record["status"]])
     _require(path, "its settings", record["settings"], {"data", "signals"})
-    # Until 2026-12-01 a plan's 2e-3 was read as text.
-    record["chosen"] = {name: number_or_text(value) for name, value in record["chosen"].items()}
     return record
 
 

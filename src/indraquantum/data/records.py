@@ -341,7 +341,8 @@ def _as_python(field: str, path: Path, batch: pyarrow.RecordBatch) -> list[dict[
     import pyarrow.compute
 
     for place, column in enumerate(batch.columns):
-        if pyarrow.types.is_temporal(column.type):
+        kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+        if pyarrow.types.is_temporal(kind):
             present = pyarrow.compute.is_valid(column)
             there = pyarrow.compute.if_else(present, True, pyarrow.scalar(None, pyarrow.bool_()))
             batch = batch.set_column(place, batch.schema.names[place], there)
@@ -349,9 +350,18 @@ def _as_python(field: str, path: Path, batch: pyarrow.RecordBatch) -> list[dict[
         return batch.to_pylist()
     except UnicodeDecodeError:
         raise UserError(field, path, "must hold UTF-8 text; the bytes of a column are not UTF-8") from None
-    except (ValueError, OverflowError) as error:  # a date or time inside of a list or a struct
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(field, path, f"must have values that Python can hold ({reason})") from None
+    except (ValueError, OverflowError):  # a date or time inside of a list or a struct
+        names = ", ".join(name for name in batch.schema.names if not _held_by_python(batch.column(name)))
+        allowed = f"must have dates and times that Python can hold; remove the column {names}"
+        raise UserError(field, path, allowed) from None
+
+
+def _held_by_python(column: pyarrow.Array) -> bool:
+    try:
+        column.to_pylist()
+    except (ValueError, OverflowError):
+        return False
+    return True
 
 
 def _once(field: str, path: Path, schema: pyarrow.Schema, columns: list[str]) -> list[str]:

@@ -254,7 +254,7 @@ def load_tokenizer(field: str, name: str, start: Start = "auto") -> TextTokenize
     backend = _backend(field, file, description)
     if prepared is not None:
         bos, eos = (None if id_ is None else backend.id_to_token(id_) for id_ in (prepared.bos_id, prepared.eos_id))
-        stated = Stated(bos, eos, bos is None)
+        stated = Stated(None if bos == eos else bos, eos, bos is None)
     control = choose_control_tokens(field, file, stated, backend, start)
     tokenizer = TextTokenizer(backend, *control)
     if (spelled := _spelled_control_token(tokenizer)) is not None:

@@ -90,7 +90,10 @@ def server_of(loaded: Loaded, settings: ServeSettings, engine: Engine, listener:
     from indraquantum.serving.app import Application, Guard, Served
 
     host, port = listener.getsockname()[:2]
-    key = settings.api_key or os.environ.get("INDRA_API_KEY", "").strip() or None
+    key = settings.api_key or os.environ.get("INDRA_API_KEY") or None
+    if key is not None and not ((key := key.strip()) and key.isascii() and key.isprintable()):
+        option = "--api-key" if settings.api_key else "INDRA_API_KEY"
+        raise UserError(option, "a key", "must be of printable ASCII characters only, because a request holds it")
     local = ipaddress.ip_address(host.partition("%")[0]).is_loopback
     served = Served(
         engine=engine,

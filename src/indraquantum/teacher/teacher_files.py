@@ -73,7 +73,9 @@ class TeacherFiles:
 
 def is_hub_id(name: str) -> bool:
     """Return whether `name` is no file and no folder of this machine, but may be an id of the Hugging Face hub."""
-    path_like = name.partition("@")[0].count("/") > 1 or name.startswith((".", "~", "/"))
+    before, _, revision = name.partition("@")
+    slashes = before.count("/") if revision.startswith("refs/") else name.count("/")
+    path_like = slashes > 1 or name.startswith((".", "~", "/"))
     return not (Path(name).exists() or is_gguf(name) or path_like)
 
 

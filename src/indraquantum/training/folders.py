@@ -19,7 +19,7 @@ from indraquantum.files import folder_lock, is_locked, make_folder, names_aside,
 from indraquantum.metrics import METRICS_NAME, RECORD_NAME, MetricsLog, checked_lines, read_record
 from indraquantum.progress import warn
 from indraquantum.training.checkpoint import remove_leftovers
-from indraquantum.training.run import Run
+from indraquantum.training.run import LENGTHS, Run
 from indraquantum.training.samples import NAME as SAMPLES_NAME
 
 
@@ -118,18 +118,18 @@ def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
 
     The samples beside them are renamed too.
 
-    The metrics belong to `run` if run.json says so. Without a valid run.json, as in a copied folder, a resumed run
-    compares them with figures in its checkpoint: the best evaluation, or the tokens of its step if there was none. So
-    does a run that resumes from a checkpoint in another folder.
+    The metrics belong to `run` if run.json says so. If `run` resumes from a checkpoint in another folder, the settings
+    in run.json must be its own, too. Without a valid run.json, as in a copied folder, a resumed run compares the
+    metrics with figures in its checkpoint: the best evaluation, or the tokens of its step if there was none.
     """
     if not path.exists() or not path.stat().st_size:
         return
     owner = folder_of_record(path.parent)
     if owner is not None and owner.resolve() == run.folder.resolve():
         wanted = run.settings.resume
-        if not resumed or wanted == "auto" or not is_elsewhere(Path(wanted), run.folder):
+        if not resumed or wanted == "auto" or not is_elsewhere(Path(wanted), run.folder) or _recorded(path, run):
             return
-    if resumed and _are_of(path, run):
+    elif resumed and _are_of(path, run):
         return
     parts = (path, path.with_name(SAMPLES_NAME))
     names = names_aside(*parts)
@@ -138,6 +138,15 @@ def set_others_metrics_aside(path: Path, run: Run, resumed: bool) -> None:
             part.rename(aside)
     said = f"{path} belongs to another run. It is renamed to {names[0].name}, and this run starts a new file."
     warn(f"warning: {said}")
+
+
+def _recorded(path: Path, run: Run) -> bool:
+    """Return whether the run.json beside the metrics at `path` has the settings of `run`, as far as it tells them."""
+    record = read_record(path.parent) or {}
+    then = record["settings"] | {name: record.get(name) for name in ("data", "signals")}
+    names = run.identity.keys() & then.keys() - {*LENGTHS, "start_from"}  # by its hash in the identity
+    told = {name: then[name] for name in names if then[name] not in (None, "auto") and run.identity[name] != "auto"}
+    return all(run.identity[name] == value for name, value in told.items())
 
 
 def _are_of(path: Path, run: Run) -> bool:

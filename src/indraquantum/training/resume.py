@@ -42,6 +42,7 @@ from indraquantum.training.guards import CollapseGuard
 from indraquantum.training.parallel import DTYPES, scattered, scattered_optimizer
 from indraquantum.training.plan import Plan, RunStage
 from indraquantum.training.run import (
+    LENGTHS,
     BestHeldOut,
     Run,
     model_fits,
@@ -54,7 +55,6 @@ from indraquantum.training.run import (
 from indraquantum.training.schedule import decay_begins
 from indraquantum.training.signals import folder_of, how_to_name, option_of, with_shards
 
-LENGTHS = ("minutes", "epochs", "max_steps", "steps")  # options
 STAGE_LENGTHS = ("steps", "planned_steps")  # in a stage's identity
 
 
@@ -70,6 +70,7 @@ def resume(run: Run) -> bool:
     def choose() -> Path | None:
         read.append(_wanted_checkpoint(run.settings.resume, run.folder, run.plan))
         if read[0] is not None and is_elsewhere(read[0].path, run.folder):
+            require_model_type("--resume", read[0].path, read[0].checkpoint, run.model.config.model_type)
             _require_its_folder(run, read[0])
         return read[0] and read[0].path
 
@@ -143,14 +144,35 @@ def _require_its_folder(run: Run, found: Found) -> None:
     for _, path in checkpoints_in(run.folder, run.plan.step_of_epoch):
         with contextlib.suppress(DamagedCheckpoint):
             there, ours = (
-                without_length(with_defaults(checkpoint.settings, run.identity, type(run.settings)))
+                (with_defaults(checkpoint.settings, run.identity, type(run.settings)), checkpoint.step)
                 for checkpoint in (load_checkpoint("--output", path), found.checkpoint)
             )
-            if (difference := first_difference(there, ours)) is not None:
-                option, value = difference.option_and_value()
-                allowed = f"must be empty, or hold the run of --resume {found.path}; it holds one with {option} {value}"
+            if (of := _other_run(run.plan, there, ours)) is not None:
+                allowed = f"must be empty, or hold the run of --resume {found.path}; it holds one {of}"
                 raise UserError("--output", run.folder, allowed)
             return
+
+
+def _other_run(plan: Plan, there: tuple[dict[str, Any], int], ours: tuple[dict[str, Any], int]) -> str | None:
+    """Say how the run of one checkpoint differs from that of another, or return None if it is the same.
+
+    Args:
+        plan: the plan of the run that resumes.
+        there: what decides the run in the folder, and a step of it.
+        ours: the same of the checkpoint to resume from.
+    """
+    (theirs, done), (wanted, step) = there, ours
+    if (stages := list(theirs["stages"])) != list(wanted["stages"]):
+        return f"with the stages {', '.join(stages)}"
+    if (difference := first_difference(without_length(theirs), without_length(wanted))) is not None:
+        option, value = difference.option_and_value()
+        return f"with {option} {value[:60]}"
+    if stages == [stage.spec.name for stage in plan.stages]:
+        try:
+            extended(plan, theirs, min(done, step))
+        except NotExtensible:
+            return "of another length"
+    return None
 
 
 def _go_back(run: Run, used: Path, checkpoint: Checkpoint) -> None:

@@ -56,6 +56,8 @@ FREE_SETTINGS = {
     "log_to", "minutes", "sample_every", "sample_prompt",
 }  # fmt: skip
 
+LENGTHS = ("minutes", "epochs", "max_steps", "steps")  # options of how long a run is
+
 # Options that must be equal for the weights of one model to fit another, with their names in the model's configuration.
 SHAPE = {
     "d-model": "d_model", "layers": "num_hidden_layers", "heads": "num_attention_heads",
