@@ -15,7 +15,7 @@ from indraquantum.trials import dry_run as costly
 from indraquantum.trials.budget import expected_loss, step_seconds, within_minutes
 from indraquantum.trials.lr_range import climb, suggested_rate
 
-MEASURED = {"no_teacher": True, "batch_tokens": 2048, "d_model": 128, "state_width": 128, "residual": False}
+MEASURED = {"no_teacher": True, "batch_tokens": 2048}
 
 
 def measured(vocab_size: int = 32_000, **options) -> SimpleNamespace:
@@ -25,9 +25,9 @@ def measured(vocab_size: int = 32_000, **options) -> SimpleNamespace:
 
 
 def test_options_that_change_no_loss_leave_the_expected_one():
-    """1.19M tokens were measured: 4.26 nats. A real command gives folders, minutes and more."""
+    """1.19M tokens were measured: 4.21 nats. A real command gives folders, minutes and more."""
     free = {"output": "x", "logs": "y", "data": "z", "minutes": 60, "threads": 2, "precision": "bfloat16"}
-    assert expected_loss(measured(**free, evaluate_every=7), round(1.19e6)) == pytest.approx(4.26)
+    assert expected_loss(measured(**free, evaluate_every=7), round(1.19e6)) == pytest.approx(4.21)
 
 
 @pytest.mark.parametrize(
