@@ -128,8 +128,8 @@ def _own_folder(settings: DemoSettings) -> Path:
     """
     folder = make_folder("--output", settings.output)
     now, then = _options(settings), _options_there(folder)
-    for name in now.keys() & then.keys():
-        if then[name] != now[name]:
+    for name in now:
+        if name in then and then[name] != now[name]:
             must = "must be left out" if then[name] is None else f"must be {then[name]}"
             allowed = f"{must}, as in the demo that {folder} holds, or give another --output"
             raise UserError(f"--{name}", "nothing" if now[name] is None else now[name], allowed)
