@@ -703,6 +703,19 @@ def connection_of(serving, body, receive_buffer=None):
     return connection
 
 
+@pytest.mark.parametrize("given", ["option", "environment"])
+@pytest.mark.parametrize("key", ["schlüssel", "a\nb", " "])
+def test_a_key_that_no_request_can_hold_is_refused(monkeypatch, key, given):
+    monkeypatch.delenv("INDRA_API_KEY", raising=False)
+    if given == "environment":
+        monkeypatch.setenv("INDRA_API_KEY", key)
+    settings = ServeSettings(port=0, api_key=key if given == "option" else None)
+    with listening(settings) as listener, pytest.raises(UserError) as refused:
+        server_of(None, settings, None, listener)
+    name = "--api-key" if given == "option" else "INDRA_API_KEY"
+    assert str(refused.value).startswith(f"{name}: got a key; must be of printable ASCII characters only")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_cut_connection_frees_its_slots(serving, client, stream, monkeypatch):
     body = {"prompt": "a", "max_tokens": 300, "n": SLOTS * 8, "stream": stream}
