@@ -123,6 +123,11 @@ def last_checkpoint(settings: TrainSettings) -> Path:
     return max(settings.output.glob("*_epoch_*.pt"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
 
 
+def content_of(*folders: Path) -> dict[Path, bytes]:
+    """Every file below `folders`, with its bytes."""
+    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
 def result(settings: TrainSettings) -> tuple[str, list[dict]]:
     """What two runs must have in common to the bit: weights, optimiser state and position; and every metrics line."""
     checkpoint = load_checkpoint("", last_checkpoint(settings))

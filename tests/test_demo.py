@@ -83,11 +83,11 @@ def test_every_file_it_names_is_there(demo):
 )
 def test_another_demo_does_not_replace_the_data_of_the_one_that_is_there(demo, options, said):
     folder = demo[0].files["corpus"].parent
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = survival.content_of(folder)
     with pytest.raises(UserError) as refused:
         run_demo(DemoSettings(**{"output": folder, "tiny": True, "threads": 1, **options}))
     assert str(refused.value).startswith(said)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert survival.content_of(folder) == before
 
 
 def test_a_demo_that_failed_before_its_data_were_there_locks_nothing(tmp_path, monkeypatch):
@@ -106,11 +106,11 @@ def test_a_demo_that_failed_before_its_data_were_there_locks_nothing(tmp_path, m
 def test_a_demo_of_an_earlier_version_keeps_its_seed(demo, tmp_path):
     folder = shutil.copytree(demo[0].files["corpus"].parent, tmp_path / "demo")
     (folder / "demo.json").unlink()
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = survival.content_of(folder)
     for options, said in (({"seed": 1}, "--seed: got 1; must be 0"), ({"real": True}, "--real: got True; must be F")):
         with pytest.raises(UserError, match=said):
             run_demo(DemoSettings(**{"output": folder, "tiny": True, "threads": 1, **options}))
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert survival.content_of(folder) == before
 
 
 def test_the_notebook_runs_top_to_bottom_on_its_run(demo, monkeypatch):

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "indraquantum"
 LEVELS = (
     {"errors", "launched", "lazy_names"},
     {
+        "api_key",
         "files",
         "interrupts",
         "memory",

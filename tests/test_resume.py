@@ -74,17 +74,13 @@ def test_after_going_back_the_message_names_the_command_that_resumes(world, tmp_
     assert survival.result(settings) == whole
 
 
-def content_of(*folders) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_checkpoint_of_another_folder_does_not_resume_into_a_folder_with_another_run(world, tmp_path):
     ours, other = (
         survival.small_run(world, tmp_path / name, **EVERY_STEP, seed=seed) for name, seed in (("a", 3), ("b", 4))
     )
     loop.train(ours)
     loop.train(other)
-    before = content_of(other.output, other.logs)
+    before = survival.content_of(other.output, other.logs)
     step_2 = step_checkpoint_path(ours.output, 2)
     there = changed(ours, output=other.output, logs=other.logs, resume=str(step_2))
     must = f"must be empty, or hold the run of --resume {step_2}; it holds one with --seed 4"
@@ -92,7 +88,7 @@ def test_a_checkpoint_of_another_folder_does_not_resume_into_a_folder_with_anoth
     with pytest.raises(UserError) as refused:
         loop.train(there)
     assert str(refused.value) == said
-    after = content_of(other.output, other.logs)
+    after = survival.content_of(other.output, other.logs)
     assert {name: after[name] for name in before} == before
     longer = changed(ours, output=tmp_path / "longer", logs=tmp_path / "longer_logs", epochs=2)
     loop.train(longer)
@@ -107,7 +103,7 @@ def test_a_checkpoint_of_another_folder_does_not_resume_into_a_folder_with_anoth
     assert lines == whole[-len(lines) :]
     assert len(lines) == 4
     aside = other.logs / other.output.name / "metrics.jsonl.set-aside-1"
-    assert aside.read_bytes() == before[str(other.logs / other.output.name / "metrics.jsonl")]
+    assert aside.read_bytes() == before[other.logs / other.output.name / "metrics.jsonl"]
 
 
 def test_metrics_of_another_run_are_told_by_its_settings(world, tmp_path):

@@ -292,10 +292,10 @@ def search_table(plan: Plan, trials: Trials, records: Runs) -> Table:
     for variant, tried in trials.items():
         losses = [r["sources"]["all"]["cross_entropy"] if r and r["status"] == "finished" else None for r in tried]
         grid = plan.grid_of(variant)
+        trained = next(iter(records.get(variant, {}).values()), None)  # all seeds have the same setting
         found = [(loss, place) for place, loss in enumerate(losses) if loss is not None]
-        chosen = grid[min(found)[1]] if found else None
-        for run in records.get(variant, {}).values():
-            chosen = run["chosen"]
+        best = grid[min(found)[1]] if found else None
+        chosen = best if trained is None else trained["chosen"]
         for setting, record, loss in zip(grid, tried, losses, strict=True):
             told = "not done" if record is None else f"failed: {record.get('line')}" if loss is None else f"{loss:.4f}"
             rows.append([variant, _setting(setting), told, "chosen" if setting == chosen else ""])

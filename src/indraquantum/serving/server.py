@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from indraquantum.api_key import API_KEY, refused_key, usable_key
 from indraquantum.config import ServeSettings
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError, optional_package
@@ -90,10 +91,10 @@ def server_of(loaded: Loaded, settings: ServeSettings, engine: Engine, listener:
     from indraquantum.serving.app import Application, Guard, Served
 
     host, port = listener.getsockname()[:2]
-    key = settings.api_key or os.environ.get("INDRA_API_KEY") or None
-    if key is not None and not ((key := key.strip()) and key.isascii() and key.isprintable()):
-        option = "--api-key" if settings.api_key else "INDRA_API_KEY"
-        raise UserError(option, "a key", "must be of printable ASCII characters only, because a request holds it")
+    option, given = ("--api-key", settings.api_key) if settings.api_key else (API_KEY, os.environ.get(API_KEY))
+    key = usable_key(option, given) if given else None
+    if key == "":  # blanks alone, which would let everybody in
+        raise refused_key(option)
     local = ipaddress.ip_address(host.partition("%")[0]).is_loopback
     served = Served(
         engine=engine,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from indraquantum.api_key import API_KEY, usable_key
 from indraquantum.config import CaptureSettings
 from indraquantum.errors import UserError
 from indraquantum.teacher.sampling import PositionSignals
@@ -85,9 +86,7 @@ def served_model(settings: CaptureSettings, client: httpx2.Client) -> str:
 def _client(settings: CaptureSettings) -> httpx2.Client:
     import httpx2
 
-    key = os.environ.get("INDRA_API_KEY", "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise UserError("INDRA_API_KEY", "a key", "must be of printable ASCII characters only")
+    key = usable_key(API_KEY, os.environ.get(API_KEY, ""))
     return httpx2.Client(
         headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=httpx2.Timeout(_TIMEOUT_SECONDS, connect=10),
