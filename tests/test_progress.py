@@ -36,6 +36,26 @@ def test_a_line_every_thirty_seconds_by_hand(clock, capsys):
     ]
 
 
+def test_units_of_an_earlier_run_count_as_done_but_not_for_the_speed(clock, capsys):
+    with Progress("capture", 5000, "tokens") as bar:
+        bar.update(1000, before=1000)
+        clock[0] += 40.0
+        bar.update(600, before=200)
+    assert capsys.readouterr().out == "capture: 1,600 of 5,000 tokens, 10 tokens/s, 5 min 40 s left\n"  # 400 in 40 s
+
+
+def test_a_bar_counts_units_of_an_earlier_run_for_no_speed(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    with Progress("capture", 5000, "tokens") as bar:
+        bar._bar.start_t -= 40.0
+        bar.update(1600, before=1200)
+        bar._bar.refresh()
+    rate = float(screen.getvalue().rsplit(", ", 1)[-1].split(" tokens/s")[0])
+    assert 8.0 < rate <= 10.0  # 400 in 40 s and a little
+
+
 def test_work_of_unknown_length(clock, capsys):
     with Progress("download", None, "bytes") as bar:
         clock[0] += 40.0

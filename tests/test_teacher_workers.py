@@ -20,6 +20,7 @@ import survival
 from indraquantum.config import CaptureSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
+from indraquantum.progress import Progress
 from indraquantum.teacher import capture as capture_module
 from indraquantum.teacher import engines, shard_worker
 from indraquantum.teacher.capture import capture
@@ -85,8 +86,15 @@ def test_a_killed_capture_goes_on_with_the_next_question(settings, whole, tmp_pa
     assert len(journals) == 1
     batches, logits = [], Teacher.logits
     monkeypatch.setattr(Teacher, "logits", lambda self, batch: batches.append(batch) or logits(self, batch))
+    counted, update = [], Progress.update
+    monkeypatch.setattr(
+        Progress,
+        "update",
+        lambda self, count, before: counted.append((count, before)) or update(self, count, before=before),
+    )
     report = capture(settings, None, SHARD)
     assert files_of(settings.output) == whole
+    assert sum(count - before for count, before in counted) == report.positions_asked  # what the speed shown counts
     rows = [
         open_dataset("--data", settings.data).train.num_rows,
         open_dataset("--data", settings.data).validation.num_rows,
@@ -285,7 +293,7 @@ def test_workers_share_the_threads_of_their_parent(settings, monkeypatch):
         torch.set_num_threads(7)
         for changes in ({"threads": 0, "workers": 3}, {"threads": 0, "workers": 9}, {"threads": 2, "workers": 3}):
             plan = shard_worker.Plan(changed(settings, **changes), settings.output, None, 1, 1, "")
-            assert list(engines.run_jobs(plan, SimpleNamespace(), None, [], lambda positions: None)) == []
+            assert list(engines.run_jobs(plan, SimpleNamespace(), None, [], lambda positions, before: None)) == []
     finally:
         torch.set_num_threads(before)
     assert given == [2, 1, 0]  # 0: --threads says it

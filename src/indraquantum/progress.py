@@ -119,20 +119,25 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def update(self, count: int = 1, figures: str = "", short: str = "") -> None:
+    def update(self, count: int = 1, figures: str = "", short: str = "", *, before: int = 0) -> None:
         """Count `count` more units as done.
 
         Args:
             count: how many.
             figures: what lines show beside them.
             short: what a bar shows, with a speed of its own and the least important at the end; by default `figures`.
+            before: how many of them were done before this run, and don't count for the speed.
         """
         self._done += count
+        self._first += before
         if short:
             self._bar.bar_format = BAR
         if figures or short:
             self._bar.set_postfix_str(short or figures, refresh=False)
-        self._bar.update(count)
+        if before and not self._bar.disable:
+            for counter in ("initial", "n", "last_print_n"):
+                setattr(self._bar, counter, getattr(self._bar, counter) + before)
+        self._bar.update(count - before)
         now = time.monotonic()
         if self._has_lines and now - self._told >= SECONDS_BETWEEN_LINES:
             self._told = now

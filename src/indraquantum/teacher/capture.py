@@ -407,7 +407,10 @@ def _capture(
     write_manifest(folder, manifest)  # journals belong to it
     try:
         with Progress("capture", total, "tokens") as progress:
-            for done, result in enumerate(run_jobs(plan, files, dataset, jobs, progress.update), 1):
+            results = run_jobs(
+                plan, files, dataset, jobs, lambda positions, before: progress.update(positions, before=before)
+            )
+            for done, result in enumerate(results, 1):
                 manifest = _with_shards(manifest, [*manifest.shards, result.entry], complete=done == missing)
                 write_manifest(folder, manifest)
                 journal_path(folder, result.entry.file).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -26,7 +26,7 @@ from indraquantum.errors import UserError, are_options_named, optional_package, 
 from indraquantum.progress import command_line, warn
 from indraquantum.teacher.manifest import ShardEntry
 from indraquantum.teacher.served import ServedAsker
-from indraquantum.teacher.shard_worker import Asker, Job, Plan, ShardResult, ShardWorker
+from indraquantum.teacher.shard_worker import Asker, Job, Plan, Progressed, ShardResult, ShardWorker
 from indraquantum.teacher.teacher_files import TeacherFiles, find_teacher
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def open_data(settings: CaptureSettings, files: TeacherFiles | None, verify: boo
 
 
 def run_jobs(
-    plan: Plan, files: TeacherFiles | None, dataset: PreparedDataset, jobs: list[Job], progress: Callable[[int], object]
+    plan: Plan, files: TeacherFiles | None, dataset: PreparedDataset, jobs: list[Job], progress: Progressed
 ) -> Iterator[ShardResult]:
     """Capture the jobs with the engine that the settings ask for.
 
@@ -58,7 +58,7 @@ def run_jobs(
         files: the teacher; None for a server.
         dataset: the dataset, open in this process. Other processes open `plan.settings.data` themselves.
         jobs: the shards to capture.
-        progress: called with the number of positions that were done.
+        progress: called with a number of positions that are done, and how many of them an earlier run did.
 
     Yields:
         A result for each job, in any order.
@@ -74,7 +74,7 @@ def run_jobs(
     if files is not None and settings.workers > 1 and not settings.threads:
         plan = replace(plan, threads=threads_of_each(settings.workers))
     for result in _ray(plan, jobs) if settings.engine == "ray" else _processes(plan, jobs):
-        progress(result.entry.positions)
+        progress(result.entry.positions, result.entry.positions - result.positions_asked)
         yield result
 
 
@@ -89,7 +89,7 @@ def threads_of_each(workers: int) -> int:
 
 
 def _worker(
-    plan: Plan, files: TeacherFiles | None, dataset: PreparedDataset, number: int, progress: Callable[[int], object]
+    plan: Plan, files: TeacherFiles | None, dataset: PreparedDataset, number: int, progress: Progressed
 ) -> ShardWorker:
     def load() -> Asker:
         if files is None:
@@ -117,7 +117,7 @@ def _remote_worker(plan: Plan, number: int) -> ShardWorker:
     dataset = open_data(plan.settings, files, verify=False)
     if dataset.content_sha256 != plan.manifest.dataset_sha256:
         raise UserError("--data", plan.settings.data, "must be the same dataset for every worker")
-    return _worker(plan, files, dataset, number, lambda positions: None)
+    return _worker(plan, files, dataset, number, lambda positions, before: None)
 
 
 # If this process is one of `_processes`: its worker, or the error of its start, which each of its jobs raises. An error

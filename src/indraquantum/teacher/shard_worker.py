@@ -59,6 +59,9 @@ class Plan:
     threads: int = 0  # of torch in each of several workers; 0 leaves the choice to --threads and to torch
 
 
+Progressed = Callable[[int, int], object]  # hears of positions that are done, and how many of them were done before
+
+
 class ShardResult(NamedTuple):
     """A shard that is in the folder, but not yet in the manifest."""
 
@@ -83,10 +86,8 @@ class Asker(Protocol):
 class ShardWorker:
     """Captures shards. The teacher is loaded only when it is needed."""
 
-    def __init__(
-        self, plan: Plan, dataset: PreparedDataset, load: Callable[[], Asker], progress: Callable[[int], object]
-    ) -> None:
-        """Take the plan, the dataset, a function that loads the teacher, and one that is called with positions done."""
+    def __init__(self, plan: Plan, dataset: PreparedDataset, load: Callable[[], Asker], progress: Progressed) -> None:
+        """Take the plan, the dataset, a function that loads the teacher, and one that hears of positions done."""
         self._plan, self._dataset, self._load, self._progress = plan, dataset, load, progress
         self._asker: Asker | None = None
 
@@ -113,7 +114,7 @@ class ShardWorker:
         with contextlib.closing(Journal(folder, job.file, job.first_row, job.last_row)) as journal:
             records = journal.records
             kept = sum(len(record.signals.entropy_N) for record in records)
-            self._progress(kept)
+            self._progress(kept, kept)
             first = records[-1].last_row if records else job.first_row
             step = self._plan.manifest.batch_rows
             for begin in range(first, job.last_row, step):
@@ -124,7 +125,7 @@ class ShardWorker:
                 if job.file == self._plan.first_file and begin == job.first_row:
                     self._announce(record.signals, seconds, written)
                 records.append(record)
-                self._progress(len(record.signals.entropy_N))
+                self._progress(len(record.signals.entropy_N), 0)
             columns = zip(*(record.signals for record in records), strict=True)
             whole = PositionSignals(*(None if c[0] is None else np.concatenate(c) for c in columns))
             precision = "+".join(sorted({record.precision for record in records}))
