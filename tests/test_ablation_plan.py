@@ -171,7 +171,7 @@ def test_a_change_anywhere_in_the_program_marks_the_commit(tmp_path, monkeypatch
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     package = tmp_path / "package"
-    for file in (package / "ablation" / "tasks.py", package / "model" / "head.py"):
+    for file in (package / "__init__.py", package / "ablation" / "tasks.py", package / "model" / "head.py"):
         file.parent.mkdir(parents=True)
         file.write_text("")
     identity = ("-c", "user.name=a", "-c", "user.email=a@b")
@@ -182,6 +182,25 @@ def test_a_change_anywhere_in_the_program_marks_the_commit(tmp_path, monkeypatch
     assert len(head) == 40
     (package / "model" / "head.py").write_text("changed")
     assert tasks.commit() == f"{head}+changes"
+    other = tmp_path / "other"
+    for command in (("init", "-q"), (*identity, "commit", "-qm", "other", "--allow-empty")):
+        subprocess.run(["git", "-C", other, *command] if other.exists() else ["git", *command, other], check=True)
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    assert tasks.commit() == f"{head}+changes"
+
+
+def test_a_package_within_a_repository_that_does_not_track_it_has_no_commit(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    installed = tmp_path / ".venv" / "package"
+    (installed / "ablation").mkdir(parents=True)
+    (installed / "__init__.py").write_text("")
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "of the user")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(tasks, "__file__", str(installed / "ablation" / "tasks.py"))
+    assert tasks.commit() is None
 
 
 def test_anchors_and_paths_beside_the_plan(tmp_path):

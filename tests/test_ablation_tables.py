@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from indraquantum.ablation.report import alignment_table, bands_table, front_tables, search_table, sizes_table
+from indraquantum.ablation.report import (
+    _about_front,
+    alignment_table,
+    bands_table,
+    front_tables,
+    search_table,
+    sizes_table,
+)
 
 FAMILIES = SimpleNamespace(families={"plain": ("s", "l"), "ours": ("o",)})
 
@@ -58,9 +65,27 @@ def test_the_trend_of_a_lead_by_hand():
     assert [row[4:] for row in beside.rows[:2]] == [["-0.1000", "1.149"], ["-0.3000", "not measured"]]
 
 
+def test_a_variant_without_a_run_is_left_out_and_named():
+    plan = SimpleNamespace(families={"plain": ("s", "l"), "ours": ("o", "p"), "third": ("q",)})
+    runs = {"s": sized(10, 5.0, 5.0), "l": sized(1000, 4.0, 4.0), "o": sized(100, 4.25, 3.9), "q": {}}
+    assert [table.rows for table in front_tables(plan, runs)] == [table.rows for table in front_tables(FAMILIES, runs)]
+    assert _about_front(plan, runs).startswith("Without a finished run, and left out: p, q. All figures ")
+    heights, beside = front_tables(plan, {"o": runs["o"]})
+    assert heights.rows[0][:3] == ["ours", "parameters", "o"]
+    assert beside.rows == []
+
+
+def test_variants_of_equal_size_stay_apart_over_the_seeds():
+    """Variant a has 3.0 and 3.2, b 3.1 and 3.1, and a plain model of their size 3.5."""
+    runs = {"s": sized(10, 3.5, 3.5), "a": sized(10, 3.0, 3.2), "b": sized(10, 3.1, 3.1)}
+    _, beside = front_tables(SimpleNamespace(families={"plain": ("s",), "ours": ("a", "b")}), runs)
+    assert [row[4] for row in beside.rows[:2]] == ["-0.4000 ± 1.2706", "-0.4000 ± 0.0000"]
+
+
 def test_a_family_without_a_common_seed_gives_no_rows():
     runs = {"s": sized(10, 5.0), "l": sized(1000, 4.5), "o": {7: sized(1000, 4.6)[0]}}
     assert [table.rows for table in front_tables(FAMILIES, runs)] == [[], []]
+    assert _about_front(FAMILIES, runs).startswith("The finished variants share no seed yet, so the tables are empty. ")
 
 
 def test_bands_by_hand():

@@ -278,7 +278,7 @@ def test_processes_of_one_machine_are_not_reachable_from_others(monkeypatch):
     monkeypatch.delenv("NCCL_SOCKET_IFNAME")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setattr(torch.distributed, "init_process_group", stop)
+    monkeypatch.setattr(torch.distributed, "rendezvous", stop)
     with pytest.raises(Stop), joined_processes():
         pass
     assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("eth7", "lo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -176,6 +177,29 @@ def test_what_the_system_refuses_is_one_line(capsys, number, said):
     assert capsys.readouterr().err == f"indra: error: some/file: got {os.strerror(number)}; {said}\n"
     number = errno.EBADF  # a bug, whose trace is wanted
     with pytest.raises(OSError, match="Bad file"):
+        cli.run_guarded(action)
+
+
+@pytest.mark.parametrize("printed", ["a line\n", "a line\n" * 100_000, ""])
+def test_status_141_means_that_nobody_reads(monkeypatch, printed):
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def action():
+        print(printed, flush=True)
+        raise BrokenPipeError
+
+    with contextlib.suppress(BrokenPipeError), open(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.run_guarded(action) == 141
+
+
+def test_another_broken_pipe_is_a_bug_whose_trace_is_wanted(capsys):
+    def action():
+        print("before")
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
         cli.run_guarded(action)
 
 

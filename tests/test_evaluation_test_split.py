@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from indraquantum.config import (
 from indraquantum.data import dataset as datasets
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import UserError
-from indraquantum.evaluation.test_split import readings_path
+from indraquantum.evaluation.test_split import read_test_split, readings_path
 from indraquantum.files import write_manifest_json
 from indraquantum.inference.load import load_model
 from indraquantum.inference.report import evaluate_checkpoint
@@ -144,10 +145,10 @@ def test_what_can_not_be_read_or_recorded_is_one_line(world, data, checkpoint, t
         evaluate_checkpoint(checkpoint, EvalSettings(data=world.pickle, split="test"))
     half = json.dumps({"data": open_dataset("--data", data).content_sha256})
     for damaged in ("no record\n", f"{half}\n"):
-        readings_path(data).write_text(damaged)
-        with pytest.raises(UserError, match="is damaged: each line must record a reading of the test split"):
+        readings_path(data).write_text(f"\n{damaged}")
+        with pytest.raises(UserError, match="is damaged: its line 2 does not record a reading of the test split"):
             evaluate_checkpoint(checkpoint, EvalSettings(**test))
-        assert readings_path(data).read_text() == damaged
+        assert readings_path(data).read_text() == f"\n{damaged}"
     readings_path(data).unlink()
     readings_path(data).mkdir()
     with pytest.raises(UserError, match=r"can't be written .*, so the test split is not read"):
@@ -266,3 +267,44 @@ def test_without_a_test_split_a_final_report_is_refused_before_anything_runs(wor
     assert indra("ablate", plan, *folders(tmp_path), "--final") == 2
     assert "--final: got test; needs a dataset with a test split" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+def test_a_record_that_was_cut_off_is_ignored_and_goes(data):
+    dataset = open_dataset("--data", data)
+    read_test_split("--split", data, dataset, "indra eval a.pt")
+    whole = readings_path(data).read_bytes()
+    readings_path(data).write_bytes(whole + whole[:20])
+    reading = read_test_split("--split", data, dataset, "indra eval b.pt")
+    assert len(reading.earlier) == 1
+    assert [json.loads(line)["command"] for line in readings_path(data).read_text().splitlines()] == [
+        "indra eval a.pt", "indra eval b.pt",
+    ]  # fmt: skip
+
+
+def test_a_record_that_does_not_fit_is_taken_back(data, monkeypatch):
+    dataset = open_dataset("--data", data)
+    read_test_split("--split", data, dataset, "indra eval a.pt")
+    before, opened = readings_path(data).read_bytes(), Path.open
+
+    class Short:
+        """A file on a disk that has room for 9 bytes."""
+
+        def __init__(self, file):
+            self._file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self._file.close()
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def write(self, content):
+            return self._file.write(content[:9])
+
+    monkeypatch.setattr(Path, "open", lambda path, *mode, **options: Short(opened(path, *mode, **options)))
+    with pytest.raises(UserError, match=r"can't be written \(No space left on device\), so the test split is not read"):
+        read_test_split("--split", data, dataset, "indra eval b.pt")
+    assert readings_path(data).read_bytes() == before

@@ -17,6 +17,7 @@ from indraquantum.monitor import curves
 from indraquantum.monitor.curves import DECAYS, SERIES, SMOOTHED, Curves, Follower
 from indraquantum.monitor.overview import overview_of
 from indraquantum.monitor.points import CAPACITY, Means, Points
+from indraquantum.monitor.tail import TAIL_BYTES
 from indraquantum.smoothing import smoothed
 from indraquantum.training.guards import CollapseGuard
 
@@ -202,6 +203,17 @@ def test_the_overview_by_hand(tmp_path):
     assert (running.state, running.tokens_per_second) == ("running", 20.0)
     assert running.seconds_left == pytest.approx(95 * 10 / 20)  # 95 steps of 10 tokens
     assert overview_of(write(tmp_path / "c", lines, finished=True), tmp_path).state == "finished"
+
+
+@pytest.mark.parametrize("before", [600, 3000])  # lines of 560 bytes after the evaluation; the tail has some 470
+def test_the_overview_finds_an_evaluation_far_before_the_end(tmp_path, before):
+    blank = dict.fromkeys(FIELDS)
+    lines = [_line(blank | {"step": n, "held_out": {"all": 7.0 - n} if n < 3 else None}) for n in range(before)]
+    path = write(tmp_path / "a", lines)
+    assert path.stat().st_size > TAIL_BYTES
+    assert overview_of(path, tmp_path).held_out == {"all": 5.0}
+    none = write(tmp_path / "b", [line for line in lines if b'"held_out": {' not in line])
+    assert overview_of(none, tmp_path).held_out == {}
 
 
 def test_a_killed_run_has_died_and_one_that_ended_itself_was_stopped(tmp_path):

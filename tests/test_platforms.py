@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.abc
 import io
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 from indraquantum.config import DeviceSettings
 from indraquantum.device import choose_device
 from indraquantum.errors import UserError
+from indraquantum.interrupts import Interrupted
 
 
 @pytest.mark.parametrize("module", ["indraquantum", "indraquantum.cli"])
@@ -50,6 +53,44 @@ def test_runs_of_an_ablation_are_not_forked_on_a_mac(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert processes.run_tasks([], 2, print) == []
     assert methods == ["spawn"]
+
+
+def test_the_process_that_forks_the_runs_ignores_ctrl_c_while_it_loads(monkeypatch):
+    from indraquantum.ablation import processes
+
+    def handlers():
+        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGHUP)
+
+    seen, before = [], handlers()
+    monkeypatch.setattr(processes.forkserver, "ensure_running", lambda: seen.append(handlers()))
+    processes._start_server()
+    assert seen == [(signal.SIG_IGN, signal.SIG_IGN)]
+    assert handlers() == before
+
+
+@pytest.mark.parametrize(("signalled", "raised"), [(True, Interrupted), (False, EOFError)])
+def test_a_signal_to_all_processes_while_runs_start_is_no_traceback(monkeypatch, signalled, raised):
+    """`timeout` and a scheduler signal the process that forks the runs too."""
+    from indraquantum.ablation import processes
+
+    class Process:
+        def __init__(self, **_):
+            pass
+
+        def start(self):
+            if signalled:
+                signal.raise_signal(signal.SIGTERM)
+            raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(processes, "_start_server", lambda: None)
+    monkeypatch.setattr(processes.multiprocessing.context.ForkServerContext, "Process", Process)
+    monkeypatch.setattr(processes.multiprocessing.context.SpawnContext, "Process", Process)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(raised):
+            processes.run_tasks([SimpleNamespace(name="a")], 1, print)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_chat_needs_no_readline(monkeypatch, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import forked
 from indraquantum import cli
+from indraquantum import processes as processes_module
 from indraquantum.config import CaptureSettings
 from indraquantum.data.dataset import open_dataset
 from indraquantum.errors import TrainingStopped, UserError
@@ -200,6 +203,41 @@ def test_a_restart_on_one_machine_finds_nothing_of_the_start_before(monkeypatch)
     assert peer.get("address") == b"of the living"
 
 
+@pytest.mark.parametrize("agent", [True, False])  # as torchrun starts them, or another program
+def test_a_program_may_train_twice_in_the_same_processes(tmp_path, agent):
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def act(rank):
+        if agent:
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+            os.environ["MASTER_PORT"] = str(server.port)
+        for run in range(3):
+            time.sleep(0.5 if run and not rank else 0.0)  # the first process writes files, and comes last
+            with joined_processes() as found:
+                assert found.sums([1.0]) == [2.0]
+
+    assert forked.run(2, act, tmp_path) == [0, 0], forked.said(tmp_path)
+
+
+def test_all_processes_raise_a_shared_error_and_the_first_tells_it(tmp_path):
+    def fail():
+        raise UserError("--data", "x", "must be there")
+
+    def act(rank):
+        def trains():
+            with joined_processes() as found:
+                found.first(fail)
+
+        with pytest.raises(UserError, match="must be there"):
+            trains()
+        (tmp_path / f"caught.{rank}").touch()
+        trains()
+
+    assert forked.run(2, act, tmp_path) == [2, 2], forked.said(tmp_path)
+    assert {path.name for path in tmp_path.glob("caught.*")} == {"caught.0", "caught.1"}
+    assert forked.said(tmp_path).count("indra: error: --data: got x; must be there") == 1
+
+
 @pytest.mark.parametrize(
     ("error", "agreed", "waits"),
     [
@@ -215,6 +253,7 @@ def test_a_process_that_fails_alone_on_a_gpu_does_not_wait_for_the_others(monkey
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     done = []
+    monkeypatch.setattr(processes_module, "_store", lambda one_machine: torch.distributed.HashStore())
     for name in ("init_process_group", "new_group", "destroy_process_group"):
         monkeypatch.setattr(torch.distributed, name, lambda *_, name=name, **__: done.append(name))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)

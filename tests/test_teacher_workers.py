@@ -9,6 +9,8 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import Future
+from multiprocessing.spawn import get_preparation_data
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,6 +141,35 @@ def test_workers_give_the_same_bytes_and_one_may_be_killed(settings, whole, monk
     assert files_of(settings.output) == whole
     assert report.packed is True
     assert report.coverage == {"train": 1.0, "validation": 1.0}
+
+
+def test_workers_do_not_run_the_program_again_that_called(settings, monkeypatch):
+    """multiprocessing would tell a new process to run it, and a script without a guard would capture once more."""
+    told = []
+
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def submit(self, *_):
+            told.append(get_preparation_data("worker"))
+            return Future()
+
+        def shutdown(self, **_):
+            pass
+
+    def stop(futures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engines, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(engines, "as_completed", stop)
+    main = sys.modules["__main__"]
+    assert {"init_main_from_name", "init_main_from_path"} & get_preparation_data("worker").keys()
+    with pytest.raises(KeyboardInterrupt):
+        capture(changed(settings, workers=2), None, SHARD)
+    assert told
+    assert not any({"init_main_from_name", "init_main_from_path"} & data.keys() for data in told)
+    assert sys.modules["__main__"] is main
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from indraquantum.config import TrainSettings
 from indraquantum.errors import UserError
 from indraquantum.metrics import read_metrics
-from indraquantum.trackers import numbers, open_tracker, require_tracker
+from indraquantum.trackers import WandbTracker, numbers, open_tracker, require_tracker
 from indraquantum.training import loop
 
 
@@ -31,7 +31,10 @@ def fake_package(name: str, calls: list) -> ModuleType:
     def log(data, step=None):
         calls.append(("log", step, data))
 
-    package.init, package.log, package.finish = init, log, lambda: calls.append(("finish",))
+    def finish(**options):
+        calls.append(("finish", options))
+
+    package.init, package.log, package.finish = init, log, finish
     package.__spec__ = object()
     return package
 
@@ -43,7 +46,7 @@ def test_a_run_is_tracked_line_by_line(world, tmp_path, monkeypatch, kind):
     report = loop.train(settings(world, tmp_path, log_to=kind))
     options = {"dir": str(tmp_path / "logs" / "run")} if kind == "wandb" else {}
     assert calls[0] == ("init", "indraquantum", "run", 0, "never", options)
-    assert calls[-1] == ("finish",)
+    assert calls[-1] == ("finish", {})
     lines = read_metrics(report.metrics)
     assert [call[1] for call in calls[1:-1]] == [line["step"] for line in lines] == [0, 1, 2, 3]
     for call, line in zip(calls[1:-1], lines, strict=True):
@@ -82,6 +85,71 @@ def test_a_tracker_that_does_not_start_is_one_line_and_the_run_goes_on_without_i
     ):
         loop.train(settings(world, tmp_path, log_to=kind))
     assert loop.train(settings(world, tmp_path)).steps == 3
+
+
+class Broken(Exception):
+    """Of a tracker."""
+
+
+@pytest.mark.parametrize("call", ["log", "finish"])
+@pytest.mark.parametrize("kind", ["wandb", "trackio"])
+def test_a_tracker_that_breaks_costs_the_run_nothing(world, tmp_path, monkeypatch, caplog, kind, call):
+    calls: list = []
+    package = fake_package(kind, calls)
+
+    def breaks(*data, step=0, **options):
+        if call == "finish" or step == 2:
+            raise Broken("Connection lost\nfor good")
+
+    monkeypatch.setattr(package, call, breaks)
+    monkeypatch.setitem(sys.modules, kind, package)
+    report = loop.train(settings(world, tmp_path, log_to=kind))
+    assert [line["step"] for line in read_metrics(report.metrics)] == [0, 1, 2, 3]
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [
+        f"--log-to {kind}: the tracker failed and gets no more of this run (Connection lost for good); "
+        "metrics.jsonl has everything"
+    ]
+    assert loop.train(settings(world, tmp_path / "plain")).held_out == report.held_out
+
+
+def test_a_flush_that_fails_does_not_stop_a_checkpoint(world, tmp_path, monkeypatch):
+
+    def fails(self):
+        raise Broken("no space")
+
+    monkeypatch.setitem(sys.modules, "wandb", fake_package("wandb", []))
+    monkeypatch.setattr(WandbTracker, "flush", fails)
+    assert loop.train(settings(world, tmp_path, log_to="wandb")).checkpoint.is_file()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("wandb", {"exit_code": 1}), ("trackio", {})])
+def test_a_run_that_fails_is_not_a_finished_one(world, tmp_path, monkeypatch, kind, options):
+    calls: list = []
+    monkeypatch.setitem(sys.modules, kind, fake_package(kind, calls))
+
+    def fails(run):
+        raise UserError("steps", 1, "must not be")
+
+    monkeypatch.setattr(loop, "take_step", fails)
+    with pytest.raises(UserError, match="must not be"):
+        loop.train(settings(world, tmp_path, log_to=kind))
+    assert calls[-1] == ("finish", options)
+
+
+@pytest.mark.parametrize("chosen", [{}, {"WANDB_PROJECT": "mine"}, {"WANDB_NAME": "a", "WANDB_DIR": "/b"}])
+def test_environment_variables_of_wandb_are_left_to_it(world, tmp_path, monkeypatch, chosen):
+    calls: list = []
+    monkeypatch.setitem(sys.modules, "wandb", fake_package("wandb", calls))
+    for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    loop.train(settings(world, tmp_path, log_to="wandb"))
+    _, project, name, _, _, options = calls[0]
+    assert project == (None if "WANDB_PROJECT" in chosen else "indraquantum")
+    assert name == (None if "WANDB_NAME" in chosen else "run")
+    assert options == ({} if "WANDB_DIR" in chosen else {"dir": str(tmp_path / "logs" / "run")})
 
 
 def test_only_numbers_are_tracked():

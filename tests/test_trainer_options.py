@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import modeling_utils
 
 from indraquantum import cli
 from indraquantum.config import CaptureSettings, TrainSettings
@@ -571,11 +572,14 @@ def test_rates_of_what_is_not_there_are_refused(world, tmp_path, changes, said):
 # --- memory and speed of the layers
 
 
-def test_gradient_checkpointing_gives_the_same_bits_from_less_memory(world, tmp_path):
+def test_gradient_checkpointing_gives_the_same_bits_from_less_memory(world, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", said.append)
     plain, kept = (trial_run(settings(world, tmp_path, gradient_checkpointing=on, dropout=0.1)) for on in (False, True))
     rows = np.arange(10)
     assert activation_bytes(kept, rows) < 0.3 * activation_bytes(plain, rows)
     assert losses(kept, 3) == losses(plain, 3)
+    assert said == []
     assert all(torch.equal(p, kept.model.get_parameter(name)) for name, p in plain.model.named_parameters())
 
 

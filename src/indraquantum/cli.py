@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import select
 import signal
 import sys
 import threading
@@ -429,6 +430,19 @@ def one_line(error: CycloptsError) -> str:
     return str(InvalidInput(as_option(refused.field).replace(".", "-"), refused.value, refused.allowed))
 
 
+def _nobody_reads() -> bool:
+    """Return whether the reader of stdout is gone."""
+    try:
+        sys.stdout.flush()  # what could not be written is still there
+        ended = select.poll()
+        ended.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in ended.poll(0))
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError):  # no file, or a closed one
+        return False
+
+
 def run_guarded(action: Callable[[], object]) -> int:
     """Run `action` and return the exit status; an error in the input becomes one line on stderr."""
     with command_line():
@@ -438,14 +452,15 @@ def run_guarded(action: Callable[[], object]) -> int:
             print(f"indra: error: {one_line(error)}", file=sys.stderr)
             return 2
         except IndraError as error:
-            print(f"indra: error: {error}", file=sys.stderr)
+            if not error.is_told:
+                print(f"indra: error: {error}", file=sys.stderr)
             return error.exit_status
         except KeyboardInterrupt:
             print("indra: interrupted", file=sys.stderr)
             return 130
-        except BrokenPipeError:
-            return 141
         except OSError as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                return 141
             told = refused_by_system(error)
             if told is None:
                 raise

@@ -72,6 +72,7 @@ class IndraError(Exception):
     """The base of all errors of this package that you can correct."""
 
     exit_status = 1  # of the command line
+    is_told = False  # whether another process tells it, so that the command line of this one has nothing to add
 
 
 class InvalidInput(IndraError, ValueError):

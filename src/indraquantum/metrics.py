@@ -32,12 +32,14 @@ FIELDS = {
     "epoch": "epochs done, with decimals",
     "loss": "the whole objective, nats per labelled token",
     "ce": "cross-entropy of the batch, nats per token",
-    "kd": "KL divergence from the teacher's signals as given, times temperature squared; 0 without signals. With "
-    "sampled signals it never reaches 0. With top-k signals and `--tail bucket` it is at most the true KL",
+    "kd": "KL divergence from the teacher's signals as given, times temperature squared; 0 at tokens without signals, "
+    "null in a stage without signals. With sampled signals it never reaches 0. With top-k signals and `--tail bucket` "
+    "it is at most the true KL",
     "kd_estimate": "estimate of the true KL from the teacher's stored entropy, 0 at tokens without signals; may be "
-    "below 0; null for top-k signals. It is unbiased, but for the small error of a sampled softmax",
-    "phase": "phase term: mean circular distance, 0 to 2, and 0 at tokens without signals",
-    "magnitude": "magnitude term: mean squared error, 0 at tokens without signals",
+    "below 0; null without signals and for top-k signals. It is unbiased, but for the small error of a sampled softmax",
+    "phase": "phase term: mean circular distance, 0 to 2, and 0 at tokens without signals; null in a stage without "
+    "signals",
+    "magnitude": "magnitude term: mean squared error, 0 at tokens without signals; null in a stage without signals",
     "kd_weight": "weight of kd at this step",
     "phase_weight": "weight of the phase term",
     "magnitude_weight": "weight of the magnitude term",
@@ -136,13 +138,13 @@ class MetricsLog:
         except OSError as error:
             raise self._not_written(None, error) from None
 
-    def close(self) -> None:
-        """Write everything to the disk and close the file."""
+    def close(self, failed: bool = False) -> None:
+        """Write everything to the disk and close the file. `failed` says that the run did not come to its end."""
         try:
             self.sync()
         finally:
             self._file.close()
-            self._tracker.close()
+            self._tracker.close(failed)
 
 
 class NoLog:
@@ -154,7 +156,7 @@ class NoLog:
     def sync(self) -> None:
         """Nothing."""
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Nothing."""
 
 

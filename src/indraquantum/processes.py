@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,7 @@ T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=30)
 # Errors of one process that all of them raise, except OutOfMemory. SystemExit comes from a signal that asks to end.
 SHARED_ERRORS = (UserError, TrainingStopped, SystemExit)
+_MEETINGS = itertools.count()  # of this process with the others of its start
 _PEER_IS_GONE = ("closed by peer", "reset by peer", "Broken pipe")  # in gloo's errors
 
 
@@ -126,7 +129,7 @@ ALONE = Processes()
 def joined_processes() -> Iterator[Processes]:
     """Join the other processes that torchrun has started, if any. Inside, only the first one prints.
 
-    An error that all of them share is reported by the first one alone. The others end with its exit status.
+    An error that all of them share is raised in all, and told by the first one alone.
 
     Raises:
         ProcessLost: another process is gone while this one waits for it.
@@ -139,9 +142,10 @@ def joined_processes() -> Iterator[Processes]:
     if one_machine and sys.platform == "linux":
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, "lo")  # not reachable from other machines
-    store = store_of_this_start() if one_machine else None
-    place = {} if store is None else {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **place)
+    # A program may train twice in the same processes. One that is quicker than its peers must not find old addresses.
+    store = torch.distributed.PrefixStore(f"meeting {next(_MEETINGS)}", _store(one_machine))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world)
     rank = torch.distributed.get_rank()
     processes = Processes(rank, world, torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
     end_together = False
@@ -157,8 +161,7 @@ def joined_processes() -> Iterator[Processes]:
         raise
     except (UserError, TrainingStopped) as error:
         end_together = processes.agreed
-        if rank and processes.agreed:
-            raise SystemExit(error.exit_status) from None
+        error.is_told = bool(rank and processes.agreed)
         raise
     except RuntimeError as error:
         text = str(error)
@@ -169,6 +172,16 @@ def joined_processes() -> Iterator[Processes]:
         # NCCL would wait for the others, who may be waiting for this process. torchrun ends them when it is gone.
         if end_together or not torch.cuda.is_available():
             torch.distributed.destroy_process_group()
+
+
+@functools.cache
+def _store(one_machine: bool) -> torch.distributed.Store:
+    """Return the store through which the processes of this start find each other, always the same one."""
+    own = store_of_this_start() if one_machine else None
+    if own is not None:
+        return own
+    store, _, _ = next(torch.distributed.rendezvous("env://"))
+    return store
 
 
 def store_of_this_start() -> torch.distributed.Store | None:

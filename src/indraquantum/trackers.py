@@ -1,17 +1,19 @@
 """Trackers that get the metrics besides the JSONL: TensorBoard, trackio or Weights & Biases, chosen by `--log-to`.
 
 The packages are optional (pip install 'indraquantum[tensorboard]', `[trackio]`, `[wandb]`) and are imported only when
-they are used.
+they are used. A tracker that fails while the run trains is left behind: the run goes on, and its JSONL is complete.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from indraquantum.errors import UserError, optional_package, reason
+from indraquantum.progress import warn
 
 PROJECT = "indraquantum"
 Kind = Literal["none", "tensorboard", "trackio", "wandb"]
@@ -26,8 +28,8 @@ class NullTracker:
     def flush(self) -> None:
         """Make sure that everything is stored. This is called before each checkpoint."""
 
-    def close(self) -> None:
-        """Send what is left and close."""
+    def close(self, failed: bool = False) -> None:
+        """Send what is left and close. `failed` says that the run did not come to its end."""
 
 
 class TensorBoardTracker(NullTracker):
@@ -41,13 +43,14 @@ class TensorBoardTracker(NullTracker):
     def log(self, metrics: dict[str, Any]) -> None:
         """As in NullTracker."""
         for name, value in numbers(metrics).items():
-            self._writer.add_scalar(name, value, metrics["step"])
+            if name != "step":
+                self._writer.add_scalar(name, value, metrics["step"])
 
     def flush(self) -> None:
         """As in NullTracker."""
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """As in NullTracker."""
         self._writer.close()
 
@@ -60,19 +63,56 @@ class WandbTracker(NullTracker):
     """
 
     def __init__(self, package: str, folder: Path, settings: dict[str, Any], history: Iterable[dict[str, Any]]) -> None:
-        self._package = importlib.import_module(package)
-        options = {"dir": str(folder)} if package == "wandb" else {}
-        self._package.init(project=PROJECT, name=folder.name, config=settings, resume="never", **options)
+        self._package, self._is_wandb = importlib.import_module(package), package == "wandb"
+        options = {"project": PROJECT, "name": folder.name}
+        if self._is_wandb:  # what its own environment variables say goes first
+            options = {name: value for name, value in (options | {"dir": str(folder)}).items() if not _chosen(name)}
+        self._package.init(config=settings, resume="never", **options)
         for metrics in history:
             self.log(metrics)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """As in NullTracker."""
-        self._package.log(numbers(metrics), step=metrics["step"])
+        figures = numbers(metrics)
+        self._package.log(figures, step=figures.pop("step"))
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """As in NullTracker."""
-        self._package.finish()
+        self._package.finish(**({"exit_code": 1} if failed and self._is_wandb else {}))
+
+
+def _chosen(option: str) -> bool:
+    """Return whether the user has chosen this option of wandb by an environment variable of wandb."""
+    return bool(os.environ.get(f"WANDB_{option.upper()}"))
+
+
+class _Guarded(NullTracker):
+    """Passes everything to another tracker until that fails, and then to none: metrics matter less than the run."""
+
+    def __init__(self, kind: Kind, tracker: NullTracker) -> None:
+        self._kind, self._tracker = kind, tracker
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """As in NullTracker."""
+        self._guard(lambda tracker: tracker.log(metrics))
+
+    def flush(self) -> None:
+        """As in NullTracker."""
+        self._guard(lambda tracker: tracker.flush())
+
+    def close(self, failed: bool = False) -> None:
+        """As in NullTracker."""
+        self._guard(lambda tracker: tracker.close(failed))
+
+    def _guard(self, action: Callable[[NullTracker], object]) -> None:
+        try:
+            action(self._tracker)
+        except Exception as error:  # each package has its own errors
+            self._tracker = NullTracker()
+            warn(
+                f"--log-to {self._kind}: the tracker failed and gets no more of this run ({reason(error)}); "
+                "metrics.jsonl has everything"
+            )
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -114,9 +154,9 @@ def open_tracker(
     """
     try:
         if kind == "tensorboard":
-            return TensorBoardTracker(folder, step)
+            return _Guarded(kind, TensorBoardTracker(folder, step))
         if kind in ("trackio", "wandb"):
-            return WandbTracker(kind, folder, settings, history)
+            return _Guarded(kind, WandbTracker(kind, folder, settings, history))
     except UserError:
         raise
     except Exception as error:  # not logged in, or no connection: each package has its own errors

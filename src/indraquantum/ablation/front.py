@@ -51,6 +51,8 @@ Curves = dict[str, dict[int, list[Point]]]  # by family and seed, by rising size
 def curves(families: dict[str, tuple[str, ...]], runs: dict[str, dict[int, Result]], size: str) -> Curves:
     """Return the finished runs of each family. Seeds that lack a variant of the family are left out.
 
+    Variants of equal size have the same order with every seed.
+
     Args:
         families: the variants of each family.
         runs: finished runs by variant and seed.
@@ -60,7 +62,10 @@ def curves(families: dict[str, tuple[str, ...]], runs: dict[str, dict[int, Resul
     for family, variants in families.items():
         there = [runs.get(variant, {}) for variant in variants]
         seeds = set.intersection(*(set(by_seed) for by_seed in there))
-        found[family] = {seed: sorted(_point(by_seed[seed], size) for by_seed in there) for seed in sorted(seeds)}
+        found[family] = {
+            seed: sorted((_point(by_seed[seed], size) for by_seed in there), key=lambda point: point.size)
+            for seed in sorted(seeds)
+        }
     return found
 
 

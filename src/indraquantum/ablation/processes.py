@@ -56,7 +56,11 @@ def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], object]) ->
                 while waiting and len(running) < jobs:
                     with interrupts.deferred():
                         process = context.Process(target=_run_here, args=(waiting[0],), name=waiting[0].name)
-                        process.start()
+                        try:
+                            process.start()
+                        except (EOFError, OSError):  # the process that forks has ended, perhaps by the same signal
+                            interrupts.check()
+                            raise
                         running[process] = waiting.popleft()
                     interrupts.check()
                 for process in _ended(list(running)):
@@ -78,17 +82,19 @@ def start_method() -> Literal["forkserver", "spawn"]:
 
 
 def _start_server() -> None:
-    """Start the process that forks the runs, and let it ignore a terminal that closes.
+    """Start the process that forks the runs, and let it ignore a terminal that closes, or a Ctrl-C in it.
 
-    The SIGHUP would end it and leave the runs behind. They have a session of their own, and their parent ends them.
+    A SIGHUP would end it and leave the runs behind. They have a session of their own, and their parent ends them. A
+    SIGINT would end it with a traceback while it loads; after that, it ignores SIGINT by itself.
     """
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
         return
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # goes over to the new process
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
     try:
-        forkserver.ensure_running()
+        forkserver.ensure_running()  # the new process takes over what is ignored
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Outcome(NamedTuple):

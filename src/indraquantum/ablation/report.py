@@ -99,8 +99,8 @@ def report_blocks(plan: Plan, folder: Path, records: Runs, runs: Runs, trials: T
         )
         blocks += [Heading("After each stage"), Paragraph(said), stages]
     blocks += [Heading("Size and speed"), Paragraph(_about_sizes(plan, runs)), sizes_table(runs)]
-    if any(variant in runs for variants in plan.families.values() for variant in variants):
-        blocks += [Heading("Front"), Paragraph(_about_front(plan)), *front_tables(plan, runs)]
+    if any(variant in runs for variant in _of_families(plan)):
+        blocks += [Heading("Front"), Paragraph(_about_front(plan, runs)), *front_tables(plan, runs)]
         blocks.append(Picture(save_front(folder, runs, plan.families), draw_front.__doc__.split("\n")[0]))
     if any(record["alignment"] for record in _all(runs)):
         said = "Pearson correlation on the table half. The controls are read from the student's own softmax."
@@ -209,15 +209,15 @@ def front_tables(plan: Plan, runs: Runs) -> list[Table]:
     """For parameters and for work: how low each family reaches, and each of its models beside the baseline."""
     baseline, *_ = plan.families
     heights, models = [], []
-    shared = at_equal_seeds((variant for variants in plan.families.values() for variant in variants), runs)
-    for size, title in SIZES.items():
-        found = curves(plan.families, shared, size)
-        if not all(by_seed for by_seed in found.values()):
-            continue
+    shared = at_equal_seeds(_of_families(plan), runs)
+    there = {family: tuple(v for v in variants if v in shared) for family, variants in plan.families.items()}
+    families = {family: variants for family, variants in there.items() if variants}
+    for size, title in SIZES.items() if families else ():
+        found = curves(families, shared, size)
         means = {variant: mean_point(by_seed, size) for variant, by_seed in shared.items()}
         best, volumes = on_front(means), hypervolumes(found)
-        for family, variants in plan.families.items():
-            own = [] if family == baseline else compared(found, family, baseline)
+        for family, variants in families.items():
+            own = [] if family == baseline or baseline not in families else compared(found, family, baseline)
             against = (lead(volumes, family, baseline), trend(own)) if own else (None, None)
             on = ", ".join(v for v in variants if v in best) or "none"
             height = _mean(volumes.get(family, {}).values(), 4)
@@ -239,6 +239,10 @@ def front_tables(plan: Plan, runs: Runs) -> list[Table]:
     ]  # fmt: skip
 
 
+def _of_families(plan: Plan) -> list[str]:
+    return [variant for variants in plan.families.values() for variant in variants]
+
+
 def _beside_baseline(family: str, title: str, model: Compared) -> list[str]:
     figures = []
     for values, places, sign in ((model.differences, 4, "+"), (model.ratios, 3, "")):
@@ -247,10 +251,14 @@ def _beside_baseline(family: str, title: str, model: Compared) -> list[str]:
     return [family, title, f"{model.size:,.0f}", str(len(model.ratios)), *figures]
 
 
-def _about_front(plan: Plan) -> str:
+def _about_front(plan: Plan, runs: Runs) -> str:
     baseline, *_ = plan.families
+    every, shared = _of_families(plan), at_equal_seeds(_of_families(plan), runs)
+    missing = ", ".join(variant for variant in every if not runs.get(variant))
     return (
-        "All figures are over the seeds that all these variants share. A variant is on the front if no other variant "
+        (f"Without a finished run, and left out: {missing}. " if missing else "")
+        + ("" if shared else "The finished variants share no seed yet, so the tables are empty. ")
+        + "All figures are over the seeds that all these variants share. A variant is on the front if no other variant "
         "of at most its size has a lower mean loss. The mean lead is the "
         "hypervolume: for each size, take the lowest loss of the family's models up to that size. The figure says how "
         "far it is below the worst loss of these runs, averaged over the logarithm of the size, up to twice the "

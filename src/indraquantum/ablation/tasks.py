@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from indraquantum.training.plan import plan_run
 from indraquantum.training.run import run_identity
 from indraquantum.training.signals import find_signals
 from indraquantum.versions import versions
+
+# Variables that a hook of git sets, which name another repository than that of the program.
+OTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR")
 
 
 @dataclass(frozen=True)
@@ -210,12 +214,19 @@ def _held_out_sha256(store: SignalStore) -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of the program, with `+changes` if files differ from it; None outside a repository."""
+    """Return the commit of the program, with `+changes` if files differ from it; None outside its repository.
+
+    An installed package may lie within a repository of the user, who does not track it there.
+    """
     here = Path(__file__).parents[1]  # the whole package
+    environment = {name: value for name, value in os.environ.items() if name not in OTHER_REPOSITORY}
+    tracked = ["git", "ls-files", "--error-unmatch", "__init__.py"]
     try:
-        commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--", "."])
-        head, changes = (
-            subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        commands = (tracked, ["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--", "."])
+        _, head, changes = (
+            subprocess.run(
+                command, cwd=here, env=environment, capture_output=True, text=True, check=True
+            ).stdout.strip()
             for command in commands
         )
     except (OSError, subprocess.CalledProcessError):

@@ -7,7 +7,9 @@ readings there were before.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -64,15 +66,36 @@ def read_test_split(field: str, data: Path, dataset: PreparedDataset, command: s
     """
     require_test_split(field, dataset)
     path, own = readings_path(data), dataset.content_sha256
+    found, now = [], datetime.now(UTC).isoformat(timespec="seconds")
+    added = json.dumps({"date": now, "command": command, "data": own}).encode() + b"\n"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        # Lines of other datasets are of those that were in this place before.
-        found = [f"{line['command']} ({line['date']})" for line in map(json.loads, lines) if line["data"] == own]
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"date": now, "command": command, "data": own}) + "\n")
-    except (ValueError, KeyError, TypeError):
-        raise UserError(field, path, "is damaged: each line must record a reading of the test split") from None
+        with path.open("a+b", buffering=0) as file:
+            file.seek(0)
+            content = file.read()
+            whole = content.rfind(b"\n") + 1  # an incomplete last line was cut off, and nothing was read after it
+            for number, line in enumerate(content[:whole].splitlines(), start=1):
+                command_and_date = _reading(line, own, field, path, number) if line.strip() else None
+                found += [command_and_date] if command_and_date else []
+            if whole < len(content):
+                file.truncate(whole)
+            if file.write(added) != len(added):
+                file.truncate(whole)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
     except OSError as error:
         raise UserError(field, path, f"can't be written ({error.strerror}), so the test split is not read") from None
     return TestReading(dataset.test, tuple(found))
+
+
+def _reading(line: bytes, own: str, field: str, path: Path, number: int) -> str | None:
+    """Return command and date of a recorded reading; None if it was of another dataset, which was in this place before.
+
+    Raises:
+        UserError: the line is damaged.
+    """
+    try:
+        read = json.loads(line)
+        return f"{read['command']} ({read['date']})" if read["data"] == own else None
+    except (ValueError, KeyError, TypeError):
+        allowed = f"is damaged: its line {number} does not record a reading of the test split; mend or remove that line"
+        raise UserError(field, path, allowed) from None

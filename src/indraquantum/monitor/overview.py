@@ -31,7 +31,7 @@ class Overview:
     total_steps: int | None = None
     tokens: int = 0
     loss: float | None = None
-    held_out: dict[str, float] = field(default_factory=dict)  # of the last evaluation near the end
+    held_out: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     tokens_per_second: float | None = None  # median of the last steps
     seconds_left: float | None = None  # at the speed of the last steps, without evaluations
     seconds_since: float = 0.0  # since the last line
@@ -47,6 +47,7 @@ def overview_of(metrics_path: Path, root: Path) -> Overview:
     try:
         about = metrics_path.stat()
         tail = Tail(metrics_path, about.st_size)
+        held_out = tail.held_out
     except OSError as error:
         return Overview(name, "damaged", f"metrics.jsonl: can't be read ({error.strerror})")
     last = tail.metrics[-1] if tail.metrics else {}
@@ -55,7 +56,7 @@ def overview_of(metrics_path: Path, root: Path) -> Overview:
     return Overview(
         name, state, collapse=kinds, strategy=_text(record.get("settings", {}).get("strategy")), total_steps=total,
         steps=_whole(last.get("step")), tokens=_whole(last.get("tokens")), loss=_number(last.get("loss")),
-        held_out=tail.held_out, seconds_since=max(0.0, time.time() - about.st_mtime),
+        held_out=held_out, seconds_since=max(0.0, time.time() - about.st_mtime),
         **(_speed(tail.metrics, total) if state == "running" else {}),
     )  # fmt: skip
 

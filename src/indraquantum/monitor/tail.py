@@ -11,13 +11,16 @@ from indraquantum.errors import UserError
 from indraquantum.metrics import Line
 
 TAIL_BYTES = 1 << 18  # some 350 lines
+EVALUATION_BYTES = 1 << 24  # some 20,000 lines: how far back an evaluation is looked for
 LAST_LINES = 40
+_EVALUATION = b'"held_out": {'
 
 
 class Tail:
     """The whole lines at the end of a metrics file, of which only those that are needed are parsed."""
 
     def __init__(self, path: Path, size: int) -> None:
+        self._path, self._size = path, size
         with path.open("rb") as file:
             file.seek(max(0, size - TAIL_BYTES))
             contents = file.read(TAIL_BYTES).split(b"\n")[:-1]
@@ -36,14 +39,26 @@ class Tail:
 
     @property
     def held_out(self) -> dict[str, float]:
-        """The figures of the last evaluation in these lines."""
-        found = self._last_with("held_out").get("held_out")
+        """The figures of the last evaluation."""
+        found = (self._last_with("held_out") or self._earlier_evaluation()).get("held_out")
         return {name: value for name, value in found.items() if type(value) is float} if isinstance(found, dict) else {}
 
     def _last_with(self, name: str) -> dict[str, Any]:
         """Return the metrics of the last line with a value for `name`, which most lines do not have."""
         line = next((line for line in reversed(self._lines) if not line.lacks(name)), None)
         found = _valid([line]) if line else []
+        return found[0] if found else {}
+
+    def _earlier_evaluation(self) -> dict[str, Any]:
+        """Return the metrics of the last evaluation before these lines, if it is not too far back."""
+        if self._size <= TAIL_BYTES:
+            return {}
+        with self._path.open("rb") as file:
+            file.seek(max(0, self._size - EVALUATION_BYTES))
+            content = file.read(min(self._size, EVALUATION_BYTES))
+        place = content.rfind(_EVALUATION)
+        begin, end = content.rfind(b"\n", 0, max(0, place)), content.find(b"\n", place)
+        found = _valid([Line(self._path, 0, content[begin + 1 : end + 1])]) if place >= 0 and end >= 0 else []
         return found[0] if found else {}
 
 

@@ -14,11 +14,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from indraquantum.config import CaptureSettings
@@ -157,6 +159,19 @@ def _without_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Inside, new processes don't run the program again that called this package, as multiprocessing would have it.
+
+    They need only this package. The program may have no `if __name__ == "__main__":`.
+    """
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _processes(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
     """Run the jobs in processes of this machine. If one ends unexpectedly, all are replaced and open jobs restart."""
     context, left, deaths = multiprocessing.get_context("spawn"), set(jobs), 0
@@ -165,7 +180,7 @@ def _processes(plan: Plan, jobs: list[Job]) -> Iterator[ShardResult]:
         counter = context.Value("i", 0)
         pool = ProcessPoolExecutor(plan.settings.workers, context, _begin_process, (plan, counter, are_options_named()))
         try:
-            with _without_ctrl_c():
+            with _without_ctrl_c(), _without_main():
                 futures = {pool.submit(_do_job, job): job for job in jobs if job in left}
             for future in as_completed(futures):
                 result = future.result()

@@ -154,7 +154,7 @@ def _closed(log: MetricsLog | NoLog) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(Exception):
-            log.close()
+            log.close(failed=True)
         raise
     log.close()
 

@@ -328,7 +328,7 @@ def accelerate(model: IndraQuantumPhase2, settings: TrainSettings, device: torch
         UserError: --compile is given, and no compiler works here.
     """
     if settings.gradient_checkpointing:
-        model.backbone.activation_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if settings.compile:
         require_compiler(device)
         # The code for a shape must not depend on the shapes before it, or a resumed run would have other bits. So no
