@@ -1,6 +1,7 @@
 """Writing text: the model's own argmax as reference, the seed, the limits, and the states read beside it."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from byte_tokenizer import BOS, EOS, byte_tokenizer
 from indraquantum.config import TestSettings
 from indraquantum.errors import UserError
-from indraquantum.inference.generate import generate_text, uncertainty_nats
+from indraquantum.inference.generate import choose, generate_text, uncertainty_nats
 from indraquantum.model import IndraQuantumConfig, IndraQuantumPhase2
 
 LIMIT = 47
@@ -136,3 +137,26 @@ def test_the_longest_text_that_fits_is_written(model, tokenizer):
 def test_text_beyond_the_models_length_names_the_option(model, tokenizer, values, prompt, message):
     with pytest.raises(UserError, match=message):
         generate_text(model, tokenizer, options(**values), prompt)
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "rounded"), list(product([0, 2, 5, 40], [0.1, 0.4, 0.9], [True, False])))
+def test_a_choice_is_among_as_many_as_with_transformers(monkeypatch, top_k, top_p, rounded):
+    """Of equal logits, transformers may leave others, because its sort is not stable, but as many."""
+    drawn_from = []
+    monkeypatch.setattr(
+        torch, "multinomial", lambda probs, num_samples: drawn_from.append(probs) or probs.argmax(-1)[None]
+    )
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    filters = [TemperatureLogitsWarper(0.8), *([TopKLogitsWarper(top_k)] if top_k else []), TopPLogitsWarper(top_p)]
+    settings = TestSettings(temperature=0.8, top_k=top_k, top_p=top_p)
+    for seed in range(20):
+        logits_1V = torch.randn(1, 30, generator=torch.Generator().manual_seed(seed)) * 2
+        logits_1V = logits_1V.round() if rounded else logits_1V
+        left_1V = logits_1V
+        for reduce in filters:
+            left_1V = reduce(None, left_1V)
+        choose(logits_1V, settings)
+        expected = left_1V.softmax(-1)
+        torch.testing.assert_close(drawn_from[-1].sort().values, expected.sort().values)
+        assert rounded or torch.equal(drawn_from[-1], expected)

@@ -3,6 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from small_model import NARROW, V, make, make_with_twin, tokens
 
@@ -21,6 +26,13 @@ def test_cached_logits_equal_uncached():
 def generate(model, ids, **options):
     options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
     return model.generate(ids, **{"attention_mask": torch.ones_like(ids), **options})
+
+
+def letters():
+    """A tokenizer that spells each token as one character."""
+    backend = Tokenizer(WordLevel({chr(97 + number): number for number in range(V)}, unk_token="a"))
+    backend.pre_tokenizer, backend.decoder = Split(Regex("."), "isolated"), Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def sharpened(**options):
@@ -180,3 +192,15 @@ def test_generation_in_bfloat16_goes_as_the_uncached_loop():
 def test_a_misspelt_option_of_generate_is_refused():
     with pytest.raises(ValueError, match="attention_msk"):
         generate(make(), tokens(1, 5), attention_msk=torch.ones(1, 5))
+
+
+def test_stop_strings_end_a_text_as_with_llama():
+    model, twin = make_with_twin()
+    ids = tokens(2, 5)
+    tokenizer = letters()
+    text = tokenizer.decode(generate(model, ids)[0, 7:9])
+    for beams in (1, 2):
+        how = {"stop_strings": [text], "tokenizer": tokenizer, "num_beams": beams}
+        written = generate(model, ids[:1], **how)
+        assert torch.equal(written, generate(twin, ids[:1], **how))
+        assert beams > 1 or written.shape[1] < 5 + 9

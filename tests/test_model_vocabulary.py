@@ -212,3 +212,13 @@ def test_overlapping_generations_leave_no_table_behind():
         model.embedding.weight.neg_()
         logits = model(ids, use_cache=False).logits
     torch.testing.assert_close(logits, model(ids).logits)
+
+
+def test_a_whole_graph_may_run_again_and_after_a_change_of_weights():
+    model, ids = make(), tokens(2, 7)
+    whole = torch.compile(lambda ids: model(ids, use_cache=True).logits, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(whole(ids), model(ids).logits)
+        model.embedding.weight.mul_(1.5)
+        torch.testing.assert_close(whole(ids), model(ids).logits)

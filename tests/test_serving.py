@@ -27,7 +27,8 @@ import torch
 from byte_tokenizer import BOS, EOS, byte_tokenizer
 from indraquantum.config import ServeSettings
 from indraquantum.data.fast_tokenizer import save_chat_tokenizer
-from indraquantum.data.prompt import format_alpaca
+from indraquantum.data.prompt import Message, chat_ids, exchanges, format_alpaca
+from indraquantum.data.tokenizer import TextTokenizer
 from indraquantum.errors import UserError
 from indraquantum.inference.load import Loaded
 from indraquantum.model.decoder import PackedModel
@@ -362,6 +363,82 @@ def test_a_system_message_that_comes_too_late_is_refused(raw, tokenizer, tmp_pat
         theirs.apply_chat_template(chat, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [([ASKED, ASKED], "in turn, beginning with user"), ([ANSWERED, ASKED], "in turn, beginning with user"),
+     ([ASKED, ANSWERED, ANSWERED, ASKED], "in turn, beginning with user"),
+     ([{"role": "tool", "content": "x"}, ASKED], "role"),
+     ([{"role": "user", "content": 3}], "content")],
+)  # fmt: skip
+def test_the_template_refuses_the_chats_that_the_server_refuses(raw, tokenizer, tmp_path, chat, said):
+    from transformers import AutoTokenizer
+
+    assert raw.post("/v1/chat/completions", json={"messages": chat}).status_code == 400
+    save_chat_tokenizer(tokenizer, tmp_path, CONTEXT)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(jinja2.TemplateError, match=said):
+        theirs.apply_chat_template(chat, add_generation_prompt=True)
+
+
+def test_a_developer_is_a_system_in_the_template_too(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    save_chat_tokenizer(tokenizer, tmp_path, CONTEXT)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [
+        theirs.apply_chat_template([FIRST | {"role": role}, ASKED], tokenize=False) for role in ("system", "developer")
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_chat_has_the_ids_of_training_where_sentencepiece_adds_a_space(tmp_path, scheme):
+    """As transformers 5 writes Llama's tokenizers: the space is Metaspace's, and `first` is only before a text."""
+    from transformers import AutoTokenizer
+
+    words = ["<unk>", "<s>", "</s>", "\u2581", *(f"<0x{byte:02X}>" for byte in range(256)), "#", "\u2581#"]
+    description = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "added_tokens": [
+            {"id": number, "content": words[number], "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True} for number in range(3)
+        ],
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+                  "vocab": {word: number for number, word in enumerate(words)}, "merges": [["\u2581", "#"]]},
+    }  # fmt: skip
+    ours = TextTokenizer.from_json(json.dumps(description), 1, 2)
+    save_chat_tokenizer(ours, tmp_path, CONTEXT)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    chat = [FIRST, ASKED, ANSWERED, ASKED]
+    messages = [Message(message["role"], message["content"]) for message in chat]
+    ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ids == chat_ids(ours, exchanges(messages))
+    assert ids[1] == words.index("#" if scheme == "never" else "\u2581#")
+    for text in ("# one", " # one", "", "#\n#"):
+        assert theirs(text)["input_ids"] == ours.encode_prompt(text)
+
+
+@pytest.mark.parametrize("fields", [{"top_p": 0, "temperature": 1.3}, {"top_p": 0.0, "stop": "", "temperature": 2}])
+def test_what_openai_allows_is_allowed(raw, loaded, tokenizer, fields):
+    body = {"prompt": "Tell me", "max_tokens": 6} | fields
+    answer = raw.post("/v1/completions", json=body | {"stream_options": None}).json()
+    assert answer["choices"][0]["text"] == tokenizer.decode(greedy(loaded, tokenizer.encode_prompt("Tell me"), 6))
+    streamed = raw.post("/v1/completions", json=body | {"stream": True, "stream_options": {"include_usage": None}})
+    assert streamed.status_code == 200
+
+
+def test_a_chat_that_is_too_long_is_refused_under_its_own_name(raw):
+    asked = {"messages": [{"role": "user", "content": "a" * 2 * CONTEXT}]}
+    refused = raw.post("/v1/chat/completions", json=asked).json()["error"]
+    assert refused["param"] == "messages"
+    assert refused["message"].startswith("messages: got ")
+
+
 def test_eos_ends_an_answer(client, loaded):
     bias_V = loaded.inference_model.head.bias_V
     with torch.no_grad():
@@ -493,7 +570,8 @@ WRONG = [
     ({"prompt": "a", "n": True}, "n: must be a valid integer"), ({"prompt": "a", "temperature": "0.5"}, "temperature"),
     ({"prompt": "a", "n": 100_000}, "n: must be"), ({"prompt": "a", "logprobs": 21}, "logprobs"),
     ({"prompt": "a", "prompt_logprobs": 129}, "prompt_logprobs"),
-    ({"prompt": "a", "stop": [""]}, "stop: must be at most 4"), ({"prompt": "a", "stop": 3}, "stop: must be a text or"),
+    ({"prompt": "a", "stop": ["b"] * 5}, "stop: must be at most 4"),
+    ({"prompt": "a", "stop": 3}, "stop: must be a text or"),
     ({"prompt": [5, -1]}, "prompt: must be a text, a list of token ids"),
     ({"prompt": "a", "stream": -1}, "stream: must be a valid boolean"),
     ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "stream_options.x: there is no such"),

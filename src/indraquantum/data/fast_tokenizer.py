@@ -24,11 +24,15 @@ ZERO_BYTE = "<0x00>"  # as SentencePiece spells it
 CHAT_TEMPLATE = """\
 {%- set ns = namespace(system='', is_open=false) -%}
 {%- for message in messages -%}
-{%- if message['role'] == 'system' -%}
+{%- if message['content'] is not string -%}
+{{- raise_exception('content: must be text') -}}
+{%- elif message['role'] in ['system', 'developer'] -%}
 {%- if ns.is_open or (loop.last and add_generation_prompt) -%}
 {{- raise_exception('messages: each system message must come before a message of user') -}}
 {%- endif -%}
 {%- set ns.system = ns.system + ('\\n\\n' if ns.system and message['content'] else '') + message['content'] -%}
+{%- elif message['role'] in ['user', 'assistant'] and (message['role'] == 'user') == ns.is_open -%}
+{{- raise_exception('messages: must be messages of user and assistant in turn, beginning with user') -}}
 {%- elif message['role'] == 'user' -%}
 {%- set ns.is_open = true -%}
 {{- bos_token -}}
@@ -41,7 +45,7 @@ CHAT_TEMPLATE = """\
 {%- set ns.is_open = false -%}
 {{- message['content'] + eos_token -}}
 {%- else -%}
-{{- raise_exception('role: got ' + message['role'] + '; must be system, user or assistant') -}}
+{{- raise_exception('role: got ' + message['role'] + '; must be system, developer, user or assistant') -}}
 {%- endif -%}
 {%- endfor -%}"""
 
@@ -64,7 +68,7 @@ def save_chat_tokenizer(tokenizer: TextTokenizer, folder: Path, longest: int) ->
         folder: where to write it.
         longest: the longest text, in tokens, that the model takes.
     """
-    reachable = _unknown_stays_text(tokenizer)
+    reachable = _spaced_after_control_tokens(_unknown_stays_text(tokenizer))
     fast = transformers_tokenizer(reachable, split_special_tokens=False, model_max_length=longest)
     fast.pad_token = tokenizer.backend.id_to_token(padding_id(tokenizer))
     fast.chat_template = chat_template(tokenizer)
@@ -80,6 +84,22 @@ def _unknown_stays_text(tokenizer: TextTokenizer) -> TextTokenizer:
         return tokenizer
     content = json.dumps(description | {"added_tokens": kept})
     return TextTokenizer.from_json(content, tokenizer.bos_id, tokenizer.eos_id)
+
+
+def _spaced_after_control_tokens(tokenizer: TextTokenizer) -> TextTokenizer:
+    """Return the tokenizer with the space that SentencePiece puts before a text also after a control token.
+
+    Training encodes each exchange by itself. In a chat it follows control tokens, where Metaspace's `first`, which
+    transformers 5 writes for Llama's tokenizers, adds none.
+    """
+    description = json.loads(tokenizer.to_json())
+    outer = description["pre_tokenizer"] or {}
+    steps = [step for step in outer.get("pretokenizers", [outer]) if step.get("prepend_scheme") == "first"]
+    if not steps:
+        return tokenizer
+    for step in steps:
+        step["prepend_scheme"] = "always"
+    return TextTokenizer.from_json(json.dumps(description), tokenizer.bos_id, tokenizer.eos_id)
 
 
 def padding_id(tokenizer: TextTokenizer) -> int:

@@ -18,11 +18,11 @@ from indraquantum.teacher.refusals import quiet_transformers
 EXAMPLE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 chat = [{"role": "user", "content": "Name three colours."}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
 ```"""
 
 
@@ -38,7 +38,7 @@ def write(loaded: Loaded, folder: Path, settings: ExportSettings) -> Exported:
     (folder / CODE_NAME).write_text(standalone_code(), encoding="utf-8")
     save_chat_tokenizer(loaded.tokenizer, folder, model.config.max_position_embeddings)
     return Exported(
-        use="AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads it without this package.",
+        use='AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True) loads it without this package.',
         example=EXAMPLE,
         notes=(f"`{CODE_NAME}` is the model's code, which `trust_remote_code=True` lets transformers run.",),
     )
@@ -51,7 +51,11 @@ def auto_map() -> dict[str, str]:
 
 
 def give_generation_config(model: object, loaded: Loaded) -> None:
-    """Give a model of transformers the sampling of `indra test`, and the tokens to stop at and to pad with."""
+    """Give a model of transformers the sampling of `indra test`, and the tokens to stop at and to pad with.
+
+    It says nothing about the length: there, max_new_tokens outweighs the max_length of a call (transformers 5.23), and
+    vLLM takes it for the most that any request gets.
+    """
     from transformers import GenerationConfig
 
     sampling, tokenizer = TestSettings(), loaded.tokenizer
@@ -59,6 +63,6 @@ def give_generation_config(model: object, loaded: Loaded) -> None:
     model.config.pad_token_id = pad
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-        max_new_tokens=sampling.max_new_tokens, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
         pad_token_id=pad,
     )  # fmt: skip

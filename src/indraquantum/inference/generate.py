@@ -162,10 +162,12 @@ def choose(logits_1V: Tensor, settings: SamplingSettings) -> Tensor:
         least = logits_1V.topk(min(settings.top_k, logits_1V.shape[-1])).values[:, -1:]
         logits_1V = logits_1V.masked_fill(logits_1V < least, -math.inf)
     if settings.top_p < 1:
-        # Of the others, top-k has left nothing. To sort all would take as long as all the rest of a step.
-        kept = min(settings.top_k or logits_1V.shape[-1], logits_1V.shape[-1])
-        sorted_1V, order_1V = logits_1V.topk(kept) if kept < logits_1V.shape[-1] else logits_1V.sort(descending=True)
-        sorted_1V, order_1V = sorted_1V.flip(-1), order_1V.flip(-1)
+        # Of the others, top-k has left nothing. To sort all would take as long as all the rest of a step, but of equal
+        # logits, which top-k leaves all, only the sort tells which are cut first.
+        if int((logits_1V > -math.inf).sum()) == settings.top_k < logits_1V.shape[-1]:
+            sorted_1V, order_1V = (found.flip(-1) for found in logits_1V.topk(settings.top_k))
+        else:
+            sorted_1V, order_1V = logits_1V.sort(stable=True)
         unlikely_1V = sorted_1V.softmax(dim=-1).cumsum(dim=-1) <= 1 - settings.top_p
         unlikely_1V[:, -1] = False  # the likeliest always stays
         left_out_1V = torch.zeros_like(logits_1V, dtype=torch.bool).scatter_(1, order_1V, unlikely_1V)

@@ -25,8 +25,8 @@ HEAD = f'''# SPDX-License-Identifier: Apache-2.0
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 
 The package itself is needed only to train with a teacher's signals.
 """

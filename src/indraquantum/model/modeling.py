@@ -194,6 +194,11 @@ class IndraQuantumPhase2(TrainingLoss, LiftedVocabulary, QuantumCore, PreTrained
             cache = past_key_values
         # Not a parameter: Trainer would take each one with "label" in its name for something that every batch has.
         shift_labels = kwargs.pop("shift_labels", None)
+        for name in (
+            "tokenizer",
+            "assistant_tokenizer",
+        ):  # `generate(stop_strings=..., tokenizer=...)` passes them along
+            kwargs.pop(name, None)
         if unknown := kwargs.keys() - PASSED_ON:
             raise unknown_argument(min(unknown), self.forward)
         if (input_ids is None) == (inputs_embeds is None):

@@ -113,8 +113,10 @@ class LiftedVocabulary:
         """Return the lifted table (V, D).
 
         Without gradients it is the one of an open `lifted()`, or, in calls that may be steps of a decoding loop, the
-        one kept from the last call.
+        one kept from the last call. A compiled graph lifts it anew, because it can't branch on whether weights changed.
         """
+        if torch.compiler.is_compiling() and not self._pins:
+            return self.lift_table()
         if torch.is_grad_enabled():
             self._kept.drop()
             return self.lift_table()

@@ -310,9 +310,10 @@ class Application:
             options: of the Job.
         """
         context, answers = self.served.context, list[Answer]()
+        asked_in = "messages" if isinstance(body, ChatBody) else "prompt"
         wanted, most = len(prompts) * body.n, self.served.engine.longest_queue
         if wanted > most:
-            name = "prompt" if len(prompts) > 1 else "n"
+            name = asked_in if len(prompts) > 1 else "n"
             message = f"{name}: got {wanted} texts to write; must be at most {most}, the length of this server's queue"
             raise Refused(400, message, param=name)
         # Of a prompt that is only measured, the last token is not read, so it may lie just beyond the context. vLLM
@@ -332,10 +333,10 @@ class Application:
                 asked = "" if measured or room is None else f" and {room} to write"
                 most = context + 1 if measured else context - (room or 1)
                 message = (
-                    f"prompt: got {len(ids)} tokens{asked}; must be at most {most} tokens, because the model's context "
-                    f"is {context} tokens"
+                    f"{asked_in}: got {len(ids)} tokens{asked}; must be at most {most} tokens, because the model's "
+                    f"context is {context} tokens"
                 )
-                raise Refused(400, message, param="prompt", code="context_length_exceeded")
+                raise Refused(400, message, param=asked_in, code="context_length_exceeded")
             fitting = max(0, left if room is None else min(room, left))
             seed = secrets.randbits(63) if body.seed is None else body.seed
             for number in range(body.n):

@@ -42,6 +42,11 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
     include_obfuscation: bool = False  # of OpenAI's server; padding against eavesdroppers, which loopback needs not
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any) -> Any:
+        return False if value is None else value
+
 
 class Body(BaseModel):
     """What both kinds of requests may have."""
@@ -50,7 +55,7 @@ class Body(BaseModel):
 
     model: str | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, ge=0, le=1)  # 0 leaves the likeliest token
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int = Field(default=1, ge=1, le=128)
     stop: str | list[str] | None = None
@@ -75,9 +80,9 @@ class Body(BaseModel):
     @classmethod
     def _few_stops(cls, value: str | list[str] | None) -> list[str]:
         stops = [value] if isinstance(value, str) else value or []
-        if len(stops) > MOST_STOPS or "" in stops:
-            raise ValueError(f"must be at most {MOST_STOPS} strings, and none empty")
-        return stops
+        if len(stops) > MOST_STOPS:
+            raise ValueError(f"must be at most {MOST_STOPS} strings")
+        return [stop for stop in stops if stop]
 
     @property
     def stops(self) -> list[str]:
