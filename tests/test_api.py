@@ -120,6 +120,25 @@ def test_prepare_and_capture_take_a_settings_object_too(world, tmp_path, capsys)
     assert capsys.readouterr() == ("", "")
 
 
+def test_paths_of_pathlib_are_taken_everywhere(world, tmp_path):
+    given = {"wikitext_samples": 0, "alpaca_samples": 0, "max_length": 48}
+    texts = [world.wikitext, (world.wikitext,), str(world.wikitext), [str(world.wikitext)]]
+    prepared = [
+        indraquantum.prepare(text=text, tokenizer=Path(world.tokenizer), output=tmp_path / f"d{number}.pkl", **given)
+        for number, text in enumerate(texts)
+    ]
+    assert len({report.pickle.read_bytes() for report in prepared}) == 1
+    assert indraquantum.CaptureSettings(teacher=Path(world.teacher)).teacher == str(world.teacher)
+
+
+def test_a_loaded_model_is_exported_from_its_file(trained, tmp_path):
+    logs = trained.checkpoint.parent.parent / "logs"
+    indraquantum.export(indraquantum.load(trained.checkpoint), tmp_path / "a", logs=logs)
+    indraquantum.export(trained.checkpoint, tmp_path / "b", logs=logs)
+    found = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert found[0] == found[1]
+
+
 def test_notes_go_to_the_logger(world, trained, tmp_path, caplog, capsys):
     caplog.set_level(logging.INFO, logger="indraquantum")
     output = trained.checkpoint.parent
@@ -173,6 +192,13 @@ WRONG = {
     "both": ("train", (indraquantum.TrainSettings(),), {"epochs": 3},
              "settings: got TrainSettings; must be given alone"),
     "another": ("train", (indraquantum.TestSettings(),), {}, "settings: got TestSettings; must be TrainSettings"),
+    "no settings": ("prepare", ("notes.txt",), {}, "settings: got str; must be PrepareSettings; or give options"),
+    "no model": ("evaluate", (None,), {"data": "DATA"}, "model: got NoneType; must be what `load` returns"),
+    "no writer": ("generate", (None, "x"), {}, "model: got NoneType; must be what `load` returns, or the path"),
+    "no checkpoint": ("load", (None,), {}, "checkpoint: got NoneType; must be a path"),
+    "no folder": ("export", ("CHECKPOINT", None), {}, "folder: got NoneType; must be a path"),
+    "two texts": ("evaluate", ("CHECKPOINT",), {"text": "x", "data": "DATA"}, "must be left out with `text`: one of"),
+    "no rows": ("evaluate", ("CHECKPOINT",), {"data": "DATA", "row_length": 64}, "row_length: got 64; must be left"),
     "loaded": ("evaluate", ("LOADED",), {"weights": "ema"}, "weights: got ema; must be left out for a loaded model"),
 }  # fmt: skip
 

@@ -156,6 +156,20 @@ def test_a_unigram_tokenizer_whose_vocabulary_holds_its_control_tokens(tmp_path)
     assert document.tolist() == [1, 7, 3, 4, 5, 6, 9, 3, 5, 6, 2]
 
 
+def test_a_unigram_tokenizer_that_lacks_a_character_of_its_control_tokens(tmp_path):
+    """SentencePiece trains such models by default: no `<` was frequent enough. The characters are unknown then."""
+    pieces = [["<unk>", 0.0], ["<s>", 0.0], ["</s>", 0.0], *([letter, -3.0] for letter in "sab"), ["ab", -4.0]]
+    backend = Tokenizer(models.Unigram([tuple(piece) for piece in pieces], unk_id=0, byte_fallback=False))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer("--tokenizer", str(tmp_path))
+    documents = tokenizer.encode_documents(["a</s>ab<s>", "ab<s", "sab"])
+    assert [document.tolist() for document in documents] == [
+        [1, 4, 0, 0, 3, 0, 6, 0, 3, 0, 2],
+        [1, 6, 0, 3, 2],
+        [1, 3, 6, 2],
+    ]
+
+
 # The whole way without BOS.
 
 

@@ -10,6 +10,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split, Whitespace
 
 from indraquantum.config import PrepareSettings, ShowSettings
 from indraquantum.data import dataset
@@ -209,6 +213,46 @@ def test_the_pickle_opens_as_a_dataset(tmp_path):
     report = prepare(settings(tmp_path))
     dataset = open_dataset("--data", report.pickle, str(tmp_path / "tokenizer"))
     assert dataset.train.num_rows + dataset.validation.num_rows == report.padded_rows == 6
+
+
+LOSSY = {
+    "spaces": (Whitespace(), ["line breaks", "runs of spaces"]),
+    "nothing": (Split(Regex("."), "isolated"), []),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_what_a_tokenizer_loses_is_told(tmp_path, capsys, kind):
+    cut, lost = LOSSY[kind]
+    letters = [chr(number) for number in range(32, 127)] + ["\n", "é", "ж", "漢", "😀"]
+    words = ["<unk>", "<s>", "</s>", *letters, "one", "Two", "three"]
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = cut, Fuse()
+    (tmp_path / "own").mkdir()
+    backend.save(str(tmp_path / "own" / "tokenizer.json"))
+    prepare(settings(tmp_path, tokenizer=str(tmp_path / "own")))
+    said = (
+        f"warning: --tokenizer {tmp_path / 'own'} does not keep {', '.join(lost)} of a text; instructions and code lose"
+    )
+    assert (said in capsys.readouterr().err) == bool(lost)
+
+
+@pytest.mark.parametrize(("unknown", "warned"), [(1, False), (9, True)])
+def test_text_that_becomes_the_unknown_token_is_told(tmp_path, capsys, unknown, warned):
+    """Of 5,000 tokens (4 words, BOS and EOS in each document), 1 in 1,000 may be unknown: 5."""
+    settings(tmp_path)
+    lines = ["the cat sat on"] * 833 + ["the zebra sat on"] * unknown
+    (tmp_path / "own.txt").write_text("\n".join(lines))
+    given = {"wikitext_samples": 0, "alpaca_samples": 0, "text": (str(tmp_path / "own.txt"),)}
+    report = prepare(settings(tmp_path, **given))
+    said = capsys.readouterr().err
+    assert ("own: " in said and "% of the tokens are <unk>, which stands for text that" in said) == warned
+    if warned:
+        share = unknown / sum(source.tokens for source in report.sources)
+        assert f"{share:.1%} of the tokens" in said
+        splits = [split for split in ("train", "validation", "test") if (report.folder / split).is_dir()]
+        shown = "".join(show_rows(report.folder, ShowSettings(rows=10_000, split=split)) for split in splits)
+        assert shown.count("<s>the <unk> sat on</s>") == unknown
 
 
 def snapshot(folder):

@@ -63,6 +63,9 @@ def _one_family() -> Iterator[None]:
         raise told from error
 
 
+_FIRST = {PrepareSettings: "text", ExportSettings: "as_"}  # options that come to mind first, where it is not `data`
+
+
 def _settings(kind: type[S], settings: S | None, options: dict[str, Any]) -> S:
     """Return the given settings, or those made from `options`."""
     if settings is None:
@@ -70,7 +73,8 @@ def _settings(kind: type[S], settings: S | None, options: dict[str, Any]) -> S:
     if options:
         raise InvalidInput("settings", type(settings).__name__, f"must be given alone, without {', '.join(options)}")
     if not isinstance(settings, kind):
-        raise InvalidInput("settings", type(settings).__name__, f"must be {kind.__name__}")
+        allowed = f"must be {kind.__name__}; or give options by name, such as `{_FIRST.get(kind, 'data')}=...`"
+        raise InvalidInput("settings", type(settings).__name__, allowed)
     return settings
 
 
@@ -172,7 +176,7 @@ def load(checkpoint: str | Path, **options: Any) -> Loaded:
     from indraquantum.inference.load import load as run
 
     settings = LoadSettings(**options)
-    return run(Path(checkpoint), choose_device(settings), settings.weights)
+    return run(_path("checkpoint", checkpoint), choose_device(settings), settings.weights)
 
 
 @_one_family()
@@ -226,12 +230,12 @@ def evaluate(model: Loaded | str | Path, settings: EvalSettings | None = None, *
 
 @_one_family()
 def export(
-    checkpoint: str | Path, folder: str | Path, settings: ExportSettings | None = None, **options: Any
+    checkpoint: Loaded | str | Path, folder: str | Path, settings: ExportSettings | None = None, **options: Any
 ) -> ExportReport:
     """Write a trained model for other programs: transformers, llama.cpp, and what reads a Llama.
 
     Args:
-        checkpoint: a checkpoint that `train` wrote.
+        checkpoint: a checkpoint that `train` wrote, or what `load` returned for one, whose file is read again.
         folder: the folder to write; it must be new or empty.
         settings: all options in one object.
         options: or those of `ExportSettings` that differ from their defaults, such as `as_` (`transformers`, `llama`,
@@ -245,7 +249,15 @@ def export(
     """
     from indraquantum.inference.export import export_checkpoint as run
 
-    return run(Path(checkpoint), Path(folder), _settings(ExportSettings, settings, options))
+    checkpoint = getattr(checkpoint, "path", checkpoint)  # of what `load` returned
+    return run(_path("checkpoint", checkpoint), _path("folder", folder), _settings(ExportSettings, settings, options))
+
+
+def _path(name: str, value: Any) -> Path:
+    """Return an argument that must be a path."""
+    if not isinstance(value, str | Path):
+        raise InvalidInput(name, type(value).__name__, "must be a path")
+    return Path(value)
 
 
 def _loaded(model: Loaded | str | Path, options: dict[str, Any]) -> Loaded:
@@ -255,4 +267,6 @@ def _loaded(model: Loaded | str | Path, options: dict[str, Any]) -> Loaded:
     if options:
         name = next(iter(options))
         raise InvalidInput(name, options[name], "must be left out for a loaded model; give it to `load` instead")
+    if not hasattr(model, "inference_model"):
+        raise InvalidInput("model", type(model).__name__, "must be what `load` returns, or the path of a model")
     return model

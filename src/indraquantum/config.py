@@ -11,12 +11,13 @@ import ast
 import functools
 import inspect
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import annotated_types
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from indraquantum.errors import refused_setting
@@ -78,6 +79,16 @@ class Settings(BaseModel, metaclass=_OneFamily):
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_may_be_texts(cls, given: Any) -> Any:
+        """Take paths of pathlib where texts are wanted, and a single one where there may be several."""
+        if not isinstance(given, dict):
+            return given
+        fields = cls.model_fields
+        return {name: _as_texts(value, fields[name].annotation) if name in fields else value
+                for name, value in given.items()}  # fmt: skip
+
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Give each field that the class declares its help text, which ends with its bounds."""
@@ -85,6 +96,17 @@ class Settings(BaseModel, metaclass=_OneFamily):
         for name in inspect.get_annotations(cls):
             if (field := cls.model_fields.get(name)) and (text := texts.get((cls.__name__, name))):
                 field.description = text + bounds_of(field)
+
+
+def _as_texts(value: Any, wanted: Any) -> Any:
+    """Return a path as a text, and one text as a tuple, where that is `wanted`."""
+    if wanted in (str, str | None):
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if wanted in (tuple[str, ...], tuple[str, ...] | None):
+        several = [value] if isinstance(value, str | os.PathLike) else value
+        if isinstance(several, list | tuple):
+            return tuple(_as_texts(one, str) for one in several)
+    return value
 
 
 def bounds_of(field: FieldInfo) -> str:
@@ -155,8 +177,8 @@ class PrepareSettings(Settings):
     copies. exact removes exact copies. near also removes near copies. count and near compare all texts, which takes
     longer."""
     skip_bad: bool = False
-    """Skip wrong records instead of refusing the source. The command prints how many there were, and skipped.jsonl
-    lists them."""
+    """Skip wrong records instead of refusing the source, and instructions with an empty output, which are kept
+    otherwise. The command prints how many there were, and skipped.jsonl lists them."""
     max_length: int = Field(default=128, ge=8, le=32_768)
     """Tokens in a row. In longer rows the model can read further back, and training takes more memory."""
     output: Path = Path("data/mixed_train.pkl")

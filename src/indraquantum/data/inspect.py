@@ -122,4 +122,4 @@ def _text(dataset: PreparedDataset, tokens: list[int]) -> str:
     spelled = {token: tokenizer.backend.id_to_token(token) for token in tokenizer.control_ids}
     before = spelled.get(tokens[0], "")
     after = spelled[tokens[-1]] if len(tokens) > 1 and tokens[-1] in spelled else ""
-    return f"{before}{tokenizer.decode(tokens)}{after}"
+    return f"{before}{tokenizer.decode(tokens, skip_special_tokens=False)}{after}"

@@ -102,7 +102,7 @@ def alpaca_samples(
     reading = reading or Reading(field)
     files = source_files(field, local_instructions(field, name), SUFFIXES, f"{REMEDY} with {field} PATH", reading)
     renamed: Counter[tuple[str, str]] = Counter()
-    inputs_none = samples = 0
+    inputs_none = samples = without_output = 0
     for path in files:
         for number, item in enumerate(_items(field, path, reading), start=1):
             for record in _instances(item):
@@ -118,12 +118,15 @@ def alpaca_samples(
                     inputs_none += 1
                     sample = sample._replace(input="") if empty_noinput else sample
                 samples += 1
+                without_output += not sample.output.strip()
                 yield sample
     for (role, found), count in renamed.items():
         reading.note(f"{samples_have(count)} their {role} in {found!r}")
     if inputs_none:
         done = "it was emptied" if empty_noinput else "it was kept; --empty-noinput empties it"
         reading.note(f"{samples_have(inputs_none)} an input that says there is none, such as <noinput>: {done}")
+    if without_output:
+        reading.note(f"{samples_have(without_output)} an empty output: they were kept; --skip-bad leaves them out")
     if not samples:
         raise reading.nothing(name, "instruction")
 
@@ -195,7 +198,8 @@ def _of_fields(number: int, item: dict[str, Any]) -> AlpacaSample | str:
             return f"item {number} must have a text field {name!r}; {reason}"
         if name is None and role != "input":
             told = f"it has {', '.join(map(repr, list(item)[:8]))}" if item else "it is empty"
-            reason = kind_of(None) if role in item else f"it is missing ({told})"
+            empty = next((there for there in NAMES[role] if there in item), None)
+            reason = f"it is missing ({told})" if empty is None else f"{empty!r} is null"
             return f"item {number} must have a text field {_or_other_names(role)}; {reason}"
     return AlpacaSample(*(item[name] if name else "" for name in named.values()))
 

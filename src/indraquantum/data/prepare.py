@@ -40,8 +40,9 @@ from indraquantum.data.temporary import temporary_folder
 from indraquantum.data.tokenizer import TextTokenizer, load_tokenizer, text_chunks
 from indraquantum.errors import Unreachable, UserError, all_or_missing
 from indraquantum.files import atomic_file, make_folder, sha256_of
-from indraquantum.progress import Progress
+from indraquantum.progress import Progress, warn
 
+MOST_UNKNOWN = 0.001  # share of the tokens that may stand for text without a token, before a warning
 WINDOW_DOCUMENTS = 1 << 17  # packed together
 CHUNK_ROWS = (
     1 << 10
@@ -106,6 +107,9 @@ def prepare(settings: PrepareSettings) -> PrepareReport:
     folder = _check_output(settings.output)
     source_options(settings)
     tokenizer = _tokenizer(settings)
+    if lost := tokenizer.what_it_loses():
+        said = "; instructions and code lose their lines" if "line breaks" in lost else ""
+        warn(f"warning: --tokenizer {settings.tokenizer} does not keep {', '.join(lost)} of a text{said}")
     mixture = draw_sources(settings)
     options = settings.model_dump(mode="json", exclude={"output"})
     make_folder("--output", settings.output.parent)
@@ -254,7 +258,8 @@ def _encode(
     drawn: DrawnSource, number: int, sides: dict[str, _Side], tokenizer: TextTokenizer, row_length: int
 ) -> SourceReport:
     """Encode a source's documents in chunks."""
-    done, tokens, kept = 0, 0, 0
+    done, tokens, kept, unknown = 0, 0, 0, 0
+    unknown_id = tokenizer.unknown_id
     with Progress(f"tokenize {drawn.name}", len(drawn.numbers), "documents") as progress:
         for chunk in text_chunks(drawn.read_texts()):
             documents = tokenizer.encode_documents(chunk)
@@ -264,9 +269,16 @@ def _encode(
                 if len(places):
                     side.add([documents[place] for place in places], number, numbers[places])
             tokens += sum(map(len, documents))
+            unknown += 0 if unknown_id is None else sum(int(np.count_nonzero(d == unknown_id)) for d in documents)
             kept += sum(min(len(document), row_length) for document in documents)
             done += len(chunk)
             progress.update(len(chunk))
+    if unknown_id is not None and unknown > MOST_UNKNOWN * tokens:
+        spelled = tokenizer.backend.id_to_token(unknown_id)
+        warn(
+            f"warning: {drawn.name}: {unknown / tokens:.1%} of the tokens are {spelled}, which stands for text that "
+            "the tokenizer has no token for; this text is lost"
+        )
     shares = _padded_shares(done * row_length, tokens, kept)
     return SourceReport(
         name=drawn.name,

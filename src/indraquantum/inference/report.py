@@ -65,10 +65,14 @@ def measure(loaded: Loaded, settings: EvalSettings, command: str) -> Evaluation:
             raise UserError("--split", settings.split, "must be left out with --text, which has no splits")
         if settings.signals is not None:
             raise UserError("--signals", settings.signals, "must be left out with --text, which has no signals")
+        if "data" in settings.model_fields_set:
+            raise UserError("--data", settings.data, "must be left out with --text: one of the two is measured")
         if settings.row_length > (limit := model.config.max_position_embeddings):
             raise UserError("--row-length", settings.row_length, f"must be at most {limit} for this model")
         split, source_bytes = text_split(settings.text, tokenizer, settings.row_length)
         return evaluate(model, split, source_bytes, device)
+    if "row_length" in settings.model_fields_set:
+        raise UserError("--row-length", settings.row_length, "must be left out without --text: a dataset has its rows")
     if settings.data.is_file():
         dataset = open_pickle("--data", settings.data, tokenizer)
     else:
@@ -78,6 +82,13 @@ def measure(loaded: Loaded, settings: EvalSettings, command: str) -> Evaluation:
     require_same_control_tokens("--data", settings.data, "those that the checkpoint learned", tokenizer, theirs)
     if settings.split == "test":
         return _evaluate_on_test(loaded, settings, dataset, command)
+    longest = int(dataset.validation.pieces[:, 1].max())
+    if longest > (limit := model.config.max_position_embeddings):
+        raise UserError(
+            "--data",
+            settings.data,
+            f"has {longest} tokens of a document in a row; must be at most {limit} for this model",
+        )
     source_bytes, signals = bytes_by_source(dataset, dataset.validation), _find_signals(settings, dataset)
     return evaluate(model, dataset.validation, source_bytes, device, signals, _training_counts(dataset))
 
