@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from indraquantum import cli
-from indraquantum.config import EvalSettings, TrainSettings
+from indraquantum.config import EvalSettings, PrepareSettings, TrainSettings
 from indraquantum.data.dataset import open_dataset
+from indraquantum.data.prepare import prepare
 from indraquantum.errors import UserError
 from indraquantum.evaluation.figures import (
     Band,
@@ -193,12 +194,17 @@ def test_a_text_file_has_its_own_documents_and_bytes(checkpoint, tmp_path, capsy
     assert "bits/byte" in capsys.readouterr().out
 
 
-def test_a_run_on_a_pickle_is_measured_with_the_tokenizer_that_it_carries(world, tmp_path):
+def test_a_run_on_a_pickle_is_measured_with_the_tokenizer_that_it_carries(world, tmp_path, capsys):
     report = train(
         TrainSettings(data=world.pickle, tokenizer=str(world.tokenizer), output=tmp_path / "run", no_teacher=True,
                       logs=tmp_path / "logs", d_model=6, layers=1, heads=2, mlp_width=22, max_steps=3)
     )  # fmt: skip
+    capsys.readouterr()
     found = evaluate_checkpoint(report.checkpoint, EvalSettings(data=world.pickle))
+    assert "not the dataset" not in capsys.readouterr().err
+    evaluate_checkpoint(report.checkpoint, EvalSettings(data=world.data))
+    said = f"note: {world.data} is not the dataset that the model was trained on; if they share texts"
+    assert said in capsys.readouterr().err
     dataset = open_dataset("--data", world.pickle, str(world.tokenizer))
     tokens = dataset.validation.num_tokens - dataset.validation.num_documents
     assert sum(figures.tokens for name, figures in found.sources.items() if name != "all") == tokens
@@ -313,3 +319,16 @@ def test_the_readings_of_logits_are_those_of_their_softmax():
         assert confidence_n[place].item() == pytest.approx(max(p), rel=1e-12)
         assert entropy_n[place].item() == pytest.approx(-math.fsum(x * math.log(x) for x in p), rel=1e-12)
         assert correct_n[place].item() == (p.index(max(p)) == label)
+
+
+def test_rows_beyond_the_context_are_refused(world, checkpoint, tmp_path):
+    text = tmp_path / "long.txt"
+    text.write_text("\n".join(f"the cat {n} sees a dog at night . " * 400 for n in range(20)))
+    prepare(
+        PrepareSettings(text=(str(text),), wikitext_samples=0, alpaca_samples=0, tokenizer=str(world.tokenizer),
+                        max_length=4096, output=tmp_path / "long.pkl")
+    )  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"--data: got \S+; has \d+ tokens of a document in a row; must be at most 2048"
+    ):
+        evaluate_checkpoint(checkpoint, EvalSettings(data=tmp_path / "long"))

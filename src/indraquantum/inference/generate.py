@@ -64,7 +64,9 @@ class TokenState:
     text: str  # "" for control tokens, and for all but the last token of a character of several tokens
     probability: float  # of this token in the model's full distribution, at temperature 1
     confidence: float  # |c|, aligned in training to the teacher's largest probability
-    uncertainty_nats: float  # phase / pi * ln V, aligned to the teacher's entropy; noise around 0 may be negative
+    # phase / pi * ln V, aligned to the teacher's entropy, which is from 0 to ln V. The phase may leave that range: the
+    # value is in (-0.5, 1.5] * ln V. `indra test` shows the nearest value in the range.
+    uncertainty_nats: float
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Loaded:
         aligned: the readouts, of `magnitude` and `phase`, that training aligned with a teacher; None where the files
             do not tell. A readout that was never aligned says nothing.
         path: the checkpoint or folder it was loaded from.
+        trained_on: the SHA-256 of the content of each dataset that it was trained on; none where the files do not tell.
     """
 
     inference_model: InferenceModel
@@ -46,6 +47,7 @@ class Loaded:
     model_config: Mapping[str, Any]
     aligned: frozenset[str] | None
     path: Path
+    trained_on: frozenset[str] = frozenset()
 
     @cached_property
     def model(self) -> IndraQuantumPhase2:
@@ -139,7 +141,9 @@ def loaded_from(path: Path, checkpoint: Checkpoint, device: torch.device, weight
         raise UserError("CHECKPOINT", path, f"must hold the settings of a model ({_in_one_line(error)})") from None
     aligned = frozenset(aligned_readouts(checkpoint))
     tokenizer = _tokenizer_of(path, checkpoint)
-    return Loaded(_moved(model, path, device), tokenizer, checkpoint.model_config, aligned, path)
+    stages = checkpoint.settings.get("stages") or {}
+    data = {stated.get("data") for stated in (checkpoint.settings, *stages.values())} - {None}
+    return Loaded(_moved(model, path, device), tokenizer, checkpoint.model_config, aligned, path, frozenset(data))
 
 
 def _in_float32(weight: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from indraquantum.files import check_new_file, without_nan, write_json
 from indraquantum.inference.load import Loaded, load
 from indraquantum.kernels.measured import way_for
 from indraquantum.kernels.ways import put_in_force
-from indraquantum.progress import tell
+from indraquantum.progress import tell, warn
 from indraquantum.tables import text_table
 from indraquantum.teacher.manifest import MANIFEST_NAME, read_manifest, signals_beside
 from indraquantum.teacher.signals import SignalStore, verify_signals
@@ -80,6 +80,11 @@ def measure(loaded: Loaded, settings: EvalSettings, command: str) -> Evaluation:
     theirs = dataset.tokenizer
     require_same_tokenizer("--data", settings.data, "must have the checkpoint's tokenizer", tokenizer, theirs)
     require_same_control_tokens("--data", settings.data, "those that the checkpoint learned", tokenizer, theirs)
+    if loaded.trained_on and dataset.content_sha256 not in loaded.trained_on:
+        warn(
+            f"note: {settings.data} is not the dataset that the model was trained on; if they share texts, it may know "
+            "the ones that are held out here"
+        )
     if settings.split == "test":
         return _evaluate_on_test(loaded, settings, dataset, command)
     longest = int(dataset.validation.pieces[:, 1].max())

@@ -31,8 +31,8 @@ def prepare_summary(report: PrepareReport) -> str:
             f"{source.name}: {_drawn(source)}, {source.tokens:,} tokens; "
             f"{_copies(source)}; "
             f"held out: {source.validation_documents:,} for validation, {source.test_documents:,} for the test; "
-            f"padded to {report.row_length}, {source.padding_share:.0%} of the positions are padding and "
-            f"{source.cut_share:.0%} of the tokens are cut off"
+            f"in the pickle, padded to {report.row_length}, {source.padding_share:.0%} of the positions are padding "
+            f"and {source.cut_share:.0%} of the tokens are cut off"
         )
     if report.skipped:
         skipped = counted(report.skipped, "wrong record")
