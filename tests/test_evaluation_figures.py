@@ -26,6 +26,7 @@ from indraquantum.evaluation.figures import (
     frequency_bands,
     pearson,
 )
+from indraquantum.evaluation.test_split import readings_path
 from indraquantum.files import SEAL, write_manifest_json
 from indraquantum.inference.load import load_model
 from indraquantum.inference.report import evaluate_checkpoint, evaluation_table
@@ -201,9 +202,9 @@ def test_a_run_on_a_pickle_is_measured_with_the_tokenizer_that_it_carries(world,
     )  # fmt: skip
     capsys.readouterr()
     found = evaluate_checkpoint(report.checkpoint, EvalSettings(data=world.pickle))
-    assert "not the dataset" not in capsys.readouterr().err
+    assert "not a dataset" not in capsys.readouterr().err
     evaluate_checkpoint(report.checkpoint, EvalSettings(data=world.data))
-    said = f"note: {world.data} is not the dataset that the model was trained on; if they share texts"
+    said = f"note: {world.data} is not a dataset of the run that trained this model; if they share texts"
     assert said in capsys.readouterr().err
     dataset = open_dataset("--data", world.pickle, str(world.tokenizer))
     tokens = dataset.validation.num_tokens - dataset.validation.num_documents
@@ -323,7 +324,7 @@ def test_the_readings_of_logits_are_those_of_their_softmax():
 
 def test_rows_beyond_the_context_are_refused(world, checkpoint, tmp_path):
     text = tmp_path / "long.txt"
-    text.write_text("\n".join(f"the cat {n} sees a dog at night . " * 400 for n in range(20)))
+    text.write_text("\n".join(f"the cat {n} sees a dog at night . " * 300 for n in range(400)))
     prepare(
         PrepareSettings(text=(str(text),), wikitext_samples=0, alpaca_samples=0, tokenizer=str(world.tokenizer),
                         max_length=4096, output=tmp_path / "long.pkl")
@@ -332,3 +333,6 @@ def test_rows_beyond_the_context_are_refused(world, checkpoint, tmp_path):
         UserError, match=r"--data: got \S+; has \d+ tokens of a document in a row; must be at most 2048"
     ):
         evaluate_checkpoint(checkpoint, EvalSettings(data=tmp_path / "long"))
+    with pytest.raises(UserError, match=r"tokens of a document in a row; must be at most 2048"):
+        evaluate_checkpoint(checkpoint, EvalSettings(data=tmp_path / "long", split="test"))
+    assert not readings_path(tmp_path / "long").exists()

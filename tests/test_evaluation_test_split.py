@@ -281,6 +281,15 @@ def test_a_record_that_was_cut_off_is_ignored_and_goes(data):
     ]  # fmt: skip
 
 
+def test_a_record_without_its_line_break_counts(data):
+    dataset = open_dataset("--data", data)
+    read_test_split("--split", data, dataset, "indra eval a.pt")
+    readings_path(data).write_bytes(readings_path(data).read_bytes().rstrip(b"\n"))
+    assert len(read_test_split("--split", data, dataset, "indra eval b.pt").earlier) == 1
+    assert len(read_test_split("--split", data, dataset, "indra eval c.pt").earlier) == 2
+    assert readings_path(data).read_bytes().count(b"\n") == 3
+
+
 def test_a_record_that_does_not_fit_is_taken_back(data, monkeypatch):
     dataset = open_dataset("--data", data)
     read_test_split("--split", data, dataset, "indra eval a.pt")

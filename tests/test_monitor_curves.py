@@ -212,6 +212,9 @@ def test_the_overview_finds_an_evaluation_far_before_the_end(tmp_path, before):
     path = write(tmp_path / "a", lines)
     assert path.stat().st_size > TAIL_BYTES
     assert overview_of(path, tmp_path).held_out == {"all": 5.0}
+    half = _line(blank | {"step": before, "held_out": {"all": 1.0}})
+    path.write_bytes(path.read_bytes() + half.replace(b"1.0", b"2.0") + half[:-9])  # one is damaged, one half-written
+    assert overview_of(path, tmp_path).held_out == {"all": 5.0}
     none = write(tmp_path / "b", [line for line in lines if b'"held_out": {' not in line])
     assert overview_of(none, tmp_path).held_out == {}
 

@@ -396,12 +396,12 @@ def test_a_chat_has_the_ids_of_training_where_sentencepiece_adds_a_space(tmp_pat
     """As transformers 5 writes Llama's tokenizers: the space is Metaspace's, and `first` is only before a text."""
     from transformers import AutoTokenizer
 
-    words = ["<unk>", "<s>", "</s>", "\u2581", *(f"<0x{byte:02X}>" for byte in range(256)), "#", "\u2581#"]
+    words = ["<unk>", "<s>", "</s>", "\u2581", *(f"<0x{byte:02X}>" for byte in range(256)), "#", "\u2581#", "<code>"]
     description = {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
         "added_tokens": [
             {"id": number, "content": words[number], "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": True} for number in range(3)
+             "normalized": False, "special": number < 3} for number in (0, 1, 2, len(words) - 1)
         ],
         "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False},
         "decoder": {"type": "Sequence", "decoders": [
@@ -414,12 +414,12 @@ def test_a_chat_has_the_ids_of_training_where_sentencepiece_adds_a_space(tmp_pat
     ours = TextTokenizer.from_json(json.dumps(description), 1, 2)
     save_chat_tokenizer(ours, tmp_path, CONTEXT)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    chat = [FIRST, ASKED, ANSWERED, ASKED]
+    chat = [FIRST, ASKED, ANSWERED, ASKED | {"content": "a<code>#"}]
     messages = [Message(message["role"], message["content"]) for message in chat]
     ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert ids == chat_ids(ours, exchanges(messages))
     assert ids[1] == words.index("#" if scheme == "never" else "\u2581#")
-    for text in ("# one", " # one", "", "#\n#"):
+    for text in ("# one", " # one", "", "#\n#", "#<code># x", "<code>#"):
         assert theirs(text)["input_ids"] == ours.encode_prompt(text)
 
 

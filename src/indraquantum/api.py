@@ -21,6 +21,7 @@ Output. The functions print nothing. Notes go to the logger `indraquantum`. By d
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -255,7 +256,7 @@ def export(
 
 def _path(name: str, value: Any) -> Path:
     """Return an argument that must be a path."""
-    if not isinstance(value, str | Path):
+    if not isinstance(value, str | os.PathLike):
         raise InvalidInput(name, type(value).__name__, "must be a path")
     return Path(value)
 

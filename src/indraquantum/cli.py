@@ -439,7 +439,7 @@ def _nobody_reads() -> bool:
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in ended.poll(0))
     except BrokenPipeError:
         return True
-    except (OSError, ValueError):  # no file, or a closed one
+    except (OSError, ValueError, AttributeError):  # no file, or a closed one
         return False
 
 

@@ -85,7 +85,7 @@ def _start_server() -> None:
     """Start the process that forks the runs, and let it ignore a terminal that closes, or a Ctrl-C in it.
 
     A SIGHUP would end it and leave the runs behind. They have a session of their own, and their parent ends them. A
-    SIGINT would end it with a traceback while it loads; after that, it ignores SIGINT by itself.
+    SIGINT would end it with a traceback while it loads; after that, it ignores SIGINT by itself. So do the runs.
     """
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
         return

@@ -68,11 +68,23 @@ def save_chat_tokenizer(tokenizer: TextTokenizer, folder: Path, longest: int) ->
         folder: where to write it.
         longest: the longest text, in tokens, that the model takes.
     """
-    reachable = _spaced_after_control_tokens(_unknown_stays_text(tokenizer))
+    reachable = _unknown_stays_text(tokenizer)
     fast = transformers_tokenizer(reachable, split_special_tokens=False, model_max_length=longest)
     fast.pad_token = tokenizer.backend.id_to_token(padding_id(tokenizer))
-    fast.chat_template = chat_template(tokenizer)
+    fast.chat_template = _spaced(chat_template(tokenizer), tokenizer)
     _save(fast, reachable, folder)
+
+
+def _spaced(template: str, tokenizer: TextTokenizer) -> str:
+    """Return the template with the space before each prompt that training has there.
+
+    Training encodes each exchange by itself. In a chat it follows control tokens, where Metaspace's `first`, which
+    transformers 5 writes for Llama's tokenizers, adds no space of its own. Before a text that has one, it never does.
+    """
+    outer = json.loads(tokenizer.to_json())["pre_tokenizer"] or {}
+    steps = outer.get("pretokenizers", [outer])
+    has_first = any(step.get("prepend_scheme") == "first" for step in steps)
+    return template.replace("'### Instruction", "' ### Instruction") if has_first else template
 
 
 def _unknown_stays_text(tokenizer: TextTokenizer) -> TextTokenizer:
@@ -84,22 +96,6 @@ def _unknown_stays_text(tokenizer: TextTokenizer) -> TextTokenizer:
         return tokenizer
     content = json.dumps(description | {"added_tokens": kept})
     return TextTokenizer.from_json(content, tokenizer.bos_id, tokenizer.eos_id)
-
-
-def _spaced_after_control_tokens(tokenizer: TextTokenizer) -> TextTokenizer:
-    """Return the tokenizer with the space that SentencePiece puts before a text also after a control token.
-
-    Training encodes each exchange by itself. In a chat it follows control tokens, where Metaspace's `first`, which
-    transformers 5 writes for Llama's tokenizers, adds none.
-    """
-    description = json.loads(tokenizer.to_json())
-    outer = description["pre_tokenizer"] or {}
-    steps = [step for step in outer.get("pretokenizers", [outer]) if step.get("prepend_scheme") == "first"]
-    if not steps:
-        return tokenizer
-    for step in steps:
-        step["prepend_scheme"] = "always"
-    return TextTokenizer.from_json(json.dumps(description), tokenizer.bos_id, tokenizer.eos_id)
 
 
 def padding_id(tokenizer: TextTokenizer) -> int:

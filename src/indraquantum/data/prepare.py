@@ -260,6 +260,7 @@ def _encode(
     """Encode a source's documents in chunks."""
     done, tokens, kept, unknown = 0, 0, 0, 0
     unknown_id = tokenizer.unknown_id
+    spelled = "" if unknown_id is None else str(tokenizer.backend.id_to_token(unknown_id))
     with Progress(f"tokenize {drawn.name}", len(drawn.numbers), "documents") as progress:
         for chunk in text_chunks(drawn.read_texts()):
             documents = tokenizer.encode_documents(chunk)
@@ -269,12 +270,12 @@ def _encode(
                 if len(places):
                     side.add([documents[place] for place in places], number, numbers[places])
             tokens += sum(map(len, documents))
-            unknown += 0 if unknown_id is None else sum(int(np.count_nonzero(d == unknown_id)) for d in documents)
+            if unknown_id is not None:
+                unknown += sum(int(np.count_nonzero(document == unknown_id)) for document in documents)
             kept += sum(min(len(document), row_length) for document in documents)
             done += len(chunk)
             progress.update(len(chunk))
     if unknown_id is not None and unknown > MOST_UNKNOWN * tokens:
-        spelled = tokenizer.backend.id_to_token(unknown_id)
         warn(
             f"warning: {drawn.name}: {unknown / tokens:.1%} of the tokens are {spelled}, which stands for text that "
             "the tokenizer has no token for; this text is lost"

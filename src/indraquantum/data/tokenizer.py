@@ -437,7 +437,8 @@ def _cut_apart(description: dict[str, Any], spellings: Sequence[str]) -> dict[st
     A score can't keep a unigram model from a piece one of whose characters is unknown: the library (0.23.3) takes an
     unknown character for worse than every piece, two for worse still.
     """
-    found = "|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in spellings)
+    plain = [re.sub(r"([][.^$*+?(){}|\\])", r"\\\1", text) for text in spellings]  # as few escapes as browsers allow
+    found = "|".join(f"(?={text}){text[: 1 + (text[0] == chr(92))]}" for text in plain)
     step = {"type": "Split", "pattern": {"Regex": found}, "behavior": "Isolated", "invert": False}
     before = description.get("pre_tokenizer")
     steps = [] if before is None else before.get("pretokenizers", [before])

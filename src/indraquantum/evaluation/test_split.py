@@ -72,19 +72,31 @@ def read_test_split(field: str, data: Path, dataset: PreparedDataset, command: s
         with path.open("a+b", buffering=0) as file:
             file.seek(0)
             content = file.read()
-            whole = content.rfind(b"\n") + 1  # an incomplete last line was cut off, and nothing was read after it
+            whole = content.rfind(b"\n") + 1
+            if _is_record(content[whole:]):  # an editor has removed the last line break
+                content, added = content + b"\n", b"\n" + added
+                whole = len(content)
             for number, line in enumerate(content[:whole].splitlines(), start=1):
                 command_and_date = _reading(line, own, field, path, number) if line.strip() else None
                 found += [command_and_date] if command_and_date else []
-            if whole < len(content):
+            if whole < len(content):  # a record that was cut off, after which nothing was read
                 file.truncate(whole)
+            end = file.seek(0, os.SEEK_END)
             if file.write(added) != len(added):
-                file.truncate(whole)
+                file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(field, path, f"can't be written ({error.strerror}), so the test split is not read") from None
     return TestReading(dataset.test, tuple(found))
+
+
+def _is_record(rest: bytes) -> bool:
+    """Return whether what follows the last line break is a whole record."""
+    try:
+        return isinstance(json.loads(rest), dict)
+    except ValueError:
+        return False
 
 
 def _reading(line: bytes, own: str, field: str, path: Path, number: int) -> str | None:

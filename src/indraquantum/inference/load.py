@@ -39,7 +39,8 @@ class Loaded:
         aligned: the readouts, of `magnitude` and `phase`, that training aligned with a teacher; None where the files
             do not tell. A readout that was never aligned says nothing.
         path: the checkpoint or folder it was loaded from.
-        trained_on: the SHA-256 of the content of each dataset that it was trained on; none where the files do not tell.
+        trained_on: the SHA-256 of the content of each dataset of its run, without those of an earlier run that it
+            started from; none where the files do not tell.
     """
 
     inference_model: InferenceModel

@@ -82,18 +82,16 @@ def measure(loaded: Loaded, settings: EvalSettings, command: str) -> Evaluation:
     require_same_control_tokens("--data", settings.data, "those that the checkpoint learned", tokenizer, theirs)
     if loaded.trained_on and dataset.content_sha256 not in loaded.trained_on:
         warn(
-            f"note: {settings.data} is not the dataset that the model was trained on; if they share texts, it may know "
-            "the ones that are held out here"
+            f"note: {settings.data} is not a dataset of the run that trained this model; if they share texts, it may "
+            "know the ones that are held out here"
         )
+    measured = dataset.test if settings.split == "test" else dataset.validation
+    longest = 0 if measured is None else int(measured.pieces[:, 1].max())
+    if longest > (limit := model.config.max_position_embeddings):
+        allowed = f"has {longest} tokens of a document in a row; must be at most {limit} for this model"
+        raise UserError("--data", settings.data, allowed)
     if settings.split == "test":
         return _evaluate_on_test(loaded, settings, dataset, command)
-    longest = int(dataset.validation.pieces[:, 1].max())
-    if longest > (limit := model.config.max_position_embeddings):
-        raise UserError(
-            "--data",
-            settings.data,
-            f"has {longest} tokens of a document in a row; must be at most {limit} for this model",
-        )
     source_bytes, signals = bytes_by_source(dataset, dataset.validation), _find_signals(settings, dataset)
     return evaluate(model, dataset.validation, source_bytes, device, signals, _training_counts(dataset))
 

@@ -56,10 +56,13 @@ class Tail:
         with self._path.open("rb") as file:
             file.seek(max(0, self._size - EVALUATION_BYTES))
             content = file.read(min(self._size, EVALUATION_BYTES))
-        place = content.rfind(_EVALUATION)
-        begin, end = content.rfind(b"\n", 0, max(0, place)), content.find(b"\n", place)
-        found = _valid([Line(self._path, 0, content[begin + 1 : end + 1])]) if place >= 0 and end >= 0 else []
-        return found[0] if found else {}
+        end = content.rfind(b"\n")  # what follows is still being written
+        while (place := content.rfind(_EVALUATION, 0, max(0, end))) >= 0:
+            begin, end = content.rfind(b"\n", 0, place), content.find(b"\n", place)
+            if found := _valid([Line(self._path, 0, content[begin + 1 : end + 1])]):
+                return found[0]
+            end = begin
+        return {}
 
 
 def _valid(lines: list[Line]) -> list[dict[str, Any]]:
