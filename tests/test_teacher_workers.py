@@ -12,7 +12,7 @@ import time
 from concurrent.futures import Future
 from multiprocessing.spawn import get_preparation_data
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,7 +163,9 @@ def test_workers_do_not_run_the_program_again_that_called(settings, monkeypatch)
 
     monkeypatch.setattr(engines, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(engines, "as_completed", stop)
-    main = sys.modules["__main__"]
+    main = ModuleType("__main__")
+    main.__file__ = "script.py"
+    monkeypatch.setitem(sys.modules, "__main__", main)
     assert {"init_main_from_name", "init_main_from_path"} & get_preparation_data("worker").keys()
     with pytest.raises(KeyboardInterrupt):
         capture(changed(settings, workers=2), None, SHARD)
