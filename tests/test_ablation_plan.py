@@ -165,17 +165,24 @@ def test_a_search_needs_something_held_out_to_choose_by(world, tmp_path, capsys,
     assert indra("ablate", plan, *folders(tmp_path), "--dry-run") == 0
 
 
-def test_a_change_anywhere_in_the_program_marks_the_commit(tmp_path, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("GIT_")]:  # a hook of git that runs the tests sets some
+IDENTITY = ("-c", "user.name=a", "-c", "user.email=a@b")
+
+
+@pytest.fixture
+def git_without_settings(monkeypatch):
+    """git as if nobody had configured it, and not called by a hook, which sets variables."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+
+
+def test_a_change_anywhere_in_the_program_marks_the_commit(tmp_path, monkeypatch, git_without_settings):
     package = tmp_path / "package"
     for file in (package / "__init__.py", package / "ablation" / "tasks.py", package / "model" / "head.py"):
         file.parent.mkdir(parents=True)
         file.write_text("")
-    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
-    for command in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "first")):
+    for command in (("init", "-q"), ("add", "."), (*IDENTITY, "commit", "-qm", "first")):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     monkeypatch.setattr(tasks, "__file__", str(package / "ablation" / "tasks.py"))
     head = tasks.commit()
@@ -183,21 +190,21 @@ def test_a_change_anywhere_in_the_program_marks_the_commit(tmp_path, monkeypatch
     (package / "model" / "head.py").write_text("changed")
     assert tasks.commit() == f"{head}+changes"
     other = tmp_path / "other"
-    for command in (("init", "-q"), (*identity, "commit", "-qm", "other", "--allow-empty")):
-        subprocess.run(["git", "-C", other, *command] if other.exists() else ["git", *command, other], check=True)
+    other.mkdir()
+    for command in (("init", "-q"), (*IDENTITY, "commit", "-qm", "other", "--allow-empty")):
+        subprocess.run(["git", *command], cwd=other, check=True)
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     assert tasks.commit() == f"{head}+changes"
 
 
-def test_a_package_within_a_repository_that_does_not_track_it_has_no_commit(tmp_path, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("GIT_")]:
-        monkeypatch.delenv(name)
+def test_a_package_within_a_repository_that_does_not_track_it_has_no_commit(
+    tmp_path, monkeypatch, git_without_settings
+):
     installed = tmp_path / ".venv" / "package"
     (installed / "ablation").mkdir(parents=True)
     (installed / "__init__.py").write_text("")
     (tmp_path / ".gitignore").write_text(".venv\n")
-    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
-    for command in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "of the user")):
+    for command in (("init", "-q"), ("add", "."), (*IDENTITY, "commit", "-qm", "of the user")):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     monkeypatch.setattr(tasks, "__file__", str(installed / "ablation" / "tasks.py"))
     assert tasks.commit() is None

@@ -94,8 +94,6 @@ def test_a_signal_to_all_processes_while_runs_start_is_no_traceback(monkeypatch,
 
 
 def test_a_chat_needs_no_readline(monkeypatch, capsys):
-    from types import SimpleNamespace
-
     from indraquantum.inference import chat
 
     class Without(importlib.abc.MetaPathFinder):
