@@ -99,7 +99,7 @@ def test_an_exported_folder_loads_as_its_checkpoint(trained, tmp_path):
         indraquantum.load(tmp_path / "exported")
 
 
-@pytest.mark.parametrize("form", ["transformers", "llama"])
+@pytest.mark.parametrize("form", ["transformers", "llama", "gguf"])
 def test_an_export_prints_nothing(trained, tmp_path, capsys, form):
     logs = trained.checkpoint.parent.parent / "logs"
     indraquantum.export(trained.checkpoint, tmp_path / "model", logs=logs, as_=form)
